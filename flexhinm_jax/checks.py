@@ -1,0 +1,250 @@
+"""Every ValueError about shapes, dtypes, patterns and plans, in one place.
+
+A message says what was given, what is needed, where (the leaf path) and what to do. The
+functions run on the host, at the doors of the library: they look at concrete values and
+let tracers pass, because inside jit there is no value to look at.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexhinm_jax.types import BlockDiagonal, Plan, Regions, Stats
+
+SKIP_HINT = 'or exclude the leaf with rules={"<regex>": "skip"}'
+
+
+def is_concrete(x: Any) -> bool:
+    """True when `x` holds a value that the host can read without tracing."""
+    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def matrix(shape: tuple[int, ...], path: str = "weight") -> None:
+    """Raises ValueError unless `shape` is that of one non-empty `[o, i]` matrix."""
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(
+            f"{path}: expected one matrix [out, in] with both sides > 0, got shape "
+            f"{tuple(shape)}; reshape it, or vmap over leading axes"
+        )
+
+
+def divisible(size: int, by: int, axis: str, unit: str, path: str = "weight") -> None:
+    """Raises ValueError unless `size` is a multiple of `by`.
+
+    Args:
+      size: length of the axis.
+      by: what must divide it.
+      axis: the role of the axis, "in" or "out".
+      unit: the hyper-parameter that asks for it, such as "m" or "vector_size".
+      path: leaf path for the message.
+
+    Raises:
+      ValueError: with both numbers and the divisors of `size` next to `by`.
+    """
+    if size % by == 0:
+        return
+    near = sorted({math.gcd(size, by), *(d for d in range(2, by) if size % d == 0)})
+    fits = ", ".join(str(d) for d in near[-4:]) or "none"
+    raise ValueError(
+        f"{path}: {axis}={size} is not a multiple of {unit}={by}; choose a {unit} that "
+        f"divides {size} (below {by}: {fits}), pad the weight, {SKIP_HINT}"
+    )
+
+
+def sparsity(
+    value: Any, low: float, high: float, pattern: Any, path: str = "weight"
+) -> None:
+    """Raises ValueError unless the target lies in the range of the pattern.
+
+    Args:
+      value: fraction of weights removed, or None for the pattern's own; a tracer passes.
+      low: smallest sparsity the pattern can express.
+      high: largest sparsity the pattern can express.
+      pattern: the pattern, for the message.
+      path: leaf path for the message.
+
+    Raises:
+      ValueError: when the target is missing, not a number, or out of range.
+    """
+    if value is None:
+        if low == high:
+            return
+        raise ValueError(
+            f"{path}: {pattern} needs a target: pass sparsity= in "
+            f"[{low:g}, {high:g}], the fraction of weights removed"
+        )
+    if not is_concrete(value):
+        return
+    for target in np.atleast_1d(np.asarray(value, np.float64)).ravel():
+        if low - 1e-6 <= target <= high + 1e-6:
+            continue
+        if low == high:
+            raise ValueError(
+                f"{path}: sparsity={target:g}, but {pattern} always removes {low:g}; "
+                "leave sparsity=None or choose another pattern"
+            )
+        raise ValueError(
+            f"{path}: sparsity={target:g} is outside [{low:g}, {high:g}], what "
+            f"{pattern} can express; it is the fraction of weights removed"
+        )
+
+
+def finite(x: Any, what: str, path: str = "weight") -> None:
+    """Raises ValueError when a concrete array has a NaN or an infinity.
+
+    Args:
+      x: array or tracer; a tracer passes.
+      what: "weight", "gram", ... for the message.
+      path: leaf path for the message.
+
+    Raises:
+      ValueError: with the count and the first position.
+    """
+    if x is None or not is_concrete(x):
+        return
+    bad = ~np.isfinite(np.asarray(x, np.float32))
+    if bad.any():
+        first = tuple(int(p) for p in np.argwhere(bad)[0])
+        raise ValueError(
+            f"{path}: {what} has {int(bad.sum())} NaN or infinite values of {bad.size}, "
+            f"the first at {first}; fix the checkpoint or the calibration data"
+        )
+
+
+def stats(
+    given: Stats | None, shape: tuple[int, int], needs: str, path: str = "weight"
+) -> None:
+    """Raises ValueError when a method lacks its statistics or they do not fit.
+
+    Args:
+      given: statistics of the inputs of this weight, or None.
+      shape: (o, i) of the matrix.
+      needs: "nothing", "norms" or "gram": what the method reads.
+      path: leaf path for the message.
+
+    Raises:
+      ValueError: missing statistics, a wrong size, no token, NaN or infinities.
+    """
+    if needs == "nothing" and given is None:
+        return
+    if given is None:
+        raise ValueError(
+            f"{path}: this method needs input statistics ({needs}); pass "
+            "stats=calibrate(apply_fn, params, uses, batches)"
+        )
+    if needs == "gram" and given.gram is None:
+        raise ValueError(
+            f"{path}: this method needs the Gram matrix, but the statistics hold only "
+            "norms; calibrate with gram=True"
+        )
+    if given.sq_norm.shape[-1] != shape[1]:
+        raise ValueError(
+            f"{path}: statistics of {given.sq_norm.shape[-1]} inputs for a weight with "
+            f"in={shape[1]}; they belong to another weight"
+        )
+    if given.gram is not None and given.gram.shape[-2:] != (shape[1], shape[1]):
+        raise ValueError(
+            f"{path}: Gram of shape {given.gram.shape[-2:]} for in={shape[1]}; expected "
+            f"{(shape[1], shape[1])}"
+        )
+    if is_concrete(given.count) and (np.asarray(given.count) <= 0).any():
+        raise ValueError(
+            f"{path}: no calibration token reached this weight; pass batches that run "
+            f"it {SKIP_HINT}"
+        )
+    finite(given.sq_norm, "input norms", path)
+    finite(given.gram, "gram", path)
+
+
+def _permutation(order: np.ndarray, what: str, path: str) -> None:
+    if not (np.sort(order, -1) == np.arange(order.shape[-1])).all():
+        raise ValueError(f"{path}: {what} is not a permutation of its channels")
+
+
+def regions(given: Regions, keep: Any, path: str = "weight") -> None:
+    """Raises ValueError unless `keep` has exactly the structure the regions promise.
+
+    Args:
+      given: concrete regions.
+      keep: bool[o, i] in original order.
+      path: leaf path for the message.
+
+    Raises:
+      ValueError: orders that are no permutations, boundaries out of order, a column or
+        group with the wrong number of kept weights.
+    """
+    keep = np.asarray(keep)
+    out_order, in_order = np.asarray(given.out_order), np.asarray(given.in_order)
+    _permutation(out_order, "out_order", path)
+    _permutation(in_order, "in_order", path)
+    rows = keep.shape[0] // in_order.shape[0]
+    if rows * in_order.shape[0] != keep.shape[0]:
+        raise ValueError(
+            f"{path}: {in_order.shape[0]} tiles do not divide out={keep.shape[0]}"
+        )
+    for t, order in enumerate(in_order):
+        dense, nm = int(given.dense_end[t]), int(given.nm_end[t])
+        if not 0 <= dense <= nm <= keep.shape[1] or (nm - dense) % given.m:
+            raise ValueError(
+                f"{path}: tile {t} has dense_end={dense}, nm_end={nm} of "
+                f"{keep.shape[1]} columns; they must be ordered and {given.m} must "
+                "divide the N:M columns"
+            )
+        tile = keep[out_order[t * rows : (t + 1) * rows]][:, order]
+        if not tile[:, :dense].all():
+            raise ValueError(f"{path}: tile {t} removes weights of a dense column")
+        if tile[:, nm:].any():
+            raise ValueError(f"{path}: tile {t} keeps weights of a pruned column")
+        kept = tile[:, dense:nm].reshape(rows, -1, given.m).sum(-1)
+        if (kept != given.n).any():
+            row, group = (int(p) for p in np.argwhere(kept != given.n)[0])
+            raise ValueError(
+                f"{path}: tile {t}, row {row}, group {group} keeps "
+                f"{int(kept[row, group])} of {given.m}, not {given.n}"
+            )
+
+
+def _blocks(block: BlockDiagonal | None, side: int, what: str, path: str) -> None:
+    if block is not None and block.blocks.shape[0] * block.blocks.shape[1] != side:
+        raise ValueError(
+            f"{path}: {what} blocks {block.blocks.shape} do not tile {side} channels"
+        )
+
+
+def verify(plan: Plan, path: str = "weight") -> None:
+    """Raises ValueError unless a concrete plan of one matrix keeps all its promises.
+
+    Args:
+      plan: the plan of one matrix `[o, i]`.
+      path: leaf path for the message.
+
+    Raises:
+      ValueError: shapes that disagree, weights outside the support, NaN, or a support
+        without the structure of its regions.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flexhinm_jax as fh
+      >>> w = jnp.arange(8.0).reshape(2, 4)
+      >>> method = fh.Magnitude(fh.NM(2, 4))
+      >>> fh.verify(method.decide(method.solve(jax.random.key(0), w, None), w))
+    """
+    matrix(plan.weight.shape, path)
+    if plan.support.keep.shape != plan.weight.shape:
+        raise ValueError(
+            f"{path}: support of shape {plan.support.keep.shape} for a weight of shape "
+            f"{plan.weight.shape}"
+        )
+    finite(plan.weight, "weight", path)
+    outside = np.asarray(plan.weight, np.float32)[~np.asarray(plan.support.keep)]
+    if outside.any():
+        raise ValueError(
+            f"{path}: {np.count_nonzero(outside)} weights outside the support are not "
+            "zero; decide() must return a masked weight"
+        )
+    _blocks(plan.left, plan.weight.shape[0], "left", path)
+    _blocks(plan.right, plan.weight.shape[1], "right", path)
+    if plan.support.regions is not None:
+        regions(plan.support.regions, plan.support.keep, path)

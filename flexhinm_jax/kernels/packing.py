@@ -1,0 +1,209 @@
+"""The packed form of a plan: gathered columns, values and positions per row tile.
+
+Every region becomes its own block: dense columns with all their values, N:M columns with
+n values of every m and their positions. Positions take 2 bits for m = 4, low bits first,
+so a 2:4 group is the nibble `i0 | i1 << 2` with i0 < i1, also where the values are zero.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from flexhinm_jax import checks
+from flexhinm_jax.types import BlockDiagonal, Layout, PackedWeight, Plan, Regions
+
+WORD = 32
+
+
+def position_bits(m: int) -> int:
+    """Bits of one stored position: the smallest of 1, 2, 4, 8, 16 that holds m - 1."""
+    need = max(1, (m - 1).bit_length())
+    return 1 << (need - 1).bit_length()
+
+
+def sizes(regions: Regions) -> tuple[int, int]:
+    """(dense columns, N:M columns) per tile, the largest over tiles and stack.
+
+    Args:
+      regions: concrete regions, with any leading stack axes.
+
+    Raises:
+      ValueError: under jit, where the counts are not known.
+    """
+    if not checks.is_concrete(regions.dense_end):
+        raise ValueError(
+            "pack needs concrete region boundaries: call it outside jit, or use "
+            "pack_to(plan, dense, nm) with static sizes"
+        )
+    dense, nm = np.asarray(regions.dense_end), np.asarray(regions.nm_end)
+    return int(dense.max()), int((nm - dense).max())
+
+
+def pack(plan: Plan, layout: Layout | None = None) -> PackedWeight:
+    """Packs the plan of one matrix, or of a stack with leading axes on every array.
+
+    Args:
+      plan: concrete plan with regions.
+      layout: how the matrix goes back into its leaf, kept for `sparsify`.
+
+    Returns:
+      The packed weight, with the dtype of the plan's weight.
+
+    Raises:
+      ValueError: an unstructured support, which has nothing to pack.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flexhinm_jax as fh
+      >>> w = jnp.array([[4.0, 1, 0, 3], [0, 2, 5, 1]])
+      >>> method = fh.Magnitude(fh.NM(2, 4))
+      >>> plan = method.decide(method.solve(jax.random.key(0), w, None), w)
+      >>> fh.kernels.pack(plan).nm_values[0].tolist()
+      [[4.0, 3.0], [2.0, 5.0]]
+    """
+    regions = plan.support.regions
+    if regions is None:
+        raise ValueError(
+            "an unstructured support has no regions to pack; keep the weight dense, or "
+            "choose a pattern such as NM or FlexHiNM"
+        )
+    dense, nm = sizes(regions)
+    one = lambda p: pack_to(p, dense, nm, layout)  # noqa: E731
+    for _ in range(plan.weight.ndim - 2):
+        one = jax.vmap(one)
+    return one(plan)
+
+
+def pack_to(
+    plan: Plan, dense: int, nm: int, layout: Layout | None = None
+) -> PackedWeight:
+    """Packs one matrix into given sizes; pure, so it can be jitted and vmapped.
+
+    Args:
+      plan: plan of one matrix `[o, i]` with regions.
+      dense: dense columns per tile, at least the largest of the plan.
+      nm: N:M columns per tile, a multiple of m, at least the largest of the plan.
+      layout: how the matrix goes back into its leaf.
+
+    Returns:
+      The packed weight; a tile with fewer columns has index 0 and value 0.
+    """
+    r = plan.support.regions
+    assert r is not None
+    o, i = plan.weight.shape
+    t = r.in_order.shape[0]
+    tiles = lambda x: x[r.out_order].reshape(t, o // t, i)  # noqa: E731
+    weight, keep = tiles(plan.weight), tiles(plan.support.keep)
+
+    def gather(start, end, size):
+        p = start[:, None] + jnp.arange(size, dtype=jnp.int32)
+        live = p < end[:, None]
+        column = jnp.take_along_axis(r.in_order, jnp.minimum(p, i - 1), axis=1)
+        column = jnp.where(live, column, 0)
+        take = lambda x: jnp.take_along_axis(x, column[:, None], axis=2)  # noqa: E731
+        kept = take(keep) & live[:, None]
+        return column, jnp.where(kept, take(weight), jnp.zeros((), weight.dtype)), kept
+
+    dense_index, dense_values, _ = gather(
+        jnp.zeros_like(r.dense_end), r.dense_end, dense
+    )
+    nm_index, nm_weight, nm_keep = gather(r.dense_end, r.nm_end, nm)
+    groups = nm_keep.reshape(t, o // t, -1, r.m)
+    # Kept positions first, both halves in ascending order: strictly increasing.
+    position = jnp.argsort(~groups, axis=-1, stable=True)[..., : r.n]
+    position = position.astype(jnp.uint32)
+    values = jnp.take_along_axis(nm_weight.reshape(groups.shape), position, axis=-1)
+    return PackedWeight(
+        dense_index=dense_index,
+        dense_values=dense_values,
+        nm_index=nm_index,
+        nm_values=values.reshape(t, o // t, -1),
+        nm_positions=to_words(position.reshape(t, o // t, -1), position_bits(r.m)),
+        out_order=r.out_order,
+        left=plan.left,
+        right=plan.right,
+        shape=(o, i),
+        n=r.n,
+        m=r.m,
+        layout=layout,
+    )
+
+
+def to_words(position: Array, bits: int) -> Array:
+    """Packs u32[..., c] numbers of `bits` bits into u32[..., ceil(c * bits / 32)]."""
+    per = WORD // bits
+    words = math.ceil(position.shape[-1] / per)
+    pad = [(0, 0)] * (position.ndim - 1) + [(0, words * per - position.shape[-1])]
+    parts = jnp.pad(position, pad).reshape(*position.shape[:-1], words, per)
+    shift = jnp.arange(per, dtype=jnp.uint32) * bits
+    return jnp.sum(parts << shift, axis=-1, dtype=jnp.uint32)
+
+
+def from_words(words: Array, count: int, bits: int) -> Array:
+    """The first `count` numbers of `to_words`, u32[..., count]."""
+    shift = jnp.arange(WORD // bits, dtype=jnp.uint32) * bits
+    parts = (words[..., None] >> shift) & jnp.uint32((1 << bits) - 1)
+    return parts.reshape(*words.shape[:-1], -1)[..., :count]
+
+
+def block_columns(packed: PackedWeight) -> Array:
+    """The N:M block of every tile with its zeros, [t, v, H]."""
+    count = packed.nm_values.shape[-1]
+    position = from_words(packed.nm_positions, count, position_bits(packed.m))
+    shape = (*packed.nm_values.shape[:-1], count // packed.n, packed.n, 1)
+    slot = jnp.arange(packed.m, dtype=jnp.uint32)
+    here = position.reshape(shape) == slot
+    zero = jnp.zeros((), packed.dtype)
+    spread = jnp.where(here, packed.nm_values.reshape(shape), zero)
+    groups = jnp.sum(spread, axis=-2, dtype=packed.dtype)
+    return groups.reshape(*packed.nm_values.shape[:-1], -1)
+
+
+def block_product(x: Array, factor: BlockDiagonal | None, axis: int = -1) -> Array:
+    """Block-diagonal matrix times x along `axis`; x itself when there is no factor."""
+    if factor is None:
+        return x
+    k, b, _ = factor.blocks.shape
+    x = jnp.moveaxis(x, axis, -1)
+    y = jnp.einsum(
+        "kab,...kb->...ka",
+        factor.blocks,
+        x.reshape(*x.shape[:-1], k, b),
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.moveaxis(y.reshape(x.shape), -1, axis)
+
+
+def unpack(packed: PackedWeight) -> Array:
+    """The dense matrix of a packed weight.
+
+    Args:
+      packed: one matrix or a stack.
+
+    Returns:
+      [*stack, o, i] in the dtype of the values, block wrappers multiplied in.
+    """
+    if packed.out_order.ndim > 1:
+        return jax.vmap(unpack)(packed)
+    o, i = packed.shape
+    t = packed.dense_index.shape[0]
+    tiles = jnp.zeros((t, i, o // t), packed.dtype)
+    tile = jnp.arange(t, dtype=jnp.int32)[:, None]
+    tiles = tiles.at[tile, packed.nm_index].add(
+        jnp.swapaxes(block_columns(packed), 1, 2)
+    )
+    tiles = tiles.at[tile, packed.dense_index].add(
+        jnp.swapaxes(packed.dense_values, 1, 2)
+    )
+    rows = jnp.swapaxes(tiles, 1, 2).reshape(o, i)
+    weight = jnp.zeros((o, i), packed.dtype).at[packed.out_order].set(rows)
+    if packed.left is None and packed.right is None:
+        return weight
+    right = None
+    if packed.right is not None:  # S @ right = (right^T @ S^T)^T
+        right = BlockDiagonal(jnp.swapaxes(packed.right.blocks, 1, 2))
+    weight = block_product(weight.astype(jnp.float32), right, axis=1)
+    return block_product(weight, packed.left, axis=0).astype(packed.dtype)

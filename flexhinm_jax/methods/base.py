@@ -1,0 +1,136 @@
+"""The contract of a method: where scores come from, and whether weights move.
+
+Two verbs on one matrix. `solve` finds everything that needs no gradient, `decide` turns
+that into a plan. Both are pure; stacks are vmapped by `transforms.tree`. A method is a
+frozen, hashable configuration and travels as a static argument.
+"""
+
+import abc
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from flexhinm_jax import checks
+from flexhinm_jax.ops import masks
+from flexhinm_jax.patterns import NM, Pattern
+from flexhinm_jax.types import Plan, State, Stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC):
+    """A way to prune one matrix.
+
+    Attributes:
+      pattern: the supports to choose from.
+    """
+
+    pattern: Pattern = NM(2, 4)
+
+    #: What `solve` reads of the statistics; "norms" works with `calibrate(gram=False)`.
+    needs: ClassVar[Literal["nothing", "norms", "gram"]] = "nothing"
+
+    def __post_init__(self):
+        """Validates the configuration."""
+        if not isinstance(self.pattern, Pattern):
+            raise ValueError(
+                f"pattern={self.pattern!r}: need a Pattern such as NM(2, 4), or "
+                'patterns.parse("2:4") for its text form'
+            )
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        key: Array,
+        w: Array,
+        stats: Stats | None,
+        *,
+        sparsity: Array | float | None = None,
+        prev: State | None = None,
+    ) -> State:
+        """Finds everything that is found without gradients.
+
+        Args:
+          key: PRNG key, consumed.
+          w: [o, i], any floating dtype.
+          stats: statistics of its inputs; may be None when `needs` is "nothing".
+          sparsity: fraction of weights removed; None for a pattern that has only one.
+          prev: an earlier state of this weight; the kept set only shrinks.
+
+        Returns:
+          The state.
+
+        Raises:
+          ValueError: missing statistics, shapes or a target that the pattern refuses.
+        """
+
+    @abc.abstractmethod
+    def decide(self, state: State, w: Array, *, key: Array | None = None) -> Plan:
+        """The plan for a state.
+
+        Args:
+          state: from `solve`, perhaps with `learned` moved by an optimiser.
+          w: [o, i], the weight now.
+          key: None for the hard, deterministic plan; a key for a sampled relaxation
+            where the method has one.
+
+        Returns:
+          The plan; its weight has the dtype of `w`.
+        """
+
+    def check(
+        self,
+        w: Array,
+        stats: Stats | None,
+        sparsity: Array | float | None,
+        path: str = "weight",
+    ) -> None:
+        """Raises ValueError when weight, statistics or target do not fit.
+
+        Args:
+          w: [o, i], or a shape with a dtype.
+          stats: statistics or None.
+          sparsity: the target or None.
+          path: leaf path for the message.
+        """
+        if not jnp.issubdtype(w.dtype, jnp.floating):
+            raise ValueError(f"{path}: dtype {w.dtype} cannot be pruned; need floating")
+        self.pattern.check(w.shape, sparsity, path)
+        checks.stats(stats, w.shape, self.needs, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreMethod(Method):
+    """A method that scores every weight, keeps the best support and moves nothing."""
+
+    @abc.abstractmethod
+    def score(self, w: Array, stats: Stats | None) -> Array:
+        """Importance of every weight, f32[o, i], non-negative; larger stays."""
+
+    def solve(
+        self,
+        key: Array,
+        w: Array,
+        stats: Stats | None,
+        *,
+        sparsity: Array | float | None = None,
+        prev: State | None = None,
+    ) -> State:
+        """Projects the scores onto the pattern; see `Method.solve`."""
+        self.check(w, stats, sparsity)
+        scores = self.score(w, stats)
+        before = None if prev is None else prev.fixed["support"]
+        support = self.pattern.project(key, scores, sparsity, before)
+        share = masks.retained(scores, support.keep)
+        return State(learned=(), fixed={"support": support, "retained": share})
+
+    def decide(self, state: State, w: Array, *, key: Array | None = None) -> Plan:
+        """Masks the weight; `key` is not used."""
+        del key
+        support = state.fixed["support"]
+        return Plan(
+            weight=jnp.where(support.keep, w, jnp.zeros((), w.dtype)),
+            support=support,
+            retained=state.fixed["retained"],
+        )

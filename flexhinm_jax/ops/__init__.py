@@ -1,0 +1,1 @@
+"""Mathematics of one matrix: pure functions, no method or pattern names."""

@@ -1,0 +1,271 @@
+"""Dense, N:M and pruned column regions of row tiles: counts, boundaries, orders.
+
+A tile keeps a budget of k column-equivalents: D dense columns and h groups of m columns
+of which n stay, with D + n * h = k exactly. The boundaries come from an exact scan over
+every legal h instead of the early-stopping search of FlexHiNM-GP (ICLR 2026, openreview
+YaZraqRsbB, section 3.2), because the retained saliency is not always unimodal in h.
+
+Scores arrive as tiles `[t, v, i]`: t row tiles of v rows in storage order.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from flexhinm_jax.ops import masks
+
+
+def budget(columns: int, sparsity: Array | float) -> Array:
+    """Column-equivalents that stay: round(columns * (1 - sparsity)), as i32[]."""
+    kept = columns * (1.0 - jnp.asarray(sparsity, jnp.float32))
+    return jnp.clip(jnp.round(kept), 0, columns).astype(jnp.int32)
+
+
+def most_groups(k: Array, columns: int, n: int, m: int) -> Array:
+    """Largest number of N:M groups that a budget of k of `columns` allows.
+
+    h groups use n * h of the budget and remove (m - n) * h columns.
+    """
+    return jnp.minimum(k // n, (columns - k) // (m - n)).astype(jnp.int32)
+
+
+def deal(h: Array, m: int, size: int) -> Array:
+    """Ranks dealt to groups back and forth, so that groups are equally strong.
+
+    Group g gets the ranks g, 2h-1-g, 2h+g, 4h-1-g, ... of m * h ranked columns.
+
+    Args:
+      h: number of groups, may be traced.
+      m: group size.
+      size: length of the result, at least m * h.
+
+    Returns:
+      i32[size]: rank at position p. Positions from m * h on hold their own number, so
+      the result is a permutation of arange(size).
+    """
+    p = jnp.arange(size, dtype=jnp.int32)
+    g, slot = p // m, p % m
+    rank = slot * h + jnp.where(slot % 2 == 0, g, h - 1 - g)
+    return jnp.where(p < m * h, rank, p)
+
+
+def ranked(vectors: Array) -> Array:
+    """i32[t, i]: columns of every tile by descending vector score, ties by index."""
+    return jnp.argsort(-vectors, axis=-1, stable=True).astype(jnp.int32)
+
+
+def column_order(rank_order: Array, dense: Array, h: Array, m: int) -> Array:
+    """Order of the columns of every tile: dense, dealt groups, pruned.
+
+    Args:
+      rank_order: i32[t, i] from `ranked`.
+      dense: i32[], dense columns per tile.
+      h: i32[], groups per tile.
+      m: group size.
+
+    Returns:
+      i32[t, i], original column at each position.
+    """
+    columns = rank_order.shape[-1]
+    p = jnp.arange(columns, dtype=jnp.int32)
+    dealt = deal(h, m, columns)
+    inside = (p >= dense) & (p < dense + m * h)
+    rank = jnp.where(inside, dense + dealt[jnp.clip(p - dense, 0, columns - 1)], p)
+    return rank_order[:, rank]
+
+
+def group_scores(order: Array, start: Array, tiles: Array, m: int) -> Array:
+    """Scores of the groups that follow position `start` of every tile.
+
+    Args:
+      order: i32[t, i], original column at each position.
+      start: i32[t], first grouped position.
+      tiles: [t, v, i] in original column order.
+      m: group size.
+
+    Returns:
+      [t, v, i // m, m]; groups that run past the last column repeat it and are to be
+      masked by the caller.
+    """
+    t, v, i = tiles.shape
+    p = start[:, None] + jnp.arange(i // m * m, dtype=jnp.int32)
+    index = jnp.take_along_axis(order, jnp.minimum(p, i - 1), axis=1)
+    return jnp.take_along_axis(tiles, index[:, None], axis=2).reshape(t, v, -1, m)
+
+
+def kept(
+    tiles: Array, order: Array, dense_end: Array, nm_end: Array, n: int, m: int
+) -> Array:
+    """Support of the regions: dense columns whole, the n best of each group per row.
+
+    Args:
+      tiles: scores [t, v, i] in original column order.
+      order: i32[t, i].
+      dense_end: i32[t].
+      nm_end: i32[t].
+      n: kept per group.
+      m: group size.
+
+    Returns:
+      bool[t, v, i] in original column order.
+    """
+    t, v, i = tiles.shape
+    groups = group_scores(order, dense_end, tiles, m)
+    chosen = (masks.group_ranks(groups) < n).reshape(t, v, -1)
+    p = jnp.arange(i, dtype=jnp.int32)
+    at = jnp.clip(p - dense_end[:, None], 0, chosen.shape[-1] - 1)
+    chosen = jnp.take_along_axis(chosen, at[:, None], axis=2)
+    in_nm = (p >= dense_end[:, None]) & (p < nm_end[:, None])
+    keep = (p < dense_end[:, None])[:, None] | (in_nm[:, None] & chosen)
+    return jnp.take_along_axis(keep, jnp.argsort(order, axis=1)[:, None], axis=2)
+
+
+def scan_groups(tiles: Array, k: Array, n: int, m: int) -> tuple[Array, Array]:
+    """Retained score for every legal number of groups, evaluated exactly.
+
+    The columns are ranked once; for each h the middle ranks are dealt into groups and
+    the n best per row and group are summed. Groups are read as m contiguous slices of
+    the ranked tiles, forwards and backwards in turn.
+
+    Args:
+      tiles: scores [t, v, i], non-negative.
+      k: i32[], budget in column-equivalents.
+      n: kept per group.
+      m: group size.
+
+    Returns:
+      h: i32[], the best number of groups, the smallest of equals.
+      retained: f32[i // m + 1], retained score by h, -inf where h is not legal.
+    """
+    t, _, i = tiles.shape
+    size = i // m
+    order = ranked(jnp.sum(tiles, axis=1, dtype=jnp.float32))
+    rows = jnp.take_along_axis(
+        jnp.swapaxes(tiles, 1, 2).astype(jnp.float32), order[..., None], axis=1
+    )
+    dense_sums = jnp.cumsum(jnp.sum(rows, axis=(0, 2)))
+    # Padding keeps every slice of static length `size` in range.
+    forward = jnp.pad(rows, ((0, 0), (0, size), (0, 0)))
+    backward = jnp.pad(rows[:, ::-1], ((0, 0), (0, size), (0, 0)))
+
+    def evaluate(h, curve):
+        dense = k - n * h
+        slots = []
+        for j in range(m):
+            start = dense + j * h
+            flip = j % 2 == 1
+            start = i - start - h if flip else start
+            source = backward if flip else forward
+            slots.append(lax.dynamic_slice_in_dim(source, start, size, axis=1))
+        best = masks.top_n_sum(jnp.stack(slots), n=n, axis=0)
+        live = jnp.arange(size, dtype=jnp.int32) < h
+        total = jnp.sum(jnp.where(live[None, :, None], best, 0))
+        total += jnp.where(dense > 0, dense_sums[jnp.maximum(dense, 1) - 1], 0)
+        return curve.at[h].set(total)
+
+    curve = jnp.full((size + 1,), -jnp.inf, jnp.float32)
+    curve = lax.fori_loop(0, most_groups(k, i, n, m) + 1, evaluate, curve)
+    return jnp.argmax(curve).astype(jnp.int32), curve
+
+
+def shrink(
+    tiles: Array,
+    keep: Array,
+    order: Array,
+    dense_end: Array,
+    nm_end: Array,
+    k: Array,
+    n: int,
+    m: int,
+    *,
+    regroup: bool,
+) -> tuple[Array, Array, Array, Array]:
+    """Smaller regions inside given ones: nothing that was removed comes back.
+
+    Surviving groups keep their columns and their support, so masks that were hardened
+    stay legal; whole groups are removed. Dense columns may stay, leave for new groups
+    (dealt from the strongest that leave), or be removed. Every dense count that meets
+    the budget is evaluated and the best is taken. This is our choice for the group
+    survival that FlexHiNM-GP leaves open.
+
+    Args:
+      tiles: scores [t, v, i] in original column order.
+      keep: bool[t, v, i], the previous support.
+      order: i32[t, i], the previous order.
+      dense_end: i32[t], previous, equal for all tiles.
+      nm_end: i32[t], previous, equal for all tiles.
+      k: i32[], new budget, at most the previous one and reachable: a multiple of n when
+        there is no dense column.
+      n: kept per group.
+      m: group size.
+      regroup: whether dense columns may become groups.
+
+    Returns:
+      keep, order, dense_end, nm_end: the new regions, nested in the previous ones.
+    """
+    t, v, i = tiles.shape
+    size = i // m
+    dense, old = dense_end[0], (nm_end[0] - dense_end[0]) // m
+    tiles = jnp.where(keep, tiles, 0).astype(jnp.float32)
+    p = jnp.arange(i, dtype=jnp.int32)
+    # Dense columns by score; the rest of the order is untouched.
+    column = jnp.take_along_axis(jnp.sum(tiles, axis=1), order, axis=1)
+    by_score = ranked(jnp.where(p < dense, column, -1.0 - p))
+    order = jnp.take_along_axis(order, by_score, axis=1)
+    sums = jnp.cumsum(jnp.take_along_axis(column, by_score, axis=1), axis=1)
+    old_groups = jnp.sum(group_scores(order, dense_end, tiles, m), axis=(1, 3))
+    slot = jnp.arange(size, dtype=jnp.int32)
+    old_groups = jnp.where(slot < old, old_groups, -1.0)
+
+    def arrange(d):
+        """Candidate order for d dense columns: (score, order, h, legal)."""
+        h = (k - d) // n
+        q = jnp.minimum((dense - d) // m, h) if regroup else jnp.zeros_like(h)
+        dealt = deal(q, m, i)
+        moved = jnp.where(
+            (p >= d) & (p < d + m * q), d + dealt[jnp.clip(p - d, 0, i - 1)], p
+        )
+        fresh_order = order[:, moved]
+        start = jnp.full((t,), d, jnp.int32)
+        fresh = group_scores(fresh_order, start, tiles, m)
+        fresh = jnp.sum(masks.top_n_sum(fresh, n=n), axis=1)
+        fresh = jnp.where(slot < q, fresh, -1.0)
+        both = jnp.concatenate([fresh, old_groups], axis=1)
+        rank = masks.ranks(both)
+        total = jnp.sum(jnp.where((rank < h) & (both >= 0), both, 0))
+        total += jnp.sum(jnp.where(d > 0, sums[:, jnp.maximum(d, 1) - 1], 0))
+        legal = (d <= k) & ((k - d) % n == 0) & (h <= old + q)
+        if not regroup:
+            legal &= (d == k) | (dense == 0)
+        return jnp.where(legal, total, -jnp.inf), fresh_order, rank, h, q
+
+    def better(d, best):
+        total = arrange(d)[0]
+        return lax.cond(total > best[0], lambda: (total, d), lambda: best)
+
+    first = (jnp.asarray(-jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+    _, d = lax.fori_loop(jnp.zeros((), jnp.int32), dense + 1, better, first)
+    _, fresh_order, rank, h, q = arrange(d)
+    # Sort positions by section: dense, chosen groups by rank, everything else.
+    in_fresh = (p >= d) & (p < d + m * q)
+    in_old = (p >= dense) & (p < dense + m * old)
+    group = jnp.where(in_fresh, (p - d) // m, size + (p - dense) // m)
+    group_rank = jnp.take_along_axis(
+        rank, jnp.broadcast_to(jnp.clip(group, 0, 2 * size - 1), (t, i)), axis=1
+    )
+    chosen = (in_fresh | in_old) & (group_rank < h)
+    section = jnp.where(p < d, -1, jnp.where(chosen, group_rank, 2 * size))
+    new_order = jnp.take_along_axis(
+        fresh_order, jnp.argsort(section, axis=1, stable=True), axis=1
+    )
+    ends = jnp.full((t,), d, jnp.int32), jnp.full((t,), d + m * h, jnp.int32)
+    return kept(tiles, new_order, *ends, n, m) & keep, new_order, *ends
+
+
+def natural_order(tiles: int, columns: int) -> Array:
+    """i32[tiles, columns]: every tile in original column order."""
+    return jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (tiles, columns))
+
+
+def tile(scores: Array, out_order: Array, vector_size: int) -> Array:
+    """[t, v, i]: rows of `scores` [o, i] in storage order, cut into tiles."""
+    return scores[out_order].reshape(-1, vector_size, scores.shape[-1])

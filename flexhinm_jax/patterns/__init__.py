@@ -1,0 +1,78 @@
+"""Patterns: which supports are allowed, and the best one for given scores.
+
+`PATTERNS` maps the command-line name to the class; a new pattern is one file and one
+line here.
+"""
+
+import dataclasses
+import re
+
+from flexhinm_jax.patterns.base import Pattern
+from flexhinm_jax.patterns.flexhinm import FlexHiNM
+from flexhinm_jax.patterns.hinm import HiNM
+from flexhinm_jax.patterns.nm import NM
+from flexhinm_jax.patterns.unstructured import Unstructured
+from flexhinm_jax.patterns.vector import Vector
+
+PATTERNS: dict[str, type[Pattern]] = {
+    "unstructured": Unstructured,
+    "nm": NM,
+    "vector": Vector,
+    "hinm": HiNM,
+    "flexhinm": FlexHiNM,
+}
+
+__all__ = [
+    "NM",
+    "PATTERNS",
+    "FlexHiNM",
+    "HiNM",
+    "Pattern",
+    "Unstructured",
+    "Vector",
+    "parse",
+]
+
+
+def parse(text: str) -> Pattern:
+    """Reads a pattern from its command-line form.
+
+    Args:
+      text: "2:4" (n:m), or a name with options: "flexhinm:v=32,n=2,m=4". Options are
+        field names or their letters.
+
+    Returns:
+      The pattern.
+
+    Raises:
+      ValueError: an unknown name or option, or a value that is no integer; the message
+        lists what is known.
+
+    Example:
+      >>> parse("hinm:v=64")
+      HiNM(vector_size=64, n=2, m=4)
+    """
+    known = "n:m such as 2:4, " + ", ".join(PATTERNS)
+    if group := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(group[1]), int(group[2]))
+    name, _, options = text.partition(":")
+    if name not in PATTERNS:
+        raise ValueError(f"unknown pattern {text!r}; known: {known}")
+    cls = PATTERNS[name]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    chosen: dict[str, int | str] = {}
+    for option in filter(None, options.split(",")):
+        letter, equals, value = option.partition("=")
+        field = cls.letters.get(letter, letter)
+        if not equals or field not in fields:
+            names = ", ".join(f"{k}=" for k in cls.letters) or "none"
+            raise ValueError(
+                f"pattern {text!r}: unknown option {option!r}; {name} takes {names}"
+            )
+        if isinstance(fields[field].default, int):
+            if not value.isdigit():
+                raise ValueError(f"pattern {text!r}: {letter}={value} is no integer")
+            chosen[field] = int(value)
+        else:
+            chosen[field] = value
+    return cls(**chosen)

@@ -1,0 +1,79 @@
+"""The contract of a pattern: which supports are allowed, and the best one for scores.
+
+A pattern is a frozen, hashable configuration: it travels as a static argument, so a new
+sparsity or new data never retraces. `project` works on one matrix and is pure; stacks
+are vmapped.
+"""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+from jax import Array
+
+from flexhinm_jax import checks
+from flexhinm_jax.types import Support
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern(abc.ABC):
+    """A family of supports."""
+
+    #: Letter by which `parse` knows a field: {"v": "vector_size"}.
+    letters: ClassVar[dict[str, str]] = {}
+
+    @abc.abstractmethod
+    def project(
+        self,
+        key: Array,
+        scores: Array,
+        sparsity: Array | float | None = None,
+        prev: Support | None = None,
+    ) -> Support:
+        """The best support of this pattern for the given scores.
+
+        Args:
+          key: PRNG key, consumed by patterns that search an order by sampling.
+          scores: f32[o, i], non-negative; larger stays.
+          sparsity: fraction of weights removed, in `sparsity_range`; may be traced.
+          prev: a support of this pattern; the result keeps nothing that it removed.
+
+        Returns:
+          The support; not differentiable.
+        """
+
+    @abc.abstractmethod
+    def sparsity_range(self) -> tuple[float, float]:
+        """Smallest and largest sparsity the pattern can express, fractions."""
+
+    @abc.abstractmethod
+    def granularity(self, shape: tuple[int, int]) -> float:
+        """Step of the kept fraction: what one group, vector or weight changes."""
+
+    def check_shape(self, shape: tuple[int, ...], path: str = "weight") -> None:
+        """Raises ValueError when a matrix of this shape cannot have the pattern.
+
+        Args:
+          shape: (o, i).
+          path: leaf path for the message.
+        """
+        checks.matrix(shape, path)
+
+    def check(
+        self, shape: tuple[int, ...], sparsity: Any = None, path: str = "weight"
+    ) -> None:
+        """Raises ValueError when shape or target do not fit the pattern.
+
+        Args:
+          shape: (o, i).
+          sparsity: the target, or None for a pattern that has only one.
+          path: leaf path for the message.
+        """
+        self.check_shape(shape, path)
+        checks.sparsity(sparsity, *self.sparsity_range(), self, path)
+
+
+def check_n_of_m(n: int, m: int) -> None:
+    """Raises ValueError unless 0 < n <= m, both integers."""
+    if not (isinstance(n, int) and isinstance(m, int) and 0 < n <= m):
+        raise ValueError(f"n={n}, m={m}: need integers with 0 < n <= m (n stay of m)")

@@ -1,0 +1,311 @@
+"""The frozen pytrees that the layers hand to each other.
+
+Letters used in every shape: `o` outputs, `i` inputs, `v` vector size (rows of a tile),
+`t = o / v` tiles, `n` weights kept of `m`, `k` blocks of side `b`. A matrix is `[o, i]`;
+groups of `m` run along `i`. A stack of matrices has the same fields with leading axes.
+
+These classes carry data and never validate: `__post_init__` of a pytree also runs on
+unflatten, with tracers, strings and None as leaves. `checks` holds the validation.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax import Array
+
+__all__ = [
+    "AxisFactor",
+    "BlockDiagonal",
+    "Layout",
+    "PackedWeight",
+    "Plan",
+    "Regions",
+    "State",
+    "Stats",
+    "Support",
+    "Use",
+    "Uses",
+]
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that is part of the tree structure instead of a leaf."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Regions:
+    """Where the dense, N:M and pruned columns of every row tile are.
+
+    The boundaries are arrays, so a new sparsity target does not retrace; they become
+    Python integers only in `kernels.pack`. Plain N:M has one tile, `dense_end = 0` and
+    `nm_end = i`; vector pruning has `nm_end = dense_end`; HiNM has `dense_end = 0`.
+
+    Attributes:
+      out_order: i32[o], the original row at storage row r. Tile t owns the storage rows
+        t * v .. t * v + v - 1.
+      in_order: i32[t, i], per tile the original column at each position: the dense columns,
+        then the N:M columns in groups of m, then the pruned ones. Every row is a
+        permutation of arange(i).
+      dense_end: i32[t], number of dense columns.
+      nm_end: i32[t], number of dense and N:M columns; nm_end - dense_end is a multiple
+        of m.
+      n: kept of each group of m.
+      m: group size.
+    """
+
+    out_order: Array
+    in_order: Array
+    dense_end: Array
+    nm_end: Array
+    n: int = static()
+    m: int = static()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Support:
+    """Which weights stay.
+
+    Attributes:
+      keep: bool[o, i], True where a weight stays, in the ORIGINAL channel order.
+      regions: the structure that packing needs, or None for an unstructured support.
+    """
+
+    keep: Array
+    regions: Regions | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockDiagonal:
+    """A block-diagonal square matrix.
+
+    Attributes:
+      blocks: [k, b, b]; block j maps channels j * b .. j * b + b - 1 to themselves.
+    """
+
+    blocks: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The pruned form of one matrix: what `densify` and `pack` read.
+
+    The matrix is `left @ weight @ right`, where a missing factor is the identity.
+
+    Attributes:
+      weight: [o, i], the sparse core in original channel order, zero outside
+        `support.keep`.
+      support: which weights stay.
+      retained: f32[], share of the total saliency that the support keeps, in [0, 1].
+      bias: [o], a bias refitted with the weight, or None.
+      left: square [o, o] block-diagonal factor, or None.
+      right: square [i, i] block-diagonal factor, or None.
+    """
+
+    weight: Array
+    support: Support
+    retained: Array
+    bias: Array | None = None
+    left: BlockDiagonal | None = None
+    right: BlockDiagonal | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a method found for one matrix.
+
+    Attributes:
+      learned: the pytree an optimiser may move; () for a one-shot method.
+      fixed: the pytree that `solve` computed.
+    """
+
+    learned: Any
+    fixed: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Statistics of the inputs x of one weight over `count` calibration tokens.
+
+    Attributes:
+      sq_norm: f32[i], sum over tokens of x_j^2: the squared norm of input channel j.
+      mean: f32[i], mean over tokens of x_j.
+      count: f32[], number of tokens.
+      gram: f32[i, i], X^T X summed over tokens, or None when only norms were taken.
+      cross: f32[o, i], T^T X for targets T that differ from X W^T, or None.
+      target_mean: f32[o], mean of those targets, or None.
+    """
+
+    sq_norm: Array
+    mean: Array
+    count: Array
+    gram: Array | None = None
+    cross: Array | None = None
+    target_mean: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class AxisFactor:
+    """`size` steps of `stride` along one axis of a leaf: an axis, or a factor of one.
+
+    Attributes:
+      axis: axis of the leaf.
+      stride: distance of two neighbours, in positions of that axis.
+      size: number of positions.
+    """
+
+    axis: int
+    stride: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a parameter leaf is read as a stack of matrices `[*stack, o, i]`.
+
+    Each group lists leaf axes (or factors of one) in leaf order, major first. Unit axes
+    belong to no group. A Flax Dense kernel `[in, out]` has `out = (axis 1,)` and
+    `inputs = (axis 0,)`; a convolution HWIO has `inputs = (H, W, I)`.
+
+    Attributes:
+      shape: shape of the leaf.
+      stack: axes over which matrices are stacked (scanned layers, experts, conv groups).
+      out: output axes.
+      inputs: contracted axes.
+    """
+
+    shape: tuple[int, ...]
+    stack: tuple[AxisFactor, ...]
+    out: tuple[AxisFactor, ...]
+    inputs: tuple[AxisFactor, ...]
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Leading axes of the matrix form; () for a single matrix."""
+        return tuple(f.size for f in self.stack)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(o, i) of one matrix."""
+        o = i = 1
+        for f in self.out:
+            o *= f.size
+        for f in self.inputs:
+            i *= f.size
+        return o, i
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One contraction in which a parameter leaf takes part.
+
+    Attributes:
+      path: leaf path, normalised ("encoder/0/kernel"); names the leaf everywhere.
+      ordinal: 0 for the first use of the leaf, 1 for the second, ...
+      layout: the matrix view of the leaf in this use.
+      at: static stack index per stack axis of an unrolled stack (`w[2]`), None where the
+        whole axis takes part.
+      source: uses with the same number contract the same input: they share statistics.
+      bias: path of the parameter that is added to the output of this use, or None.
+      pattern: a pattern that a rule asks for instead of the method's own, or None.
+    """
+
+    path: str
+    ordinal: int
+    layout: Layout
+    at: tuple[int | None, ...] = ()
+    source: int = 0
+    bias: str | None = None
+    pattern: Any = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(path, ordinal): identifies the use, and its statistics before merging."""
+        return self.path, self.ordinal
+
+
+@dataclasses.dataclass(frozen=True)
+class Uses:
+    """What `discover` found: every leaf is either prunable or skipped for a reason.
+
+    Attributes:
+      prunable: all uses of the leaves that can be pruned, in order of execution.
+      skipped: leaf path -> reason, for every other leaf.
+    """
+
+    prunable: tuple[Use, ...]
+    skipped: dict[str, str]
+
+    def __iter__(self) -> Iterator[Use]:
+        """Iterates over the prunable uses in order of execution."""
+        return iter(self.prunable)
+
+    def __len__(self) -> int:
+        """Number of prunable uses."""
+        return len(self.prunable)
+
+    @property
+    def leaves(self) -> dict[str, Use]:
+        """path -> first use, for every prunable leaf in order of execution."""
+        found: dict[str, Use] = {}
+        for use in self.prunable:
+            found.setdefault(use.path, use)
+        return found
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """A weight in run-time form: gathered columns, values and positions per row tile.
+
+    `D` dense and `H` N:M columns per tile are static; a tile with fewer has padding
+    columns, index 0 and value 0. A stack of matrices has the same leading axes on every
+    array.
+
+    Attributes:
+      dense_index: i32[t, D], original input of each dense column.
+      dense_values: [t, v, D].
+      nm_index: i32[t, H], original input of each N:M column; m in a row form a group.
+      nm_values: [t, v, H / m * n], the kept values of each group, by position.
+      nm_positions: u32[t, v, words], position of each kept value inside its group, low
+        bits first; 2 bits each for m = 4, the next power of two that fits otherwise.
+        Strictly increasing inside a group, also where the values are zero.
+      out_order: i32[o], original row at storage row r.
+      left: block-diagonal factor on the outputs, or None.
+      right: block-diagonal factor on the inputs, or None.
+      shape: (o, i) of the matrix.
+      n: kept of each group of m.
+      m: group size.
+      layout: how the matrix goes back into its leaf; None for a plain `[o, i]` leaf.
+    """
+
+    dense_index: Array
+    dense_values: Array
+    nm_index: Array
+    nm_values: Array
+    nm_positions: Array
+    out_order: Array
+    left: BlockDiagonal | None
+    right: BlockDiagonal | None
+    shape: tuple[int, int] = static()
+    n: int = static()
+    m: int = static()
+    layout: Layout | None = static(default=None)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the values."""
+        return self.nm_values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays: values, indices, positions, order and wrappers."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
