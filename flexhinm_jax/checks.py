@@ -59,7 +59,8 @@ def sparsity(
     """Raises ValueError unless the target lies in the range of the pattern.
 
     Args:
-      value: fraction of weights removed, or None for the pattern's own; a tracer passes.
+      value: fraction of weights removed, or None for the pattern's own; a tracer
+        passes.
       low: smallest sparsity the pattern can express.
       high: largest sparsity the pattern can express.
       pattern: the pattern, for the message.
@@ -108,8 +109,8 @@ def finite(x: Any, what: str, path: str = "weight") -> None:
     if bad.any():
         first = tuple(int(p) for p in np.argwhere(bad)[0])
         raise ValueError(
-            f"{path}: {what} has {int(bad.sum())} NaN or infinite values of {bad.size}, "
-            f"the first at {first}; fix the checkpoint or the calibration data"
+            f"{path}: {what} has {int(bad.sum())} NaN or infinite values of "
+            f"{bad.size}, the first at {first}; fix the checkpoint or the calibration data"
         )
 
 
@@ -121,7 +122,7 @@ def stats(
     Args:
       given: statistics of the inputs of this weight, or None.
       shape: (o, i) of the matrix.
-      needs: "nothing", "norms" or "gram": what the method reads.
+      needs: "nothing", "norms", "gram" or "gradients": what the method reads.
       path: leaf path for the message.
 
     Raises:
@@ -139,6 +140,11 @@ def stats(
             f"{path}: this method needs the Gram matrix, but the statistics hold only "
             "norms; calibrate with gram=True"
         )
+    if needs == "gradients" and given.sq_grad is None:
+        raise ValueError(
+            f"{path}: this method needs squared gradients of the loss, but the "
+            "statistics hold none; add them with accumulate_gradients(stats, grad)"
+        )
     if given.sq_norm.shape[-1] != shape[1]:
         raise ValueError(
             f"{path}: statistics of {given.sq_norm.shape[-1]} inputs for a weight with "
@@ -146,8 +152,8 @@ def stats(
         )
     if given.gram is not None and given.gram.shape[-2:] != (shape[1], shape[1]):
         raise ValueError(
-            f"{path}: Gram of shape {given.gram.shape[-2:]} for in={shape[1]}; expected "
-            f"{(shape[1], shape[1])}"
+            f"{path}: Gram of shape {given.gram.shape[-2:]} for in={shape[1]}; "
+            f"expected {(shape[1], shape[1])}"
         )
     if is_concrete(given.count) and (np.asarray(given.count) <= 0).any():
         raise ValueError(
@@ -156,6 +162,8 @@ def stats(
         )
     finite(given.sq_norm, "input norms", path)
     finite(given.gram, "gram", path)
+    for name in ("cross", "target_mean", "sq_grad"):
+        finite(getattr(given, name), name, path)
 
 
 def _permutation(order: np.ndarray, what: str, path: str) -> None:

@@ -1,8 +1,9 @@
 """The frozen pytrees that the layers hand to each other.
 
 Letters used in every shape: `o` outputs, `i` inputs, `v` vector size (rows of a tile),
-`t = o / v` tiles, `n` weights kept of `m`, `k` blocks of side `b`. A matrix is `[o, i]`;
-groups of `m` run along `i`. A stack of matrices has the same fields with leading axes.
+`t = o / v` tiles, `n` weights kept of `m`, `k` blocks of side `b`. A matrix is
+`[o, i]`; groups of `m` run along `i`. A stack of matrices has the same fields with
+leading axes.
 
 These classes carry data and never validate: `__post_init__` of a pytree also runs on
 unflatten, with tracers, strings and None as leaves. `checks` holds the validation.
@@ -47,9 +48,9 @@ class Regions:
     Attributes:
       out_order: i32[o], the original row at storage row r. Tile t owns the storage rows
         t * v .. t * v + v - 1.
-      in_order: i32[t, i], per tile the original column at each position: the dense columns,
-        then the N:M columns in groups of m, then the pruned ones. Every row is a
-        permutation of arange(i).
+      in_order: i32[t, i], per tile the original column at each position: the dense
+        columns, then the N:M columns in groups of m, then the pruned ones. Every row
+        is a permutation of arange(i).
       dense_end: i32[t], number of dense columns.
       nm_end: i32[t], number of dense and N:M columns; nm_end - dense_end is a multiple
         of m.
@@ -142,6 +143,9 @@ class Stats:
       gram: f32[i, i], X^T X summed over tokens, or None when only norms were taken.
       cross: f32[o, i], T^T X for targets T that differ from X W^T, or None.
       target_mean: f32[o], mean of those targets, or None.
+      sq_grad: f32[o, i], sum over samples of the squared gradient of the loss, or None.
+      fisher: f32[o, i / b, b, b], sum of g g^T over blocks of b consecutive inputs, or
+        None.
     """
 
     sq_norm: Array
@@ -150,6 +154,8 @@ class Stats:
     gram: Array | None = None
     cross: Array | None = None
     target_mean: Array | None = None
+    sq_grad: Array | None = None
+    fisher: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -177,7 +183,7 @@ class Layout:
 
     Attributes:
       shape: shape of the leaf.
-      stack: axes over which matrices are stacked (scanned layers, experts, conv groups).
+      stack: axes over which matrices are stacked (scanned layers, experts, groups).
       out: output axes.
       inputs: contracted axes.
     """
@@ -211,8 +217,8 @@ class Use:
       path: leaf path, normalised ("encoder/0/kernel"); names the leaf everywhere.
       ordinal: 0 for the first use of the leaf, 1 for the second, ...
       layout: the matrix view of the leaf in this use.
-      at: static stack index per stack axis of an unrolled stack (`w[2]`), None where the
-        whole axis takes part.
+      at: static stack index per stack axis of an unrolled stack (`w[2]`), None where
+        the whole axis takes part.
       source: uses with the same number contract the same input: they share statistics.
       bias: path of the parameter that is added to the output of this use, or None.
       pattern: a pattern that a rule asks for instead of the method's own, or None.
@@ -254,7 +260,7 @@ class Uses:
 
     @property
     def leaves(self) -> dict[str, Use]:
-        """path -> first use, for every prunable leaf in order of execution."""
+        """Leaf path -> first use, for every prunable leaf in order of execution."""
         found: dict[str, Use] = {}
         for use in self.prunable:
             found.setdefault(use.path, use)

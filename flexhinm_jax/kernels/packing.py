@@ -1,10 +1,12 @@
 """The packed form of a plan: gathered columns, values and positions per row tile.
 
-Every region becomes its own block: dense columns with all their values, N:M columns with
-n values of every m and their positions. Positions take 2 bits for m = 4, low bits first,
-so a 2:4 group is the nibble `i0 | i1 << 2` with i0 < i1, also where the values are zero.
+Every region becomes its own block: dense columns with all their values, N:M columns
+with n values of every m and their positions. Positions take 2 bits for m = 4, low bits
+first, so a 2:4 group is the nibble `i0 | i1 << 2` with i0 < i1, also where the values
+are zero.
 """
 
+import functools
 import math
 
 import jax
@@ -71,12 +73,13 @@ def pack(plan: Plan, layout: Layout | None = None) -> PackedWeight:
             "choose a pattern such as NM or FlexHiNM"
         )
     dense, nm = sizes(regions)
-    one = lambda p: pack_to(p, dense, nm, layout)  # noqa: E731
+    one = functools.partial(pack_to, dense=dense, nm=nm, layout=layout)
     for _ in range(plan.weight.ndim - 2):
         one = jax.vmap(one)
     return one(plan)
 
 
+@functools.partial(jax.jit, static_argnames=("dense", "nm", "layout"))
 def pack_to(
     plan: Plan, dense: int, nm: int, layout: Layout | None = None
 ) -> PackedWeight:
@@ -177,6 +180,7 @@ def block_product(x: Array, factor: BlockDiagonal | None, axis: int = -1) -> Arr
     return jnp.moveaxis(y.reshape(x.shape), -1, axis)
 
 
+@jax.jit
 def unpack(packed: PackedWeight) -> Array:
     """The dense matrix of a packed weight.
 

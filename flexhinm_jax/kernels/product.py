@@ -15,7 +15,7 @@ from flexhinm_jax.types import BlockDiagonal, PackedWeight
 
 
 def sparse_dot(x: Array, packed: PackedWeight, *, transposed: bool = False) -> Array:
-    """x @ W^T for a packed W `[o, i]`, or x @ W with `transposed`.
+    """Computes x @ W^T for a packed W `[o, i]`, or x @ W with `transposed`.
 
     Differentiable in x and in the values, vmappable over x and over a stack of weights.
 
@@ -64,7 +64,7 @@ def _transpose(factor: BlockDiagonal | None) -> BlockDiagonal | None:
 
 
 def _rows(x: Array, packed: PackedWeight) -> Array:
-    """x [..., i] @ S^T -> [..., o] in float32."""
+    """Sparse core: x [..., i] @ S^T -> [..., o] in float32."""
     parts = (
         (packed.dense_index, packed.dense_values),
         (packed.nm_index, block_columns(packed)),
@@ -83,7 +83,7 @@ def _rows(x: Array, packed: PackedWeight) -> Array:
 
 
 def _columns(x: Array, packed: PackedWeight) -> Array:
-    """x [..., o] @ S -> [..., i] in float32."""
+    """Sparse core: x [..., o] @ S -> [..., i] in float32."""
     t = packed.dense_index.shape[0]
     x = x[..., packed.out_order].reshape(*x.shape[:-1], t, -1)
     y = jnp.zeros((*x.shape[:-2], packed.shape[1]), jnp.float32)

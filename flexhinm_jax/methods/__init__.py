@@ -1,20 +1,58 @@
-"""Methods: one paper, one file; `METHODS` has one line for each."""
+"""Methods: one paper, one file; `METHODS` has one line for each.
 
+Wrappers take another method: `Refit(Wanda(NM(2, 4)))`, in text form "refit(wanda)".
+"""
+
+import re
+
+from flexhinm_jax.methods.alps import ALPS
 from flexhinm_jax.methods.base import Method, ScoreMethod
+from flexhinm_jax.methods.fisher import Fisher, accumulate_gradients
 from flexhinm_jax.methods.magnitude import Magnitude
+from flexhinm_jax.methods.refine_mask import RefineMask
+from flexhinm_jax.methods.refit import Refit
+from flexhinm_jax.methods.ria import RIA
+from flexhinm_jax.methods.sparsegpt import SparseGPT
 from flexhinm_jax.methods.wanda import Wanda
+from flexhinm_jax.methods.wrapper import Wrapper
 from flexhinm_jax.patterns import Pattern
 
 METHODS: dict[str, type[Method]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
+    "ria": RIA,
+    "fisher": Fisher,
+    "sparsegpt": SparseGPT,
+    "alps": ALPS,
+    "refit": Refit,
+    "refine_mask": RefineMask,
 }
 
-__all__ = ["METHODS", "Magnitude", "Method", "ScoreMethod", "Wanda", "parse"]
+__all__ = [
+    "ALPS",
+    "METHODS",
+    "RIA",
+    "Fisher",
+    "Magnitude",
+    "Method",
+    "RefineMask",
+    "Refit",
+    "ScoreMethod",
+    "SparseGPT",
+    "Wanda",
+    "Wrapper",
+    "accumulate_gradients",
+    "parse",
+]
 
 
 def parse(name: str, pattern: Pattern) -> Method:
     """The method of that command-line name with the given pattern.
+
+    Args:
+      name: a name of `METHODS`; a wrapper takes the method it wraps in parentheses,
+        and Wanda when there are none: "alps", "refit(ria)", "refit(refine_mask(alps))".
+      pattern: the supports to choose from.
 
     Raises:
       ValueError: an unknown name; the message lists the known ones.
@@ -22,8 +60,20 @@ def parse(name: str, pattern: Pattern) -> Method:
     Example:
       >>> from flexhinm_jax.patterns import NM
       >>> parse("wanda", NM(2, 4))
-      Wanda(pattern=NM(n=2, m=4))
+      Wanda(pattern=NM(n=2, m=4, permute=None))
+      >>> parse("refit(ria)", NM(2, 4)).inner.a
+      0.5
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-    return METHODS[name](pattern)
+    form = re.fullmatch(r"(\w+)(?:\((.*)\))?", name.strip())
+    if form is None or form[1] not in METHODS:
+        wrappers = [k for k, v in METHODS.items() if issubclass(v, Wrapper)]
+        raise ValueError(
+            f"unknown method {name!r}; known: {', '.join(METHODS)}; "
+            f"{' and '.join(wrappers)} take another one, as in refit(wanda)"
+        )
+    method, inner = METHODS[form[1]], form[2]
+    if issubclass(method, Wrapper):
+        return method(parse("wanda" if inner is None else inner, pattern))
+    if inner is not None:
+        raise ValueError(f"method {name!r}: {form[1]} does not wrap another method")
+    return method(pattern)

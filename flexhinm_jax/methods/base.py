@@ -29,7 +29,7 @@ class Method(abc.ABC):
     pattern: Pattern = NM(2, 4)
 
     #: What `solve` reads of the statistics; "norms" works with `calibrate(gram=False)`.
-    needs: ClassVar[Literal["nothing", "norms", "gram"]] = "nothing"
+    needs: ClassVar[Literal["nothing", "norms", "gram", "gradients"]] = "nothing"
 
     def __post_init__(self):
         """Validates the configuration."""

@@ -8,10 +8,18 @@ YaZraqRsbB, section 3.2), because the retained saliency is not always unimodal i
 Scores arrive as tiles `[t, v, i]`: t row tiles of v rows in storage order.
 """
 
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from flexhinm_jax.ops import masks
+
+FULL_SCAN = 128  # up to this many numbers of groups every one is evaluated
+# The constants that FlexHiNM-GP does not state, see `walk_groups`.
+WALK_ALPHA, WALK_BETA, WALK_GAMMA = 0.05, 0.01, 0.01
 
 
 def budget(columns: int, sparsity: Array | float) -> Array:
@@ -119,8 +127,36 @@ def kept(
     return jnp.take_along_axis(keep, jnp.argsort(order, axis=1)[:, None], axis=2)
 
 
-def scan_groups(tiles: Array, k: Array, n: int, m: int) -> tuple[Array, Array]:
-    """Retained score for every legal number of groups, evaluated exactly.
+def value(
+    tiles: Array, order: Array, dense: Array, h: Array, n: int, m: int
+) -> Array:
+    """Score that the regions retain, all tiles together.
+
+    Args:
+      tiles: scores [t, v, i], non-negative, in original column order.
+      order: i32[t, i], original column at each position.
+      dense: i32[], dense columns of every tile.
+      h: i32[], groups of every tile.
+      n: kept per group.
+      m: group size.
+
+    Returns:
+      f32[].
+    """
+    t, _, i = tiles.shape
+    tiles = tiles.astype(jnp.float32)
+    column = jnp.take_along_axis(jnp.sum(tiles, axis=1), order, axis=1)
+    in_dense = jnp.arange(i, dtype=jnp.int32) < dense
+    groups = group_scores(order, jnp.full((t,), dense, jnp.int32), tiles, m)
+    live = jnp.arange(i // m, dtype=jnp.int32) < h
+    best = jnp.sum(masks.top_n_sum(groups, n=n), axis=1)
+    return jnp.sum(jnp.where(in_dense, column, 0)) + jnp.sum(jnp.where(live, best, 0))
+
+
+def boundary_curve(
+    tiles: Array, k: Array, n: int, m: int
+) -> Callable[[Array], Array]:
+    """The exact retained score as a function of the number of groups.
 
     The columns are ranked once; for each h the middle ranks are dealt into groups and
     the n best per row and group are summed. Groups are read as m contiguous slices of
@@ -133,8 +169,7 @@ def scan_groups(tiles: Array, k: Array, n: int, m: int) -> tuple[Array, Array]:
       m: group size.
 
     Returns:
-      h: i32[], the best number of groups, the smallest of equals.
-      retained: f32[i // m + 1], retained score by h, -inf where h is not legal.
+      A function from a legal h, i32[], to f32[].
     """
     t, _, i = tiles.shape
     size = i // m
@@ -147,7 +182,7 @@ def scan_groups(tiles: Array, k: Array, n: int, m: int) -> tuple[Array, Array]:
     forward = jnp.pad(rows, ((0, 0), (0, size), (0, 0)))
     backward = jnp.pad(rows[:, ::-1], ((0, 0), (0, size), (0, 0)))
 
-    def evaluate(h, curve):
+    def retained(h):
         dense = k - n * h
         slots = []
         for j in range(m):
@@ -159,12 +194,156 @@ def scan_groups(tiles: Array, k: Array, n: int, m: int) -> tuple[Array, Array]:
         best = masks.top_n_sum(jnp.stack(slots), n=n, axis=0)
         live = jnp.arange(size, dtype=jnp.int32) < h
         total = jnp.sum(jnp.where(live[None, :, None], best, 0))
-        total += jnp.where(dense > 0, dense_sums[jnp.maximum(dense, 1) - 1], 0)
-        return curve.at[h].set(total)
+        return total + jnp.where(dense > 0, dense_sums[jnp.maximum(dense, 1) - 1], 0)
+
+    return retained
+
+
+@functools.partial(jax.jit, static_argnames=("n", "m", "step", "full"))
+def scan_groups(
+    tiles: Array, k: Array, n: int, m: int, step: int = 1, full: int = FULL_SCAN
+) -> tuple[Array, Array]:
+    """Retained score for every legal number of groups, evaluated exactly.
+
+    Above `full` candidates the scan is coarse to fine: 64 evenly spaced numbers and the
+    largest, then every number between the neighbours of the best. Each value is exact;
+    a maximum narrower than the spacing may be missed.
+
+    Args:
+      tiles: scores [t, v, i], non-negative.
+      k: i32[], budget in column-equivalents.
+      n: kept per group.
+      m: group size.
+      step: only multiples of this number of groups are legal.
+      full: scan everything up to this many candidates.
+
+    Returns:
+      h: i32[], the best number of groups, the smallest of equals.
+      retained: f32[i // m + 1], retained score by h, -inf where not evaluated.
+    """
+    size = tiles.shape[-1] // m
+    retained = boundary_curve(tiles, k, n, m)
+    last = most_groups(k, tiles.shape[-1], n, m) // step
+
+    def evaluate(j, curve):
+        return curve.at[j * step].set(retained(j * step))
 
     curve = jnp.full((size + 1,), -jnp.inf, jnp.float32)
-    curve = lax.fori_loop(0, most_groups(k, i, n, m) + 1, evaluate, curve)
+    if size // step <= full:
+        curve = lax.fori_loop(0, last + 1, evaluate, curve)
+        return jnp.argmax(curve).astype(jnp.int32), curve
+    stride = -(-(size // step) // 64)
+    coarse = lambda j, curve: evaluate(jnp.minimum(j * stride, last), curve)  # noqa: E731
+    curve = lax.fori_loop(0, -(-last // stride) + 1, coarse, curve)
+    best = jnp.argmax(curve).astype(jnp.int32) // step
+    low, high = jnp.maximum(best - stride, 0), jnp.minimum(best + stride, last)
+    curve = lax.fori_loop(low, high + 1, evaluate, curve)
     return jnp.argmax(curve).astype(jnp.int32), curve
+
+
+@functools.partial(jax.jit, static_argnames=("n", "m", "step"))
+def walk_groups(tiles: Array, k: Array, n: int, m: int, step: int = 1) -> Array:
+    """The one-dimensional boundary search of FlexHiNM-GP, stopping at the first drop.
+
+    The pruned fraction v starts at the sparsity (no groups) and falls by a step alpha;
+    the N:M fraction of the rest is p = 2 (sparsity - v) / (1 - v) for 2:4. After each step
+    alpha <- alpha - BETA v - GAMMA rms, with rms the running root mean square of the
+    change of (v, p). The paper leaves alpha, BETA, GAMMA and the argument of the rms
+    open; these are our choices, and alpha never falls below one group.
+
+    Args:
+      tiles: scores [t, v, i], non-negative.
+      k: i32[], budget in column-equivalents.
+      n: kept per group.
+      m: group size.
+      step: only multiples of this number of groups are legal.
+
+    Returns:
+      i32[], the last number of groups before the retained score fell.
+    """
+    i = tiles.shape[-1]
+    retained = boundary_curve(tiles, k, n, m)
+    last = most_groups(k, i, n, m) // step * step
+    sparsity = 1 - k.astype(jnp.float32) / i
+    least = jnp.float32(step * (m - n) / i)
+
+    def groups(v):
+        h = jnp.round((sparsity - v) * (i / (m - n) / step)).astype(jnp.int32) * step
+        return jnp.clip(h, 0, last)
+
+    def fraction(v):
+        return 2 * (sparsity - v) / jnp.maximum(1 - v, 1 / i)
+
+    def advance(state):
+        v, alpha, square, h, best, _ = state
+        new_v = v - jnp.maximum(alpha, least)
+        new_h = groups(new_v)
+        score = retained(new_h)
+        change = jnp.square(new_v - v) + jnp.square(fraction(new_v) - fraction(v))
+        square = 0.9 * square + 0.1 * change
+        alpha -= WALK_BETA * new_v + WALK_GAMMA * jnp.sqrt(square)
+        up = score >= best
+        go = up & (new_h < last)
+        h, best = jnp.where(up, new_h, h), jnp.where(up, score, best)
+        return new_v, alpha, square, h, best, go
+
+    zero = jnp.zeros((), jnp.int32)
+    start = (
+        sparsity,
+        jnp.float32(WALK_ALPHA),
+        jnp.zeros((), jnp.float32),
+        zero,
+        retained(zero),
+        last > 0,
+    )
+    return lax.while_loop(lambda s: s[-1], advance, start)[3]
+
+
+def absorb(
+    tiles: Array, order: Array, dense: Array, h: Array, n: int, m: int
+) -> tuple[Array, Array, Array]:
+    """Merges n dense with m - n pruned columns into groups, as often as possible.
+
+    A group that holds n dense columns can keep just these in every row, so the result
+    retains at least what the given regions do, at the same sparsity. With the sparsity
+    at least 1 - n / m no dense columns are left (fewer than n of them): this is why three
+    regions cannot retain more than HiNM with the best input order.
+
+    Args:
+      tiles: scores [t, v, i] in original column order.
+      order: i32[t, i], dense, grouped, pruned columns.
+      dense: i32[], dense columns per tile.
+      h: i32[], groups per tile.
+      n: kept per group.
+      m: group size.
+
+    Returns:
+      order, dense, h of the new regions: remaining dense columns, new groups (the
+      weakest dense with the strongest pruned columns), old groups, pruned.
+    """
+    i = order.shape[-1]
+    p = jnp.arange(i, dtype=jnp.int32)
+    column = jnp.take_along_axis(jnp.sum(tiles, axis=1), order, axis=1)
+    pruned = i - dense - m * h
+    new = jnp.minimum(dense // n, pruned // (m - n))
+    # dense and pruned columns by score, the groups where they are
+    section = jnp.where(p < dense, 0, jnp.where(p < dense + m * h, 1, 2))
+    by_score = jnp.argsort(jnp.where(section == 1, 0, -column), axis=1, stable=True)
+    by_section = jnp.argsort(section[by_score], axis=1, stable=True)
+    order = jnp.take_along_axis(
+        order, jnp.take_along_axis(by_score, by_section, axis=1), axis=1
+    )
+    left = dense - n * new
+    group, slot = (p - left) // m, (p - left) % m
+    source = jnp.where(
+        slot < n,
+        left + slot * new + group,
+        dense + m * h + (slot - n) * new + group,
+    )
+    after = p - left - m * new  # old groups, then what stays pruned
+    after = jnp.where(after < m * h, dense + after, p)
+    source = jnp.where(p < left, p, jnp.where(p < left + m * new, source, after))
+    return order[:, source], left, h + new
 
 
 def shrink(
@@ -178,6 +357,8 @@ def shrink(
     m: int,
     *,
     regroup: bool,
+    step: int = 1,
+    dense_step: int = 1,
 ) -> tuple[Array, Array, Array, Array]:
     """Smaller regions inside given ones: nothing that was removed comes back.
 
@@ -198,6 +379,8 @@ def shrink(
       n: kept per group.
       m: group size.
       regroup: whether dense columns may become groups.
+      step: only multiples of this number of groups are legal.
+      dense_step: only multiples of this number of dense columns are legal.
 
     Returns:
       keep, order, dense_end, nm_end: the new regions, nested in the previous ones.
@@ -234,6 +417,7 @@ def shrink(
         total = jnp.sum(jnp.where((rank < h) & (both >= 0), both, 0))
         total += jnp.sum(jnp.where(d > 0, sums[:, jnp.maximum(d, 1) - 1], 0))
         legal = (d <= k) & ((k - d) % n == 0) & (h <= old + q)
+        legal &= (d % dense_step == 0) & (h % step == 0)
         if not regroup:
             legal &= (d == k) | (dense == 0)
         return jnp.where(legal, total, -jnp.inf), fresh_order, rank, h, q

@@ -5,6 +5,7 @@ Larger scores stay. A score is only compared with scores of the same matrix.
 
 import jax.numpy as jnp
 from jax import Array
+from jax.scipy.linalg import solve_triangular
 
 
 def magnitude(w: Array) -> Array:
@@ -45,3 +46,53 @@ def diagonal_fisher(w: Array, sq_grad: Array) -> Array:
     Source: Theis et al. 2018 (arXiv:1801.05787), equation 7.
     """
     return squared(w) * sq_grad.astype(jnp.float32) / 2
+
+
+def relative_importance(w: Array, sq_norm: Array, a: float) -> Array:
+    """Share of a weight in its input and in its output, times the input norm.
+
+    Args:
+      w: [o, i].
+      sq_norm: f32[i], squared norm of every input channel; any common factor cancels.
+      a: exponent of the norm.
+
+    Returns:
+      f32[o, i], (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) * ||x_j||^a.
+
+    Source: Zhang et al. 2024 (ICLR, openreview Tr0lPx9woF), equations 2 and 4.
+    """
+    size = magnitude(w)
+    tiny = jnp.finfo(jnp.float32).tiny  # a channel of zeros scores zero
+    column = jnp.maximum(jnp.sum(size, axis=0, keepdims=True), tiny)
+    row = jnp.maximum(jnp.sum(size, axis=1, keepdims=True), tiny)
+    norm = jnp.sqrt(sq_norm.astype(jnp.float32))
+    return (size / column + size / row) * norm**a
+
+
+def block_fisher(w: Array, fisher: Array, damp: float) -> Array:
+    """Loss increase of removing one weight while its block makes up for it.
+
+    Args:
+      w: [o, i].
+      fisher: f32[o, i / b, b, b], sum of g g^T over blocks of b consecutive inputs.
+      damp: added to the diagonal, as a fraction of the mean of the whole diagonal.
+
+    Returns:
+      f32[o, i], w_q^2 / (2 [F^-1]_qq).
+
+    Source: Kurtic et al. 2022 (arXiv:2203.07259), equation 7.
+    """
+    b = fisher.shape[-1]
+    fisher = fisher.astype(jnp.float32)
+    mean = jnp.mean(jnp.diagonal(fisher, axis1=-2, axis2=-1))
+    ridge = damp * jnp.where(mean > 0, mean, 1)
+    factor = jnp.linalg.cholesky(fisher + ridge * jnp.eye(b, dtype=jnp.float32))
+    eye = jnp.broadcast_to(jnp.eye(b, dtype=jnp.float32), fisher.shape)
+    half = solve_triangular(factor, eye, lower=True)
+    inverse = jnp.sum(jnp.square(half), axis=-2).reshape(w.shape)
+    return squared(w) / (2 * inverse)
+
+
+def summed(total: Array | None, x: Array) -> Array:
+    """`total + x`, or x when nothing was added yet."""
+    return x if total is None else total + x

@@ -6,17 +6,21 @@ line here.
 
 import dataclasses
 import re
+from typing import Any
 
 from flexhinm_jax.patterns.base import Pattern
 from flexhinm_jax.patterns.flexhinm import FlexHiNM
 from flexhinm_jax.patterns.hinm import HiNM
 from flexhinm_jax.patterns.nm import NM
+from flexhinm_jax.patterns.permute import ChannelSearch, Gyro, RandomRows
+from flexhinm_jax.patterns.transposable import Transposable
 from flexhinm_jax.patterns.unstructured import Unstructured
 from flexhinm_jax.patterns.vector import Vector
 
 PATTERNS: dict[str, type[Pattern]] = {
     "unstructured": Unstructured,
     "nm": NM,
+    "transposable": Transposable,
     "vector": Vector,
     "hinm": HiNM,
     "flexhinm": FlexHiNM,
@@ -25,9 +29,13 @@ PATTERNS: dict[str, type[Pattern]] = {
 __all__ = [
     "NM",
     "PATTERNS",
+    "ChannelSearch",
     "FlexHiNM",
+    "Gyro",
     "HiNM",
     "Pattern",
+    "RandomRows",
+    "Transposable",
     "Unstructured",
     "Vector",
     "parse",
@@ -38,19 +46,19 @@ def parse(text: str) -> Pattern:
     """Reads a pattern from its command-line form.
 
     Args:
-      text: "2:4" (n:m), or a name with options: "flexhinm:v=32,n=2,m=4". Options are
-        field names or their letters.
+      text: "2:4" (n:m), or a name with options: "flexhinm:v=32,permute=none". Options
+        are field names or their letters; values are integers, or names where the
+        pattern lists some.
 
     Returns:
       The pattern.
 
     Raises:
-      ValueError: an unknown name or option, or a value that is no integer; the message
-        lists what is known.
+      ValueError: an unknown name, option or value; the message lists what is known.
 
     Example:
-      >>> parse("hinm:v=64")
-      HiNM(vector_size=64, n=2, m=4)
+      >>> parse("hinm:v=64,permute=none")
+      HiNM(vector_size=64, n=2, m=4, permute=None, hardware=False)
     """
     known = "n:m such as 2:4, " + ", ".join(PATTERNS)
     if group := re.fullmatch(r"(\d+):(\d+)", text):
@@ -60,7 +68,7 @@ def parse(text: str) -> Pattern:
         raise ValueError(f"unknown pattern {text!r}; known: {known}")
     cls = PATTERNS[name]
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    chosen: dict[str, int | str] = {}
+    chosen: dict[str, Any] = {}
     for option in filter(None, options.split(",")):
         letter, equals, value = option.partition("=")
         field = cls.letters.get(letter, letter)
@@ -69,7 +77,14 @@ def parse(text: str) -> Pattern:
             raise ValueError(
                 f"pattern {text!r}: unknown option {option!r}; {name} takes {names}"
             )
-        if isinstance(fields[field].default, int):
+        if field in cls.choices:
+            if value not in cls.choices[field]:
+                raise ValueError(
+                    f"pattern {text!r}: unknown value {option!r}; choose "
+                    + ", ".join(cls.choices[field])
+                )
+            chosen[field] = cls.choices[field][value]
+        elif isinstance(fields[field].default, int):
             if not value.isdigit():
                 raise ValueError(f"pattern {text!r}: {letter}={value} is no integer")
             chosen[field] = int(value)

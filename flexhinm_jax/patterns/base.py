@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from jax import Array
 
 from flexhinm_jax import checks
+from flexhinm_jax.ops import masks, regions
 from flexhinm_jax.types import Support
 
 
@@ -21,6 +22,10 @@ class Pattern(abc.ABC):
 
     #: Letter by which `parse` knows a field: {"v": "vector_size"}.
     letters: ClassVar[dict[str, str]] = {}
+
+    #: Values of fields that are no numbers, by the name `parse` knows them by:
+    #: {"permute": {"none": None, "gyro": Gyro()}}.
+    choices: ClassVar[dict[str, dict[str, Any]]] = {}
 
     @abc.abstractmethod
     def project(
@@ -41,6 +46,48 @@ class Pattern(abc.ABC):
         Returns:
           The support; not differentiable.
         """
+
+    #: Whether every row may choose its weights without looking at other rows.
+    free_rows: ClassVar[bool] = True
+
+    def refine(self, support: Support, scores: Array) -> Support:
+        """Re-chooses weights where the structure of a support leaves a choice.
+
+        Orders and regions stay, dense and pruned columns stay, the n of every m inside
+        the groups are chosen again: what methods that move weights iterate.
+
+        Args:
+          support: a support of this pattern.
+          scores: f32[o, i], non-negative; larger stays.
+
+        Returns:
+          A support with the same regions that keeps at least the score of the given one.
+        """
+        given = support.regions
+        assert given is not None
+        rows = scores.shape[0] // given.in_order.shape[0]
+        keep = regions.kept(
+            regions.tile(scores, given.out_order, rows),
+            given.in_order,
+            given.dense_end,
+            given.nm_end,
+            given.n,
+            given.m,
+        )
+        return Support(masks.fold_tiles(keep, given.out_order), given)
+
+    def choose(self, scores: Array, n: int, m: int) -> Array:
+        """The best support of one group of m columns.
+
+        Args:
+          scores: f32[r, m], non-negative; the rows of one tile.
+          n: kept of m, as the regions of the support say.
+          m: group size.
+
+        Returns:
+          bool[r, m].
+        """
+        return masks.n_of_m(scores, n=n, m=m)
 
     @abc.abstractmethod
     def sparsity_range(self) -> tuple[float, float]:

@@ -8,10 +8,15 @@ a tile has D dense columns and h groups with D + n * h = k.
 """
 
 import dataclasses
+from typing import Any, ClassVar, Literal
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
+from flexhinm_jax import checks
 from flexhinm_jax.ops import regions
+from flexhinm_jax.patterns.permute import PERMUTES, ChannelSearch, Gyro
 from flexhinm_jax.patterns.tiled import Tiled
 
 
@@ -23,15 +28,31 @@ class FlexHiNM(Tiled):
     own choice. At sparsity 0 everything is dense; without groups the result is that of
     `Vector`, without dense columns that of `HiNM`.
 
+    What to expect: n dense and m - n pruned columns can always share a group that keeps
+    at least as much (`ops.regions.absorb`). So from sparsity 1 - n / m on (50 % for 2:4)
+    three regions cannot retain more than `HiNM` with the best input order, and with
+    `permute=Gyro()` the two agree to search noise. Regions help below that sparsity,
+    where HiNM does not exist; without permutation; and at run time, because a dense
+    column gathers half the activations of the group that would replace it.
+
     Attributes:
       vector_size: rows of a tile; divides the outputs of the weight.
       n: kept per group of the N:M region.
       m: group size; divides the inputs of the weight.
+      permute: search of the row and column orders; None for natural rows with the
+        columns dealt to groups by strength. The boundaries are chosen for the natural
+        and twice for the searched rows, and the best is kept.
+      regions: how the boundaries are chosen. "exact" evaluates every one; "search" is
+        the paper's walk, which stops at the first drop; "absorb" starts from "exact",
+        merges dense and pruned columns into groups and searches on: never below "exact"
+        nor below no dense columns at all. A pair (dense, nm) fixes the columns of both
+        regions, and with them the sparsity.
+      hardware: keep multiples of 32 N:M and of 16 dense columns.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> scores = jnp.array([[9.0, 1, 2, 8], [9, 2, 1, 8]])
-      >>> pattern = FlexHiNM(vector_size=2)
+      >>> pattern = FlexHiNM(vector_size=2, permute=None)
       >>> support = pattern.project(jax.random.key(0), scores, sparsity=0.75)
       >>> support.keep.tolist()
       [[True, False, False, False], [True, False, False, False]]
@@ -39,6 +60,33 @@ class FlexHiNM(Tiled):
 
     n: int = 2
     m: int = 4
+    permute: ChannelSearch | None = Gyro()
+    regions: Literal["exact", "search", "absorb"] | tuple[int, int] = "exact"
+    hardware: bool = False
+    letters: ClassVar[dict[str, str]] = Tiled.letters | {"regions": "regions"}
+    choices: ClassVar[dict[str, dict[str, Any]]] = {
+        "permute": PERMUTES,
+        "hardware": {"yes": True, "no": False},
+        "regions": {name: name for name in ("exact", "search", "absorb")},
+    }
+    rounds = 2
+
+    def __post_init__(self):
+        """Validates the configuration."""
+        super().__post_init__()
+        if isinstance(self.regions, tuple):
+            dense, nm = self.regions
+            steps = self.dense_step, self.m * self.group_step
+            if dense < 0 or nm < 0 or dense % steps[0] or nm % steps[1]:
+                raise ValueError(
+                    f"regions={self.regions}: need columns (dense, nm) that are "
+                    f"multiples of {steps[0]} and {steps[1]}"
+                )
+        elif self.regions not in ("exact", "search", "absorb"):
+            raise ValueError(
+                f"regions={self.regions!r}: choose 'exact', 'search', 'absorb' or a "
+                "pair (dense, nm) of column counts"
+            )
 
     @property
     def n_of_m(self) -> tuple[int, int]:
@@ -46,5 +94,63 @@ class FlexHiNM(Tiled):
         return self.n, self.m
 
     def groups(self, tiles: Array, k: Array) -> Array:
-        """The number of groups that retains most, by an exact scan."""
-        return regions.scan_groups(tiles, k, self.n, self.m)[0]
+        """The number of groups that retains most, by an exact scan unless configured."""
+        step = self.group_step
+        if isinstance(self.regions, tuple):
+            return jnp.asarray(self.regions[1] // self.m, jnp.int32)
+        if self.regions == "search":
+            return regions.walk_groups(tiles, k, self.n, self.m, step)
+        return regions.scan_groups(tiles, k, self.n, self.m, step)[0]
+
+    def columns(
+        self,
+        key: Array,
+        tiles: Array,
+        k: Array,
+        order: Array,
+        dense: Array,
+        h: Array,
+    ) -> tuple[Array, Array, Array]:
+        """Searches the input orders; with "absorb" also without dense columns."""
+        if self.regions != "absorb":
+            return super().columns(key, tiles, k, order, dense, h)
+        n, m = self.n_of_m
+        flex_key, absorb_key, plain_key = jax.random.split(key, 3)
+        flex = super().columns(flex_key, tiles, k, order, dense, h)
+        merged = regions.absorb(tiles, *flex, n, m)
+        merged = super().columns(absorb_key, tiles, k, *merged)
+        step = self.group_step
+        most = regions.most_groups(k, order.shape[-1], n, m) // step * step
+        rank = regions.ranked(jnp.sum(tiles, axis=1, dtype=jnp.float32))
+        left = k - n * most
+        plain = regions.column_order(rank, left, most, m), left, most
+        plain = super().columns(plain_key, tiles, k, *plain)
+        worth = [regions.value(tiles, *found, n, m) for found in (merged, plain)]
+        return jax.tree.map(
+            lambda a, b: jnp.where(worth[0] >= worth[1], a, b), merged, plain
+        )
+
+    def budget(self, columns: int, sparsity: Array) -> Array:
+        """Column-equivalents that stay; fixed regions fix them."""
+        if isinstance(self.regions, tuple):
+            dense, nm = self.regions
+            return jnp.asarray(dense + nm // self.m * self.n, jnp.int32)
+        return super().budget(columns, sparsity)
+
+    def check(
+        self, shape: tuple[int, ...], sparsity: Any = None, path: str = "weight"
+    ) -> None:
+        """Raises ValueError when shape or target do not fit the pattern."""
+        if not isinstance(self.regions, tuple):
+            super().check(shape, sparsity, path)
+            return
+        self.check_shape(shape, path)
+        dense, nm = self.regions
+        if dense + nm > shape[1]:
+            raise ValueError(
+                f"{path}: regions=({dense}, {nm}) need {dense + nm} columns of "
+                f"in={shape[1]}"
+            )
+        own = 1 - (dense + nm // self.m * self.n) / shape[1]
+        if sparsity is not None and checks.is_concrete(sparsity):
+            checks.sparsity(sparsity, own, own, self, path)

@@ -8,6 +8,7 @@ import dataclasses
 
 from jax import Array
 
+from flexhinm_jax.patterns.permute import ChannelSearch, Gyro
 from flexhinm_jax.patterns.tiled import Tiled
 
 
@@ -19,10 +20,15 @@ class HiNM(Tiled):
       vector_size: rows of a tile; divides the outputs of the weight.
       n: kept per group.
       m: group size; divides the inputs of the weight.
+      permute: search of the row and column orders; None for natural rows with the
+        columns dealt to groups by strength.
+      hardware: keep a multiple of 32 N:M columns, what one instruction reads.
     """
 
     n: int = 2
     m: int = 4
+    permute: ChannelSearch | None = Gyro()
+    hardware: bool = False
     has_dense = False
 
     @property

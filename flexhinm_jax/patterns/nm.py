@@ -1,36 +1,51 @@
 """N:M sparsity: n weights stay of every m consecutive inputs of every row.
 
-Mishra et al. 2021 (arXiv:2104.08378). 2:4 is what NVIDIA's sparse tensor cores run.
+Mishra et al. 2021 (arXiv:2104.08378). 2:4 is what NVIDIA's sparse tensor cores run. With
+a permutation the groups are m inputs of one order that all rows share (RIA channel
+permutation, Zhang et al. 2024; apex ASP), which costs one gather at run time.
 """
 
 import dataclasses
-from typing import ClassVar
+import functools
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from flexhinm_jax import checks
-from flexhinm_jax.ops import masks, regions
+from flexhinm_jax.ops import channels, masks, regions
 from flexhinm_jax.patterns.base import Pattern, check_n_of_m
+from flexhinm_jax.patterns.permute import PERMUTES, ChannelSearch
 from flexhinm_jax.types import Regions, Support
 
 
 @dataclasses.dataclass(frozen=True)
 class NM(Pattern):
-    """Keeps the n best of every m inputs, in natural order.
+    """Keeps the n best of every m inputs.
 
     Attributes:
       n: kept per group.
       m: group size; divides the inputs of the weight.
+      permute: None for natural order, ChannelSearch() for one searched input order.
     """
 
     n: int = 2
     m: int = 4
-    letters: ClassVar[dict[str, str]] = {"n": "n", "m": "m"}
+    permute: ChannelSearch | None = None
+    letters: ClassVar[dict[str, str]] = {"n": "n", "m": "m", "permute": "permute"}
+    choices: ClassVar[dict[str, dict[str, Any]]] = {
+        "permute": {name: PERMUTES[name] for name in ("none", "channels")}
+    }
 
     def __post_init__(self):
         """Validates the configuration."""
         check_n_of_m(self.n, self.m)
+        if self.permute is not None and type(self.permute) is not ChannelSearch:
+            raise ValueError(
+                f"permute={self.permute!r}: N:M has no row tiles, so only "
+                "ChannelSearch() or None"
+            )
 
     def project(
         self,
@@ -39,13 +54,18 @@ class NM(Pattern):
         sparsity: Array | float | None = None,
         prev: Support | None = None,
     ) -> Support:
-        """Keeps the n best of each group; `key` and `sparsity` are not used.
+        """Keeps the n best of each group; `sparsity` is not used.
 
-        With `prev` the support is `prev`: there is no smaller one of the same pattern.
+        `key` is consumed by the search of the input order. With `prev` the support is
+        `prev`: there is no smaller one of the same pattern.
         """
-        del key, sparsity
+        del sparsity
         if prev is not None:
             return prev
+        if self.permute is not None:
+            self.check_shape(scores.shape)
+            checks.finite(scores, "scores")
+            return self._search(key, scores)
         o, i = scores.shape
         keep = masks.n_of_m(scores, n=self.n, m=self.m)
         return Support(
@@ -59,6 +79,26 @@ class NM(Pattern):
                 m=self.m,
             ),
         )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _search(self, key, scores):
+        """The best of the natural and the searched input order."""
+        assert self.permute is not None
+        o, i = scores.shape
+        tiles = scores.astype(jnp.float32)[None]
+        none = jnp.zeros((), jnp.int32)
+        h = jnp.asarray(i // self.m, jnp.int32)
+
+        def worth(order):
+            return regions.value(tiles, order, none, h, self.n, self.m)
+
+        natural, dealt = regions.natural_order(1, i), channels.serpentine(scores, self.m)
+        start = jnp.where(worth(dealt) > worth(natural), dealt, natural)
+        order = self.permute.columns(key, tiles, start, none, h, self.n, self.m)
+        ends = jnp.zeros((1,), jnp.int32), jnp.full((1,), i, jnp.int32)
+        keep = regions.kept(tiles, order, *ends, self.n, self.m)[0]
+        rows = jnp.arange(o, dtype=jnp.int32)
+        return Support(keep, Regions(rows, order, *ends, self.n, self.m))
 
     def check_shape(self, shape: tuple[int, ...], path: str = "weight") -> None:
         """Raises ValueError unless m divides the inputs."""

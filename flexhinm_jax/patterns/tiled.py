@@ -6,15 +6,22 @@ whatever retains most.
 
 import abc
 import dataclasses
-from typing import ClassVar
+import functools
+import math
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from flexhinm_jax import checks
 from flexhinm_jax.ops import masks, regions
 from flexhinm_jax.patterns.base import Pattern, check_n_of_m
+from flexhinm_jax.patterns.permute import PERMUTES, ChannelSearch
 from flexhinm_jax.types import Regions, Support
+
+#: Columns that one tensor-core instruction reads: mma.sp m16n8k32 and mma m16n8k16.
+NM_TILE, DENSE_TILE = 32, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +33,28 @@ class Tiled(Pattern):
     """
 
     vector_size: int = 32
-    letters: ClassVar[dict[str, str]] = {"v": "vector_size", "n": "n", "m": "m"}
+    letters: ClassVar[dict[str, str]] = {
+        "v": "vector_size",
+        "n": "n",
+        "m": "m",
+        "permute": "permute",
+        "hardware": "hardware",
+    }
+    choices: ClassVar[dict[str, dict[str, Any]]] = {
+        "permute": PERMUTES,
+        "hardware": {"yes": True, "no": False},
+    }
 
     #: Whether dense columns may exist, and whether they may turn into groups.
     has_dense: ClassVar[bool] = True
     has_groups: ClassVar[bool] = True
+
+    #: Times that the boundaries are chosen and the rows searched for them.
+    rounds: ClassVar[int] = 1
+
+    #: Fields of the subclasses.
+    permute: ClassVar[ChannelSearch | None]
+    hardware: ClassVar[bool]
 
     def __post_init__(self):
         """Validates the configuration."""
@@ -43,6 +67,11 @@ class Tiled(Pattern):
         check_n_of_m(n, m)
         if self.has_groups and n == m:
             raise ValueError(f"n=m={m}: an N:M region must remove something")
+        if not isinstance(self.permute, ChannelSearch | None):
+            raise ValueError(
+                f"permute={self.permute!r}: need Gyro(), ChannelSearch(), RandomRows() "
+                "or None"
+            )
 
     @property
     @abc.abstractmethod
@@ -58,8 +87,33 @@ class Tiled(Pattern):
           k: i32[], the budget.
 
         Returns:
-          i32[], with n * groups <= k.
+          i32[], a multiple of `group_step`, with n * groups <= k.
         """
+
+    @property
+    def group_step(self) -> int:
+        """Legal numbers of groups are multiples of this."""
+        n, m = self.n_of_m
+        if not self.hardware or not self.has_groups:
+            return 1
+        return math.lcm(
+            NM_TILE // math.gcd(NM_TILE, m), DENSE_TILE // math.gcd(DENSE_TILE, n)
+        )
+
+    @property
+    def dense_step(self) -> int:
+        """Legal numbers of dense columns are multiples of this."""
+        return DENSE_TILE if self.hardware else 1
+
+    @property
+    def budget_step(self) -> int:
+        """Legal budgets, in column-equivalents, are multiples of this."""
+        whole = self.n_of_m[0] * self.group_step
+        if not self.has_dense:
+            return whole
+        if not self.hardware:
+            return 1
+        return whole if self.has_groups else DENSE_TILE
 
     def project(
         self,
@@ -69,20 +123,30 @@ class Tiled(Pattern):
         prev: Support | None = None,
     ) -> Support:
         """The support with the exact budget; see the class for the regions it has."""
-        del key
+        self.check(scores.shape, sparsity)
+        checks.finite(scores, "scores")
         if sparsity is None:
-            self.check(scores.shape, None)
+            sparsity = 0.0  # not read: `check` lets it pass only with fixed counts
+        return self._project(key, scores, jnp.asarray(sparsity, jnp.float32), prev)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _project(self, key, scores, sparsity, prev):
         n, m = self.n_of_m
         o, i = scores.shape
-        k = self._whole(regions.budget(i, sparsity), i)
+        scores = scores.astype(jnp.float32)
+        k = self.budget(i, sparsity)
         if prev is not None:
             return self._shrink(scores, prev, k)
         out_order = jnp.arange(o, dtype=jnp.int32)
         tiles = regions.tile(scores, out_order, self.vector_size)
-        h = self.groups(tiles, k)
-        dense = k - n * h
-        vectors = jnp.sum(tiles, axis=1, dtype=jnp.float32)
-        in_order = regions.column_order(regions.ranked(vectors), dense, h, m)
+        in_order, dense, h = self.divide(tiles, k)
+        if self.permute is not None:
+            row_key, column_key = jax.random.split(key)
+            out_order, in_order, dense, h = self._rows(
+                row_key, scores, k, (out_order, in_order, dense, h)
+            )
+            tiles = regions.tile(scores, out_order, self.vector_size)
+            in_order, dense, h = self.columns(column_key, tiles, k, in_order, dense, h)
         dense_end = jnp.full(in_order.shape[:1], dense, jnp.int32)
         nm_end = dense_end + m * h
         keep = regions.kept(tiles, in_order, dense_end, nm_end, n, m)
@@ -91,12 +155,100 @@ class Tiled(Pattern):
             Regions(out_order, in_order, dense_end, nm_end, n, m),
         )
 
-    def _whole(self, k: Array, columns: int) -> Array:
-        """The budget in whole groups where nothing else can use it up."""
+    def divide(self, tiles: Array, k: Array) -> tuple[Array, Array, Array]:
+        """Columns by strength into dense, dealt groups and pruned ones.
+
+        Args:
+          tiles: scores [t, v, i].
+          k: i32[], the budget.
+
+        Returns:
+          order i32[t, i], dense columns i32[], groups i32[].
+        """
         n, m = self.n_of_m
-        if self.has_dense:
+        h = self.groups(tiles, k)
+        dense = k - n * h
+        vectors = jnp.sum(tiles, axis=1, dtype=jnp.float32)
+        return regions.column_order(regions.ranked(vectors), dense, h, m), dense, h
+
+    def columns(
+        self,
+        key: Array,
+        tiles: Array,
+        k: Array,
+        order: Array,
+        dense: Array,
+        h: Array,
+    ) -> tuple[Array, Array, Array]:
+        """Searches the input order of every tile.
+
+        Args:
+          key: consumed.
+          tiles: scores [t, v, i].
+          k: i32[], the budget.
+          order: i32[t, i], the start.
+          dense: i32[], dense columns.
+          h: i32[], groups.
+
+        Returns:
+          order, dense, h.
+        """
+        del k
+        n, m = self.n_of_m
+        if self.permute is None or not self.has_groups:
+            return order, dense, h
+        return self.permute.columns(key, tiles, order, dense, h, n, m), dense, h
+
+    def _rows(self, key, scores, k, start):
+        """Searches the rows of the tiles; keeps the start where that retains more."""
+        n, m = self.n_of_m
+        permute = self.permute
+        assert permute is not None
+
+        def worth(found):
+            out_order, in_order, dense, h = found
+            tiles = regions.tile(scores, out_order, self.vector_size)
+            return regions.value(tiles, in_order, dense, h, n, m)
+
+        best, best_worth = start, worth(start)
+        found = start
+        for round_key in jax.random.split(key, self.rounds):
+            out_order, _, dense, h = found
+            table = permute.rows(
+                round_key,
+                scores,
+                out_order.reshape(-1, self.vector_size),
+                dense,
+                m * h,
+                self.rounds,
+            )
+            out_order = table.reshape(-1)
+            tiles = regions.tile(scores, out_order, self.vector_size)
+            found = out_order, *self.divide(tiles, k)
+            found_worth = worth(found)
+            better = found_worth > best_worth
+            if not permute.never_worse:
+                better = jnp.ones_like(better)
+            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)  # noqa: B023
+            best_worth = jnp.where(better, found_worth, best_worth)
+        return best
+
+    def budget(self, columns: int, sparsity: Array) -> Array:
+        """Column-equivalents that stay, in whole steps of what the regions allow.
+
+        Args:
+          columns: inputs of the weight.
+          sparsity: f32[], fraction removed.
+
+        Returns:
+          i32[].
+        """
+        k, step = regions.budget(columns, sparsity), self.budget_step
+        if step == 1:
             return k
-        return jnp.minimum((k + n // 2) // n, columns // m) * n
+        n, m = self.n_of_m
+        most = columns if self.has_dense else columns // m * n
+        return jnp.minimum((k + step // 2) // step, most // step) * step
 
     def _shrink(self, scores: Array, prev: Support, k: Array) -> Support:
         old = prev.regions
@@ -115,6 +267,8 @@ class Tiled(Pattern):
             n,
             m,
             regroup=self.has_groups,
+            step=self.group_step,
+            dense_step=self.dense_step,
         )
         return Support(
             masks.fold_tiles(keep, old.out_order),
@@ -126,6 +280,8 @@ class Tiled(Pattern):
         super().check_shape(shape, path)
         if self.has_groups:
             checks.divisible(shape[1], self.n_of_m[1], "in", "m", path)
+        if self.hardware:
+            checks.divisible(shape[1], NM_TILE, "in", "hardware tile", path)
         checks.divisible(shape[0], self.vector_size, "out", "vector_size", path)
 
     def sparsity_range(self) -> tuple[float, float]:
@@ -135,4 +291,4 @@ class Tiled(Pattern):
 
     def granularity(self, shape: tuple[int, int]) -> float:
         """One column vector, or one group where there are only groups."""
-        return (1 if self.has_dense else self.n_of_m[0]) / shape[1]
+        return self.budget_step / shape[1]

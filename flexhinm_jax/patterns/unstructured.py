@@ -47,6 +47,13 @@ class Unstructured(Pattern):
         keep = keep.reshape(scores.shape)
         return Support(keep if prev is None else keep & prev.keep)
 
+    def refine(self, support: Support, scores: Array) -> Support:
+        """Keeps as many as the given support, per row or layer, chosen anew."""
+        rows = (scores.shape[0], -1) if self.scope == "row" else (1, -1)
+        count = jnp.sum(support.keep.reshape(rows), axis=1, dtype=jnp.int32)
+        keep = masks.top_k(scores.reshape(rows), count[:, None])
+        return Support(keep.reshape(scores.shape))
+
     def sparsity_range(self) -> tuple[float, float]:
         """Anything from dense to empty."""
         return 0.0, 1.0

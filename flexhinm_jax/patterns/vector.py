@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
+from flexhinm_jax.patterns.permute import ChannelSearch
 from flexhinm_jax.patterns.tiled import Tiled
 
 
@@ -15,9 +16,17 @@ class Vector(Tiled):
 
     Attributes:
       vector_size: rows of a tile; divides the outputs of the weight.
+      permute: search of the row order (`Gyro()`); there is no column order to search.
+      hardware: keep a multiple of 16 columns, what one instruction reads.
     """
 
-    letters: ClassVar[dict[str, str]] = {"v": "vector_size"}
+    permute: ChannelSearch | None = None
+    hardware: bool = False
+    letters: ClassVar[dict[str, str]] = {
+        "v": "vector_size",
+        "permute": "permute",
+        "hardware": "hardware",
+    }
     has_groups: ClassVar[bool] = False
 
     @property

@@ -1,0 +1,1 @@
+"""The `flexhinm` command: the only part of the package that prints."""

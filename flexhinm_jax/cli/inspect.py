@@ -1,0 +1,104 @@
+"""`flexhinm inspect`: every leaf of a model, prunable or skipped, and why."""
+
+import argparse
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexhinm_jax.cli import source
+from flexhinm_jax.cli.console import Console, bytes_text, table
+from flexhinm_jax.transforms.discover import discover
+from flexhinm_jax.types import Uses
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "inspect",
+        help="list every weight: prunable, or skipped and why",
+        description=textwrap.dedent("""\
+            Lists every array of a Hugging Face model directory with its shape, size and
+            share of zeros, and whether it can be pruned or why not. The matrix of a
+            prunable array is [out, in], as patterns see it.
+            """),
+        epilog=textwrap.dedent("""\
+            examples:
+              flexhinm inspect all-MiniLM-L6-v2
+              flexhinm inspect pruned --json > leaves.json
+            """),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="model directory")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document instead of a table"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Runs the command."""
+    with console.step("reading the model"):
+        model = source.load(args.model)
+    with console.step("finding the weights"):
+        uses = discover(model.apply_fn, model.params, *model.sample())
+    leaves = [_describe(path, leaf, uses) for path, leaf in model.params.items()]
+    console.result(_summary(args.model, leaves), _table(leaves), *_totals(leaves))
+
+
+def _describe(path: str, leaf: np.ndarray, uses: Uses) -> dict[str, Any]:
+    use = uses.leaves.get(path)
+    zeros = leaf.size - np.count_nonzero(leaf)
+    return {
+        "path": path,
+        "shape": list(leaf.shape),
+        "dtype": str(leaf.dtype),
+        "bytes": int(leaf.nbytes),
+        "zeros": float(zeros / max(leaf.size, 1)),
+        "prunable": use is not None,
+        "matrix": list(use.layout.matrix_shape) if use else None,
+        "stack": list(use.layout.stack_shape) if use else None,
+        "reason": None if use else uses.skipped[path],
+    }
+
+
+def _summary(directory: Path, leaves: list[dict[str, Any]]) -> dict[str, Any]:
+    prunable = [leaf for leaf in leaves if leaf["prunable"]]
+    return {
+        "model": str(directory),
+        "leaves": leaves,
+        "prunable": {
+            "leaves": len(prunable),
+            "bytes": sum(x["bytes"] for x in prunable),
+        },
+        "all": {"leaves": len(leaves), "bytes": sum(x["bytes"] for x in leaves)},
+    }
+
+
+def _table(leaves: list[dict[str, Any]]) -> Any:
+    made = table("leaf", "shape", "dtype", ">bytes", ">zeros", "prunable or why not")
+    for leaf in leaves:
+        stack = "".join(f"{size} x " for size in leaf["stack"] or ())
+        matrix = (
+            leaf["matrix"] and f"yes, {stack}[{leaf['matrix'][0]}, {leaf['matrix'][1]}]"
+        )
+        made.add_row(
+            leaf["path"],
+            "x".join(map(str, leaf["shape"])) or "scalar",
+            leaf["dtype"],
+            bytes_text(leaf["bytes"]),
+            f"{leaf['zeros']:.1%}",
+            matrix or f"no: {leaf['reason']}",
+        )
+    return made
+
+
+def _totals(leaves: list[dict[str, Any]]) -> list[str]:
+    prunable = [leaf["bytes"] for leaf in leaves if leaf["prunable"]]
+    everything = [leaf["bytes"] for leaf in leaves]
+    return [
+        "",
+        f"{len(prunable)} of {len(everything)} leaves are prunable:"
+        f" {bytes_text(sum(prunable))} of {bytes_text(sum(everything))}",
+    ]

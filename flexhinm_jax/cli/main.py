@@ -1,0 +1,87 @@
+"""Entry point of the `flexhinm` command.
+
+A user's mistake ends in one line on stderr and exit status 2, never in a traceback.
+Each command is a module with `add_parser(commands)` and `run(args, console)`.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import flexhinm_jax
+from flexhinm_jax.cli import inspect, prune
+from flexhinm_jax.cli.console import Console
+
+COMMANDS = (inspect, prune)
+
+EPILOG = """\
+examples:
+  flexhinm inspect all-MiniLM-L6-v2
+  flexhinm prune all-MiniLM-L6-v2 --pattern flexhinm:v=32 --sparsity 0.75 \\
+      --calibration sentences.txt --out pruned
+
+'flexhinm COMMAND --help' explains a command.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with status 2."""
+        self.exit(2, f"flexhinm: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+      argv: arguments without the program name; None for those of the process.
+
+    Returns:
+      The exit status: 0, or 2 after a mistake of the user.
+    """
+    args = parser().parse_args(argv)
+    console = Console(quiet=getattr(args, "quiet", False), json=args.json)
+    try:
+        args.run(args, console)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `flexhinm inspect DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"flexhinm: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flexhinm: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> Parser:
+    """The parser of the whole command line."""
+    top = Parser(
+        prog="flexhinm",
+        description="Prune models to patterns that kernels can use.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument(
+        "--version", action="version", version=f"flexhinm {flexhinm_jax.__version__}"
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return top
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""`flexhinm prune`: a model directory in, a pruned one with a packed file out."""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flexhinm_jax import __version__, checks, methods, patterns
+from flexhinm_jax.cli import source
+from flexhinm_jax.cli.console import Console, bytes_text, table
+from flexhinm_jax.io import atomic, huggingface, packed
+from flexhinm_jax.transforms import tree
+from flexhinm_jax.transforms.calibrate import calibrate
+from flexhinm_jax.transforms.discover import discover
+from flexhinm_jax.transforms.report import Report, report
+
+PACKED = "packed.safetensors"
+REPORT = "report.json"
+
+ACTIONS = ("skip", "prune")
+"""What a rule may ask for besides a pattern; "prune" takes that of --pattern."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to do, checked before anything is computed.
+
+    Attributes:
+      method: with its pattern.
+      sparsity: fraction of weights removed, or None.
+      rules: regular expression on leaf paths -> pattern or "skip".
+      text: calibration sentences; empty for a method that needs none.
+    """
+
+    method: methods.Method
+    sparsity: float | None
+    rules: dict[str, Any]
+    text: list[str]
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "prune",
+        help="prune a Hugging Face model directory",
+        description=textwrap.dedent(f"""\
+            Prunes the model in MODEL_DIR and writes DIR: the same files with zeros in
+            place, {PACKED} with the weights as the sparse kernels read them, and
+            {REPORT}. DIR appears complete or not at all.
+            """),
+        epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL_DIR", help="model directory (bert family)")
+    add("--out", type=Path, metavar="DIR", required=True, help="directory to write")
+    add("--method", default="wanda", metavar="NAME", help="see below (default: wanda)")
+    add(
+        "--pattern",
+        required=True,
+        metavar="PATTERN",
+        help="which weights may stay, see below",
+    )
+    add(
+        "--sparsity",
+        type=float,
+        metavar="S",
+        help="fraction of weights removed, between 0 and 1; not needed where the "
+        "pattern fixes it (2:4)",
+    )
+    add(
+        "--calibration",
+        type=Path,
+        metavar="TEXT",
+        help="UTF-8 text, one sentence a line; needed by methods that look at the "
+        "inputs of the weights",
+    )
+    add(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="REGEX=PATTERN",
+        help="another pattern, or skip, or prune, for the weights whose name matches; "
+        "repeatable, the first match wins ('flexhinm inspect' lists the names)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    add(
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help="use the first N sentences only (default: all)",
+    )
+    add(
+        "--batch-size",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="calibration sentences in one step (default: 32)",
+    )
+    add(
+        "--max-length",
+        type=_positive,
+        metavar="N",
+        help="cut sentences to N tokens (default: 128, or what the model reads)",
+    )
+    add("--force", action="store_true", help="replace DIR if it is a model directory")
+    add("-q", "--quiet", action="store_true", help="show errors only")
+    add("--json", action="store_true", help="print the report as one JSON document")
+    parser.set_defaults(run=run)
+
+
+EXAMPLES = """\
+examples:
+  flexhinm prune all-MiniLM-L6-v2 --pattern flexhinm:v=32 --sparsity 0.75 \\
+      --calibration sentences.txt --out pruned
+  flexhinm prune all-MiniLM-L6-v2 --method magnitude --pattern 2:4 \\
+      --rule 'layer\\.0\\.=skip' --rule 'output=1:4' --out pruned
+"""
+
+
+def _epilog() -> str:
+    """What the registries hold, each with the first line of its docstring."""
+    lines = ["patterns (2:4 is short for nm:n=2,m=4):"]
+    for name, pattern in patterns.PATTERNS.items():
+        options = ",".join(f"{letter}=" for letter in pattern.letters)
+        lines += _entry(f"{name}:{options}" if options else name, pattern)
+    lines += ["", "methods:"]
+    for name, method in methods.METHODS.items():
+        lines += _entry(name, method)
+    return "\n".join([*lines, "", EXAMPLES])
+
+
+def _entry(name: str, described: type) -> list[str]:
+    first = (described.__doc__ or "").partition("\n")[0]
+    indent = " " * 6
+    return [
+        f"  {name}",
+        *textwrap.wrap(first, 84, initial_indent=indent, subsequent_indent=indent),
+    ]
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Runs the command."""
+    job = _check(args)
+    with console.step("reading the model"):
+        model = source.load(args.model)
+    result = _prune(args, job, model, console)
+    document = {
+        "model": str(args.model),
+        "out": str(args.out),
+        "method": repr(job.method),
+        "sparsity": job.sparsity,
+        "rules": {regex: str(value) for regex, value in job.rules.items()},
+        "seed": args.seed,
+        "sentences": len(job.text),
+        "version": __version__,
+        **result.report.to_dict(),
+    }
+    with console.step(f"writing {args.out}"):
+        _write(args, result, model, document)
+    console.result(document, *_summary(args.out, result.report))
+
+
+def _check(args: argparse.Namespace) -> Job:
+    """Everything that can be refused before the model is read."""
+    pattern = patterns.parse(args.pattern)
+    method = methods.parse(args.method, pattern)
+    checks.sparsity(args.sparsity, *pattern.sparsity_range(), pattern, "--sparsity")
+    rules = dict(map(_rule, args.rule))
+    here, there = (os.path.realpath(p) for p in (args.model, args.out))
+    if os.path.commonpath([here, there]) in (here, there):
+        raise ValueError(
+            f"--out {args.out} is {args.model}, or one lies inside the other; choose a"
+            " directory beside it"
+        )
+    atomic.check_directory(args.out, overwrite=args.force)
+    if method.needs == "nothing":
+        return Job(method, args.sparsity, rules, [])
+    if args.calibration is None:
+        raise ValueError(
+            f"--method {args.method} needs --calibration TEXT, a file with one sentence"
+            " a line"
+        )
+    text = source.read_text(args.calibration, args.limit)
+    return Job(method, args.sparsity, rules, text)
+
+
+def _prune(
+    args: argparse.Namespace, job: Job, model: source.Source, console: Console
+) -> tree.Pruned:
+    uses = discover(model.apply_fn, model.params, *model.sample(), rules=job.rules)
+    if not uses.leaves:
+        raise ValueError(
+            f"{args.model}: no weight is left to prune; 'flexhinm inspect' lists them"
+            " all, and --rule may skip too many"
+        )
+    stats = None
+    if job.text:
+        batches = source.tokenize(model, job.text, args.batch_size, args.max_length)
+        steps = ((batch.tokens, batch.mask) for batch in batches)
+        stats = calibrate(
+            model.apply_fn,
+            model.params,
+            uses,
+            console.track(steps, "calibrating", len(batches)),
+            gram=job.method.needs == "gram",
+            token_mask=lambda tokens, mask: mask != 0,
+        )
+    with console.step(f"solving {len(uses.leaves)} weights"):
+        key = jax.random.key(args.seed)
+        states = tree.solve(job.method, key, model.params, uses, stats, job.sparsity)
+        plans = tree.decide(job.method, states, model.params, uses)
+    with console.step("packing"):
+        sparse = tree.pack(plans, model.params, uses)
+        return tree.Pruned(
+            params=tree.densify(plans, model.params, uses),
+            packed=sparse,
+            plans=plans,
+            uses=uses,
+            report=report(plans, sparse, uses),
+        )
+
+
+def _write(
+    args: argparse.Namespace,
+    result: tree.Pruned,
+    model: source.Source,
+    document: dict[str, Any],
+) -> None:
+    with atomic.directory(args.out, overwrite=args.force) as folder:
+        huggingface.write(
+            folder, result.params, source=model.checkpoint, overwrite=True
+        )
+        packed.write_packed(folder / PACKED, result.packed, overwrite=True)
+        (folder / REPORT).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _summary(out: Path, result: Report) -> list[Any]:
+    made = table(
+        "weight", "shape", ">zeros", ">dense", ">packed", ">saliency kept", "note"
+    )
+    for row in result.rows:
+        made.add_row(
+            row.path,
+            "x".join(map(str, row.shape)),
+            f"{row.zeros:.2%}",
+            bytes_text(row.dense_bytes),
+            bytes_text(row.packed_bytes),
+            f"{row.retained:.2%}",
+            row.note,
+        )
+    total = result.total
+    made.add_section()
+    made.add_row(
+        "all pruned weights",
+        "",
+        f"{total['zeros']:.2%}",
+        bytes_text(int(total["dense_bytes"])),
+        bytes_text(int(total["packed_bytes"])),
+        f"{total['retained']:.2%}",
+        "",
+    )
+    return [
+        made,
+        "",
+        f"whole model: {bytes_text(result.tree_dense_bytes)} dense,"
+        f" {bytes_text(result.tree_packed_bytes)} packed;"
+        f" {len(result.skipped)} leaves not pruned (flexhinm inspect says why)",
+        f"wrote {out} with {PACKED} and {REPORT}",
+    ]
+
+
+def _rule(text: str) -> tuple[str, Any]:
+    """(regex, pattern or action) of one --rule; the regex may hold "=" too."""
+    first: ValueError | None = None
+    cut = text.find("=")
+    while cut > 0:
+        regex, value = text[:cut], text[cut + 1 :]
+        try:
+            action = value if value in ACTIONS else patterns.parse(value)
+        except ValueError as error:
+            first = first or error
+            cut = text.find("=", cut + 1)
+            continue
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise ValueError(
+                f"--rule {text!r}: {regex!r} is no regular expression: {error}"
+            ) from error
+        return regex, action
+    if first is None:
+        raise ValueError(f"--rule {text!r} is not REGEX=PATTERN or REGEX=skip")
+    raise ValueError(f"--rule {text!r}: {first}, {', '.join(ACTIONS)}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value

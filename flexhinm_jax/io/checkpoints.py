@@ -1,0 +1,312 @@
+"""Training checkpoints: any tree and the configuration that explains it.
+
+Orbax stores the arrays, `config.json` beside them everything that orbax leaves out: the
+configuration, the static fields inside the tree (orbax restores whatever its target
+holds, so an N:M weight saved with n=2 would silently come back as n=3), the shape and
+dtype of every leaf, and the version of the library. `restore` compares all of them
+before it touches an array and names every difference.
+
+A checkpoint appears complete or not at all. The way back goes through a tree of the
+same structure, because orbax without one returns plain dicts.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from flexhinm_jax.io import atomic
+
+__all__ = ["describe", "read_config", "restore", "save"]
+
+CONFIG = "config.json"
+ARRAYS = "arrays"
+
+
+def save(
+    directory: str | os.PathLike,
+    tree: Any,
+    config: Any = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Saves a tree and its configuration, and waits until both are on disk.
+
+    With several processes all of them call this, on a file system that they share.
+
+    Args:
+      directory: folder to create, for example one per step.
+      tree: any tree of arrays and numbers: (params, states, opt_state, step).
+      config: a method, pattern or other frozen dataclass, or a tree of plain values;
+        compared on restore.
+      overwrite: replaces an earlier checkpoint.
+
+    Returns:
+      Path of the checkpoint.
+
+    Raises:
+      FileExistsError: `directory` exists and may not be replaced.
+      ValueError: `config` holds something that JSON cannot.
+      OSError: the disk is full or not writable; nothing is left behind.
+    """
+    record = {
+        "library": {"name": "flexhinm_jax", "version": _version()},
+        "config": describe(config),
+        "static": _static_fields(tree),
+        "leaves": _leaves(tree),
+    }
+    text = json.dumps(record, indent=1)
+    with _directory(directory, overwrite=overwrite) as temporary:
+        stored = ocp.args.StandardSave(jax.tree.map(_without_empty, tree))
+        try:
+            with _checkpointer() as checkpointer:
+                checkpointer.save(temporary / ARRAYS, args=stored)
+        except ValueError as error:
+            known = atomic.os_error(directory, error)
+            if known is None:
+                raise
+            raise known from error
+        if jax.process_index() == 0:
+            (temporary / CONFIG).write_text(text, encoding="utf-8")
+    return Path(directory)
+
+
+def restore(directory: str | os.PathLike, like: Any, config: Any = None) -> Any:
+    """Restores a tree.
+
+    Args:
+      directory: what `save` wrote.
+      like: a tree with the structure, static fields, shapes and dtypes of the saved
+        one: a fresh initialisation, or `jax.eval_shape` of it. Leaves come back where
+        those of `like` live (sharding), by default on the first device.
+      config: the configuration of this run; must equal the saved one.
+
+    Returns:
+      A tree like `like` with the saved values.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint in `directory`.
+      ValueError: the checkpoint is damaged, or its configuration, static fields,
+        leaves, shapes or dtypes differ from those given; every difference is listed.
+    """
+    record = _read_record(directory)
+    for title, saved, now in (
+        ("configuration", record["config"], describe(config)),
+        ("static fields", record["static"], _static_fields(like)),
+        ("leaves", record["leaves"], _leaves(like)),
+    ):
+        different = _differences(saved, json.loads(json.dumps(now)))
+        if different:
+            raise ValueError(
+                f"{directory}: the {title} differ from the checkpoint:\n  "
+                + "\n  ".join(different)
+                + "\nrestore with what was saved, or start a new run"
+            )
+    try:
+        wanted = ocp.args.StandardRestore(jax.tree.map(_target, like))
+        with _checkpointer() as checkpointer:
+            arrays = Path(os.path.realpath(directory)) / ARRAYS
+            found = checkpointer.restore(arrays, args=wanted)
+    # Orbax has no error class of its own: damage surfaces as whatever failed inside.
+    except Exception as error:
+        raise ValueError(
+            f"{directory}: the arrays are damaged or incomplete"
+            f" ({type(error).__name__}: {str(error)[:300]}); restore an earlier"
+            " checkpoint"
+        ) from error
+    return jax.tree.map(_with_empty, like, found)
+
+
+def read_config(directory: str | os.PathLike) -> Any:
+    """Returns the described configuration of a checkpoint, to rebuild the run from.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint in `directory`.
+      ValueError: its `config.json` is damaged.
+    """
+    return _read_record(directory)["config"]
+
+
+def describe(config: Any) -> Any:
+    """Turns a configuration into JSON values; a dataclass becomes its name and fields.
+
+    Args:
+      config: dataclass, mapping with string keys, list, tuple, string, number, bool or
+        None, nested.
+
+    Raises:
+      ValueError: anything else, such as an array or a function.
+
+    Example:
+      >>> from flexhinm_jax.types import AxisFactor
+      >>> describe({"axis": AxisFactor(0, 1, 4)})
+      {'axis': {'name': 'AxisFactor', 'axis': 0, 'stride': 1, 'size': 4}}
+    """
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = dataclasses.fields(config)
+        values = {f.name: describe(getattr(config, f.name)) for f in fields}
+        return {"name": type(config).__name__} | values
+    if isinstance(config, Mapping) and all(isinstance(k, str) for k in config):
+        return {key: describe(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [describe(value) for value in config]
+    if config is None or isinstance(config, str | bool | int | float):
+        return config
+    raise ValueError(
+        f"the configuration holds a {type(config).__name__}, which config.json cannot:"
+        f" {config!r}; use dataclasses, dicts, lists, strings and numbers"
+    )
+
+
+@contextlib.contextmanager
+def _directory(directory: str | os.PathLike, *, overwrite: bool) -> Iterator[Path]:
+    """`atomic.directory` of process 0, which every process fills."""
+    if jax.process_count() == 1:
+        with atomic.directory(directory, overwrite=overwrite) as temporary:
+            yield temporary
+        return
+    with contextlib.ExitStack() as stack:
+        name, refused = b"", None
+        if jax.process_index() == 0:
+            try:
+                opened = atomic.directory(directory, overwrite=overwrite)
+                name = os.fsencode(stack.enter_context(opened))
+            except OSError as error:
+                refused = error
+        padded = np.frombuffer(name.ljust(4096, b"\0"), np.uint8)
+        agreed = multihost_utils.broadcast_one_to_all(padded)
+        name = np.asarray(agreed, np.uint8).tobytes().rstrip(b"\0")
+        if not name:
+            # Every process fails together; otherwise the others wait for ever.
+            raise refused or OSError(f"process 0 could not create {directory}")
+        yield Path(os.fsdecode(name))
+        multihost_utils.sync_global_devices("flexhinm_jax checkpoint filled")
+    multihost_utils.sync_global_devices("flexhinm_jax checkpoint renamed")
+
+
+def _static_fields(tree: Any, path: tuple = ()) -> dict[str, Any]:
+    """Leaf path -> the static fields of every registered dataclass in the tree."""
+    found = {}
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        static = {
+            f.name: describe(getattr(tree, f.name))
+            for f in dataclasses.fields(tree)
+            if f.metadata.get("static") or f.metadata.get("pytree_node") is False
+        }
+        if static:
+            found[_name(path)] = {"name": type(tree).__name__} | static
+    children = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: node is not tree
+    )[0]
+    for key, child in children:
+        if child is not tree:
+            found |= _static_fields(child, (*path, *key))
+    return found
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """Leaf path -> dtype and shape, as in float32[4, 8]."""
+
+    def form(leaf):
+        if not hasattr(leaf, "dtype"):
+            return type(leaf).__name__
+        return f"{leaf.dtype}{list(leaf.shape)}"
+
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {_name(path): form(leaf) for path, leaf in pairs}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _differences(saved: Any, now: Any, at: str = "") -> list[str]:
+    """Lines naming each field whose value differs."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        lines = []
+        for key in dict.fromkeys([*saved, *now]):
+            name = f"{at}.{key}" if at else key
+            if key not in now:
+                lines.append(f"{name}: saved {_short(saved[key])}, now absent")
+            elif key not in saved:
+                lines.append(f"{name}: not saved, now {_short(now[key])}")
+            else:
+                lines += _differences(saved[key], now[key], name)
+        return lines
+    if type(saved) is type(now) and saved == now:
+        return []
+    return [f"{at or 'value'}: saved {_short(saved)}, now {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    # The one that waits: when saving fails, the asynchronous one goes on for minutes.
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+
+
+def _is_empty(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and 0 in leaf.shape
+
+
+def _without_empty(leaf: Any) -> Any:
+    """Orbax refuses arrays of size zero, such as the dense block of an N:M weight."""
+    return np.zeros((), np.int8) if _is_empty(leaf) else leaf
+
+
+def _with_empty(like: Any, found: Any) -> Any:
+    if not _is_empty(like):
+        return found
+    zeros = np.zeros if isinstance(like, np.ndarray) else jnp.zeros
+    return zeros(like.shape, like.dtype)
+
+
+def _target(leaf: Any) -> Any:
+    """What orbax needs to restore one leaf of its kind to its place."""
+    leaf = _without_empty(leaf)
+    if isinstance(leaf, np.ndarray | np.generic) or not hasattr(leaf, "dtype"):
+        return leaf
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(leaf, jax.Array):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _read_record(directory: str | os.PathLike) -> dict[str, Any]:
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: {directory} is no checkpoint of this library"
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not {"config", "static", "leaves"} <= set(record):
+            raise ValueError("it lacks config, static or leaves")
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged or from another program: {error}; restore an earlier"
+            " checkpoint"
+        ) from error
+    return record
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("flexhinm_jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,317 @@
+"""Hugging Face model directories in and out, names and dtypes unchanged.
+
+`read` takes a directory with `config.json` and either `model.safetensors` or the shards
+named in `model.safetensors.index.json`. The parameters are a flat dict under the keys
+of the checkpoint in torch layout `[out, in]`, so a report names the leaves as the file
+does and the way back needs no table of names. They are host arrays: nothing moves to a
+device, and int64 buffers, which JAX would narrow, stay int64.
+
+`write` makes a directory that any reader of the source can load: same keys, shapes,
+dtypes and shards, every other file of the source copied, and only values changed.
+Weights in other formats (`pytorch_model.bin`, ONNX, ...) are not copied, because they
+would still hold the unpruned model.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexhinm_jax import types
+from flexhinm_jax.io import atomic, tensors
+
+__all__ = ["Checkpoint", "read", "read_config", "write"]
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+WEIGHT_SUFFIXES = (
+    ".safetensors .bin .bin.index.json .pt .pth .ckpt .h5 .msgpack .msgpack.index.json"
+    " .onnx .onnx_data .gguf .ot .npz .tflite .mlmodel"
+).split()
+"""Files that hold weights: never copied beside the ones written."""
+
+NARROWED = {"I64": np.int32, "U64": np.uint32, "F64": np.float32}
+"""What JAX makes of the 64-bit dtypes by default."""
+
+SKIPPED_FOLDERS = {".git", ".cache", "__pycache__"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model directory in memory.
+
+    Attributes:
+      config: contents of `config.json`.
+      params: key of the checkpoint -> host array, in stored dtype and torch layout.
+      files: key -> name of the file that holds it.
+      metadata: file name -> metadata strings of that file.
+      directory: where it was read.
+    """
+
+    config: dict[str, Any]
+    params: dict[str, np.ndarray]
+    files: dict[str, str]
+    metadata: dict[str, dict[str, str]]
+    directory: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Which file of a directory holds which array, from the headers alone."""
+
+    files: dict[str, str]
+    headers: dict[str, tensors.Header]
+
+    def keys_of(self, file: str) -> list[str]:
+        return [key for key, at in self.files.items() if at == file]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.headers[self.files[key]].shapes[key]
+
+    def dtype(self, key: str) -> str:
+        return self.headers[self.files[key]].dtypes[key]
+
+
+def read(directory: str | os.PathLike) -> Checkpoint:
+    """Reads a model directory.
+
+    Args:
+      directory: folder with `config.json` and safetensors weights, single or sharded.
+
+    Returns:
+      The checkpoint.
+
+    Raises:
+      FileNotFoundError: the directory, its config, its weights or a shard is missing.
+      ValueError: a file is damaged, `config.json` is not a JSON object, or the index
+        names a key that its shard does not hold.
+      ImportError: the `hf` extra is not installed.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    layout = _read_layout(directory)
+    params = {}
+    for file in layout.headers:
+        params.update(tensors.read(directory / file, layout.keys_of(file)))
+    return Checkpoint(
+        config=config,
+        params={key: params[key] for key in layout.files},
+        files=layout.files,
+        metadata={file: header.metadata for file, header in layout.headers.items()},
+        directory=directory,
+    )
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """Reads `config.json` of a model directory.
+
+    Raises:
+      FileNotFoundError: there is no such directory or no config in it.
+      ValueError: the config is not a JSON object.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is not a directory; give the folder that holds {CONFIG} and"
+            f" {SINGLE}"
+        )
+    return _read_json(directory / CONFIG)
+
+
+def write(
+    directory: str | os.PathLike,
+    params: Checkpoint | Mapping[str, Any],
+    *,
+    source: Checkpoint | str | os.PathLike | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes parameters as a copy of their source directory with new values.
+
+    Integers and float64 that JAX narrowed to 32 bits are widened to the dtype of the
+    source. No other difference of keys, shapes or dtypes is accepted.
+
+    Args:
+      directory: folder to create. It appears complete or not at all.
+      params: key -> array, or a checkpoint.
+      source: directory (or checkpoint read from one) that gives the keys, shards and
+        all other files; may be left out when `params` is a checkpoint.
+      overwrite: replaces an existing directory that holds a `config.json`.
+
+    Returns:
+      Path of the directory.
+
+    Raises:
+      FileExistsError: `directory` exists and may not be replaced.
+      FileNotFoundError: the source or a part of it is missing.
+      ValueError: keys, shapes or dtypes differ from the source, a leaf is packed, tied
+        weights are not equal, or the output is not apart from the source.
+      OSError: the disk is full or not writable; nothing is left behind.
+    """
+    if isinstance(params, Checkpoint):
+        source = params.directory if source is None else source
+        params = params.params
+    if source is None:
+        raise ValueError(
+            "source is needed: the model directory that the parameters came from, for"
+            " its config, tokenizer and shards"
+        )
+    source = Path(source.directory if isinstance(source, Checkpoint) else source)
+    _check_apart(source, Path(directory))
+    config = read_config(source)
+    layout = _read_layout(source)
+    arrays = _as_stored(params, layout)
+    _check_tied(arrays, config)
+    with atomic.directory(directory, overwrite=overwrite) as temporary:
+        _copy_others(source, temporary)
+        for file, header in layout.headers.items():
+            held = {key: arrays[key] for key in layout.keys_of(file)}
+            # transformers refuses a file whose metadata does not name its framework.
+            metadata = {**header.metadata, "format": "pt"}
+            tensors.write(temporary / file, held, metadata)
+        _check_written(temporary, layout)
+    return Path(directory)
+
+
+def _read_layout(directory: Path) -> _Layout:
+    """Finds the file of every key."""
+    if (directory / SINGLE).is_file():
+        header = tensors.read_header(directory / SINGLE)
+        return _Layout(dict.fromkeys(header.shapes, SINGLE), {SINGLE: header})
+    if not (directory / INDEX).is_file():
+        raise FileNotFoundError(
+            f"{directory} has neither {SINGLE} nor {INDEX}; if it has weights in"
+            " another format, save them as safetensors first"
+        )
+    files = _read_json(directory / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{directory / INDEX} has no weight_map of key to file name")
+    headers = {}
+    for file in dict.fromkeys(files.values()):
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(
+                f"{directory / INDEX} names {file!r}, which is not the name of a file"
+                " beside it"
+            )
+        if not (directory / file).is_file():
+            raise FileNotFoundError(
+                f"{directory / file} is missing, but {INDEX} names it; copy or download"
+                " this shard again"
+            )
+        headers[file] = tensors.read_header(directory / file)
+    for key, file in files.items():
+        if key not in headers[file].shapes:
+            raise ValueError(
+                f"{directory / INDEX} places {key} in {file}, which does not hold it;"
+                " the index and the shards belong to different checkpoints"
+            )
+    # A key that only its shard knows is loaded by other readers too.
+    for file, header in headers.items():
+        files |= {key: file for key in header.shapes if key not in files}
+    return _Layout(files, headers)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; give a complete Hugging Face model directory"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def _as_stored(params: Mapping[str, Any], layout: _Layout) -> dict[str, np.ndarray]:
+    """Returns host arrays with exactly the keys, shapes and dtypes of the source."""
+    missing = [key for key in layout.files if key not in params]
+    extra = [key for key in params if key not in layout.files]
+    if missing or extra:
+        raise ValueError(
+            "the keys differ from the source:"
+            f" missing {_some(missing)}, not in the source {_some(extra)}"
+        )
+    arrays = {}
+    for key in layout.files:
+        if isinstance(params[key], types.PackedWeight):
+            raise ValueError(
+                f"{key} is packed; write the densified parameters, or use"
+                " io.packed.write_packed"
+            )
+        array, name = np.asarray(params[key]), layout.dtype(key)
+        if array.shape != layout.shape(key):
+            raise ValueError(
+                f"{key} has shape {array.shape}, the source has {layout.shape(key)}"
+            )
+        wanted = tensors.DTYPES.get(name)
+        if wanted is not None and array.dtype != wanted:
+            if array.dtype != NARROWED.get(name):
+                raise ValueError(
+                    f"{key} has dtype {array.dtype}, the source has {wanted}; cast it"
+                    " back before writing"
+                )
+            array = array.astype(wanted)
+        arrays[key] = array
+    return arrays
+
+
+def _check_tied(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
+    """Refuses an output head that its embedding would silently replace on loading."""
+    head = arrays.get("lm_head.weight")
+    if head is None or not config.get("tie_word_embeddings", False):
+        return
+    for key, array in arrays.items():
+        if key.endswith("embed_tokens.weight") and not np.array_equal(array, head):
+            raise ValueError(
+                f"lm_head.weight differs from {key}, but {CONFIG} ties them"
+                " (tie_word_embeddings): a reader would use only one; exclude both"
+                " from pruning"
+            )
+
+
+def _check_apart(source: Path, output: Path) -> None:
+    a, b = Path(os.path.realpath(source)), Path(os.path.realpath(output))
+    if a.is_relative_to(b) or b.is_relative_to(a):
+        raise ValueError(
+            f"{output} is the source {source}, or one lies inside the other; choose an"
+            " output directory beside the source"
+        )
+
+
+def _copy_others(source: Path, output: Path) -> None:
+    """Copies every file that is not a weight file, with its folders."""
+    for folder, folders, names in os.walk(source):
+        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
+        here = output / Path(folder).relative_to(source)
+        for name in sorted(names):
+            if not name.endswith(tuple(WEIGHT_SUFFIXES)):
+                here.mkdir(parents=True, exist_ok=True)
+                # The hub's cache is made of links: copies the file, not the link.
+                shutil.copyfile(Path(folder) / name, here / name)
+
+
+def _check_written(directory: Path, wanted: _Layout) -> None:
+    """Reads back the headers of what was written."""
+    found = _read_layout(directory)
+    for key, file in wanted.files.items():
+        if (
+            found.files.get(key) != file
+            or found.shape(key) != wanted.shape(key)
+            or found.dtype(key) != wanted.dtype(key)
+        ):
+            raise ValueError(f"{key} was not written to {file} as in the source")
+
+
+def _some(keys: list[str], limit: int = 3) -> str:
+    """'none', or the first keys and how many more there are."""
+    shown = ", ".join(keys[:limit]) or "none"
+    return shown + (f" and {len(keys) - limit} more" if len(keys) > limit else "")

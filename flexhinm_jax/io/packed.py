@@ -1,0 +1,372 @@
+"""The packed file: a pruned model in run-time form, in one safetensors file.
+
+Any safetensors reader can open it. A leaf that is not packed is stored as it is, under
+its path in the tree, as reports name it ("encoder/0/kernel"). A packed leaf at path P
+is stored as
+
+    P#dense_index      i32[t, D]           original input of each dense column
+    P#dense_values        [t, v, D]        their weights
+    P#nm_index         i32[t, H]           original input of each N:M column
+    P#nm_values           [t, v, H/m*n]    the kept weights of each group of m columns
+    P#nm_positions     u32[t, v, words]    position of each kept weight in its group
+    P#out_order        i32[o]              original row at storage row r
+    P#left, P#right       [k, b, b]        block-diagonal factors, only where present
+
+(the fields of `types.PackedWeight`, which explains them; a stack of matrices has the
+same leading axes everywhere). Positions take the least
+power of two of bits that holds m - 1 (2 bits for m = 4, 4 for m = 8 and 16), low bits
+first, and rise inside a group. The metadata of the file has three strings:
+
+    format   "flexhinm_jax.packed"
+    version  "1"
+    packed   JSON: path -> {"shape": [o, i], "n": n, "m": m, "dtype": "bfloat16",
+             "stack": [leading axes], "left": bool, "right": bool,
+             "layout": null or {"shape": [...], "stack": F, "out": F, "inputs": F}}
+             where F lists the (axis, stride, size) of `types.AxisFactor`
+
+A reader needs nothing else: multiply `x[..., dense_index[t]]` by `dense_values[t]`, add
+the same for the N:M columns that the positions select, and put row r of the result at
+`out_order[r]`.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexhinm_jax.io import atomic, tensors
+from flexhinm_jax.kernels import packing
+from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax.types import AxisFactor, BlockDiagonal, Layout, PackedWeight
+
+__all__ = ["FORMAT", "VERSION", "read_packed", "write_packed"]
+
+FORMAT = "flexhinm_jax.packed"
+VERSION = 1
+
+ARRAYS = (
+    "dense_index",
+    "dense_values",
+    "nm_index",
+    "nm_values",
+    "nm_positions",
+    "out_order",
+)
+FACTORS = ("left", "right")
+
+
+def write_packed(
+    path: str | os.PathLike, tree: Any, *, overwrite: bool = False
+) -> Path:
+    """Writes a tree with packed leaves.
+
+    Args:
+      path: file to create; it appears complete or not at all.
+      tree: a flat dict path -> leaf, or any tree of arrays and `PackedWeight`.
+      overwrite: replaces an existing file.
+
+    Returns:
+      Path of the file.
+
+    Raises:
+      FileExistsError: `path` exists and may not be replaced.
+      ValueError: a leaf is not an array, breaks an invariant of `PackedWeight`, or two
+        leaves have the same name.
+      OSError: the disk is full or not writable; nothing is left behind.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    headers: dict[str, dict[str, Any]] = {}
+    for name, leaf in _flatten(tree)[0]:
+        if isinstance(leaf, PackedWeight):
+            headers[name] = _header(leaf)
+            stored = _arrays(leaf)
+            _verify(name, headers[name], stored)
+            stored = {f"{name}#{field}": array for field, array in stored.items()}
+        else:
+            stored = {name: _host(name, leaf)}
+        for key, array in stored.items():
+            if key in arrays or key == "__metadata__":
+                raise ValueError(f"two leaves would be stored as {key}; rename one")
+            arrays[key] = array
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "packed": json.dumps(headers, sort_keys=True),
+    }
+    with atomic.file(path, overwrite=overwrite) as temporary:
+        tensors.write(temporary, arrays, metadata)
+    return Path(path)
+
+
+def read_packed(path: str | os.PathLike, like: Any = None) -> Any:
+    """Reads a packed file and checks everything that a kernel relies on.
+
+    Args:
+      path: file that `write_packed` made.
+      like: a tree whose structure the result gets, such as the dense parameters (its
+        leaves are not read); None returns a flat dict path -> leaf.
+
+    Returns:
+      Leaves as JAX arrays and `PackedWeight`s, bit for bit as written. An array in a
+      dtype that JAX would narrow (int64 without x64) stays a NumPy array.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, is no packed file or one of another version, an
+        array is missing or has a wrong shape or dtype, an index is out of range,
+        positions do not increase, or the paths are not those of `like`.
+    """
+    header = tensors.read_header(path)
+    described = _described(path, header.metadata)
+    try:
+        leaves: dict[str, Any] = {}
+        unread = dict.fromkeys(header.shapes)
+        for name, fields in described.items():
+            keys = {f: f"{name}#{f}" for f in _field_names(name, fields)}
+            for key in keys.values():
+                if key not in unread:
+                    raise ValueError(f"{name}: the array {key} is missing")
+                del unread[key]
+            stored = tensors.read(path, keys.values())
+            stored = {field: stored[key] for field, key in keys.items()}
+            _verify(name, fields, stored)
+            leaves[name] = _packed_weight(fields, stored)
+        dense = tensors.read(path, unread)
+        leaves |= {name: _device(array) for name, array in dense.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return leaves if like is None else _restore(path, leaves, like)
+
+
+def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """(path, leaf) pairs and the structure, with packed weights as leaves."""
+    leaves, structure = jax.tree.flatten(
+        tree, is_leaf=lambda x: isinstance(x, PackedWeight)
+    )
+    return list(zip(leaf_paths(tree), leaves, strict=True)), structure
+
+
+def _restore(path: str | os.PathLike, leaves: dict[str, Any], like: Any) -> Any:
+    pairs, structure = _flatten(like)
+    names = [name for name, _ in pairs]
+    missing = [name for name in names if name not in leaves]
+    extra = [name for name in leaves if name not in set(names)]
+    if missing or extra:
+        raise ValueError(
+            f"{path}: the leaves are not those of `like`:"
+            f" missing in the file {missing[:3] or 'none'},"
+            f" not in `like` {extra[:3] or 'none'}"
+        )
+    return jax.tree.unflatten(structure, [leaves[name] for name in names])
+
+
+def _host(name: str, leaf: Any) -> np.ndarray:
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic) or (
+        jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    ):
+        raise ValueError(
+            f"{name} is {type(leaf).__name__} {getattr(leaf, 'dtype', '')}: the packed"
+            " file holds arrays of numbers; take the leaf out of the tree"
+        )
+    return np.asarray(leaf)
+
+
+def _device(array: np.ndarray) -> Any:
+    moved = jnp.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
+    return moved if moved.dtype == array.dtype else array
+
+
+def _arrays(leaf: PackedWeight) -> dict[str, np.ndarray]:
+    stored = {field: np.asarray(getattr(leaf, field)) for field in ARRAYS}
+    for field in FACTORS:
+        if getattr(leaf, field) is not None:
+            stored[field] = np.asarray(getattr(leaf, field).blocks)
+    return stored
+
+
+def _header(leaf: PackedWeight) -> dict[str, Any]:
+    """The JSON description of one packed leaf."""
+    layout = leaf.layout
+    return {
+        "shape": list(leaf.shape),
+        "n": leaf.n,
+        "m": leaf.m,
+        "dtype": np.dtype(leaf.dtype).name,
+        "stack": list(leaf.out_order.shape[:-1]),
+        "left": leaf.left is not None,
+        "right": leaf.right is not None,
+        "layout": None
+        if layout is None
+        else {
+            "shape": list(layout.shape),
+            "stack": _factors(layout.stack),
+            "out": _factors(layout.out),
+            "inputs": _factors(layout.inputs),
+        },
+    }
+
+
+def _factors(factors: tuple[AxisFactor, ...]) -> list[list[int]]:
+    return [[f.axis, f.stride, f.size] for f in factors]
+
+
+def _packed_weight(
+    fields: Mapping[str, Any], stored: Mapping[str, np.ndarray]
+) -> PackedWeight:
+    layout = fields["layout"]
+    if layout is not None:
+        groups = {
+            k: tuple(AxisFactor(*f) for f in layout[k])
+            for k in ("stack", "out", "inputs")
+        }
+        layout = Layout(shape=tuple(layout["shape"]), **groups)
+    factors = {
+        f: BlockDiagonal(jnp.asarray(stored[f])) if f in stored else None
+        for f in FACTORS
+    }
+    return PackedWeight(
+        **{field: jnp.asarray(stored[field]) for field in ARRAYS},
+        **factors,
+        shape=tuple(fields["shape"]),
+        n=fields["n"],
+        m=fields["m"],
+        layout=layout,
+    )
+
+
+def _described(path: str | os.PathLike, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The descriptions of all packed leaves, from the metadata of the file."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a packed file: its format is"
+            f" {metadata.get('format', 'not given')!r}, not {FORMAT!r}"
+        )
+    if metadata.get("version") != str(VERSION):
+        raise ValueError(
+            f"{path} has version {metadata.get('version')!r} of the packed format; this"
+            f" library reads version {VERSION}. Use the library that wrote it"
+        )
+    try:
+        described = json.loads(metadata.get("packed", ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: its description is damaged: {error}") from error
+    if not isinstance(described, dict):
+        raise ValueError(f"{path}: its description is not a JSON object")
+    return described
+
+
+def _field_names(name: str, fields: Any) -> tuple[str, ...]:
+    """Names of the arrays of one leaf; checks the form of its description."""
+
+    def ints(value: Any, length: int | None = None) -> bool:
+        whole = isinstance(value, list) and all(type(v) is int for v in value)
+        return whole and (length is None or len(value) == length)
+
+    def of_layout(value: Any) -> bool:
+        groups = ("stack", "out", "inputs")
+        return value is None or (
+            isinstance(value, dict)
+            and ints(value.get("shape"))
+            and all(isinstance(value.get(g), list) for g in groups)
+            and all(ints(f, 3) for g in groups for f in value[g])
+        )
+
+    try:
+        good = (
+            ints(fields["shape"], 2)
+            and ints([fields["n"], fields["m"]])
+            and 0 < fields["n"] <= fields["m"]
+            and fields["dtype"] in {d.name for d in tensors.DTYPES.values()}
+            and ints(fields["stack"])
+            and all(isinstance(fields[f], bool) for f in FACTORS)
+            and of_layout(fields["layout"])
+        )
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        raise ValueError(f"{name}: its description is damaged: {fields}")
+    return ARRAYS + tuple(f for f in FACTORS if fields[f])
+
+
+def _verify(
+    name: str, fields: Mapping[str, Any], stored: Mapping[str, np.ndarray]
+) -> None:
+    """Raises ValueError unless the arrays keep the promises of `PackedWeight`."""
+    _verify_shapes(name, fields, stored)
+    o, i = fields["shape"]
+    for field in ("dense_index", "nm_index"):
+        index = stored[field]
+        if index.size and (index.min() < 0 or index.max() >= i):
+            raise ValueError(
+                f"{name}: {field} has an index outside 0 .. {i - 1}:"
+                f" {index.min()} .. {index.max()}"
+            )
+    if (np.sort(stored["out_order"], -1) != np.arange(o, dtype=np.int32)).any():
+        raise ValueError(f"{name}: out_order is not a permutation of its {o} rows")
+    n, m = fields["n"], fields["m"]
+    count = stored["nm_values"].shape[-1]
+    positions = _positions(stored["nm_positions"], count, m).reshape(-1, n)
+    if (positions >= m).any():
+        raise ValueError(f"{name}: nm_positions has a position outside 0 .. {m - 1}")
+    if (positions[:, 1:] <= positions[:, :-1]).any():
+        raise ValueError(f"{name}: nm_positions do not increase inside a group")
+
+
+def _verify_shapes(
+    name: str, fields: Mapping[str, Any], stored: Mapping[str, np.ndarray]
+) -> None:
+    o, i = fields["shape"]
+    n, m, stack = fields["n"], fields["m"], tuple(fields["stack"])
+    for field in ("dense_index", "nm_index"):
+        if stored[field].ndim != len(stack) + 2:
+            raise ValueError(
+                f"{name}: {field} has shape {list(stored[field].shape)}, expected"
+                f" {len(stack) + 2} axes"
+            )
+    tiles, dense = stored["dense_index"].shape[-2:]
+    columns = stored["nm_index"].shape[-1]
+    rows = o // max(tiles, 1)
+    kept = columns // m * n
+    words = -(-kept * packing.position_bits(m) // packing.WORD)
+    wanted = {
+        "dense_index": (np.int32, (tiles, dense)),
+        "dense_values": (fields["dtype"], (tiles, rows, dense)),
+        "nm_index": (np.int32, (tiles, columns)),
+        "nm_values": (fields["dtype"], (tiles, rows, kept)),
+        "nm_positions": (np.uint32, (tiles, rows, words)),
+        "out_order": (np.int32, (o,)),
+    }
+    if tiles * rows != o or columns % m:
+        raise ValueError(
+            f"{name}: {tiles} tiles of {columns} N:M columns do not fit shape {(o, i)}"
+            f" with m={m}"
+        )
+    for field, (dtype, shape) in wanted.items():
+        array = stored[field]
+        if array.shape != (*stack, *shape) or array.dtype != np.dtype(dtype):
+            raise ValueError(
+                f"{name}: {field} is {array.dtype}{list(array.shape)}, expected"
+                f" {np.dtype(dtype)}{[*stack, *shape]}"
+            )
+    for field, side in (("left", o), ("right", i)):
+        if field in stored:
+            found = stored[field].shape
+            side_of = (found[-3] * found[-2], found[-1]) if len(found) > 2 else ()
+            if found[:-3] != stack or side_of != (side, found[-2]):
+                raise ValueError(
+                    f"{name}: {field} has blocks {list(found)}, which do not"
+                    f" tile {side} channels"
+                )
+
+
+def _positions(words: np.ndarray, count: int, m: int) -> np.ndarray:
+    """u32[..., count] positions: `packing.from_words` without compiling."""
+    bits = packing.position_bits(m)
+    shifts = np.arange(0, packing.WORD, bits, dtype=np.uint32)
+    each = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
+    return each.reshape(*words.shape[:-1], words.shape[-1] * shifts.size)[..., :count]

@@ -1,0 +1,154 @@
+"""One safetensors file as a dict of host arrays.
+
+A thin wrapper around the `safetensors` package, which is an optional extra. It adds
+what callers need and the package leaves out: errors that name the file, dtypes known
+from the header alone, arrays that are not contiguous (the package writes their memory
+as it lies) and the usual file permissions (the package creates files readable by their
+owner only).
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from flexhinm_jax.io import atomic
+
+__all__ = ["DTYPES", "Header", "read", "read_header", "write"]
+
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+"""Supported dtypes by their name in a safetensors header."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a safetensors file says about its contents.
+
+    Attributes:
+      shapes: key -> shape.
+      dtypes: key -> name of the dtype in the format ("BF16").
+      metadata: the free-form strings of the file.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """Reads names, shapes, dtypes and metadata, but no values.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is truncated or is not safetensors.
+    """
+    with _opened(path) as f:
+        slices = {key: f.get_slice(key) for key in f.keys()}
+        return Header(
+            shapes={k: tuple(s.get_shape()) for k, s in slices.items()},
+            dtypes={k: str(s.get_dtype()) for k, s in slices.items()},
+            metadata=dict(f.metadata() or {}),
+        )
+
+
+def read(
+    path: str | os.PathLike, keys: Iterable[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Reads arrays one by one, in their stored dtype (bfloat16 included).
+
+    Args:
+      path: a safetensors file.
+      keys: the arrays to read; None reads all.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, or holds a dtype that is not in `DTYPES`.
+    """
+    header = read_header(path)
+    keys = list(header.shapes) if keys is None else list(keys)
+    for key in keys:
+        if header.dtypes[key] not in DTYPES:
+            raise ValueError(
+                f"{path}: {key} has dtype {header.dtypes[key]}; supported are"
+                f" {', '.join(DTYPES)}. Convert it to one of them first"
+            )
+    with _opened(path) as f:
+        return {key: f.get_tensor(key) for key in keys}
+
+
+def write(
+    path: str | os.PathLike,
+    arrays: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file at once; see `io.atomic` for making that all or nothing.
+
+    Raises:
+      OSError: the file could not be written (disk full, permissions).
+      ValueError: an array has a dtype that is not in `DTYPES`.
+    """
+    package = _package()
+    from safetensors.numpy import save_file
+
+    # order="C": the package copies `nbytes` from the data pointer and ignores strides,
+    # so a transposed view would be stored as its untransposed memory.
+    host = {k: np.asarray(a, order="C") for k, a in arrays.items()}
+    for key, array in host.items():
+        if array.dtype.newbyteorder("=") not in DTYPES.values():
+            raise ValueError(
+                f"{key} has dtype {array.dtype}, which safetensors cannot hold;"
+                f" supported are {', '.join(DTYPES)}"
+            )
+    try:
+        save_file(host, os.fspath(path), metadata=dict(metadata or {}))
+    except package.SafetensorError as error:
+        known = atomic.os_error(path, error)
+        raise known or OSError(f"{path} could not be written: {error}") from error
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Any]:
+    """Opens a file; every error of the format names it."""
+    package = _package()
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with package.safe_open(os.fspath(path), framework="numpy") as f:
+            yield f
+    except package.SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}); copy or download"
+            " it again"
+        ) from error
+
+
+def _package() -> Any:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            'safetensors is needed for this; pip install "flexhinm_jax[hf]"'
+        ) from error
+    return safetensors

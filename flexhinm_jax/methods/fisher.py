@@ -1,0 +1,89 @@
+"""Fisher: second-order saliency of the training loss from gradients.
+
+Diagonal (Theis et al. 2018, arXiv:1801.05787) or block-wise as in WoodFisher and oBERT
+(Singh & Alistarh 2020, arXiv:2004.14340; Kurtic et al. 2022, arXiv:2203.07259), where
+weights of one block may stand in for each other. Gradients come from the user:
+
+    stats = accumulate_gradients(stats, grad_of_one_sample, block=16)
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from jax import Array
+
+from flexhinm_jax.methods.base import ScoreMethod
+from flexhinm_jax.ops import saliency
+from flexhinm_jax.types import Stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Fisher(ScoreMethod):
+    """Scores the rise of the loss when a weight is removed.
+
+    Attributes:
+      pattern: the supports to choose from.
+      kind: "diagonal" reads `stats.sq_grad`; "block" reads `stats.fisher` and lets the
+        other weights of a block of inputs make up for the removed one.
+      damp: added to the diagonal of a block, as a fraction of its mean; "block" only.
+    """
+
+    _: dataclasses.KW_ONLY
+    kind: Literal["diagonal", "block"] = "diagonal"
+    damp: float = 0.01
+
+    needs: ClassVar[Literal["nothing", "norms", "gram", "gradients"]] = "gradients"
+
+    def __post_init__(self):
+        """Validates the configuration."""
+        super().__post_init__()
+        if self.kind not in ("diagonal", "block"):
+            raise ValueError(f"kind={self.kind!r}: choose 'diagonal' or 'block'")
+        if not self.damp > 0:
+            raise ValueError(f"damp={self.damp}: need a fraction > 0, such as 0.01")
+
+    def check(
+        self,
+        w: Array,
+        stats: Stats | None,
+        sparsity: Array | float | None,
+        path: str = "weight",
+    ) -> None:
+        """Raises ValueError also when the blocks are missing; see `Method.check`."""
+        super().check(w, stats, sparsity, path)
+        if self.kind == "block" and (stats is None or stats.fisher is None):
+            raise ValueError(
+                f"{path}: kind='block' needs the block Fisher: accumulate gradients "
+                "with accumulate_gradients(stats, grad, block=16)"
+            )
+
+    def score(self, w: Array, stats: Stats | None) -> Array:
+        """The rise of the loss by weight, up to a common factor, f32[o, i]."""
+        assert stats is not None and stats.sq_grad is not None
+        if self.kind == "diagonal":
+            return saliency.diagonal_fisher(w, stats.sq_grad)
+        assert stats.fisher is not None
+        return saliency.block_fisher(w, stats.fisher, self.damp)
+
+
+def accumulate_gradients(stats: Stats, grad: Array, block: int | None = None) -> Stats:
+    """Adds the gradient of one sample (or small batch) to the statistics.
+
+    Args:
+      stats: statistics of the weight, with or without earlier gradients.
+      grad: [o, i], gradient of the loss with respect to the matrix.
+      block: also sums g g^T over blocks of so many consecutive inputs; divides i.
+
+    Returns:
+      The statistics with `sq_grad`, and `fisher` if `block` was given. Pure; works
+      under jit and scan once both fields are there.
+    """
+    g = grad.astype("float32")
+    sq_grad = saliency.summed(stats.sq_grad, g * g)
+    if block is None:
+        return dataclasses.replace(stats, sq_grad=sq_grad)
+    o, i = g.shape
+    parts = g.reshape(o, i // block, block)
+    outer = parts[..., :, None] * parts[..., None, :]
+    fisher = saliency.summed(stats.fisher, outer)
+    return dataclasses.replace(stats, sq_grad=sq_grad, fisher=fisher)

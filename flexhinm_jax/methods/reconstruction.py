@@ -1,0 +1,151 @@
+"""What methods that move weights share: the layer-wise problem in, a state out.
+
+A subclass says how support and weight are found for one `gram.Problem`; targets, means,
+damping and dtypes are dealt with here.
+"""
+
+import abc
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from flexhinm_jax import checks
+from flexhinm_jax.methods.base import Method
+from flexhinm_jax.ops import gram, masks, saliency
+from flexhinm_jax.types import Plan, State, Stats, Support
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction(Method):
+    """A method that fits the pruned layer to its targets.
+
+    The state holds `support`, `weight`, `retained` (share of the squared Wanda score),
+    `error` (relative squared error of the outputs on the damped Gram), `damping` (the
+    fraction used; more than asked where the Gram was not definite) and, when centred,
+    `bias`: what to add to the product so that the mean is that of the target. Without
+    `stats.target_mean` the target is `W x`, so an existing bias is added to it.
+
+    Attributes:
+      damp: ridge towards the dense weight, as a fraction of the mean of the Gram's
+        diagonal.
+      center: works on centred inputs and targets and refits the bias.
+      precision: dtype to compute in; "float64" needs `jax_enable_x64`.
+    """
+
+    _: dataclasses.KW_ONLY
+    damp: float = 0.01
+    center: bool = False
+    precision: Literal["float32", "float64"] = "float32"
+
+    needs: ClassVar[Literal["nothing", "norms", "gram"]] = "gram"
+
+    def __post_init__(self):
+        """Validates the configuration."""
+        super().__post_init__()
+        if not self.damp > 0:
+            raise ValueError(f"damp={self.damp}: need a fraction > 0, such as 0.01")
+        if self.precision not in ("float32", "float64"):
+            raise ValueError(
+                f"precision={self.precision!r}: choose 'float32' or 'float64'"
+            )
+
+    @abc.abstractmethod
+    def reconstruct(
+        self,
+        key: Array,
+        task: gram.Problem,
+        sparsity: Array | float | None,
+        before: Support | None,
+    ) -> tuple[Array, Support]:
+        """Finds the pruned weight f[o, i] and its support for one problem.
+
+        Args:
+          key: PRNG key, consumed.
+          task: the problem.
+          sparsity: fraction of weights removed, or None.
+          before: a support to stay within, or None.
+        """
+
+    def problem(self, w: Array, stats: Stats) -> gram.Problem:
+        """The problem that this configuration poses.
+
+        Raises:
+          ValueError: float64 without `jax_enable_x64`.
+        """
+        if self.precision == "float64" and not jax.config.jax_enable_x64:
+            raise ValueError(
+                "precision='float64' needs 64-bit mode: call "
+                "jax.config.update('jax_enable_x64', True) first"
+            )
+        dtype = jnp.dtype(self.precision)
+        return gram.problem(w, stats, damp=self.damp, center=self.center, dtype=dtype)
+
+    def check(
+        self,
+        w: Array,
+        stats: Stats | None,
+        sparsity: Array | float | None,
+        path: str = "weight",
+    ) -> None:
+        """Raises ValueError also for a concrete weight with NaN; see `Method.check`."""
+        super().check(w, stats, sparsity, path)
+        checks.finite(w, "weight", path)
+
+    def solve(
+        self,
+        key: Array,
+        w: Array,
+        stats: Stats | None,
+        *,
+        sparsity: Array | float | None = None,
+        prev: State | None = None,
+    ) -> State:
+        """Solves the layer-wise problem; see `Method.solve`."""
+        self.check(w, stats, sparsity)
+        assert stats is not None
+        task = self.problem(w, stats)
+        before = None if prev is None else prev.fixed["support"]
+        solved, support = self.reconstruct(key, task, sparsity, before)
+        return self.state(w, stats, task, solved, support)
+
+    def state(
+        self,
+        w: Array,
+        stats: Stats,
+        task: gram.Problem,
+        solved: Array,
+        support: Support,
+    ) -> State:
+        """Packs a solution, with its diagnostics."""
+        scores = jnp.square(saliency.wanda(w, stats.sq_norm))
+        fixed = {
+            "support": support,
+            "weight": jnp.where(support.keep, solved, 0).astype(jnp.float32),
+            "retained": masks.retained(scores, support.keep),
+            "error": gram.error(solved, task).astype(jnp.float32),
+            "damping": task.damping.astype(jnp.float32),
+        }
+        if self.center:
+            b = gram.bias(w.astype(solved.dtype), solved, stats)
+            fixed["bias"] = b.astype(jnp.float32)
+        return State(learned=(), fixed=fixed)
+
+    def decide(self, state: State, w: Array, *, key: Array | None = None) -> Plan:
+        """The solved weight; `key` is not used, and of `w` only the dtype."""
+        del key
+        bias = state.fixed.get("bias")
+        return Plan(
+            weight=state.fixed["weight"].astype(w.dtype),
+            support=state.fixed["support"],
+            retained=state.fixed["retained"],
+            bias=None if bias is None else bias.astype(w.dtype),
+        )
+
+
+def squared_scores(task: gram.Problem, weight: Array | None = None) -> Array:
+    """f32[o, i]: w^2 H_jj, the error of removing one weight alone."""
+    w = task.weight if weight is None else weight
+    return (jnp.square(w) * jnp.diag(task.gram)).astype(jnp.float32)

@@ -1,0 +1,104 @@
+"""Methods around another method: its support first, then something better from it."""
+
+import abc
+import dataclasses
+from typing import Any
+
+from jax import Array
+
+from flexhinm_jax.methods.base import Method
+from flexhinm_jax.methods.reconstruction import Reconstruction
+from flexhinm_jax.ops import gram
+from flexhinm_jax.patterns import Pattern
+from flexhinm_jax.types import Plan, State, Stats, Support
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper(Reconstruction):
+    """Improves the plan of another method on the Gram.
+
+    Attributes:
+      inner: the method whose plan is the start; its pattern is that of the wrapper.
+      pattern: the pattern of `inner`; not an argument.
+    """
+
+    inner: Method
+    pattern: Pattern = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self):
+        """Validates the configuration and takes the pattern over."""
+        if not isinstance(self.inner, Method):
+            raise ValueError(
+                f"inner={self.inner!r}: {type(self).__name__} wraps a method, such as "
+                f"{type(self).__name__}(Wanda(NM(2, 4)))"
+            )
+        object.__setattr__(self, "pattern", self.inner.pattern)
+        super().__post_init__()
+
+    @abc.abstractmethod
+    def improve(
+        self, task: gram.Problem, start: Array, support: Support, fixed: bool
+    ) -> tuple[Array, Support]:
+        """A better weight f[o, i] and support.
+
+        Args:
+          task: the problem.
+          start: f[o, i], the weight of the inner plan, zero outside its support.
+          support: its support.
+          fixed: whether the support must stay, because the kept set may only shrink.
+        """
+
+    def reconstruct(
+        self,
+        key: Array,
+        task: gram.Problem,
+        sparsity: Array | float | None,
+        before: Support | None,
+    ) -> tuple[Array, Support]:
+        """Not used: a wrapper starts from a plan, see `solve`."""
+        raise NotImplementedError
+
+    def check(
+        self,
+        w: Any,
+        stats: Stats | None,
+        sparsity: Array | float | None,
+        path: str = "weight",
+    ) -> None:
+        """Checks what the wrapper and what the inner method need."""
+        super().check(w, stats, sparsity, path)
+        self.inner.check(w, stats, sparsity, path)
+
+    def solve(
+        self,
+        key: Array,
+        w: Array,
+        stats: Stats | None,
+        *,
+        sparsity: Array | float | None = None,
+        prev: State | None = None,
+    ) -> State:
+        """Solves with the inner method and improves its plan; see `Method.solve`."""
+        self.check(w, stats, sparsity)
+        assert stats is not None
+        before = None
+        if prev is not None:
+            # The inner method continues from the support that the wrapper ended with.
+            inner = prev.fixed["inner"]
+            fixed = inner.fixed | {"support": prev.fixed["support"]}
+            before = dataclasses.replace(inner, fixed=fixed)
+        state = self.inner.solve(key, w, stats, sparsity=sparsity, prev=before)
+        plan = self.inner.decide(state, w)
+        self._check_factors(plan)
+        task = self.problem(w, stats)
+        start = plan.weight.astype(task.gram.dtype)
+        solved, support = self.improve(task, start, plan.support, prev is not None)
+        mine = self.state(w, stats, task, solved, support)
+        return State(learned=(), fixed=mine.fixed | {"inner": state})
+
+    def _check_factors(self, plan: Plan) -> None:
+        if plan.left is not None or plan.right is not None:
+            raise ValueError(
+                f"{type(self).__name__} needs a plan without block-diagonal factors; "
+                f"{type(self.inner).__name__} returns them"
+            )

@@ -1,0 +1,1 @@
+"""Small models as pure functions over plain parameter trees."""

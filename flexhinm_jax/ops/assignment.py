@@ -1,0 +1,144 @@
+"""Linear assignment: which candidate goes to which place, for the largest total gain.
+
+Three solvers of one problem. `swaps` is the default of the permutation search: it starts
+at the identity and applies many disjoint pairwise exchanges at once, so it never lowers
+the total, needs no sequential augmentation and costs O(g^2) per round. `hungarian` is
+exact and traceable, `host` is exact and runs in scipy. Measured on one CPU core inside
+the permutation search, two rounds of `swaps` reach the retained saliency of the exact
+solvers with a tenth of the time, because every proposal is sampled anew anyway.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from scipy import optimize
+
+#: Relative improvement below which an exchange is float noise.
+TOLERANCE = 1e-6
+
+
+def partners(delta: Array) -> Array:
+    """Pairs of places that prefer each other.
+
+    The best pair of all always prefers each other, also among ties, so repeated rounds
+    end in a state where no exchange is positive.
+
+    Args:
+      delta: [..., g, g], exactly symmetric: gain of exchanging two places.
+
+    Returns:
+      i32[..., g], the partner of every place, itself where there is none with a positive
+      gain. An involution: disjoint exchanges that can be applied together.
+    """
+    g = delta.shape[-1]
+    place = jnp.arange(g, dtype=jnp.int32)
+    best = jnp.max(delta, axis=-2)
+    # min of the matching indices instead of argmax: reduces along the major axis
+    first = jnp.where(delta == best[..., None, :], place[:, None], g - 1)
+    choice = jnp.min(first, axis=-2)
+    mutual = jnp.take_along_axis(choice, choice, axis=-1) == place
+    return jnp.where(mutual & (best > 0), choice, place)
+
+
+def swaps(gain: Array, rounds: int) -> Array:
+    """Improves the identity assignment by rounds of disjoint pairwise exchanges.
+
+    Args:
+      gain: f32[..., g, g], gain of candidate j at place i; not negative.
+      rounds: rounds of exchanges, each O(g^2).
+
+    Returns:
+      i32[..., g], the candidate of every place: a permutation whose total gain is at
+      least that of the identity.
+    """
+    g = gain.shape[-1]
+    order = jnp.broadcast_to(jnp.arange(g, dtype=jnp.int32), gain.shape[:-1])
+    for left in reversed(range(rounds)):
+        own = jnp.diagonal(gain, axis1=-2, axis2=-1)
+        both = own[..., :, None] + own[..., None, :]
+        delta = gain + jnp.swapaxes(gain, -1, -2) - both
+        partner = partners(delta - TOLERANCE * both)
+        order = jnp.take_along_axis(order, partner, axis=-1)
+        if left:
+            gain = jnp.take_along_axis(gain, partner[..., None, :], axis=-1)
+    return order
+
+
+def hungarian(gain: Array) -> Array:
+    """The best assignment, by augmenting paths, inside jit.
+
+    Args:
+      gain: f32[..., g, g], gain of candidate j at place i. Leading axes are mapped in
+        sequence: a vmapped search would run every matrix as long as the slowest.
+
+    Returns:
+      i32[..., g], the candidate of every place.
+    """
+    if gain.ndim > 2:
+        return lax.map(hungarian, gain)
+    row, column = optax.assignment.hungarian_algorithm(-gain)
+    empty = jnp.zeros(gain.shape[:1], jnp.int32)
+    return empty.at[row].set(column.astype(jnp.int32))
+
+
+def host(gain: np.ndarray) -> np.ndarray:
+    """The best assignment of one concrete [g, g] matrix, by scipy, i32[g]."""
+    return optimize.linear_sum_assignment(gain, maximize=True)[1].astype(np.int32)
+
+
+def exchanges(scores: Array, table: Array, allowed: Array) -> tuple[Array, Array]:
+    """The best exchange of one member for every pair of teams.
+
+    Args:
+      scores: f32[p, t], score of member p in team j.
+      table: i32[t, v], members of every team.
+      allowed: bool[t, v], members that may move.
+
+    Returns:
+      delta: f32[t, t], symmetric: gain when the best allowed member of team i for team
+        j changes places with the best of team j for team i; -inf on the diagonal and
+        where nobody may move.
+      slot: i32[t, t], which member of team i goes to team j.
+    """
+    t, v = table.shape
+    fit = scores[table]  # [t, v, t]
+    own = jnp.take_along_axis(
+        fit, jnp.arange(t, dtype=jnp.int32)[:, None, None], axis=2
+    )
+    move = jnp.where(allowed[..., None], fit - own, -jnp.inf)
+    best = jnp.max(move, axis=1)
+    index = jnp.arange(v, dtype=jnp.int32)[:, None]
+    slot = jnp.min(jnp.where(move == best[:, None], index, v - 1), axis=1)
+    delta = jnp.where(jnp.eye(t, dtype=bool), -jnp.inf, best + best.T)
+    return delta, slot
+
+
+def transport(scores: Array, table: Array, rounds: int) -> Array:
+    """Improves an assignment of members to teams of fixed size by exchanges.
+
+    Args:
+      scores: f32[p, t], score of member p in team j.
+      table: i32[t, v], members of every team at the start.
+      rounds: at most this many rounds of disjoint exchanges; stops when none is left.
+
+    Returns:
+      i32[t, v], teams with a total score at least that of the start.
+    """
+    t = table.shape[0]
+    team = jnp.arange(t, dtype=jnp.int32)
+    everyone = jnp.ones(table.shape, bool)
+    floor = TOLERANCE * jnp.max(jnp.abs(scores))
+
+    def step(state):
+        table, left, _ = state
+        delta, slot = exchanges(scores, table, everyone)
+        partner = partners(delta - floor)
+        at = slot[team, partner]
+        member = table[team, at]
+        moved = jnp.where(partner == team, member, member[partner])
+        table = table.at[team, at].set(moved)
+        return table, left - 1, jnp.any(partner != team)
+
+    start = table, jnp.asarray(rounds, jnp.int32), jnp.asarray(t > 1)
+    return lax.while_loop(lambda s: s[2] & (s[1] > 0), step, start)[0]

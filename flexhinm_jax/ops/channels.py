@@ -1,0 +1,189 @@
+"""Input orders of row tiles: which columns share an N:M group, which stay dense or go.
+
+The input phase of Gyro-Permutation (arXiv:2407.20496): every group gives up one sampled
+column, and an assignment decides where each of them goes. With the other m - 1 columns of
+a group sorted per row, the group keeps `a + max(b, x)` with a new column x, where a is
+the sum of their n - 1 best and b their n-th best. Only `sum_r max(b_ri, x_rj)` depends on
+the candidate, so the gain matrix is a max-reduction and nothing is sorted per pair.
+
+Departures. (1) Dense and pruned columns take part: a dense place keeps `sum_r x_rj`, a
+pruned place nothing, so the search also corrects which columns the tile keeps, at the
+same counts. (2) Places are drawn in random blocks, so wide layers cost O(rows * columns *
+block) per sweep. (3) Pairwise exchanges replace the Hungarian algorithm by default.
+
+One tile with all rows is the channel permutation of plain N:M (Zhang et al. 2024, RIA).
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from flexhinm_jax.ops import assignment, masks, regions
+
+UNROLL = 16  # rows per step of the max-reduction: keeps the accumulator in registers
+ROUNDS = 2  # of exchanges per gain matrix; more is lost on the next sample
+
+
+def nth_best(columns: list[Array], n: int) -> Array:
+    """Elementwise n-th largest of a few arrays, by bubble passes."""
+    rest = columns
+    best = rest[0]
+    for _ in range(n):
+        best, left = rest[0], []
+        for x in rest[1:]:
+            left.append(jnp.minimum(best, x))
+            best = jnp.maximum(best, x)
+        rest = left
+    return best
+
+
+def max_reduction(b: Array, x: Array) -> Array:
+    """sum_r max(b_ri, x_rj) without an array of that product's size.
+
+    Args:
+      b: f32[v, g].
+      x: f32[v, g].
+
+    Returns:
+      f32[g, g]; rows are added in order, so the result does not depend on batching.
+    """
+    v, g = b.shape
+    unroll = next(u for u in (UNROLL, 8, 4, 2, 1) if v % u == 0)
+    b, x = b.reshape(-1, unroll, g), x.reshape(-1, unroll, g)
+
+    def step(r, total):
+        for j in range(unroll):
+            total += jnp.maximum(b[r, j, :, None], x[r, j, None, :])
+        return total
+
+    return lax.fori_loop(0, v // unroll, step, jnp.zeros((g, g), jnp.float32))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("n", "m", "sweeps", "block", "solver", "trace")
+)
+def search(
+    key: Array,
+    tiles: Array,
+    order: Array,
+    dense: Array,
+    h: Array,
+    *,
+    n: int,
+    m: int,
+    sweeps: int,
+    block: int = 64,
+    solver: Literal["swaps", "hungarian"] = "swaps",
+    trace: bool = False,
+) -> Array:
+    """Improves the input order of every tile; never lowers what a tile keeps.
+
+    Args:
+      key: consumed: a block partition and one sampled slot per group and sweep.
+      tiles: scores f32[t, v, i], non-negative, in original column order.
+      order: i32[t, i], the start: dense, grouped, pruned columns.
+      dense: i32[], dense columns per tile.
+      h: i32[], groups per tile.
+      n: kept per group.
+      m: group size; divides i.
+      sweeps: proposals per group.
+      block: groups that exchange columns in one proposal; bounds memory and time.
+      solver: "swaps" or "hungarian", see `ops.assignment`.
+      trace: return what is kept after every sweep as well.
+
+    Returns:
+      i32[t, i], the improved order, or (order, f32[sweeps]) with `trace`.
+    """
+    t, v, i = tiles.shape
+    units = i // m
+    block = min(block, units)
+    columns = jnp.swapaxes(tiles, 1, 2).astype(jnp.float32)
+    slot = jnp.arange(m, dtype=jnp.int32)
+
+    def exchange(units_of, table, shift):
+        """One proposal between the units of a block."""
+        sub = table[:, units_of]  # [t, g, m], the sampled column first
+        value = jax.vmap(lambda c, at: c[at])(columns, sub)  # [t, g, m, v]
+        value = jnp.moveaxis(value, 3, 1)  # [t, v, g, m]
+        x = value[..., 0]
+        b = nth_best([value[..., j] for j in range(1, m)], n)
+        grouped = units_of < h
+        place = units_of * m + shift[:, units_of] - m * h  # [t, g], of what is no group
+        b = jnp.where(grouped, b, 0)
+        gain = jax.vmap(max_reduction)(b, x)
+        gain = jnp.where((grouped | (place < dense))[..., None], gain, 0)
+        if solver == "swaps":
+            choice = assignment.swaps(gain, ROUNDS)
+        else:
+            choice = accept_better(gain, assignment.hungarian(gain))
+        moved = jnp.take_along_axis(sub[..., 0], choice, axis=1)
+        return table.at[:, units_of, 0].set(moved)
+
+    def sweep(table, key):
+        # one draw per sweep: every call site of the generator costs compile time
+        bits = jax.random.bits(key, (t + 1, units), jnp.uint32)
+        drawn = jnp.argsort(bits[0], stable=True).astype(jnp.int32)
+        shift = (bits[1:] % m).astype(jnp.int32)
+        turn = (slot + shift[..., None]) % m
+        table = jnp.take_along_axis(table, turn, axis=2)
+
+        def one(g, table):
+            at = lax.dynamic_slice_in_dim(drawn, g * block, block)
+            return exchange(at, table, shift)
+
+        table = lax.fori_loop(0, units // block, one, table)
+        back = (slot - shift[..., None]) % m
+        table = jnp.take_along_axis(table, back, axis=2)
+        return table, kept(table) if trace else None
+
+    def kept(table):
+        found = unit_layout(table.reshape(t, i), dense, h, m, inverse=True)
+        return regions.value(tiles, found, dense, h, n, m)
+
+    table = unit_layout(order, dense, h, m).reshape(t, units, m)
+    table, curve = lax.scan(sweep, table, jax.random.split(key, sweeps))
+    order = unit_layout(table.reshape(t, i), dense, h, m, inverse=True)
+    return (order, curve) if trace else order
+
+
+def accept_better(gain: Array, choice: Array) -> Array:
+    """`choice` where it gains more than the identity, else the identity, per tile."""
+    before = jnp.sum(jnp.diagonal(gain, axis1=-2, axis2=-1), axis=-1)
+    after = jnp.take_along_axis(gain, choice[..., None], axis=-1)[..., 0]
+    better = jnp.sum(after, axis=-1) > before * (1 + assignment.TOLERANCE)
+    same = jnp.arange(choice.shape[-1], dtype=jnp.int32)
+    return jnp.where(better[..., None], choice, same)
+
+
+def unit_layout(
+    order: Array, dense: Array, h: Array, m: int, *, inverse: bool = False
+) -> Array:
+    """Moves the groups in front of the dense columns, or back with `inverse`.
+
+    With the groups first every group is m consecutive positions from a multiple of m,
+    whatever the number of dense columns.
+    """
+    p = jnp.arange(order.shape[-1], dtype=jnp.int32)
+    first, second = (dense, m * h) if inverse else (m * h, dense)
+    q = jnp.where(p < first, p + second, p - first)
+    return order[:, jnp.where(p < first + second, q, p)]
+
+
+def serpentine(scores: Array, m: int) -> Array:
+    """One input order for all rows: columns dealt to groups back and forth by strength.
+
+    Args:
+      scores: [o, i], non-negative.
+      m: group size; divides i.
+
+    Returns:
+      i32[1, i], original column at each position; groups are m consecutive positions.
+
+    Source: heuristic allocation of Zhang et al. 2024 (RIA, ICLR "Plug-and-Play").
+    """
+    rank = regions.ranked(masks.vectors(scores, scores.shape[0]))
+    h = jnp.asarray(scores.shape[1] // m, jnp.int32)
+    return regions.column_order(rank, jnp.zeros((), jnp.int32), h, m)

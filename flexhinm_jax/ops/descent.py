@@ -1,0 +1,211 @@
+"""Coordinate descent over the supports of groups of columns, on the Gram matrix.
+
+For one group of m columns and all other columns fixed, the error of every row is an
+exact quadratic, so the best of all its n:m patterns can be taken, with the weights of
+the dense matrix or with the best weights for each pattern. Groups are visited in turn;
+the error never rises. Rows are independent except where the mask is transposable.
+
+Inside, matrices are `[i, r]`: a column of r weights is contiguous. The residual of the
+normal equations is kept up to date lazily, as in `elimination`.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from flexhinm_jax.ops.gram import dot
+
+PATTERNS = 70  # 4:8; with more patterns per group, single swaps are tried instead
+BLOCK = 64  # columns between two updates of the whole residual
+
+#: (weights f[m, r], kept bool[m, r], dense f[m, r], residual f[m, r], gram f[m, m])
+#: -> new weights and support of a group
+Step = Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]
+
+
+def patterns(n: int, m: int) -> np.ndarray:
+    """bool[patterns, m]: every way to keep n of m."""
+    table = np.zeros((math.comb(m, n), m), bool)
+    for row, kept in enumerate(itertools.combinations(range(m), n)):
+        table[row, list(kept)] = True
+    return table
+
+
+def sweep(
+    b: Array,
+    keep: Array,
+    dense: Array,
+    h: Array,
+    g: Array,
+    live: Array,
+    step: Step,
+    unit: int,
+) -> tuple[Array, Array]:
+    """Visits every group of `unit` columns once.
+
+    Args:
+      b: f[r, i], weights now.
+      keep: bool[r, i], their support.
+      dense: f[r, i], the dense matrix.
+      h: f[i, i], Gram.
+      g: f[r, i], cross Gram.
+      live: bool[i], columns whose group may change; constant inside a group.
+      step: what happens to a group.
+      unit: columns of a group, divides i.
+
+    Returns:
+      The new weights and their support.
+    """
+    r, columns = b.shape
+    block = unit * max(1, BLOCK // unit)
+    pad = -columns % block
+    rows = lambda x: jnp.pad(x.T, ((0, pad), (0, 0)))  # noqa: E731
+    x, kept, dense = rows(b), rows(keep), rows(dense)
+    residual = rows(g - dot(b, h))
+    h = jnp.pad(h, ((0, pad), (0, pad))) + jnp.diag(
+        (jnp.arange(columns + pad) >= columns).astype(h.dtype)
+    )
+    live = jnp.pad(live, (0, pad))
+    cut = lax.dynamic_slice_in_dim
+    put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
+
+    def one_unit(carry, start, offset, h_block):
+        x, kept, residual = carry
+        at = offset + start
+        h_rows = cut(h_block, start, unit)
+        old, old_kept = cut(x, at, unit), cut(kept, at, unit)
+        new, new_kept = step(
+            old,
+            old_kept,
+            cut(dense, at, unit),
+            cut(residual, start, unit),
+            cut(h_rows, start, unit, axis=1),
+        )
+        here = cut(live, at, unit)[:, None]
+        new, new_kept = jnp.where(here, new, old), jnp.where(here, new_kept, old_kept)
+        residual = residual - dot(h_rows.T, new - old)
+        return (put(x, new, at), put(kept, new_kept, at), residual), None
+
+    def one_block(carry, offset):
+        x, kept, residual = carry
+        before = cut(x, offset, block)
+        h_rows = cut(h, offset, block)
+        h_block = cut(h_rows, offset, block, axis=1)
+        (x, kept, _), _ = lax.scan(
+            lambda c, s: one_unit(c, s, offset, h_block),
+            (x, kept, cut(residual, offset, block)),
+            jnp.arange(0, block, unit, dtype=jnp.int32),
+        )
+        residual = residual - dot(h_rows.T, cut(x, offset, block) - before)
+        return (x, kept, residual), None
+
+    starts = jnp.arange(0, columns + pad, block, dtype=jnp.int32)
+    (x, kept, _), _ = lax.scan(one_block, (x, kept, residual), starts)
+    return x[:columns].T, kept[:columns].T
+
+
+def best_pattern(n: int, m: int, solve: bool) -> Step:
+    """Takes the best of all patterns of a group, exactly, for every row.
+
+    Args:
+      n: kept per group.
+      m: group size; C(m, n) should be at most PATTERNS.
+      solve: whether the weights of the group become the best for the pattern; else
+        they are those of the dense matrix.
+    """
+    table = jnp.asarray(patterns(n, m))
+
+    def step(b, keep, dense, residual, h):
+        free = residual + dot(h, b)  # of the normal equations with the group at zero
+        if solve:
+            # H restricted to a pattern, identity elsewhere: inverted for all at once.
+            pair = table[:, :, None] & table[:, None]
+            eye = jnp.eye(m, dtype=h.dtype)
+            inverse = jnp.linalg.inv(jnp.where(pair, h, eye)) * pair
+            fresh = dot(inverse, free)
+        else:
+            fresh = jnp.where(table[..., None], dense, 0)
+        image = jnp.moveaxis(dot(h, fresh), 0, 1)
+        gain = jnp.sum(fresh * (free - image / 2), axis=1)
+        now = jnp.all(table[..., None] == keep, axis=1)
+        # A pattern must gain more than rounding to replace the present one.
+        scale = jnp.max(jnp.abs(gain), axis=0)
+        best = _first_max(jnp.where(now, gain + 1e-6 * scale, gain))
+        chosen = jnp.arange(len(table), dtype=jnp.int32)[:, None] == best
+        new = jnp.sum(jnp.where(chosen[:, None], fresh, 0), axis=0)
+        return new, jnp.any(chosen[:, None] & table[..., None], axis=0)
+
+    return step
+
+
+def _swap_gains(b, keep, dense, residual, h, solve):
+    """Gain of removing q and adding p, and the weight that p gets, f[q, p, r]."""
+    pull = residual[None] + h[..., None] * b[:, None]  # on p after q is gone
+    diagonal = jnp.diag(h)[:, None]
+    enter = pull / diagonal if solve else jnp.broadcast_to(dense, pull.shape)
+    lost = residual * b + diagonal * jnp.square(b) / 2
+    gain = enter * pull - diagonal * jnp.square(enter) / 2 - lost[:, None]
+    legal = keep[:, None] & ~keep[None]
+    floor = 1e-6 * (jnp.abs(lost)[:, None] + diagonal * jnp.square(enter))
+    return jnp.where(legal & (gain > floor), gain, -jnp.inf), enter, lost
+
+
+def best_swap(solve: bool) -> Step:
+    """Swaps the best kept weight of a group for a removed one, in every row."""
+
+    def step(b, keep, dense, residual, h):
+        m, r = b.shape
+        gain, enter, _ = _swap_gains(b, keep, dense, residual, h, solve)
+        flat = gain.reshape(m * m, r)
+        best = _first_max(flat)
+        hit = (jnp.arange(m * m, dtype=jnp.int32)[:, None] == best).reshape(m, m, r)
+        hit &= gain > 0
+        into = jnp.any(hit, axis=0)
+        new = jnp.where(jnp.any(hit, axis=1), 0, b)
+        new = jnp.where(into, jnp.sum(jnp.where(hit, enter, 0), axis=0), new)
+        return new, (keep & ~jnp.any(hit, axis=1)) | into
+
+    return step
+
+
+def best_cycle(m: int, solve: bool) -> Step:
+    """Exchanges two weights of two rows of every m x m tile, keeping all sums.
+
+    One row trades column q for p, another p for q, whichever pair gains most in sum.
+    """
+
+    def step(b, keep, dense, residual, h):
+        r = b.shape[1]
+        pull = residual[None] + h[..., None] * b[:, None]
+        diagonal = jnp.diag(h)[:, None]
+        enter = pull / diagonal if solve else jnp.broadcast_to(dense, pull.shape)
+        lost = residual * b + diagonal * jnp.square(b) / 2
+        gain = enter * pull - diagonal * jnp.square(enter) / 2 - lost[:, None]
+        gain = jnp.where(keep[:, None] & ~keep[None], gain, -jnp.inf)
+        tiles = gain.reshape(m, m, r // m, m)
+        top = jnp.max(tiles, axis=-1)
+        both = (top + jnp.swapaxes(top, 0, 1)).reshape(m * m, -1)
+        noise = 1e-6 * jnp.max(jnp.abs(lost).reshape(m, r // m, m), axis=(0, 2))
+        best = _first_max(both)
+        pair = jnp.arange(m * m, dtype=jnp.int32)[:, None] == best
+        pair = (pair & (both > noise)).reshape(m, m, -1)
+        row = jnp.argmax(tiles, axis=-1)[..., None] == jnp.arange(m)
+        forth = pair[..., None] & row
+        back = jnp.swapaxes(pair, 0, 1)[..., None] & row
+        hit = (forth | back).reshape(m, m, r)
+        out, into = jnp.any(hit, axis=1), jnp.any(hit, axis=0)
+        new = jnp.where(into, jnp.sum(jnp.where(hit, enter, 0), axis=0), b)
+        return jnp.where(out, 0, new), (keep & ~out) | into
+
+    return step
+
+
+def _first_max(x: Array) -> Array:
+    """i32[r]: first index of the largest entry of x [c, r]."""
+    index = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.min(jnp.where(x == jnp.max(x, axis=0), index, x.shape[0] - 1), axis=0)

@@ -1,0 +1,1 @@
+"""From one matrix to a model: find the weights, take statistics, run them packed."""

@@ -1,0 +1,154 @@
+"""Everything that depends on the version of jax: tested on the oldest and the newest.
+
+jax 0.10 keeps open and closed jaxprs apart, returns `(subfuns, params)` from
+`get_bind_params` and counts the operands of a scan; from 0.11 on there is one jaxpr
+class, one dict of parameters and a tree of scan operands. The rest of the package sees
+neither.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import Array
+from jax.extend import source_info_util
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Runs one equation as it is written.
+
+    Args:
+      eqn: equation of a jaxpr.
+      operands: one value per input of the equation.
+
+    Returns:
+      One value per output. Derivative rules, shardings, name stack and mesh are those
+      of the equation.
+    """
+    params = eqn.primitive.get_bind_params(eqn.params)
+    subfuns, params = params if isinstance(params, tuple) else ((), params)
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with context(eqn, names):
+        results = eqn.primitive.bind(*subfuns, *operands, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+class context:  # noqa: N801
+    """Context with the mesh, compute type and source location of an equation."""
+
+    def __init__(self, eqn: Any, names: Any = None):
+        """Prepares the context of `eqn`, under the name stack `names` if given."""
+        self.managers = [eqn.ctx.manager]
+        if names is not None:
+            trace = eqn.source_info.traceback
+            user = source_info_util.user_context(trace, name_stack=names)
+            self.managers.insert(0, user)
+
+    def __enter__(self) -> None:
+        """Enters all managers, outermost first."""
+        for manager in self.managers:
+            manager.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Leaves all managers, innermost first."""
+        for manager in reversed(self.managers):
+            manager.__exit__(*error)
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The open jaxpr, and the values of its `constvars`."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def scan_operands(params: dict[str, Any], operands: list) -> tuple[list, list, list]:
+    """Operands of a scan as (constants, initial carry, scanned arrays)."""
+    if "ft_in" in params:
+        consts, carry, xs = params["ft_in"].update(operands).unpack()
+        return list(consts), list(carry), list(xs)
+    first = params["num_consts"]
+    last = first + params["num_carry"]
+    return operands[:first], operands[first:last], operands[last:]
+
+
+def called_jaxpr(params: dict[str, Any]) -> Any:
+    """The jaxpr of a call-like equation."""
+    return params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+
+
+def function_name(params: dict[str, Any]) -> str:
+    """Name of the Python function behind a call-like equation."""
+    info = getattr(opened(called_jaxpr(params))[0], "debug_info", None)
+    return getattr(info, "func_name", None) or "unknown"
+
+
+def shard_map(f: Callable, params: dict[str, Any], in_specs: Any, out_specs: Any):
+    """`f` mapped over the mesh and manual axes of a shard_map equation."""
+    return jax.shard_map(
+        f,
+        mesh=params["mesh"],
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=frozenset(manual_axes(params)),
+        check_vma=params["check_vma"],
+    )
+
+
+def manual_axes(params: dict[str, Any]) -> tuple[str, ...]:
+    """Mesh axes that a shard_map equation makes manual, in the order of the mesh."""
+    axes = params["newly_manual_axes"]
+    return tuple(name for name in params["mesh"].axis_names if name in axes)
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Manual mesh axes over which the value of `x` differs from device to device."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def varying(x: Array, axes: Sequence[str]) -> Array:
+    """`x` seen as a value that may differ along the manual mesh axes `axes`."""
+    missing = tuple(a for a in axes if a not in varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def explicit_mesh(tree: Any) -> Any:
+    """The mesh with explicit axes on which some array of `tree` lives, or None."""
+    for x in jax.tree.leaves(tree):
+        mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def replicated(tree: Any, mesh: Any) -> Any:
+    """`tree` with every array replicated over an explicit mesh."""
+    return jax.sharding.reshard(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def automatic(f: Callable, out_sharding: Any, *args: Any) -> Any:
+    """f(*args), letting the compiler choose the shardings inside `f`.
+
+    Under an explicit mesh every operation must say how its result is sharded, which
+    code written for any shape cannot. Everything array-valued that `f` reads must come
+    in through `args`.
+
+    Args:
+      f: function of arrays.
+      out_sharding: sharding of all results, or None for replicated ones.
+      *args: trees of arrays.
+
+    Returns:
+      What `f` returns.
+    """
+    mesh = explicit_mesh(args)
+    if mesh is None:
+        return f(*args)
+    if out_sharding is None or getattr(out_sharding, "mesh", None) != mesh:
+        out_sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.sharding.auto_axes(f, out_sharding=out_sharding)(*args)
+
+
+def context_manual_axes() -> dict[str, int]:
+    """Axis name -> size of the mesh axes that are manual here, inside shard_maps."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: mesh.shape[name] for name in mesh.manual_axes}

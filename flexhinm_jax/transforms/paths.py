@@ -1,0 +1,46 @@
+"""One name per parameter leaf, the same whichever library made the tree."""
+
+from collections import Counter
+from typing import Any
+
+import jax
+from jax.tree_util import GetAttrKey, keystr
+
+from flexhinm_jax.types import PackedWeight
+
+
+def leaf_paths(params: Any) -> list[str]:
+    """The normalised path of every leaf, in the order of `jax.tree.leaves`.
+
+    Keys are joined by "/". The collection name "params" in front (Flax Linen) and the
+    attribute "value" at the end (Flax NNX, partitioning boxes) are dropped, so that
+    "encoder/0/kernel" names the same leaf everywhere. A dictionary key that happens to
+    be "value" stays. A packed weight is one leaf.
+
+    Args:
+      params: any tree of parameters, dense, abstract or packed.
+
+    Returns:
+      One unique path per leaf.
+
+    Raises:
+      ValueError: two leaves get the same path.
+    """
+
+    def is_packed(x: Any) -> bool:
+        return isinstance(x, PackedWeight)
+
+    paths = []
+    for keys, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)[0]:
+        if len(keys) > 1 and keystr(keys[:1], simple=True) == "params":
+            keys = keys[1:]
+        if len(keys) > 1 and keys[-1] == GetAttrKey("value"):
+            keys = keys[:-1]
+        paths.append(keystr(keys, simple=True, separator="/"))
+    twice = [path for path, n in Counter(paths).items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"two leaves of params share the normalised path {twice[0]!r}; rename one: "
+            "paths drop a leading 'params/' and a trailing attribute 'value'"
+        )
+    return paths

@@ -1,0 +1,441 @@
+"""From one matrix to a model: solve, decide, densify and pack over a parameter tree.
+
+A method sees one matrix. Here every prunable leaf is read as a stack of matrices, equal
+shapes are stacked together and vmapped under one jit, and the results go back into the
+tree. Results never depend on the grouping: the key of a leaf is derived from its path.
+
+Everything is keyed by leaf path: `states` and `plans` are dicts path -> pytree whose
+arrays have the leading stack axes of the leaf.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from flexhinm_jax import checks, kernels
+from flexhinm_jax.methods import Method
+from flexhinm_jax.transforms.calibrate import calibrate
+from flexhinm_jax.transforms.discover import discover
+from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax.transforms.report import Report, report
+from flexhinm_jax.transforms.views import leaf as to_leaf
+from flexhinm_jax.transforms.views import matrix
+from flexhinm_jax.types import BlockDiagonal, Plan, State, Stats, Use, Uses
+
+#: Weights solved in one vmapped call; more are split, so that memory stays bounded.
+STACK_LIMIT = 1 << 24
+
+Progress = Callable[[int, int], None]
+
+
+def _leaves(params: Any, uses: Uses) -> dict[str, Any]:
+    """Path -> leaf, after checking that every prunable leaf is there."""
+    found = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    for path, use in uses.leaves.items():
+        if path not in found:
+            raise ValueError(
+                f"{path}: in uses but not in params; pass the uses that discover() "
+                "returned for these params"
+            )
+        if tuple(found[path].shape) != use.layout.shape:
+            raise ValueError(
+                f"{path}: shape {tuple(found[path].shape)}, but uses were discovered "
+                f"for {use.layout.shape}; run discover() again"
+            )
+    return found
+
+
+def method_for(method: Method, use: Use) -> Method:
+    """The method with the pattern that a rule asks for, if there is one."""
+    if use.pattern is None:
+        return method
+    return dataclasses.replace(method, pattern=use.pattern)
+
+
+def _target(method: Method, use: Use, sparsity: Any) -> Any:
+    """The sparsity of one leaf: its own, none if a rule leaves no choice, or the common."""
+    if isinstance(sparsity, Mapping):
+        if use.path not in sparsity:
+            raise ValueError(
+                f"{use.path}: no sparsity given; the mapping has {len(sparsity)} paths "
+                "and needs one for every prunable leaf"
+            )
+        return sparsity[use.path]
+    low, high = method.pattern.sparsity_range()
+    return None if use.pattern is not None and low == high else sparsity
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _solve(method, keys, w, stats, sparsity, prev):
+    def one(key, w, stats, sparsity, prev):
+        return method.solve(key, w, stats, sparsity=sparsity, prev=prev)
+
+    return jax.vmap(one)(keys, w, stats, sparsity, prev)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _decide(method, keys, w, states):
+    return jax.vmap(lambda k, w, s: method.decide(s, w, key=k))(keys, w, states)
+
+
+def _signature(tree: Any) -> Any:
+    """Structure, shapes and dtypes: what two leaves must share to be stacked."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((x.shape, str(x.dtype)) for x in leaves)
+
+
+def _flat(tree: Any, stack: int) -> Any:
+    """Leading `stack` axes of every array flattened into one."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[stack:]), tree)
+
+
+def _over_stacks(
+    run: Callable[..., Any],
+    uses: Uses,
+    inputs: Mapping[str, tuple[Method, tuple[Any, ...]]],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Runs `run(method, *inputs)` once per group of equal signature.
+
+    Args:
+      run: takes a method and pytrees with one leading batch axis.
+      uses: where the stack axes come from.
+      inputs: path -> (method, pytrees with the leaf's stack axes leading).
+      progress: called with (finished, total) leaves.
+
+    Returns:
+      path -> result with the leaf's stack axes leading.
+    """
+    groups: dict[Any, list[str]] = defaultdict(list)
+    flat = {}
+    for path, (method, args) in inputs.items():
+        use = uses.leaves[path]
+        flat[path] = _flat(args, len(use.layout.stack))
+        one = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), flat[path]
+        )
+        groups[method, _signature(one)].append(path)
+    results, done = {}, 0
+    for (method, _), paths in groups.items():
+        size = max(
+            1, STACK_LIMIT // int(np.prod(uses.leaves[paths[0]].layout.matrix_shape))
+        )
+        for part in _chunks(paths, {p: flat[p] for p in paths}, size):
+            stacked = jax.tree.map(lambda *xs: jnp.concatenate(xs), *part.values())
+            out, start = run(method, *stacked), 0
+            for path, args in part.items():
+                use = uses.leaves[path]
+                count = jax.tree.leaves(args)[0].shape[0]
+                piece = jax.tree.map(lambda x: x[start : start + count], out)  # noqa: B023
+                shape = use.layout.stack_shape
+                results[path] = jax.tree.map(
+                    lambda x: x.reshape(*shape, *x.shape[1:]),  # noqa: B023
+                    piece,
+                )
+                start += count
+            done += len(part)
+            if progress is not None:
+                progress(done, len(inputs))
+    return {path: results[path] for path in inputs}
+
+
+def _chunks(
+    paths: list[str], flat: dict[str, Any], size: int
+) -> Iterable[dict[str, Any]]:
+    """Whole leaves, as many as fit into `size` matrices, at least one."""
+    part: dict[str, Any] = {}
+    filled = 0
+    for path in paths:
+        count = jax.tree.leaves(flat[path])[0].shape[0]
+        if part and filled + count > size:
+            yield part
+            part, filled = {}, 0
+        part[path], filled = flat[path], filled + count
+    yield part
+
+
+def _keys(key: Array, use: Use) -> Array:
+    """One key per matrix of a leaf, from the path alone."""
+    mine = jax.random.fold_in(key, zlib.crc32(use.path.encode()) & 0x7FFFFFFF)
+    shape = use.layout.stack_shape
+    return jax.random.split(mine, int(np.prod(shape))).reshape(shape)
+
+
+def solve(
+    method: Method,
+    key: Array,
+    params: Any,
+    uses: Uses,
+    stats: Mapping[str, Stats] | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
+    prev: Mapping[str, State] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, State]:
+    """Solves every prunable leaf.
+
+    Args:
+      method: a configuration; a rule's pattern replaces its pattern for that leaf.
+      key: PRNG key, consumed; a leaf uses key and path, nothing else.
+      params: the parameter tree.
+      uses: from `discover`.
+      stats: from `calibrate`; not needed by a method that needs nothing.
+      sparsity: fraction of weights removed, one for all or one per path; None for a
+        pattern that has only one.
+      prev: earlier states: the kept set of every leaf only shrinks.
+      progress: called with (finished, total) leaves.
+
+    Returns:
+      path -> State, arrays with the leading stack axes of the leaf.
+
+    Raises:
+      ValueError: a leaf that the pattern refuses, missing or bad statistics, NaN
+        weights, a target out of range; the message names the leaf.
+    """
+    leaves = _leaves(params, uses)
+    inputs = {}
+    for path, use in uses.leaves.items():
+        mine, given = method_for(method, use), (stats or {}).get(path)
+        target = _target(mine, use, sparsity)
+        w = matrix(leaves[path], use.layout)
+        one = jax.ShapeDtypeStruct(w.shape[-2:], w.dtype)
+        mine.check(one, given, target, path)
+        checks.finite(w, "weight", path)
+        if target is not None:
+            target = jnp.broadcast_to(
+                jnp.asarray(target, jnp.float32), use.layout.stack_shape
+            )
+        before = None if prev is None else prev[path]
+        if mine.needs == "nothing":
+            given = None
+        inputs[path] = mine, (_keys(key, use), w, given, target, before)
+    return _over_stacks(_solve, uses, inputs, progress)
+
+
+def decide(
+    method: Method,
+    states: Mapping[str, State],
+    params: Any,
+    uses: Uses,
+    key: Array | None = None,
+) -> dict[str, Plan]:
+    """The plan of every solved leaf.
+
+    Args:
+      method: the method that solved.
+      states: from `solve`, perhaps with `learned` moved by an optimiser.
+      params: the parameter tree now.
+      uses: from `discover`.
+      key: None for hard, deterministic plans; a key for sampled relaxations.
+
+    Returns:
+      path -> Plan, arrays with the leading stack axes of the leaf.
+    """
+    leaves = _leaves(params, uses)
+    inputs = {}
+    for path, state in states.items():
+        use = uses.leaves[path]
+        w = matrix(leaves[path], use.layout)
+        keys = None if key is None else _keys(key, use)
+        inputs[path] = method_for(method, use), (keys, w, state)
+    return _over_stacks(_decide, uses, inputs, None)
+
+
+def dense_weight(plan: Plan) -> Array:
+    """left @ weight @ right of a plan, [*stack, o, i] in the weight's dtype."""
+    weight = plan.weight
+    if plan.left is not None or plan.right is not None:
+        product = weight.astype(jnp.float32)
+        if plan.left is not None:
+            product = full_matrix(plan.left) @ product
+        if plan.right is not None:
+            product = product @ full_matrix(plan.right)
+        weight = product.astype(weight.dtype)
+    return weight
+
+
+def full_matrix(factor: BlockDiagonal) -> Array:
+    """The square matrix of a block-diagonal factor, f32[*stack, k * b, k * b]."""
+    blocks = factor.blocks.astype(jnp.float32)
+    k, b = blocks.shape[-3:-1]
+    eye = jnp.eye(k, dtype=jnp.float32)
+    full = jnp.einsum("...kab,kl->...kalb", blocks, eye)
+    return full.reshape(*blocks.shape[:-3], k * b, k * b)
+
+
+def _replace(
+    params: Any,
+    plans: Mapping[str, Plan],
+    uses: Uses,
+    weight: Callable[[Plan, Use], Any],
+) -> Any:
+    """The tree with `weight(plan, use)` on planned leaves and refitted biases."""
+    leaves = _leaves(params, uses)
+    new = dict(leaves)
+    for path, plan in plans.items():
+        use = uses.leaves[path]
+        new[path] = weight(plan, use)
+        if plan.bias is None:
+            continue
+        if use.bias is None:
+            raise ValueError(
+                f"{path}: the plan has a refitted bias, but no bias parameter is added "
+                "to this product; solve without bias refit"
+            )
+        old = leaves[use.bias]
+        new[use.bias] = plan.bias.reshape(old.shape).astype(old.dtype)
+    return jax.tree.unflatten(jax.tree.structure(params), [new[p] for p in leaves])
+
+
+def densify(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
+    """The same tree with zeros in place: works in every JAX program.
+
+    Args:
+      plans: from `decide`.
+      params: the parameter tree.
+      uses: from `discover`.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes, in original channel order.
+    """
+
+    def weight(plan: Plan, use: Use) -> Array:
+        return to_leaf(dense_weight(plan), use.layout)
+
+    return _replace(params, plans, uses, weight)
+
+
+def pack(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
+    """The same tree with `PackedWeight` leaves, for `sparsify`.
+
+    A plan without regions (unstructured) stays dense; `report` says so.
+
+    Args:
+      plans: concrete plans from `decide`.
+      params: the parameter tree.
+      uses: from `discover`.
+
+    Returns:
+      A tree with the same paths.
+    """
+
+    def weight(plan: Plan, use: Use) -> Any:
+        if plan.support.regions is None:
+            return to_leaf(dense_weight(plan), use.layout)
+        return kernels.pack(plan, use.layout)
+
+    return _replace(params, plans, uses, weight)
+
+
+def keep_tree(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
+    """The supports as a tree like `params`: bool leaves, None where nothing is pruned.
+
+    Args:
+      plans: from `decide`.
+      params: the parameter tree.
+      uses: from `discover`.
+
+    Returns:
+      A tree in which a pruned leaf has its keep mask in the leaf's own shape.
+    """
+    masks = [
+        to_leaf(plans[p].support.keep, uses.leaves[p].layout) if p in plans else None
+        for p in _leaves(params, uses)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), masks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """What `prune` returns.
+
+    Attributes:
+      params: the tree with zeros in place.
+      packed: the tree with packed leaves.
+      plans: path -> Plan.
+      uses: what was found, and what was skipped for which reason.
+      report: the numbers.
+    """
+
+    params: Any
+    packed: Any
+    plans: dict[str, Plan]
+    uses: Uses
+    report: Report
+
+
+def prune(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    method: Method,
+    *,
+    sparsity: float | Mapping[str, float] | None = None,
+    key: Array,
+    rules: Mapping[str, Any] | None = None,
+    **calibration: Any,
+) -> Pruned:
+    """Prunes the weights of any JAX function in one call.
+
+    Args:
+      apply_fn: pure function of (params, *batch).
+      params: its parameters.
+      batches: tuples of the remaining arguments; a batch that is no tuple is one argument.
+      method: what to prune with, such as `Wanda(FlexHiNM(32))`.
+      sparsity: fraction of weights removed; None for a pattern that has only one.
+      key: PRNG key, consumed.
+      rules: {regex: pattern or "skip"} on leaf paths; the first match wins.
+      **calibration: options of `calibrate`, such as `token_mask`.
+
+    Returns:
+      Dense-with-zeros parameters, packed parameters, plans, uses and the report.
+
+    Raises:
+      ValueError: no batch, a rule that matches nothing, a leaf that does not fit, NaN.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flexhinm_jax as fh
+      >>> apply_fn = lambda p, x: x @ p["w"]
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
+      >>> result = fh.prune(apply_fn, params, [jnp.ones((2, 8))],
+      ...                   fh.Wanda(fh.NM(2, 4)), key=jax.random.key(1))
+      >>> int((result.params["w"] == 0).sum())
+      16
+    """
+    batches = iter(batches)
+    try:
+        first = next(batches)
+    except StopIteration:
+        raise ValueError(
+            "batches is empty: give at least one batch; its shapes are needed to find "
+            "the weights"
+        ) from None
+    example = first if isinstance(first, tuple) else (first,)
+    uses = discover(apply_fn, params, *example, rules=rules)
+    stats = None
+    if method.needs != "nothing":
+        calibration.setdefault("gram", method.needs == "gram")
+        stats = calibrate(apply_fn, params, uses, _chain(first, batches), **calibration)
+    states = solve(method, key, params, uses, stats, sparsity)
+    plans = decide(method, states, params, uses)
+    packed = pack(plans, params, uses)
+    return Pruned(
+        params=densify(plans, params, uses),
+        packed=packed,
+        plans=plans,
+        uses=uses,
+        report=report(plans, packed, uses),
+    )
+
+
+def _chain(first: Any, rest: Iterable[Any]) -> Iterable[Any]:
+    yield first
+    yield from rest

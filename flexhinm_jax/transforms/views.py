@@ -1,0 +1,286 @@
+"""What a reshaped, transposed or sliced weight still says about its leaf.
+
+A `View` describes every current axis of a value as a tuple of `Atom`s, major first:
+pieces of the axes of the parameter leaf. Layout primitives permute, split, regroup and
+narrow the atoms; when the value is contracted, the atoms say which leaf axes are
+inputs, outputs and stacked, whatever happened in between. Nothing here traces: views
+are plain tuples.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flexhinm_jax.types import AxisFactor, Layout
+
+REPEAT = -1
+
+
+class Atom(NamedTuple):
+    """A factor of a leaf axis, seen through the window [start, start + size).
+
+    Attributes:
+      axis: axis of the leaf, or REPEAT for an axis that a broadcast added.
+      stride: distance of two neighbours, in positions of that axis.
+      full: number of positions of the factor.
+      start: first position in the window.
+      size: number of positions in the window.
+    """
+
+    axis: int
+    stride: int
+    full: int
+    start: int
+    size: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether the window shows all positions."""
+        return self.size == self.full
+
+    @property
+    def factor(self) -> AxisFactor:
+        """The factor without its window."""
+        return AxisFactor(self.axis, self.stride, self.full)
+
+
+Dims = tuple[tuple[Atom, ...], ...]
+
+
+class View(NamedTuple):
+    """How a value reads its leaf.
+
+    Attributes:
+      dims: per axis of the value its atoms, major first; () for a unit axis.
+      index: (atom, position) of the factors indexed away. A position is an int when it
+        is static, otherwise a traced scalar.
+      casts: dtypes that the values went through, in order.
+    """
+
+    dims: Dims
+    index: tuple[tuple[Atom, Any], ...] = ()
+    casts: tuple[Any, ...] = ()
+
+
+def whole(shape: Sequence[int]) -> View:
+    """The view of an untouched leaf."""
+    return View(
+        tuple((Atom(d, 1, n, 0, n),) if n > 1 else () for d, n in enumerate(shape))
+    )
+
+
+def flat(dims: Iterable[Iterable[Atom]]) -> list[Atom]:
+    """All atoms, in the order of the axes."""
+    return [atom for dim in dims for atom in dim]
+
+
+def sizes(dims: Iterable[Iterable[Atom]]) -> list[int]:
+    """Size of every axis."""
+    return [math.prod(atom.size for atom in dim) for dim in dims]
+
+
+def leaf_order(atom: Atom | AxisFactor) -> tuple[int, int]:
+    """Sort key: position of the factor in the leaf, major first."""
+    return atom.axis, -atom.stride
+
+
+def factors(atoms: Iterable[Atom], merge: bool = True) -> tuple[AxisFactor, ...]:
+    """The factors of `atoms` in leaf order, adjacent ones merged if `merge`."""
+    out: list[AxisFactor] = []
+    for f in sorted((atom.factor for atom in atoms), key=leaf_order):
+        if merge and out and out[-1].axis == f.axis:
+            if out[-1].stride == f.stride * f.size:
+                f = AxisFactor(f.axis, f.stride, f.size * out.pop().size)
+        out.append(f)
+    return tuple(out)
+
+
+def regroup(dims: Dims, shape: Sequence[int]) -> Dims | None:
+    """The atoms of `dims` dealt out over axes of the sizes in `shape`.
+
+    Returns:
+      The new axes, or None where a border would cut an atom, or its window, unevenly.
+    """
+    if 0 in shape:
+        return None
+    atoms, out = flat(dims), []
+    for n in shape:
+        dim = []
+        while n > 1:
+            a = atoms.pop(0)
+            if n % a.size:
+                minor = a.size // n
+                if a.size % n or a.full % minor or a.start % minor:
+                    return None
+                atoms.insert(0, Atom(a.axis, a.stride, minor, 0, minor))
+                stride, full = a.stride * minor, a.full // minor
+                a = Atom(a.axis, stride, full, a.start // minor, n)
+            dim.append(a)
+            n //= a.size
+        out.append(tuple(dim))
+    return tuple(out)
+
+
+def window(view: View, d: int, start: int, n: int) -> View | None:
+    """The view of [start, start + n) along axis `d`; one position becomes an index.
+
+    Returns:
+      The narrowed view, or None when the window cuts through a minor atom.
+    """
+    dim = view.dims[d]
+    minor = math.prod(atom.size for atom in dim[1:])
+    if n == minor * (dim[0].size if dim else 1):
+        return view
+    if start % minor or n % minor or not n:
+        return None
+    a = dim[0]._replace(start=dim[0].start + start // minor, size=n // minor)
+    kept, gone = ((a,), ()) if a.size > 1 else ((), ((a, a.start),))
+    dims = (*view.dims[:d], kept + dim[1:], *view.dims[d + 1 :])
+    return view._replace(dims=dims, index=view.index + gone)
+
+
+def take(view: View, d: int, position: Any) -> View | None:
+    """The view with one position of axis `d`, which stays as a unit axis.
+
+    Returns:
+      The narrowed view, or None when the axis is not one whole factor of the leaf.
+    """
+    dim = view.dims[d]
+    if isinstance(position, int):
+        top = math.prod(atom.size for atom in dim) - 1
+        return window(view, d, min(max(position, 0), top), 1)
+    if len(dim) != 1 or not dim[0].whole:
+        return None
+    dims = (*view.dims[:d], (), *view.dims[d + 1 :])
+    return view._replace(dims=dims, index=(*view.index, (dim[0], position)))
+
+
+def broadcast(view: View, shape: Sequence[int], onto: Sequence[int]) -> View:
+    """The view broadcast to `shape`, its axes going to the axes `onto`."""
+    dims: list[tuple[Atom, ...]]
+    dims = [(Atom(REPEAT, 1, n, 0, n),) if n > 1 else () for n in shape]
+    for d, dim in zip(onto, view.dims, strict=True):
+        if dim or shape[d] == 1:
+            dims[d] = dim
+    return view._replace(dims=tuple(dims))
+
+
+IDENTITY = frozenset(
+    "copy copy_p sharding_constraint layout_constraint name device_put stop_gradient "
+    "reshard mesh_cast pvary pcast reduce_precision".split()
+)
+
+
+def relayout(
+    view: View,
+    name: str,
+    params: dict[str, Any],
+    shapes: Sequence[Sequence[int]],
+    operands: Sequence[Any] = (),
+) -> list[View] | None:
+    """The views of the outputs of a primitive that only moves its operand around.
+
+    Args:
+      view: view of the first operand.
+      name: name of the primitive.
+      params: parameters of the equation.
+      shapes: shapes of the outputs.
+      operands: the other operands (positions of a dynamic_slice, ints where static).
+
+    Returns:
+      One view per output, or None for any other primitive, or one that mixes factors.
+    """
+    out: list[View | None] = [None]
+    if name in IDENTITY:
+        out = [view]
+    elif name == "convert_element_type":
+        if "float" in np.dtype(params["new_dtype"]).name:
+            out = [view._replace(casts=(*view.casts, params["new_dtype"]))]
+    elif name == "transpose":
+        dims = tuple(view.dims[d] for d in params["permutation"])
+        out = [view._replace(dims=dims)]
+    elif name == "squeeze" or (name == "reshape" and params["dimensions"] is None):
+        dims = regroup(view.dims, shapes[0])
+        out = [None if dims is None else view._replace(dims=dims)]
+    elif name == "broadcast_in_dim":
+        out = [broadcast(view, shapes[0], params["broadcast_dimensions"])]
+    elif name == "slice" and set(params["strides"] or [1]) == {1}:
+        bounds = zip(params["start_indices"], params["limit_indices"], strict=True)
+        narrowed: View | None = view
+        for d, (low, high) in enumerate(bounds):
+            narrowed = narrowed and window(narrowed, d, low, high - low)
+        out = [narrowed]
+    elif name == "split":
+        ends = np.cumsum(params["sizes"])
+        spans = [
+            (int(end - n), int(n)) for end, n in zip(ends, params["sizes"], strict=True)
+        ]
+        out = [window(view, params["axis"], *span) for span in spans]
+    elif name == "dynamic_slice":
+        narrowed = view
+        for d, n in enumerate(params["slice_sizes"]):
+            if narrowed and n != sizes(view.dims)[d]:
+                narrowed = take(narrowed, d, operands[d]) if n == 1 else None
+        out = [narrowed]
+    return None if None in out else out  # type: ignore[return-value]
+
+
+def positions(view: View, shape: Sequence[int]) -> np.ndarray:
+    """Flat position in a leaf of `shape` of every element of `view`.
+
+    Broadcast axes have size 1 and indexed factors are read at position 0.
+    """
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    out = np.zeros((), np.int64)
+    for dim in view.dims:
+        real = [atom for atom in dim if atom.axis != REPEAT]
+        along = np.zeros((), np.int64)
+        for a in dim if real else ():
+            step = 0 if a.axis == REPEAT else a.stride * strides[a.axis]
+            along = along[..., None] + step * (a.start + np.arange(a.size))
+        out = out[..., None] + along.reshape(-1)
+    return out
+
+
+def matrix(leaf: Any, layout: Layout) -> Any:
+    """A leaf as its stack of matrices.
+
+    Args:
+      leaf: array of shape `layout.shape`, numpy or jax.
+      layout: which axes are stacked, outputs and inputs.
+
+    Returns:
+      [*stack, o, i]; exact inverse of `leaf`.
+    """
+    groups = layout.stack + layout.out + layout.inputs
+    order = sorted(range(len(groups)), key=lambda k: leaf_order(groups[k]))
+    parts = leaf.reshape([groups[k].size for k in order])
+    parts = parts.transpose([int(k) for k in np.argsort(order)])
+    return parts.reshape(*layout.stack_shape, *layout.matrix_shape)
+
+
+def leaf(matrix: Any, layout: Layout) -> Any:
+    """A stack of matrices as the leaf they came from.
+
+    Args:
+      matrix: [*stack, o, i], numpy or jax.
+      layout: the layout with which `views.matrix` read the leaf.
+
+    Returns:
+      Array of shape `layout.shape`; exact inverse of `matrix`.
+    """
+    groups = layout.stack + layout.out + layout.inputs
+    order = sorted(range(len(groups)), key=lambda k: leaf_order(groups[k]))
+    parts = matrix.reshape([f.size for f in groups]).transpose(order)
+    return parts.reshape(layout.shape)
+
+
+def plain_layout(shape: Sequence[int]) -> Layout:
+    """The layout of a leaf that is an `[o, i]` matrix already, stacked if longer."""
+    axes = [AxisFactor(d, 1, n) for d, n in enumerate(shape)]
+    stack = tuple(f for f in axes[:-2] if f.size > 1)
+    out = tuple(f for f in axes[-2:-1] if f.size > 1)
+    inputs = tuple(f for f in axes[-1:] if f.size > 1)
+    return Layout(tuple(shape), stack, out, inputs)

@@ -1,0 +1,273 @@
+import json
+import re
+
+import chex
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from flexhinm_jax import NM, Wanda
+from flexhinm_jax.cli import source
+from flexhinm_jax.cli.main import main
+from flexhinm_jax.io import huggingface, packed
+from flexhinm_jax.kernels import unpack
+from flexhinm_jax.types import PackedWeight
+
+
+@pytest.fixture
+def prune(model_dir, text_file, tmp_path):
+    def run(*extra, pattern="2:4", sparsity=None, calibration=text_file):
+        args = ["prune", model_dir, "--pattern", pattern, "--out", tmp_path / "out"]
+        if sparsity is not None:
+            args += ["--sparsity", sparsity]
+        if calibration is not None:
+            args += ["--calibration", calibration]
+        return main([str(arg) for arg in (*args, *extra)])
+
+    return run
+
+
+def error_line(capsys):
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("flexhinm: error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_the_output_is_the_same_model_with_zeros_and_a_packed_twin(
+    prune, model_dir, tmp_path
+):
+    assert prune("-q", pattern="flexhinm:v=8", sparsity="0.75") == 0
+    source_params = huggingface.read(model_dir).params
+    pruned = huggingface.read(tmp_path / "out")
+    assert pruned.params.keys() == source_params.keys()
+    twin = packed.read_packed(tmp_path / "out" / "packed.safetensors")
+    count = 0
+    for path, before in source_params.items():
+        after = pruned.params[path]
+        assert after.dtype == before.dtype and after.shape == before.shape
+        if isinstance(twin[path], PackedWeight):
+            count += 1
+            assert np.mean(after == 0) == pytest.approx(0.75, abs=0.03)
+            assert np.all((after == 0) | (after == before))
+            np.testing.assert_array_equal(np.asarray(unpack(twin[path])), after)
+        else:
+            np.testing.assert_array_equal(after, before)
+    assert count == 12
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
+def test_json_is_the_whole_of_stdout_and_equals_the_report_file(
+    prune, tmp_path, capsys
+):
+    assert prune("--json") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    document = json.loads(out)
+    assert document == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert document["sentences"] == 3
+    assert document["method"] == repr(Wanda(NM(2, 4)))
+    assert document["total"]["zeros"] == 0.5
+    assert len(document["weights"]) == 12
+    assert document["total"]["packed_bytes"] < document["total"]["dense_bytes"]
+
+
+def test_quiet_shows_nothing_and_the_default_shows_a_table(prune, capsys):
+    assert prune("-q") == 0
+    assert capsys.readouterr() == ("", "")
+    assert prune("--force") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "encoder.layer.1.output.dense.weight" in out
+    assert "all pruned weights" in out
+    assert "packed.safetensors" in out
+
+
+def test_the_same_seed_gives_the_same_files(prune, tmp_path):
+    def arrays():
+        files = (tmp_path / "out").glob("*.safetensors")
+        return {f.name: safetensors.numpy.load_file(f) for f in files}
+
+    assert prune("-q", "--seed", "3") == 0
+    first = arrays()
+    assert first.keys() == {"model.safetensors", "packed.safetensors"}
+    assert prune("-q", "--seed", "3", "--force") == 0
+    chex.assert_trees_all_equal(arrays(), first)
+
+
+def test_calibration_text_changes_what_wanda_keeps(prune, tmp_path, text_file):
+    def weights():
+        return huggingface.read(tmp_path / "out").params
+
+    prune("-q")
+    first = weights()
+    text_file.write_text("tree tree tree fast\n")
+    prune("-q", "--force")
+    assert any((first[k] != w).any() for k, w in weights().items())
+
+
+def test_padding_does_not_change_the_result(prune, tmp_path):
+    def weights():
+        return huggingface.read(tmp_path / "out").params
+
+    prune("-q", "--batch-size", "1")
+    first = weights()
+    prune("-q", "--batch-size", "7", "--force")
+    for path, w in weights().items():
+        np.testing.assert_array_equal(first[path], w)
+
+
+def test_magnitude_needs_no_calibration_and_a_fixed_pattern_no_sparsity(
+    prune, tmp_path
+):
+    assert prune("-q", "--method", "magnitude", calibration=None) == 0
+    weight = huggingface.read(tmp_path / "out").params[
+        "encoder.layer.0.output.dense.weight"
+    ]
+    assert ((weight.reshape(32, -1, 4) != 0).sum(-1) == 2).all()
+
+
+def test_rules_skip_leaves_and_change_patterns(prune, tmp_path):
+    rules = ["--rule", r"layer\.0\.=skip", "--rule", r"(?=.)output\.dense=1:4"]
+    assert prune("-q", *rules) == 0
+    params = huggingface.read(tmp_path / "out").params
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    zeros = {row["path"]: row["zeros"] for row in report["weights"]}
+    assert all("layer.1." in path for path in zeros)
+    assert zeros["encoder.layer.1.output.dense.weight"] == 0.75
+    assert zeros["encoder.layer.1.intermediate.dense.weight"] == 0.5
+    assert (params["encoder.layer.0.output.dense.weight"] != 0).all()
+    assert "rule" in report["skipped"]["encoder.layer.0.output.dense.weight"]
+
+
+def test_unstructured_is_written_and_said_to_stay_dense(prune, tmp_path, capsys):
+    assert prune(pattern="unstructured", sparsity="0.5") == 0
+    assert "stays dense" in capsys.readouterr().out
+
+
+def test_a_limit_takes_the_first_sentences(prune, tmp_path):
+    assert prune("-q", "--limit", "1") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["sentences"] == 1
+
+
+BAD = {
+    "unknown pattern": (dict(pattern="hexagon"), [], "hexagon.*flexhinm"),
+    "unknown pattern option": (dict(pattern="hinm:q=3"), [], "q=3.*v="),
+    "unknown method": ({}, ["--method", "oracle"], "oracle.*magnitude, wanda"),
+    "percent as sparsity": (
+        dict(pattern="hinm:v=8", sparsity="75"),
+        [],
+        r"sparsity=75 .*fraction",
+    ),
+    "missing sparsity": (dict(pattern="hinm:v=8"), [], "needs a target"),
+    "sparsity of another pattern": (dict(sparsity="0.7"), [], "always removes 0.5"),
+    "sparsity is no number": (dict(sparsity="half"), [], "--sparsity.*half"),
+    "tile does not divide": (dict(pattern="vector:v=48", sparsity="0.5"), [], "48"),
+    "missing calibration": (dict(calibration=None), [], "needs --calibration"),
+    "calibration not there": (dict(calibration="nowhere.txt"), [], "nowhere.txt"),
+    "rule without value": ({}, ["--rule", "dense"], "'dense' is not REGEX=PATTERN"),
+    "rule with bad pattern": ({}, ["--rule", "dense=cube"], "cube.*known.*skip"),
+    "rule with bad regex": ({}, ["--rule", "(=skip"], "no regular expression"),
+    "rule without match": ({}, ["--rule", "decoder=skip"], "decoder"),
+    "rules that skip all": ({}, ["--rule", ".=skip"], "no weight is left"),
+    "too long": ({}, ["--max-length", "17"], "max_position_embeddings=16"),
+    "batch of none": ({}, ["--batch-size", "0"], "--batch-size"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line_and_leaves_nothing(prune, case, capsys, tmp_path):
+    options, extra, wanted = BAD[case]
+    try:
+        status = prune(*extra, **options)
+    except SystemExit as stop:  # argparse's own errors
+        status = stop.code
+    assert status == 2
+    assert re.search(wanted, error_line(capsys))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"), [(b"\n \n", "has no text"), (b"\xff\xfe\xff", "UTF-8")]
+)
+def test_calibration_text_must_be_text(prune, text_file, capsys, content, wanted):
+    text_file.write_bytes(content)
+    assert prune() == 2
+    assert wanted in error_line(capsys)
+
+
+def test_an_existing_output_is_replaced_only_with_force(prune, tmp_path, capsys):
+    assert prune("-q") == 0
+    assert prune("-q") == 2
+    assert "--force" in error_line(capsys)
+    assert prune("-q", "--force") == 0
+
+
+def test_a_folder_that_is_no_model_is_never_replaced(prune, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("important")
+    assert prune("--force") == 2
+    assert "config.json" in error_line(capsys)
+    assert (tmp_path / "out" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("where", [".", "inside", ".."])
+def test_the_output_must_lie_beside_the_model(
+    prune, model_dir, text_file, capsys, where
+):
+    out = str(model_dir / where)
+    arguments = ["--pattern", "2:4", "--calibration", str(text_file), "--force"]
+    assert main(["prune", str(model_dir), *arguments, "--out", out]) == 2
+    assert "beside" in error_line(capsys)
+    assert (model_dir / "config.json").exists()
+
+
+def test_another_kind_of_model_is_refused_by_name(prune, model_dir, capsys):
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    assert prune() == 2
+    assert "'llama' is not supported" in error_line(capsys)
+
+
+def test_a_missing_tokenizer_is_named(prune, model_dir, capsys):
+    (model_dir / "tokenizer.json").unlink()
+    assert prune() == 2
+    assert "tokenizer.json is missing" in error_line(capsys)
+
+
+def test_a_tokenizer_of_another_model_is_refused(prune, model_dir, capsys):
+    path = model_dir / "tokenizer.json"
+    path.write_text(path.read_text().replace('"slow": 15', '"slow": 99'))
+    assert prune() == 2
+    assert "token 99" in error_line(capsys)
+
+
+def test_weights_that_are_not_finite_are_refused(prune, model_dir, capsys):
+    path = model_dir / "model.safetensors"
+    stored = safetensors.numpy.load_file(path)
+    stored["encoder.layer.0.output.dense.weight"][0, 0] = np.nan
+    safetensors.numpy.save_file(stored, path, {"format": "pt"})
+    assert prune() == 2
+    assert "NaN" in error_line(capsys)
+
+
+def test_a_failed_write_leaves_the_old_output(prune, tmp_path, monkeypatch, capsys):
+    assert prune("-q") == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "packed.safetensors")
+
+    monkeypatch.setattr(packed, "write_packed", full)
+    assert prune("-q", "--force", "--seed", "9") == 2
+    assert "No space left on device" in error_line(capsys)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
+def test_text_is_cut_by_the_tokenizer_and_keeps_its_closing_token(model_dir):
+    model = source.load(model_dir)
+    (batch,) = source.tokenize(model, ["the cat sat on the mat"], 1, 4)
+    assert batch.tokens.tolist() == [[2, 4, 6, 3]]

@@ -1,0 +1,298 @@
+import dataclasses
+import errno
+import json
+import os
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors")
+from flexhinm_jax import kernels  # noqa: E402
+from flexhinm_jax.io import packed, tensors  # noqa: E402
+from flexhinm_jax.kernels import packing  # noqa: E402
+from flexhinm_jax.types import (  # noqa: E402
+    AxisFactor,
+    BlockDiagonal,
+    Layout,
+    PackedWeight,
+)
+
+LAYOUT = Layout(
+    shape=(16, 2, 4),
+    stack=(),
+    out=(AxisFactor(1, 1, 2), AxisFactor(2, 1, 4)),
+    inputs=(AxisFactor(0, 1, 16),),
+)
+
+
+def weight(dtype=jnp.bfloat16, layout=None, stack=(), wrapped=False, n=2, m=4):
+    """[8, 16] in two tiles of four rows: D = 3 dense and H = 8 N:M columns."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=(*stack, *shape)), dtype)
+
+    def index(*shape):
+        return jnp.asarray(rng.integers(0, 16, (*stack, *shape)), jnp.int32)
+
+    kept = 8 // m * n
+    bits = {2: 1, 4: 2, 8: 4}[m]
+    word = sum((p % n) << (bits * p) for p in range(kept))
+    words = jnp.full((*stack, 2, 4, 1), word, jnp.uint32)
+    order = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32)[::-1], (*stack, 8))
+    return PackedWeight(
+        dense_index=index(2, 3),
+        dense_values=normal(2, 4, 3),
+        nm_index=index(2, 8),
+        nm_values=normal(2, 4, kept),
+        nm_positions=words,
+        out_order=order,
+        left=BlockDiagonal(normal(2, 4, 4)) if wrapped else None,
+        right=BlockDiagonal(normal(4, 4, 4)) if wrapped else None,
+        shape=(8, 16),
+        n=n,
+        m=m,
+        layout=layout,
+    )
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float16])
+@pytest.mark.parametrize("stack", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_packed_weight_comes_back_bit_for_bit(tmp_path, dtype, stack, wrapped):
+    leaves = {
+        "layer/w": weight(dtype, LAYOUT, stack, wrapped),
+        "layer/b": jnp.ones(8, dtype),
+        "ids": np.arange(3, dtype=np.int64),
+    }
+    path = packed.write_packed(tmp_path / "packed.safetensors", leaves)
+    back = packed.read_packed(path)
+    assert_same(back, leaves)
+    assert back["layer/w"].layout == LAYOUT
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (3, 4), (4, 4), (2, 8)])
+def test_every_group_size_comes_back(tmp_path, n, m):
+    leaves = {"w": weight(n=n, m=m)}
+    path = packed.write_packed(tmp_path / "p", leaves)
+    assert_same(packed.read_packed(path), leaves)
+
+
+def test_regions_without_columns_come_back(tmp_path):
+    full = weight()
+    empty = {
+        f: getattr(full, f)[..., :0] for f in ("nm_index", "nm_values", "nm_positions")
+    }
+    dense = {f: getattr(full, f)[..., :0] for f in ("dense_index", "dense_values")}
+    leaves = {
+        "vector": dataclasses.replace(full, **empty),
+        "nm": dataclasses.replace(full, **dense),
+        "nothing": dataclasses.replace(full, **empty, **dense),
+    }
+    path = packed.write_packed(tmp_path / "p", leaves)
+    assert_same(packed.read_packed(path), leaves)
+
+
+def test_a_nested_tree_is_restored_into_its_structure(tmp_path):
+    tree = {"params": {"a": weight(), "b": [jnp.zeros(2), None, (jnp.ones(1),)]}}
+    path = packed.write_packed(tmp_path / "p", tree)
+    assert set(packed.read_packed(path)) == {"a", "b/0", "b/2/0"}
+    assert_same(packed.read_packed(path, like=tree), tree)
+
+
+def test_dense_parameters_can_give_the_structure(tmp_path):
+    tree = {"a": weight(), "b": jnp.zeros(2)}
+    path = packed.write_packed(tmp_path / "p", tree)
+    like = {"a": jax.ShapeDtypeStruct((8, 16), jnp.bfloat16), "b": 0}
+    assert_same(packed.read_packed(path, like=like), tree)
+
+
+def test_another_structure_is_refused_by_leaf(tmp_path):
+    path = packed.write_packed(tmp_path / "p", {"a": weight(), "b": jnp.zeros(2)})
+    with pytest.raises(ValueError, match=r"missing in the file \['c'\].*\['b'\]"):
+        packed.read_packed(path, like={"a": 0, "c": 0})
+
+
+def test_the_file_opens_with_any_safetensors_reader(tmp_path):
+    from safetensors.numpy import load_file
+
+    w = weight(jnp.float32)
+    path = packed.write_packed(tmp_path / "p", {"w": w})
+    arrays = load_file(path)
+    assert set(arrays) == {f"w#{f}" for f in packed.ARRAYS}
+    np.testing.assert_array_equal(arrays["w#nm_values"], w.nm_values)
+    metadata = tensors.read_header(path).metadata
+    assert (metadata["format"], metadata["version"]) == ("flexhinm_jax.packed", "1")
+    assert json.loads(metadata["packed"])["w"] == {
+        "shape": [8, 16],
+        "n": 2,
+        "m": 4,
+        "dtype": "float32",
+        "stack": [],
+        "left": False,
+        "right": False,
+        "layout": None,
+    }
+
+
+def test_a_file_cannot_be_overwritten_by_accident(tmp_path):
+    path = packed.write_packed(tmp_path / "p", {"w": weight()})
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        packed.write_packed(path, {"w": weight()})
+    packed.write_packed(path, {"v": weight()}, overwrite=True)
+    assert list(packed.read_packed(path)) == ["v"]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def failing(path, *args):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensors, "write", failing)
+    with pytest.raises(OSError, match="No space left"):
+        packed.write_packed(tmp_path / "p", {"w": weight()})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("leaf", [1.5, "text", jax.random.key(0)])
+def test_a_leaf_that_is_no_array_of_numbers_is_refused(tmp_path, leaf):
+    with pytest.raises(ValueError, match="^step is .*take the leaf out"):
+        packed.write_packed(tmp_path / "p", {"step": leaf})
+
+
+def test_two_leaves_of_one_name_are_refused(tmp_path):
+    tree = {"a/b": jnp.zeros(1), "a": {"b": jnp.zeros(1)}}
+    with pytest.raises(ValueError, match="share the normalised path 'a/b'"):
+        packed.write_packed(tmp_path / "p", tree)
+    tree = {"w": weight(), "w#out_order": jnp.zeros(1)}
+    with pytest.raises(ValueError, match="stored as w#out_order"):
+        packed.write_packed(tmp_path / "p", tree)
+
+
+def rewritten(tmp_path, change):
+    """A valid file with `change(arrays, description, metadata)` applied."""
+    good = packed.write_packed(
+        tmp_path / "good", {"enc/w": weight(wrapped=True, layout=LAYOUT)}
+    )
+    arrays, metadata = tensors.read(good), tensors.read_header(good).metadata
+    description = json.loads(metadata["packed"])
+    change(arrays, description["enc/w"], metadata)
+    metadata.setdefault("packed", "")
+    if metadata["packed"].startswith("{"):
+        metadata["packed"] = json.dumps(description)
+    tensors.write(tmp_path / "bad", arrays, metadata)
+    return tmp_path / "bad"
+
+
+def put(field, value):
+    def change(arrays, description, metadata):
+        arrays[f"enc/w#{field}"].flat[0] = value
+
+    return change
+
+
+def replace(field, make):
+    def change(arrays, description, metadata):
+        arrays[f"enc/w#{field}"] = make(arrays[f"enc/w#{field}"])
+
+    return change
+
+
+def describe(**fields):
+    return lambda arrays, description, metadata: description.update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("dense_index", 16), "dense_index has an index outside 0 .. 15"),
+        (put("nm_index", -1), "nm_index has an index outside 0 .. 15"),
+        (put("out_order", 0), "out_order is not a permutation"),
+        (put("nm_positions", 0), "nm_positions do not increase"),
+        (replace("nm_values", lambda a: a[..., :-1]), r"nm_values is .*expected"),
+        (replace("nm_values", lambda a: a.astype(np.float32)), "nm_values is float32"),
+        (replace("nm_positions", lambda a: a.astype(np.int32)), "nm_positions is int"),
+        (replace("dense_index", lambda a: a[0]), "dense_index has shape"),
+        (replace("nm_index", lambda a: a[..., :6]), "do not fit shape"),
+        (replace("dense_index", lambda a: a[:0]), "do not fit shape"),
+        (replace("out_order", lambda a: a[:4]), "out_order is"),
+        (replace("left", lambda a: a[:1]), "left has blocks"),
+        (replace("right", lambda a: a[0]), "right has blocks"),
+        (describe(m=8), "expected"),
+        (describe(n=0), "description is damaged"),
+        (describe(n=True), "description is damaged"),
+        (describe(shape=[8]), "description is damaged"),
+        (describe(dtype="complex"), "description is damaged"),
+        (describe(dtype=["float32"]), "description is damaged"),
+        (describe(layout={"shape": [1]}), "description is damaged"),
+        (describe(stack=[2]), "dense_index has shape"),
+        (lambda a, d, m: d.pop("left"), "description is damaged"),
+        (lambda a, d, m: d.clear(), "description is damaged"),
+        (lambda a, d, m: a.pop("enc/w#nm_index"), "enc/w#nm_index is missing"),
+        (lambda a, d, m: a.pop("enc/w#right"), "enc/w#right is missing"),
+    ],
+)
+def test_a_damaged_leaf_is_named(tmp_path, change, message):
+    path = rewritten(tmp_path, change)
+    with pytest.raises(ValueError, match=f"bad: enc/w: .*{message}"):
+        packed.read_packed(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, d, m: m.update(version="2"), "version '2'.*reads version 1"),
+        (lambda a, d, m: m.pop("version"), "version None"),
+        (lambda a, d, m: m.update(format="pt"), "not a packed file"),
+        (lambda a, d, m: m.pop("format"), "not a packed file"),
+        (lambda a, d, m: m.update(packed="x"), "description is damaged"),
+        (lambda a, d, m: m.update(packed="[]"), "not a JSON object"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=f"bad.*{message}"):
+        packed.read_packed(rewritten(tmp_path, change))
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    path = packed.write_packed(tmp_path / "p.safetensors", {"w": weight()})
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"p\.safetensors is truncated"):
+        packed.read_packed(path)
+
+
+def test_a_weight_that_breaks_its_promises_is_not_written(tmp_path):
+    bad = dataclasses.replace(weight(), nm_index=weight().nm_index + 16)
+    with pytest.raises(ValueError, match="w: nm_index has an index outside"):
+        packed.write_packed(tmp_path / "p", {"w": bad})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("m", [2, 4, 8])
+def test_positions_are_read_as_the_kernels_pack_them(m):
+    given = np.random.default_rng(0).integers(0, m, (2, 3, 21)).astype(np.uint32)
+    words = jax.jit(packing.to_words, static_argnums=1)(given, packing.position_bits(m))
+    np.testing.assert_array_equal(packed._positions(np.asarray(words), 21, m), given)
+
+
+def test_what_the_kernels_pack_computes_the_same_after_a_round_trip(tmp_path):
+    w = weight(jnp.float32)
+    # Distinct columns per tile, as packing makes them.
+    order = jax.vmap(lambda k: jax.random.permutation(k, 16))(
+        jax.random.split(jax.random.key(0), 2)
+    )
+    w = dataclasses.replace(w, dense_index=order[:, :3], nm_index=order[:, 3:11])
+    path = packed.write_packed(tmp_path / "p", {"w": w})
+    back = packed.read_packed(path)["w"]
+    unpack = jax.jit(kernels.unpack)
+    chex.assert_trees_all_equal(unpack(back), unpack(w))

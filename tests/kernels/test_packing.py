@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flexhinm_jax as fh
+from flexhinm_jax.kernels import packing
+from flexhinm_jax.types import BlockDiagonal, Plan, Regions, Support
+
+
+def plan_of(pattern, shape=(16, 32), sparsity=None, dtype=jnp.float32, seed=0):
+    w = jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+    method = fh.Magnitude(pattern)
+    return method.decide(method.solve(jax.random.key(1), w, None, sparsity=sparsity), w)
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 8, 16, 32])
+def test_positions_survive_the_words(m):
+    bits = packing.position_bits(m)
+    assert 32 % bits == 0 and 2**bits >= m
+    position = jax.random.randint(jax.random.key(m), (3, 21), 0, m).astype(jnp.uint32)
+    words = packing.to_words(position, bits)
+    assert words.dtype == jnp.uint32 and words.shape == (3, -(-21 * bits // 32))
+    np.testing.assert_array_equal(packing.from_words(words, 21, bits), position)
+
+
+def test_a_24_group_is_the_nibble_of_its_two_indices():
+    w = jnp.array([[0.0, 5, 0, 7, 9, 8, 0, 0]])
+    packed = fh.kernels.pack(plan_of_weight(w))
+    assert int(packed.nm_positions[0, 0, 0]) == (1 | 3 << 2) | (0 | 1 << 2) << 4
+
+
+def plan_of_weight(w):
+    method = fh.Magnitude(fh.NM(2, 4))
+    return method.decide(method.solve(jax.random.key(0), w, None), w)
+
+
+def test_positions_increase_inside_a_group_of_zeros():
+    packed = fh.kernels.pack(plan_of_weight(jnp.zeros((2, 8))))
+    bits = packing.position_bits(4)
+    position = packing.from_words(packed.nm_positions, 4, bits).reshape(2, 2, 2)
+    assert (position[..., 1] > position[..., 0]).all()
+
+
+def test_tiles_of_different_sizes_are_padded_and_come_back_exactly():
+    keep = np.zeros((4, 8), bool)
+    keep[:2] = True  # tile 0: everything dense
+    keep[2:, :2] = True  # tile 1: one group, its first two columns
+    weight = jnp.where(keep, jnp.arange(1.0, 33).reshape(4, 8), 0)
+    regions = Regions(
+        out_order=jnp.arange(4, dtype=jnp.int32),
+        in_order=jnp.tile(jnp.arange(8, dtype=jnp.int32), (2, 1)),
+        dense_end=jnp.array([8, 0], jnp.int32),
+        nm_end=jnp.array([8, 4], jnp.int32),
+        n=2,
+        m=4,
+    )
+    plan = Plan(weight, Support(jnp.asarray(keep), regions), jnp.float32(1))
+    fh.verify(plan)
+    packed = fh.kernels.pack(plan)
+    assert packed.dense_values.shape == (2, 2, 8)
+    np.testing.assert_array_equal(fh.kernels.unpack(packed), weight)
+    x = jax.random.normal(jax.random.key(0), (3, 8))
+    np.testing.assert_allclose(fh.sparse_dot(x, packed), x @ weight.T, rtol=1e-5)
+
+
+def test_block_wrappers_multiply_in():
+    plan = plan_of(fh.NM(2, 4), (8, 16))
+    a = jax.random.normal(jax.random.key(5), (2, 4, 4))
+    b = jax.random.normal(jax.random.key(6), (4, 4, 4))
+    plan = Plan(
+        plan.weight,
+        plan.support,
+        plan.retained,
+        None,
+        BlockDiagonal(a),
+        BlockDiagonal(b),
+    )
+    full = (
+        jax.scipy.linalg.block_diag(*a) @ plan.weight @ jax.scipy.linalg.block_diag(*b)
+    )
+    packed = fh.kernels.pack(plan)
+    np.testing.assert_allclose(fh.kernels.unpack(packed), full, rtol=1e-5, atol=1e-5)
+    x = jax.random.normal(jax.random.key(7), (3, 16))
+    np.testing.assert_allclose(
+        fh.sparse_dot(x, packed), x @ full.T, rtol=1e-4, atol=1e-4
+    )
+    y = jax.random.normal(jax.random.key(8), (3, 8))
+    got = fh.sparse_dot(y, packed, transposed=True)
+    np.testing.assert_allclose(got, y @ full, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_bytes_are_counted_from_the_arrays():
+    packed = fh.kernels.pack(plan_of(fh.NM(2, 4), (16, 32)))
+    values, positions, index, order = 16 * 16 * 4, 16 * 16 // 16 * 4, 32 * 4, 16 * 4
+    assert packed.nbytes == values + positions + index + order
+
+
+def test_a_stack_packs_to_one_static_size():
+    w = jax.random.normal(jax.random.key(0), (3, 16, 32))
+    method = fh.Magnitude(fh.FlexHiNM(8))
+    solve = lambda k, x: method.decide(method.solve(k, x, None, sparsity=0.4), x)  # noqa: E731
+    plans = jax.vmap(solve)(jax.random.split(jax.random.key(1), 3), w)
+    packed = fh.kernels.pack(plans)
+    np.testing.assert_array_equal(fh.kernels.unpack(packed), plans.weight)
+
+
+def test_an_unstructured_support_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="no regions to pack"):
+        fh.kernels.pack(plan_of(fh.Unstructured(), sparsity=0.5))
+
+
+def test_packing_under_jit_says_what_to_use_instead():
+    plan = plan_of(fh.NM(2, 4))
+    with pytest.raises(ValueError, match="pack_to"):
+        jax.jit(fh.kernels.pack)(plan)

@@ -1,0 +1,175 @@
+"""Every registered method x every pattern x every promise of the contract."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flexhinm_jax as fh
+from flexhinm_jax.io import checkpoints
+from flexhinm_jax.methods import METHODS
+from flexhinm_jax.transforms.tree import dense_weight
+from tests.cases import MORE_PATTERNS, PATTERNS, SHAPE, stats, targets, weight
+
+KEY = jax.random.key(7)
+pairs = pytest.mark.parametrize(
+    ("method_name", "pattern_name"),
+    [(m, p) for m in METHODS for p in PATTERNS]
+    + [
+        pytest.param(m, p, marks=pytest.mark.slow)
+        for m in METHODS
+        for p in MORE_PATTERNS
+    ],
+)
+
+
+def build(method_name, pattern_name):
+    return METHODS[method_name]((PATTERNS | MORE_PATTERNS)[pattern_name])
+
+
+def solve(method, key, w, s, sparsity, prev=None):
+    return method.solve(key, w, s, sparsity=sparsity, prev=prev)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def solve_and_decide(method, key, w, s, sparsity, prev):
+    state = solve(method, key, w, s, sparsity, prev)
+    return state, method.decide(state, w)
+
+
+def plan(method, w, sparsity, key=KEY, seed=0, prev=None):
+    return solve_and_decide(method, key, w, stats(seed), jnp.float32(sparsity), prev)
+
+
+@pairs
+def test_the_pattern_holds_at_every_target_with_one_trace(method_name, pattern_name):
+    method = build(method_name, pattern_name)
+    before = solve_and_decide._cache_size()
+    for target in targets(method.pattern):
+        _, p = plan(method, weight(), target)
+        fh.verify(p)
+        gap = abs(float(p.support.keep.mean()) - (1 - target))
+        assert gap <= method.pattern.granularity(SHAPE) + 1e-6
+        assert 0 <= float(p.retained) <= 1 + 1e-6
+    assert solve_and_decide._cache_size() - before <= 1
+
+
+@pairs
+def test_jit_changes_nothing(method_name, pattern_name):
+    method = build(method_name, pattern_name)
+    target = targets(method.pattern)[1]
+    _, compiled = plan(method, weight(), target)
+    state = solve(method, KEY, weight(), stats(), target)
+    eager = method.decide(state, weight())
+    np.testing.assert_array_equal(eager.support.keep, compiled.support.keep)
+    np.testing.assert_allclose(eager.weight, compiled.weight, rtol=1e-4, atol=1e-5)
+
+
+@pairs
+def test_vmap_is_a_loop(method_name, pattern_name):
+    method = build(method_name, pattern_name)
+    target = jnp.float32(targets(method.pattern)[1])
+    w = jnp.stack([weight(1), weight(2)])
+    s = jax.tree.map(lambda *x: jnp.stack(x), stats(1), stats(2))
+    keys = jax.random.split(KEY, 2)
+    run = functools.partial(solve_and_decide, method)
+    _, stacked = jax.vmap(run, in_axes=(0, 0, 0, None, None))(keys, w, s, target, None)
+    for j in range(2):
+        _, one = plan(method, w[j], target, keys[j], seed=j + 1)
+        np.testing.assert_array_equal(stacked.support.keep[j], one.support.keep)
+        np.testing.assert_allclose(stacked.weight[j], one.weight, rtol=1e-4, atol=1e-5)
+
+
+@pairs
+def test_the_same_key_gives_the_same_plan(method_name, pattern_name):
+    method = build(method_name, pattern_name)
+    target = targets(method.pattern)[0]
+    first, second = (plan(method, weight(), target)[1] for _ in range(2))
+    np.testing.assert_array_equal(first.support.keep, second.support.keep)
+    np.testing.assert_array_equal(first.weight, second.weight)
+
+
+@pairs
+def test_bfloat16_in_is_bfloat16_out(method_name, pattern_name):
+    method = build(method_name, pattern_name)
+    _, p = plan(method, weight(dtype=jnp.bfloat16), targets(method.pattern)[0])
+    assert p.weight.dtype == jnp.bfloat16
+    fh.verify(p)
+
+
+@pairs
+def test_with_a_previous_state_the_kept_set_only_shrinks(method_name, pattern_name):
+    method = build(method_name, pattern_name)
+    low, high = targets(method.pattern)
+    before, first = plan(method, weight(0), low)
+    _, second = plan(method, weight(3), high, prev=before)
+    fh.verify(second)
+    assert not np.any(second.support.keep & ~first.support.keep)
+    gap = abs(float(second.support.keep.mean()) - (1 - high))
+    assert gap <= method.pattern.granularity(SHAPE) + 1e-6
+
+
+@pairs
+def test_packing_is_exact_and_the_sparse_product_agrees(method_name, pattern_name):
+    method = build(method_name, pattern_name)
+    _, p = plan(method, weight(), targets(method.pattern)[1])
+    if p.support.regions is None:
+        with pytest.raises(ValueError, match="no regions"):
+            fh.kernels.pack(p)
+        return
+    packed = fh.kernels.pack(p)
+    if p.left is None and p.right is None:
+        np.testing.assert_array_equal(fh.kernels.unpack(packed), p.weight)
+    x = weight(9, (5, SHAPE[1]))
+    want = x @ dense_weight(p).T
+    np.testing.assert_allclose(fh.sparse_dot(x, packed), want, rtol=1e-4, atol=1e-4)
+
+
+@pairs
+def test_a_state_survives_a_checkpoint(method_name, pattern_name, tmp_path):
+    method = build(method_name, pattern_name)
+    state, p = plan(method, weight(), targets(method.pattern)[0])
+    checkpoints.save(tmp_path / "state", state, method)
+    like = jax.eval_shape(lambda: state)
+    restored = checkpoints.restore(tmp_path / "state", like, method)
+    again = method.decide(restored, weight())
+    np.testing.assert_array_equal(again.support.keep, p.support.keep)
+    np.testing.assert_array_equal(again.weight, p.weight)
+
+
+@pairs
+def test_configurations_are_hashable_and_compare_by_value(method_name, pattern_name):
+    method = build(method_name, pattern_name)
+    twin = dataclasses.replace(method)
+    assert method == twin and hash(method) == hash(twin)
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_missing_or_foreign_statistics_are_refused_by_name(method_name):
+    method = build(method_name, "2:4")
+    if method.needs == "nothing":
+        return
+    with pytest.raises(ValueError, match="needs input statistics"):
+        method.solve(KEY, weight(), None)
+    with pytest.raises(ValueError, match="belong to another weight"):
+        method.solve(KEY, weight(), stats(inputs=64))
+    bad = dataclasses.replace(stats(), sq_norm=jnp.full((SHAPE[1],), jnp.nan))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        method.solve(KEY, weight(), bad)
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_shapes_and_targets_that_do_not_fit_are_refused(method_name):
+    method = build(method_name, "hinm")
+    s = stats()
+    with pytest.raises(ValueError, match=r"out=12 is not a multiple of vector_size=8"):
+        method.solve(KEY, weight(shape=(12, 32)), stats(outputs=12), sparsity=0.75)
+    with pytest.raises(ValueError, match=r"outside \[0.5, 1\]"):
+        method.solve(KEY, weight(), s, sparsity=0.3)
+    with pytest.raises(ValueError, match="pass sparsity="):
+        method.solve(KEY, weight(), s)
+    with pytest.raises(ValueError, match="cannot be pruned"):
+        method.solve(KEY, jnp.ones(SHAPE, jnp.int32), s, sparsity=0.75)
