@@ -14,7 +14,7 @@ ARGS    ?=
 
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-TEST  := $(PY) -m pytest -n $(WORKERS)
+TEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-next notebooks lint format build clean

@@ -1,10 +1,10 @@
-"""Folds the output order of a packed weight into the gathers of the weights that read it.
+"""Folds the output order of a packed weight into the gathers of its readers.
 
 A packed weight computes its rows in storage order and scatters them back. Where only
-elementwise operations lie between it and packed readers, the scatter is superfluous: the
-readers gather their inputs by index anyway, so their indices take over the order (index
-absorption, FlexHiNM-GP). Per-channel parameters in between, such as the bias, move along:
-`bias[order]`.
+elementwise operations lie between it and packed readers, the scatter is superfluous:
+the readers gather their inputs by index anyway, so their indices take over the order
+(index absorption, FlexHiNM-GP). Per-channel parameters in between, such as the bias,
+move along: `bias[order]`.
 """
 
 import dataclasses
@@ -24,9 +24,10 @@ def fold(
 ) -> tuple[PackedWeight, tuple[PackedWeight, ...], Array]:
     """Leaves the outputs of `first` in storage order and lets the readers know.
 
-    Between `first` and the readers there may only be operations that treat every channel
-    alike (activations, dropout) or per-channel parameters, which the caller permutes. A
-    residual sum, a norm over groups of channels or attention heads do not allow it.
+    Between `first` and the readers there may only be operations that treat every
+    channel alike (activations, dropout) or per-channel parameters, which the caller
+    permutes. A residual sum, a norm over groups of channels or attention heads do not
+    allow it.
 
     Args:
       first: producer; its output channel at position r is afterwards the original
@@ -76,7 +77,9 @@ def fold(
             )
     order = first.out_order
     inverse = jnp.argsort(order, axis=-1).astype(jnp.int32)
-    identity = jnp.broadcast_to(jnp.arange(order.shape[-1], dtype=jnp.int32), order.shape)
+    identity = jnp.broadcast_to(
+        jnp.arange(order.shape[-1], dtype=jnp.int32), order.shape
+    )
     take = lambda inverse, index: inverse[index]  # noqa: E731
     for _ in range(order.ndim - 1):
         take = jax.vmap(take)
@@ -118,6 +121,7 @@ def check_equal(
         worst = np.max(np.abs(a - b), initial=0.0)
         if not worst <= 1e-5 * np.max(np.abs(a), initial=0.0):
             raise ValueError(
-                f"fold: outputs differ by up to {worst:g}; is there an operation between "
-                "the weights that mixes channels, or a parameter that was not permuted?"
+                f"fold: outputs differ by up to {worst:g}; is there an operation "
+                "between the weights that mixes channels, or a parameter that was not "
+                "permuted?"
             )

@@ -9,12 +9,19 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from flexhinm_jax.kernels.packing import block_columns, block_product
 from flexhinm_jax.types import BlockDiagonal, PackedWeight
 
 
-def sparse_dot(x: Array, packed: PackedWeight, *, transposed: bool = False) -> Array:
+def sparse_dot(
+    x: Array,
+    packed: PackedWeight,
+    *,
+    transposed: bool = False,
+    dtype: DTypeLike | None = None,
+) -> Array:
     """Computes x @ W^T for a packed W `[o, i]`, or x @ W with `transposed`.
 
     Differentiable in x and in the values, vmappable over x and over a stack of weights.
@@ -23,10 +30,10 @@ def sparse_dot(x: Array, packed: PackedWeight, *, transposed: bool = False) -> A
       x: [..., i], or [..., o] with `transposed`; any floating dtype.
       packed: one packed matrix.
       transposed: multiply with W instead of its transpose.
+      dtype: dtype of the result; None for what x and the values promote to.
 
     Returns:
-      [..., o], or [..., i] with `transposed`: accumulated in float32, in the dtype that
-      x and the values promote to.
+      [..., o], or [..., i] with `transposed`, accumulated in float32.
 
     Raises:
       ValueError: an inner dimension that does not fit, or a stack of matrices.
@@ -43,18 +50,21 @@ def sparse_dot(x: Array, packed: PackedWeight, *, transposed: bool = False) -> A
             f"packed weight [out, in] = {packed.shape}"
             + (" used transposed" if transposed else "")
         )
-    return sparse_product(x, packed, transposed=transposed)
+    dtype = jnp.dtype(dtype or jnp.result_type(x.dtype, packed.dtype))
+    return sparse_product(x, packed, transposed=transposed, dtype=dtype)
 
 
-@functools.partial(jax.jit, static_argnames="transposed")
-def sparse_product(x: Array, packed: PackedWeight, *, transposed: bool) -> Array:
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+def sparse_product(
+    x: Array, packed: PackedWeight, *, transposed: bool, dtype: jnp.dtype
+) -> Array:
     """`sparse_dot` without its checks: one named call in every jaxpr."""
-    dtype = jnp.result_type(x.dtype, packed.dtype)
-    x = x.astype(dtype)
+    compute = jnp.result_type(x.dtype, packed.dtype)
+    x = x.astype(compute)
     first, last = (packed.right, packed.left)
     if transposed:
         first, last = _transpose(packed.left), _transpose(packed.right)
-    x = block_product(x, first).astype(dtype)
+    x = block_product(x, first).astype(compute)
     y = (_columns if transposed else _rows)(x, packed)
     return block_product(y, last).astype(dtype)
 

@@ -63,7 +63,8 @@ class RunSparse(Visitor):
             for k in reversed(range(len(positions))):
                 if positions[k] is not None:
                     packed = at_position(packed, positions[k], k)
-            f = functools.partial(sparse_dot, transposed=turned)
+            dtype = product.result.dtype
+            f = functools.partial(sparse_dot, transposed=turned, dtype=dtype)
             for _ in fitted.stacked:
                 f = jax.vmap(f)
             packed = cast(packed, product.weight.view.casts)

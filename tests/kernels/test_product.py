@@ -77,6 +77,15 @@ def test_mixed_dtypes_promote_like_jax():
     assert fh.sparse_dot(X, packed).dtype == jnp.float32
 
 
+def test_the_accumulator_can_be_returned_unrounded():
+    packed, w = packed_of(dtype=jnp.bfloat16)
+    x = X.astype(jnp.bfloat16)
+    y = fh.sparse_dot(x, packed, dtype=jnp.float32)
+    exact = x.astype(jnp.float32) @ w.astype(jnp.float32).T
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_an_empty_batch_gives_an_empty_result():
     packed, _ = packed_of()
     assert fh.sparse_dot(jnp.zeros((0, 32)), packed).shape == (0, 16)
