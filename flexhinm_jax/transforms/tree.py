@@ -61,7 +61,7 @@ def method_for(method: Method, use: Use) -> Method:
 
 
 def _target(method: Method, use: Use, sparsity: Any) -> Any:
-    """The sparsity of one leaf: its own, none if a rule leaves no choice, or the common."""
+    """The sparsity of one leaf: its own, the common, or none if a rule decides it."""
     if isinstance(sparsity, Mapping):
         if use.path not in sparsity:
             raise ValueError(
@@ -205,7 +205,7 @@ def solve(
         mine, given = method_for(method, use), (stats or {}).get(path)
         target = _target(mine, use, sparsity)
         w = matrix(leaves[path], use.layout)
-        one = jax.ShapeDtypeStruct(w.shape[-2:], w.dtype)
+        one: Any = jax.ShapeDtypeStruct(w.shape[-2:], w.dtype)
         mine.check(one, given, target, path)
         checks.finite(w, "weight", path)
         if target is not None:
@@ -249,7 +249,7 @@ def decide(
 
 
 def dense_weight(plan: Plan) -> Array:
-    """left @ weight @ right of a plan, [*stack, o, i] in the weight's dtype."""
+    """The product left @ weight @ right of a plan, [*stack, o, i], weight's dtype."""
     weight = plan.weight
     if plan.left is not None or plan.right is not None:
         product = weight.astype(jnp.float32)
@@ -379,7 +379,7 @@ def prune(
     *,
     sparsity: float | Mapping[str, float] | None = None,
     key: Array,
-    rules: Mapping[str, Any] | None = None,
+    rules: dict[str, Any] | None = None,
     **calibration: Any,
 ) -> Pruned:
     """Prunes the weights of any JAX function in one call.
@@ -387,7 +387,8 @@ def prune(
     Args:
       apply_fn: pure function of (params, *batch).
       params: its parameters.
-      batches: tuples of the remaining arguments; a batch that is no tuple is one argument.
+      batches: tuples of the remaining arguments; a batch that is no tuple is one
+        argument.
       method: what to prune with, such as `Wanda(FlexHiNM(32))`.
       sparsity: fraction of weights removed; None for a pattern that has only one.
       key: PRNG key, consumed.

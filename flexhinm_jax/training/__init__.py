@@ -1,0 +1,1 @@
+"""Training pruned parameters: what keeps zeros zero."""
