@@ -54,12 +54,12 @@ def keep_sparse(
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> tx = keep_sparse(optax.adam(0.1), {"w": jnp.array([True, False])})
+      >>> tx = keep_sparse(optax.sgd(0.5), {"w": jnp.array([True, False])})
       >>> params = {"w": jnp.array([1.0, 0.0])}
       >>> grads = {"w": jnp.array([1.0, 1.0])}
       >>> updates, _ = tx.update(grads, tx.init(params), params)
       >>> optax.apply_updates(params, updates)["w"].tolist()
-      [0.8999999761581421, 0.0]
+      [0.5, 0.0]
     """
     inner = optax.with_extra_args_support(tx)
 
