@@ -17,10 +17,10 @@ STAMP := $(VENV)/.installed
 TEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-next notebooks lint format build clean
+.PHONY: help bench-gyro bench-oneshot bench-minilm install demo test test-all test-next notebooks lint format build clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## Make $(VENV) and install the package into it, editable
 
@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Prune a real sentence encoder and print what it cost
 	$(PY) -m train.demo $(ARGS)
 
-test test-all notebooks: export JAX_PLATFORMS ?= cpu
+test test-all notebooks bench-gyro bench-oneshot bench-minilm: export JAX_PLATFORMS ?= cpu
 
 test: $(STAMP) ## Run the tests, the slow ones left out
 	$(TEST) -m "not slow" $(ARGS)
@@ -49,6 +49,15 @@ test-all: $(STAMP) ## Run every test
 test-next: ## Run the tests on a newer Python and the newest jax (.venv-next)
 	@python=$$(.ci/newer-python $(PYTHON)) || exit 1; \
 	$(MAKE) test PYTHON="$$python" VENV=.venv-next EXTRAS=test,hf,plot,equinox
+
+bench-gyro: $(STAMP) ## Permutation search beside its anchors (ARGS=--quick)
+	$(PY) -m bench.gyro $(ARGS)
+
+bench-oneshot: $(STAMP) ## One-shot pruners and transposable masks beside anchors
+	$(PY) -m bench.oneshot $(ARGS)
+
+bench-minilm: $(STAMP) ## Quality of one-shot pruning on MiniLM, beside its cost
+	$(PY) -m bench.minilm $(ARGS)
 
 notebooks: $(STAMP) ## Execute the notebooks of colab/
 	$(PY) -m pytest --nbmake --nbmake-timeout=600 colab $(ARGS)

@@ -17,16 +17,22 @@ from flexhinm_jax.methods import (
 )
 from flexhinm_jax.patterns import (
     NM,
+    ChannelSearch,
     FlexHiNM,
+    Gyro,
     HiNM,
     Pattern,
+    RandomRows,
     Transposable,
     Unstructured,
     Vector,
 )
+from flexhinm_jax.training.optimizer import keep_from_zeros, keep_sparse
+from flexhinm_jax.transforms.allocate import allocate, budgets
 from flexhinm_jax.transforms.calibrate import calibrate, statistics_bytes
 from flexhinm_jax.transforms.discover import describe, discover
 from flexhinm_jax.transforms.report import Report, report
+from flexhinm_jax.transforms.sequential import Layer, prune_sequential
 from flexhinm_jax.transforms.sparsify import sparsify
 from flexhinm_jax.transforms.tree import (
     Pruned,
@@ -45,15 +51,19 @@ __all__ = [
     "ALPS",
     "NM",
     "RIA",
+    "ChannelSearch",
     "Fisher",
     "FlexHiNM",
+    "Gyro",
     "HiNM",
+    "Layer",
     "Magnitude",
     "Method",
     "PackedWeight",
     "Pattern",
     "Plan",
     "Pruned",
+    "RandomRows",
     "RefineMask",
     "Refit",
     "Regions",
@@ -68,17 +78,22 @@ __all__ = [
     "Vector",
     "Wanda",
     "accumulate_gradients",
+    "allocate",
+    "budgets",
     "calibrate",
     "decide",
     "densify",
     "describe",
     "discover",
+    "keep_from_zeros",
+    "keep_sparse",
     "keep_tree",
     "kernels",
     "methods",
     "pack",
     "patterns",
     "prune",
+    "prune_sequential",
     "report",
     "solve",
     "sparse_dot",

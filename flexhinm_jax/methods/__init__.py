@@ -73,7 +73,7 @@ def parse(name: str, pattern: Pattern) -> Method:
         )
     method, inner = METHODS[form[1]], form[2]
     if issubclass(method, Wrapper):
-        return method(parse("wanda" if inner is None else inner, pattern))
+        return method(parse(inner or "wanda", pattern))
     if inner is not None:
         raise ValueError(f"method {name!r}: {form[1]} does not wrap another method")
     return method(pattern)

@@ -19,6 +19,7 @@ from flexhinm_jax.ops import gram, least_squares
 from flexhinm_jax.types import Support
 
 CHECK = 3  # iterations between two looks at the support
+LEAST, MOST = 1e-6, 1e6  # range of the penalty
 
 
 class Iterate(NamedTuple):
@@ -75,8 +76,8 @@ class ALPS(Reconstruction):
             raise ValueError(f"growth={self.growth}: need three factors > 1")
         if self.iterations < CHECK or self.refit_steps < 0:
             raise ValueError(
-                f"iterations={self.iterations}, refit_steps={self.refit_steps}: need at "
-                f"least {CHECK} and 0"
+                f"iterations={self.iterations}, refit_steps={self.refit_steps}: need "
+                f"at least {CHECK} and 0"
             )
 
     def reconstruct(
@@ -152,11 +153,13 @@ class ALPS(Reconstruction):
             # A penalty that was never raised and moves little started too high.
             lower = ~raised
             again = lower & (changed > 0)
-            rho = jnp.where(lower, at.rho / 5, jnp.where(settled, at.rho, at.rho * factor))
+            rho = jnp.where(
+                lower, at.rho / 5, jnp.where(settled, at.rho, at.rho * factor)
+            )
             at = at._replace(
-                rho=jnp.minimum(rho, 1e6).astype(at.rho.dtype),
+                rho=jnp.clip(rho, LEAST, MOST).astype(at.rho.dtype),
                 raised=raised,
-                done=settled & raised,
+                done=settled & (raised | (at.rho <= LEAST)),
                 last=keep,
             )
             return lax.cond(again, restart, lambda x: x, at)

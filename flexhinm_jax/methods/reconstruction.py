@@ -6,6 +6,7 @@ damping and dtypes are dealt with here.
 
 import abc
 import dataclasses
+import functools
 from typing import ClassVar, Literal
 
 import jax
@@ -75,7 +76,7 @@ class Reconstruction(Method):
         Raises:
           ValueError: float64 without `jax_enable_x64`.
         """
-        if self.precision == "float64" and not jax.config.jax_enable_x64:
+        if jax.dtypes.canonicalize_dtype(self.precision) != self.precision:
             raise ValueError(
                 "precision='float64' needs 64-bit mode: call "
                 "jax.config.update('jax_enable_x64', True) first"
@@ -105,7 +106,13 @@ class Reconstruction(Method):
     ) -> State:
         """Solves the layer-wise problem; see `Method.solve`."""
         self.check(w, stats, sparsity)
-        assert stats is not None
+        if sparsity is not None:
+            sparsity = jnp.asarray(sparsity, jnp.float32)
+        return self._solve(key, w, stats, sparsity, prev)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _solve(self, key, w, stats, sparsity, prev):
+        """`solve` after the checks: one program, also when called outside jit."""
         task = self.problem(w, stats)
         before = None if prev is None else prev.fixed["support"]
         solved, support = self.reconstruct(key, task, sparsity, before)

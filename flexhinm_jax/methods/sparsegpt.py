@@ -81,9 +81,7 @@ class SparseGPT(Reconstruction):
             return self.pattern.project(key, scores, 1.0 - kept).keep
 
         u = gram.inverse_factor(task.factor)
-        solved, keep, _ = elimination.sweep(
-            start, u, choose, unit=block, block=block
-        )
+        solved, keep, _ = elimination.sweep(start, u, choose, unit=block, block=block)
         return solved, Support(keep)
 
     def _sweep_tiles(self, start, task, support, fixed):

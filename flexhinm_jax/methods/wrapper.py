@@ -2,12 +2,15 @@
 
 import abc
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 from jax import Array
 
 from flexhinm_jax.methods.base import Method
 from flexhinm_jax.methods.reconstruction import Reconstruction
+from flexhinm_jax.methods.wanda import Wanda
 from flexhinm_jax.ops import gram
 from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.types import Plan, State, Stats, Support
@@ -18,15 +21,18 @@ class Wrapper(Reconstruction):
     """Improves the plan of another method on the Gram.
 
     Attributes:
-      inner: the method whose plan is the start; its pattern is that of the wrapper.
+      inner: the method whose plan is the start; its pattern is that of the wrapper. A
+        pattern stands for Wanda with it.
       pattern: the pattern of `inner`; not an argument.
     """
 
-    inner: Method
+    inner: Method = Wanda()
     pattern: Pattern = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         """Validates the configuration and takes the pattern over."""
+        if isinstance(self.inner, Pattern):
+            object.__setattr__(self, "inner", Wanda(self.inner))
         if not isinstance(self.inner, Method):
             raise ValueError(
                 f"inner={self.inner!r}: {type(self).__name__} wraps a method, such as "
@@ -55,7 +61,7 @@ class Wrapper(Reconstruction):
         sparsity: Array | float | None,
         before: Support | None,
     ) -> tuple[Array, Support]:
-        """Not used: a wrapper starts from a plan, see `solve`."""
+        """Not used: a wrapper starts from a plan, see `improve`."""
         raise NotImplementedError
 
     def check(
@@ -69,18 +75,9 @@ class Wrapper(Reconstruction):
         super().check(w, stats, sparsity, path)
         self.inner.check(w, stats, sparsity, path)
 
-    def solve(
-        self,
-        key: Array,
-        w: Array,
-        stats: Stats | None,
-        *,
-        sparsity: Array | float | None = None,
-        prev: State | None = None,
-    ) -> State:
-        """Solves with the inner method and improves its plan; see `Method.solve`."""
-        self.check(w, stats, sparsity)
-        assert stats is not None
+    @functools.partial(jax.jit, static_argnums=0)
+    def _solve(self, key, w, stats, sparsity, prev):
+        """Solves with the inner method and improves its plan."""
         before = None
         if prev is not None:
             # The inner method continues from the support that the wrapper ended with.

@@ -1,11 +1,13 @@
 """Linear assignment: which candidate goes to which place, for the largest total gain.
 
-Three solvers of one problem. `swaps` is the default of the permutation search: it starts
-at the identity and applies many disjoint pairwise exchanges at once, so it never lowers
-the total, needs no sequential augmentation and costs O(g^2) per round. `hungarian` is
-exact and traceable, `host` is exact and runs in scipy. Measured on one CPU core inside
-the permutation search, two rounds of `swaps` reach the retained saliency of the exact
-solvers with a tenth of the time, because every proposal is sampled anew anyway.
+Three solvers of one problem. `swaps` is the default of the permutation search: it
+starts at the identity and applies many disjoint pairwise exchanges at once, so it never
+lowers the total, needs no sequential augmentation and costs O(g^2) per round.
+`hungarian` is exact and traceable, `host` is exact and runs in scipy. Measured in the
+search of input orders (384 x 384, 75 %, V = 32, CPU): 64 sweeps with `hungarian` keep
+.4400 in 1.3 s, with `swaps` .4389 in 0.04 s, and 512 sweeps with `swaps` .4399 in
+0.25 s. On small tiles the exact solver ends up to .0007 higher, however long the other
+runs.
 """
 
 import jax.numpy as jnp
@@ -28,8 +30,8 @@ def partners(delta: Array) -> Array:
       delta: [..., g, g], exactly symmetric: gain of exchanging two places.
 
     Returns:
-      i32[..., g], the partner of every place, itself where there is none with a positive
-      gain. An involution: disjoint exchanges that can be applied together.
+      i32[..., g], the partner of every place, itself where there is none with a
+      positive gain. An involution: disjoint exchanges that can be applied together.
     """
     g = delta.shape[-1]
     place = jnp.arange(g, dtype=jnp.int32)

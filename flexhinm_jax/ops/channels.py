@@ -1,15 +1,16 @@
 """Input orders of row tiles: which columns share an N:M group, which stay dense or go.
 
 The input phase of Gyro-Permutation (arXiv:2407.20496): every group gives up one sampled
-column, and an assignment decides where each of them goes. With the other m - 1 columns of
-a group sorted per row, the group keeps `a + max(b, x)` with a new column x, where a is
-the sum of their n - 1 best and b their n-th best. Only `sum_r max(b_ri, x_rj)` depends on
-the candidate, so the gain matrix is a max-reduction and nothing is sorted per pair.
+column, and an assignment decides where each of them goes. With the other m - 1 columns
+of a group sorted per row, the group keeps `a + max(b, x)` with a new column x, where a
+is the sum of their n - 1 best and b their n-th best. Only `sum_r max(b_ri, x_rj)`
+depends on the candidate, so the gain matrix is a max-reduction and nothing is sorted
+per pair.
 
 Departures. (1) Dense and pruned columns take part: a dense place keeps `sum_r x_rj`, a
 pruned place nothing, so the search also corrects which columns the tile keeps, at the
-same counts. (2) Places are drawn in random blocks, so wide layers cost O(rows * columns *
-block) per sweep. (3) Pairwise exchanges replace the Hungarian algorithm by default.
+same counts. (2) Places are drawn in random blocks, so wide layers cost O(rows * columns
+* block) per sweep. (3) Pairwise exchanges replace the Hungarian algorithm by default.
 
 One tile with all rows is the channel permutation of plain N:M (Zhang et al. 2024, RIA).
 """

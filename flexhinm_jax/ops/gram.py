@@ -155,8 +155,8 @@ def damping_message(used: float, asked: float) -> str:
         return ""
     if used == float("inf"):
         return (
-            "the Gram matrix is not positive definite at any damping: only its diagonal "
-            "was used; recompute the statistics in float32"
+            "the Gram matrix is not positive definite at any damping: only its "
+            "diagonal was used; recompute the statistics in float32"
         )
     return (
         f"the Gram matrix needed damping {used:g} instead of {asked:g} to be positive "

@@ -9,12 +9,13 @@ where top(c, k) is the sum of the k largest, D the dense columns, H the N:M colu
 RHO the share that an N:M vector keeps. D = 0 is the objective of HiNM, H = 0 that of
 vector pruning.
 
-f is convex, so with S(c) its gradient (0, RHO or 1 per column), `x . S(c_j) - x . S(c_i)`
-bounds from below what moving row x from tile i to tile j adds. One matrix product scores
-every row in every tile; the best exchange of every pair of tiles is read off, disjoint
-pairs are matched, and each exchange is accepted by the exact f of its two tiles. A random
-quarter of the rows may move in each step, which lets the search leave the points where
-the bound is too timid. Random pairs of tiles are divided anew from time to time.
+f is convex, so with S(c) its gradient (0, RHO or 1 per column), `x . S(c_j) - x .
+S(c_i)` bounds from below what moving row x from tile i to tile j adds. One matrix
+product scores every row in every tile; the best exchange of every pair of tiles is read
+off, disjoint pairs are matched, and each exchange is accepted by the exact f of its two
+tiles. A random quarter of the rows may move in each step, which lets the search leave
+the points where the bound is too timid. Random pairs of tiles are divided anew from
+time to time.
 
 This replaces the schedule of Gyro-Permutation (arXiv:2407.20496: sample rows of every
 tile, balanced k-means, Hungarian on the exact cost), which is here as `sample` with the
@@ -62,7 +63,7 @@ def kth_largest(c: Array, k: Array) -> Array:
 
 
 def worth(c: Array, counts: tuple[Array, Array]) -> tuple[Array, Array]:
-    """f of tile sums, and the thresholds of its two levels.
+    """What tiles are worth, f(c), and the thresholds of its two levels.
 
     Args:
       c: f32[t, i], non-negative.
@@ -70,7 +71,7 @@ def worth(c: Array, counts: tuple[Array, Array]) -> tuple[Array, Array]:
 
     Returns:
       f: f32[t].
-      level: f32[2, t], the D-th and the (D + H)-th largest sum; inf where the count is 0.
+      level: f32[2, t], the D-th and the (D + H)-th largest sum; inf for count 0.
     """
     k = jnp.stack(counts)[:, None]
     bar = kth_largest(c[None], jnp.maximum(k, 1))
@@ -86,8 +87,8 @@ def split(scores: Array) -> Array:
       scores: f32[o, i], non-negative.
 
     Returns:
-      f32[2, o, i]: high and low integers of `part_bits` bits each; with both, a score is
-      rounded to 2 * part_bits bits of the largest one.
+      f32[2, o, i]: high and low integers of `part_bits` bits each; with both, a score
+      is rounded to 2 * part_bits bits of the largest one.
     """
     bits = part_bits(scores.shape[1])
     most = jnp.max(scores)

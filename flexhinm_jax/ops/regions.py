@@ -127,9 +127,7 @@ def kept(
     return jnp.take_along_axis(keep, jnp.argsort(order, axis=1)[:, None], axis=2)
 
 
-def value(
-    tiles: Array, order: Array, dense: Array, h: Array, n: int, m: int
-) -> Array:
+def value(tiles: Array, order: Array, dense: Array, h: Array, n: int, m: int) -> Array:
     """Score that the regions retain, all tiles together.
 
     Args:
@@ -153,9 +151,7 @@ def value(
     return jnp.sum(jnp.where(in_dense, column, 0)) + jnp.sum(jnp.where(live, best, 0))
 
 
-def boundary_curve(
-    tiles: Array, k: Array, n: int, m: int
-) -> Callable[[Array], Array]:
+def boundary_curve(tiles: Array, k: Array, n: int, m: int) -> Callable[[Array], Array]:
     """The exact retained score as a function of the number of groups.
 
     The columns are ranked once; for each h the middle ranks are dealt into groups and
@@ -246,10 +242,10 @@ def walk_groups(tiles: Array, k: Array, n: int, m: int, step: int = 1) -> Array:
     """The one-dimensional boundary search of FlexHiNM-GP, stopping at the first drop.
 
     The pruned fraction v starts at the sparsity (no groups) and falls by a step alpha;
-    the N:M fraction of the rest is p = 2 (sparsity - v) / (1 - v) for 2:4. After each step
-    alpha <- alpha - BETA v - GAMMA rms, with rms the running root mean square of the
-    change of (v, p). The paper leaves alpha, BETA, GAMMA and the argument of the rms
-    open; these are our choices, and alpha never falls below one group.
+    the N:M fraction of the rest is p = 2 (sparsity - v) / (1 - v) for 2:4. After each
+    step alpha <- alpha - BETA v - GAMMA rms, with rms the running root mean square of
+    the change of (v, p). The paper leaves alpha, BETA, GAMMA and the argument of the
+    rms open; these are our choices, and alpha never falls below one group.
 
     Args:
       tiles: scores [t, v, i], non-negative.
@@ -306,8 +302,8 @@ def absorb(
 
     A group that holds n dense columns can keep just these in every row, so the result
     retains at least what the given regions do, at the same sparsity. With the sparsity
-    at least 1 - n / m no dense columns are left (fewer than n of them): this is why three
-    regions cannot retain more than HiNM with the best input order.
+    at least 1 - n / m no dense columns are left (fewer than n of them): this is why
+    three regions cannot retain more than HiNM with the best input order.
 
     Args:
       tiles: scores [t, v, i] in original column order.

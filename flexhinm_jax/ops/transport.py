@@ -59,7 +59,7 @@ def tiles(scores: Array, m: int) -> Array:
     return blocks.transpose(0, 2, 1, 3).reshape(-1, m, m)
 
 
-def untile(blocks: Array, shape: tuple[int, int]) -> Array:
+def untile(blocks: Array, shape: tuple[int, ...]) -> Array:
     """Puts the tiles of `tiles` back into a matrix of the given shape."""
     o, i = shape
     m = blocks.shape[-1]
@@ -332,7 +332,7 @@ def greedy(p: Array, n: int) -> Array:
 
 
 def _pick(mask: Array) -> Array:
-    """bool like mask [c, B]: only its first True along axis 0."""
+    """Only the first True along axis 0 of mask [c, B]."""
     index = jnp.arange(mask.shape[0], dtype=jnp.int32)[:, None]
     first = jnp.min(jnp.where(mask, index, mask.shape[0]), axis=0)
     return index == first
@@ -430,10 +430,10 @@ def exchange(a: Array, keep: Array, steps: int) -> Array:
             name: (_row(lose, at), _row(win, at)) for name, at in (("i", i), ("h", h))
         }
         _, j = _best((lines["h"][1] - lines["i"][0])[None])
-        _, l = _best((lines["i"][1] - lines["h"][0])[None])
-        j, l = j[0] & live, l[0] & live
-        out = (i[:, None] & j[None]) | (h[:, None] & l[None])
-        into = (h[:, None] & j[None]) | (i[:, None] & l[None])
+        _, k = _best((lines["i"][1] - lines["h"][0])[None])
+        j, k = j[0] & live, k[0] & live
+        out = (i[:, None] & j[None]) | (h[:, None] & k[None])
+        into = (h[:, None] & j[None]) | (i[:, None] & k[None])
         keep = (keep & ~out) | into
         return keep, *best_pair(keep), count + 1
 

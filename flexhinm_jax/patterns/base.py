@@ -61,7 +61,7 @@ class Pattern(abc.ABC):
           scores: f32[o, i], non-negative; larger stays.
 
         Returns:
-          A support with the same regions that keeps at least the score of the given one.
+          A support with the same regions, scoring no less than the given one.
         """
         given = support.regions
         assert given is not None

@@ -3,8 +3,8 @@
 FlexHiNM-GP, ICLR 2026 (openreview YaZraqRsbB). The paper moves the region boundaries by
 a one-dimensional search with an adaptive step and stops when the retained saliency
 falls; we evaluate every legal boundary and take the best, because the curve is not
-always unimodal. The counts meet the budget exactly: with k = round(in * (1 - sparsity)),
-a tile has D dense columns and h groups with D + n * h = k.
+always unimodal. The counts meet the budget exactly: with k = round(in * (1 -
+sparsity)), a tile has D dense columns and h groups with D + n * h = k.
 """
 
 import dataclasses
@@ -29,11 +29,12 @@ class FlexHiNM(Tiled):
     `Vector`, without dense columns that of `HiNM`.
 
     What to expect: n dense and m - n pruned columns can always share a group that keeps
-    at least as much (`ops.regions.absorb`). So from sparsity 1 - n / m on (50 % for 2:4)
-    three regions cannot retain more than `HiNM` with the best input order, and with
-    `permute=Gyro()` the two agree to search noise. Regions help below that sparsity,
-    where HiNM does not exist; without permutation; and at run time, because a dense
-    column gathers half the activations of the group that would replace it.
+    at least as much (`ops.regions.absorb`). So from sparsity 1 - n / m on (50 % for
+    2:4) three regions cannot retain more than `HiNM` with the best input order, and
+    with `permute=Gyro()` the two agree to search noise. Regions help below that
+    sparsity, where HiNM does not exist; a little without permutation, where columns
+    dealt to groups by strength already give `HiNM` most of the gain; and at run time,
+    because a dense column gathers half the activations of the group in its place.
 
     Attributes:
       vector_size: rows of a tile; divides the outputs of the weight.
@@ -94,7 +95,7 @@ class FlexHiNM(Tiled):
         return self.n, self.m
 
     def groups(self, tiles: Array, k: Array) -> Array:
-        """The number of groups that retains most, by an exact scan unless configured."""
+        """The number of groups that retains most, or what is configured."""
         step = self.group_step
         if isinstance(self.regions, tuple):
             return jnp.asarray(self.regions[1] // self.m, jnp.int32)

@@ -1,7 +1,7 @@
 """N:M sparsity: n weights stay of every m consecutive inputs of every row.
 
-Mishra et al. 2021 (arXiv:2104.08378). 2:4 is what NVIDIA's sparse tensor cores run. With
-a permutation the groups are m inputs of one order that all rows share (RIA channel
+Mishra et al. 2021 (arXiv:2104.08378). 2:4 is what NVIDIA's sparse tensor cores run.
+With a permutation the groups are m inputs of one order that all rows share (RIA channel
 permutation, Zhang et al. 2024; apex ASP), which costs one gather at run time.
 """
 
@@ -65,7 +65,7 @@ class NM(Pattern):
         if self.permute is not None:
             self.check_shape(scores.shape)
             checks.finite(scores, "scores")
-            return self._search(key, scores)
+            return self._search(key, jnp.asarray(scores, jnp.float32))
         o, i = scores.shape
         keep = masks.n_of_m(scores, n=self.n, m=self.m)
         return Support(
@@ -85,14 +85,17 @@ class NM(Pattern):
         """The best of the natural and the searched input order."""
         assert self.permute is not None
         o, i = scores.shape
-        tiles = scores.astype(jnp.float32)[None]
+        tiles = scores[None]
         none = jnp.zeros((), jnp.int32)
         h = jnp.asarray(i // self.m, jnp.int32)
 
         def worth(order):
             return regions.value(tiles, order, none, h, self.n, self.m)
 
-        natural, dealt = regions.natural_order(1, i), channels.serpentine(scores, self.m)
+        natural, dealt = (
+            regions.natural_order(1, i),
+            channels.serpentine(scores, self.m),
+        )
         start = jnp.where(worth(dealt) > worth(natural), dealt, natural)
         order = self.permute.columns(key, tiles, start, none, h, self.n, self.m)
         ends = jnp.zeros((1,), jnp.int32), jnp.full((1,), i, jnp.int32)

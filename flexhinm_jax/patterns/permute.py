@@ -1,8 +1,8 @@
 """How a pattern orders channels before it chooses what stays.
 
 Orders never reach the user's network: supports are in original channel order, and the
-packed form gathers inputs and scatters outputs. `PERMUTES` maps the command-line name to
-the configuration.
+packed form gathers inputs and scatters outputs. `PERMUTES` maps the command-line name
+to the configuration.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class ChannelSearch:
         if self.solver not in ("swaps", "hungarian"):
             raise ValueError(
                 f"solver={self.solver!r}: choose 'swaps', or 'hungarian' (exact "
-                "assignment, ten times slower, no better here)"
+                "assignment, some thirty times slower per sweep)"
             )
 
     def rows(
@@ -108,8 +108,8 @@ class ChannelSearch:
 class Gyro(ChannelSearch):
     """Searches the output order, then the input order of every tile.
 
-    Gyro-Permutation (arXiv:2407.20496) with a faster and stronger search; `ops.gyro` and
-    `ops.channels` say how it departs. Both phases accept only improvements.
+    Gyro-Permutation (arXiv:2407.20496) with a faster and stronger search; `ops.gyro`
+    and `ops.channels` say how it departs. Both phases accept only improvements.
 
     Attributes:
       sweeps: see `ChannelSearch`.
@@ -117,8 +117,8 @@ class Gyro(ChannelSearch):
       solver: see `ChannelSearch`.
       rounds: times that random pairs of tiles are divided anew.
       exchanges: single exchanges between matched tiles after each division.
-      schedule: rows per tile and sample of the published output phase, which runs first;
-        () leaves it out, as it is slower and the rounds reach more without it.
+      schedule: rows per tile and sample of the published output phase, which runs
+        first; () leaves it out, as it is slower and the rounds reach more without it.
       patience: samples without improvement after which a stage of the schedule ends.
     """
 
@@ -136,7 +136,9 @@ class Gyro(ChannelSearch):
                 f"{self.patience}: need rounds >= 0, exchanges >= 0, patience >= 1"
             )
         if any(size < 1 for size in self.schedule):
-            raise ValueError(f"schedule={self.schedule}: rows per tile, at least 1 each")
+            raise ValueError(
+                f"schedule={self.schedule}: rows per tile, at least 1 each"
+            )
 
     @classmethod
     def thorough(cls) -> "Gyro":

@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +52,11 @@ class Tiled(Pattern):
     #: Times that the boundaries are chosen and the rows searched for them.
     rounds: ClassVar[int] = 1
 
-    #: Fields of the subclasses.
-    permute: ClassVar[ChannelSearch | None]
-    hardware: ClassVar[bool]
+    if TYPE_CHECKING:
+        # Fields of the subclasses, after n and m. At run time even a ClassVar here
+        # would fix their position among the arguments.
+        permute: ClassVar[ChannelSearch | None]
+        hardware: ClassVar[bool]
 
     def __post_init__(self):
         """Validates the configuration."""
@@ -127,26 +129,27 @@ class Tiled(Pattern):
         checks.finite(scores, "scores")
         if sparsity is None:
             sparsity = 0.0  # not read: `check` lets it pass only with fixed counts
-        return self._project(key, scores, jnp.asarray(sparsity, jnp.float32), prev)
+        # explicit dtypes: a weakly typed argument would trace a second time
+        scores, sparsity = (jnp.asarray(x, jnp.float32) for x in (scores, sparsity))
+        return self._project(key, scores, sparsity, prev)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _project(self, key, scores, sparsity, prev):
         n, m = self.n_of_m
         o, i = scores.shape
-        scores = scores.astype(jnp.float32)
         k = self.budget(i, sparsity)
         if prev is not None:
             return self._shrink(scores, prev, k)
         out_order = jnp.arange(o, dtype=jnp.int32)
         tiles = regions.tile(scores, out_order, self.vector_size)
         in_order, dense, h = self.divide(tiles, k)
+        row_key, column_key = jax.random.split(key)
         if self.permute is not None:
-            row_key, column_key = jax.random.split(key)
             out_order, in_order, dense, h = self._rows(
                 row_key, scores, k, (out_order, in_order, dense, h)
             )
             tiles = regions.tile(scores, out_order, self.vector_size)
-            in_order, dense, h = self.columns(column_key, tiles, k, in_order, dense, h)
+        in_order, dense, h = self.columns(column_key, tiles, k, in_order, dense, h)
         dense_end = jnp.full(in_order.shape[:1], dense, jnp.int32)
         nm_end = dense_end + m * h
         keep = regions.kept(tiles, in_order, dense_end, nm_end, n, m)

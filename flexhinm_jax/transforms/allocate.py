@@ -11,15 +11,22 @@ alike; this allocation is ours.
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from flexhinm_jax import checks
-from flexhinm_jax.ops import masks, regions
+from flexhinm_jax.methods import Method, ScoreMethod
+from flexhinm_jax.ops import masks, regions, saliency
 from flexhinm_jax.patterns import Pattern, Unstructured
 from flexhinm_jax.patterns.tiled import Tiled
+from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax.transforms.tree import method_for
+from flexhinm_jax.transforms.views import matrix
+from flexhinm_jax.types import Stats, Uses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,20 +107,20 @@ def allocate(
     Args:
       mode: "uniform"; "global", by the increments; or rules {regex: sparsity} on paths,
         the first match counts, and the other layers share what is left evenly.
-      layers: path -> increments of `increments`; only their sizes matter unless the mode
-        is "global".
+      layers: path -> increments of `increments`; only their sizes matter unless the
+        mode is "global".
       sparsity: fraction of all weights removed, in [0, 1].
       bounds: smallest and largest sparsity of a layer in mode "global".
-      normalise: divide the gains by the mean score of their layer; False when the scores
-        of different layers are comparable already, such as Fisher scores.
+      normalise: divide the gains by the mean score of their layer; False when the
+        scores of different layers are comparable already, such as Fisher scores.
 
     Returns:
       path -> sparsity. The sum of size * sparsity is exact; a pattern then rounds each
       layer to its own granularity.
 
     Raises:
-      ValueError: a target out of reach of the bounds or the rules, a rule that matches no
-        layer, no layer at all.
+      ValueError: a target out of reach of the bounds or the rules, a rule that matches
+        no layer, no layer at all.
 
     Example:
       >>> import numpy as np
@@ -134,7 +141,8 @@ def allocate(
     if mode == "global":
         if not low <= sparsity <= high:
             raise ValueError(
-                f"sparsity={sparsity:g} cannot be met with layers in [{low:g}, {high:g}]"
+                f"sparsity={sparsity:g} cannot be met with every layer in "
+                f"[{low:g}, {high:g}]"
             )
         return _global(layers, sparsity, low, high, normalise)
     if isinstance(mode, str):
@@ -143,6 +151,53 @@ def allocate(
             "{regex: sparsity}"
         )
     return _by_rules(mode, layers, sparsity)
+
+
+def budgets(
+    method: Method,
+    params: Any,
+    uses: Uses,
+    stats: Mapping[str, Stats] | None,
+    sparsity: float,
+    *,
+    mode: str | Mapping[str, float] = "global",
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> dict[str, float]:
+    """The sparsity of every prunable leaf, for `solve(..., sparsity=budgets(...))`.
+
+    Args:
+      method: what will prune; its own scores are used where it has scores, Wanda's
+        otherwise, and magnitudes without statistics.
+      params: the parameter tree.
+      uses: from `discover`; a leaf whose pattern comes from a rule counts with that
+        pattern.
+      stats: from `calibrate`, or None.
+      sparsity: fraction of all prunable weights removed.
+      mode: see `allocate`.
+      bounds: see `allocate`.
+
+    Returns:
+      path -> sparsity, with the target met exactly over all leaves together. The leaves
+      of a stack share one sparsity.
+
+    Raises:
+      ValueError: a pattern with only one sparsity, or a target out of reach.
+    """
+    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    layers = {}
+    for path, use in uses.leaves.items():
+        mine, given = method_for(method, use), (stats or {}).get(path)
+        w = matrix(leaves[path], use.layout)
+        depth = len(use.layout.stack)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[depth:]), (w, given))  # noqa: B023
+        if isinstance(mine, ScoreMethod):
+            scores = jax.vmap(mine.score)(*flat)
+        elif given is not None:
+            scores = jax.vmap(lambda w, s: saliency.wanda(w, s.sq_norm))(*flat)
+        else:
+            scores = saliency.magnitude(flat[0])
+        layers[path] = increments(scores, mine.pattern)
+    return allocate(mode, layers, sparsity, bounds=bounds)
 
 
 def _global(layers, sparsity, low, high, normalise):

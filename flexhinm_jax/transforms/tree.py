@@ -60,7 +60,7 @@ def method_for(method: Method, use: Use) -> Method:
     return dataclasses.replace(method, pattern=use.pattern)
 
 
-def _target(method: Method, use: Use, sparsity: Any) -> Any:
+def target_for(method: Method, use: Use, sparsity: Any) -> Any:
     """The sparsity of one leaf: its own, the common, or none if a rule decides it."""
     if isinstance(sparsity, Mapping):
         if use.path not in sparsity:
@@ -162,7 +162,7 @@ def _chunks(
     yield part
 
 
-def _keys(key: Array, use: Use) -> Array:
+def keys_for(key: Array, use: Use) -> Array:
     """One key per matrix of a leaf, from the path alone."""
     mine = jax.random.fold_in(key, zlib.crc32(use.path.encode()) & 0x7FFFFFFF)
     shape = use.layout.stack_shape
@@ -203,7 +203,7 @@ def solve(
     inputs = {}
     for path, use in uses.leaves.items():
         mine, given = method_for(method, use), (stats or {}).get(path)
-        target = _target(mine, use, sparsity)
+        target = target_for(mine, use, sparsity)
         w = matrix(leaves[path], use.layout)
         one: Any = jax.ShapeDtypeStruct(w.shape[-2:], w.dtype)
         mine.check(one, given, target, path)
@@ -215,7 +215,7 @@ def solve(
         before = None if prev is None else prev[path]
         if mine.needs == "nothing":
             given = None
-        inputs[path] = mine, (_keys(key, use), w, given, target, before)
+        inputs[path] = mine, (keys_for(key, use), w, given, target, before)
     return _over_stacks(_solve, uses, inputs, progress)
 
 
@@ -243,7 +243,7 @@ def decide(
     for path, state in states.items():
         use = uses.leaves[path]
         w = matrix(leaves[path], use.layout)
-        keys = None if key is None else _keys(key, use)
+        keys = None if key is None else keys_for(key, use)
         inputs[path] = method_for(method, use), (keys, w, state)
     return _over_stacks(_decide, uses, inputs, None)
 

@@ -11,7 +11,7 @@ rules, shardings and effects survive.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,12 @@ class Visitor:
 
     `where` is the position of an equation: indices into nested jaxprs. It depends on
     the shapes and on the version of jax, so it never leaves one trace.
+
+    Attributes:
+      rules: how the walk goes through control flow; see `control`.
     """
+
+    rules: Mapping[str, Callable] = control.RULES
 
     def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
         """Handles a contraction of a weight with an input.
@@ -99,7 +104,7 @@ def visit(
     def sub(jaxpr: Any, operands: Sequence[Any], state: Any, *step: Any) -> Any:
         return walk(jaxpr, operands, visitor, state, where + step)
 
-    rule = control.RULES.get(name)
+    rule = visitor.rules.get(name)
     if name in INLINED:
         return sub(compat.called_jaxpr(params), operands, state)
     if rule is not None and not params.get("branches_platforms"):

@@ -22,8 +22,10 @@ def test_prune_help_names_every_method_and_pattern(capsys):
     with pytest.raises(SystemExit):
         main(["prune", "--help"])
     out = capsys.readouterr().out
-    for name in (*flexhinm_jax.methods.METHODS, *flexhinm_jax.patterns.PATTERNS):
-        assert name in out
+    for name in flexhinm_jax.patterns.PATTERNS:
+        assert f"\n  {name}" in out
+    for name, method in flexhinm_jax.methods.METHODS.items():
+        assert (f"\n  {name}\n" in out) == (method.needs != "gradients")
 
 
 def test_the_version_is_printed(capsys):

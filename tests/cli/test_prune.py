@@ -141,6 +141,29 @@ def test_rules_skip_leaves_and_change_patterns(prune, tmp_path):
     assert "rule" in report["skipped"]["encoder.layer.0.output.dense.weight"]
 
 
+def test_sequential_prunes_in_order_and_resumes(prune, tmp_path):
+    options = ("-q", "--method", "sparsegpt", "--sequential", "--target", "resid")
+
+    def weights():
+        params = huggingface.read(tmp_path / "out").params
+        return [x for name, x in params.items() if name.endswith("dense.weight")]
+
+    assert prune(*options, "--resume", tmp_path / "half-way") == 0
+    first = weights()
+    assert len(list((tmp_path / "half-way").glob("*.npz"))) == 12
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["target"] == "resid"
+    assert prune(*options, "--resume", tmp_path / "half-way", "--force") == 0
+    for before, after in zip(first, weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("option", [("--target", "asym"), ("--resume", "folder")])
+def test_options_of_the_sequential_walk_need_it(prune, capsys, option):
+    assert prune(*option) == 2
+    assert f"{option[0]} is for --sequential" in error_line(capsys)
+
+
 def test_unstructured_is_written_and_said_to_stay_dense(prune, tmp_path, capsys):
     assert prune(pattern="unstructured", sparsity="0.5") == 0
     assert "stays dense" in capsys.readouterr().out
@@ -156,6 +179,7 @@ BAD = {
     "unknown pattern": (dict(pattern="hexagon"), [], "hexagon.*flexhinm"),
     "unknown pattern option": (dict(pattern="hinm:q=3"), [], "q=3.*v="),
     "unknown method": ({}, ["--method", "oracle"], "oracle.*magnitude, wanda"),
+    "method with a loss": ({}, ["--method", "fisher"], "gradients of a loss"),
     "percent as sparsity": (
         dict(pattern="hinm:v=8", sparsity="75"),
         [],

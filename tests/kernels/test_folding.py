@@ -7,7 +7,7 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
-from flexhinm_jax.patterns import Gyro
+from flexhinm_jax.patterns import RandomRows
 from flexhinm_jax.types import BlockDiagonal
 
 KEY = jax.random.key(0)
@@ -15,8 +15,8 @@ KEY = jax.random.key(0)
 
 def packed(seed, shape=(16, 16)):
     w = jax.random.normal(jax.random.key(seed), shape)
-    method = fh.Magnitude(fh.FlexHiNM(4, permute=Gyro(sweeps=2, rounds=2, block=4)))
-    return kernels.pack(method.decide(method.solve(KEY, w, None, sparsity=0.5), w))
+    method = fh.Magnitude(fh.FlexHiNM(4, permute=RandomRows(sweeps=0)))
+    return kernels.pack(method.decide(method.solve(KEY, w, None, sparsity=0.75), w))
 
 
 def network(first, second, bias, x):

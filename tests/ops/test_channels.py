@@ -41,7 +41,8 @@ def test_a_group_keeps_a_plus_the_maximum_of_b_and_the_new_column(n, m):
 def test_max_reduction_equals_its_definition(v):
     b, x = np.random.default_rng(v).random((2, v, 5)).astype(np.float32)
     want = np.maximum(b[:, :, None], x[:, None]).sum(0)
-    np.testing.assert_allclose(channels.max_reduction(b, x), want, rtol=1e-6)
+    found = channels.max_reduction(jnp.asarray(b), jnp.asarray(x))
+    np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
 @given(st.integers(0, 99), st.integers(0, 2), st.integers(0, 3))
@@ -64,8 +65,7 @@ def test_search_finds_the_best_order_of_a_tiny_tile():
         for seed in range(6):
             t = tiles(seed, (1, 3, 8))
             best = max(
-                float(worth(t, jnp.asarray([p]), 0, h))
-                for p in best_candidates(h)
+                float(worth(t, jnp.asarray([p]), 0, h)) for p in best_candidates(h)
             )
             found = channels.search(
                 KEY, t, start(t, 0, h), 0, h, n=2, m=4, sweeps=64, block=2
@@ -80,24 +80,25 @@ def best_candidates(h):
         yield [*first, *(c for c in range(8) if c not in first)]
 
 
+@pytest.mark.slow
 def test_both_solvers_reach_nearly_the_same():
-    t = tiles(5, (2, 8, 64))
-    order = start(t, 0, 16)
+    t = tiles(5, (2, 8, 48))
+    order = start(t, 0, 12)
     found = {
         solver: float(
             worth(
                 t,
                 channels.search(
-                    KEY, t, order, 0, 16, n=2, m=4, sweeps=32, solver=solver
+                    KEY, t, order, 0, 12, n=2, m=4, sweeps=32, solver=solver
                 ),
                 0,
-                16,
+                12,
             )
         )
         for solver in ("swaps", "hungarian")
     }
     assert abs(found["swaps"] / found["hungarian"] - 1) < 5e-3
-    assert found["swaps"] > float(worth(t, order, 0, 16))
+    assert found["swaps"] > float(worth(t, order, 0, 12))
 
 
 def test_equal_and_zero_scores_leave_the_order_alone():

@@ -16,8 +16,6 @@ def test_separated_clusters_are_found():
     centres = 100 * jnp.eye(3)
     label = np.tile(np.arange(3), 8)
     points = centres[label] + jax.random.normal(jax.random.key(2), (24, 3))
-    found = [
-        kmeans.balanced(jax.random.key(seed), points, 8) for seed in range(4)
-    ]
+    found = [kmeans.balanced(jax.random.key(seed), points, 8) for seed in range(4)]
     pure = [(label[np.asarray(t)] == label[np.asarray(t)][:, :1]).all() for t in found]
     assert any(pure)

