@@ -12,6 +12,7 @@ from flexhinm_jax.methods import (
     RefineMask,
     Refit,
     SparseGPT,
+    StagedALPS,
     Wanda,
     accumulate_gradients,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "Regions",
     "Report",
     "SparseGPT",
+    "StagedALPS",
     "State",
     "Stats",
     "Support",

@@ -104,7 +104,8 @@ class Plan:
         `support.keep`.
       support: which weights stay.
       retained: f32[], share of the total saliency that the support keeps, in [0, 1].
-      bias: [o], a bias refitted with the weight, or None.
+      bias: [o], a correction refitted with the weight, to be added to the bias of the
+        layer, or None.
       left: square [o, o] block-diagonal factor, or None.
       right: square [i, i] block-diagonal factor, or None.
     """

@@ -11,24 +11,24 @@ SHAPE = (16, 32)
 PATTERNS = {
     "unstructured": fh.Unstructured(),
     "2:4": fh.NM(2, 4),
-    "transposable": fh.Transposable(2, 4),
-    "vector": fh.Vector(8),
-    "hinm": fh.HiNM(8, permute=None),
     "flexhinm": fh.FlexHiNM(8, permute=None),
 }
-"""One of each kind: what every method is tested with by default."""
+"""No regions, one region, three regions: what every method is tested with by default."""
 
 MORE_PATTERNS = {
     "unstructured-row": fh.Unstructured(scope="row"),
     "1:4": fh.NM(1, 4),
     "5:8": fh.NM(5, 8),
+    "transposable": fh.Transposable(2, 4),
     "transposable-4:8": fh.Transposable(4, 8),
+    "vector": fh.Vector(8),
+    "hinm": fh.HiNM(8, permute=None),
     "hinm-1:4": fh.HiNM(4, n=1, m=4, permute=None),
     "flexhinm-one-tile": fh.FlexHiNM(16, n=2, m=8, permute=None),
     "flexhinm-gyro": fh.FlexHiNM(8),
     "hinm-gyro": fh.HiNM(8),
 }
-"""Other parameters and searched orders: the slow part of the suite."""
+"""Other patterns, parameters and searched orders: the slow part of the suite."""
 
 
 def weight(seed: int = 0, shape: tuple[int, ...] = SHAPE, dtype=jnp.float32):

@@ -141,6 +141,12 @@ def test_a_state_survives_a_checkpoint(method_name, pattern_name, tmp_path):
 
 
 @pairs
+def test_a_rule_can_replace_the_pattern(method_name, pattern_name):
+    method = build(method_name, pattern_name)
+    assert build(method_name, "2:4").with_pattern(method.pattern) == method
+
+
+@pairs
 def test_configurations_are_hashable_and_compare_by_value(method_name, pattern_name):
     method = build(method_name, pattern_name)
     twin = dataclasses.replace(method)

@@ -13,6 +13,7 @@ from flexhinm_jax.methods.refine_mask import RefineMask
 from flexhinm_jax.methods.refit import Refit
 from flexhinm_jax.methods.ria import RIA
 from flexhinm_jax.methods.sparsegpt import SparseGPT
+from flexhinm_jax.methods.staged import StagedALPS
 from flexhinm_jax.methods.wanda import Wanda
 from flexhinm_jax.methods.wrapper import Wrapper
 from flexhinm_jax.patterns import Pattern
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "fisher": Fisher,
     "sparsegpt": SparseGPT,
     "alps": ALPS,
+    "staged_alps": StagedALPS,
     "refit": Refit,
     "refine_mask": RefineMask,
 }
@@ -39,6 +41,7 @@ __all__ = [
     "Refit",
     "ScoreMethod",
     "SparseGPT",
+    "StagedALPS",
     "Wanda",
     "Wrapper",
     "accumulate_gradients",

@@ -39,6 +39,10 @@ class Method(abc.ABC):
                 'patterns.parse("2:4") for its text form'
             )
 
+    def with_pattern(self, pattern: Pattern) -> "Method":
+        """The same method with another pattern."""
+        return dataclasses.replace(self, pattern=pattern)
+
     @abc.abstractmethod
     def solve(
         self,

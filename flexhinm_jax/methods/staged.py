@@ -96,16 +96,16 @@ class StagedALPS(ALPS):
           scores: f32[o, i].
           support: fixes the rows of every tile and the sizes of the regions.
         """
-        given = support.regions
-        assert given is not None
+        given, pattern = support.regions, self.pattern
+        assert given is not None and isinstance(pattern, HiNM | FlexHiNM)
         n, m = given.n, given.m
-        tiles = regions.tile(scores, given.out_order, self.pattern.vector_size)
+        tiles = regions.tile(scores, given.out_order, pattern.vector_size)
         dense = given.dense_end[0]
         groups = (given.nm_end[0] - dense) // m
         rank = regions.ranked(jnp.sum(tiles, axis=1, dtype=jnp.float32))
         order = regions.column_order(rank, dense, groups, m)
-        if self.pattern.permute is not None:
-            order = self.pattern.permute.columns(key, tiles, order, dense, groups, n, m)
+        if pattern.permute is not None:
+            order = pattern.permute.columns(key, tiles, order, dense, groups, n, m)
         keep = regions.kept(tiles, order, given.dense_end, given.nm_end, n, m)
         found = dataclasses.replace(given, in_order=order)
         return Support(masks.fold_tiles(keep, given.out_order), found)

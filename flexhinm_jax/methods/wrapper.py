@@ -41,6 +41,10 @@ class Wrapper(Reconstruction):
         object.__setattr__(self, "pattern", self.inner.pattern)
         super().__post_init__()
 
+    def with_pattern(self, pattern: Pattern) -> Method:
+        """The same method around the same inner one with another pattern."""
+        return dataclasses.replace(self, inner=self.inner.with_pattern(pattern))
+
     @abc.abstractmethod
     def improve(
         self, task: gram.Problem, start: Array, support: Support, fixed: bool

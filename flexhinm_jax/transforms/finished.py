@@ -77,7 +77,7 @@ class Finished:
             for k, x in arrays.items()
         }
         raw["name"] = np.frombuffer(name.encode(), np.uint8)
-        self.write(self.path(name), lambda f: np.savez(f, **raw))
+        self.write(self.path(name), lambda f: np.savez(f, **raw))  # type: ignore[arg-type]
 
     def load(self, name: str, like: Any) -> Any | None:
         """The tree kept under a name, or None.
@@ -121,7 +121,7 @@ def digest(tree: Any) -> str:
         if isinstance(x, jax.Array | np.ndarray | np.generic):
             value = np.ascontiguousarray(np.asarray(x))
             found = zlib.crc32(f"{value.dtype}{value.shape}".encode(), found)
-            found = zlib.crc32(value.reshape(-1).view(np.uint8), found)
+            found = zlib.crc32(value.reshape(-1).view(np.uint8).tobytes(), found)
         else:
             found = zlib.crc32(repr(x).encode(), found)
     return f"{found:08x}"

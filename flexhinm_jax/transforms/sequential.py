@@ -33,6 +33,7 @@ from jax import numpy as jnp
 
 from flexhinm_jax import checks
 from flexhinm_jax.methods import Method, Wrapper
+from flexhinm_jax.methods.reconstruction import Reconstruction
 from flexhinm_jax.transforms import segments, tree
 from flexhinm_jax.transforms.calibrate import calibrate
 from flexhinm_jax.transforms.discover import discover
@@ -234,14 +235,9 @@ class Job:
             name = self.bias[path]
             old = self.current[name]
             shape = (*layout.stack_shape, layout.matrix_shape[0])
-            new = old.reshape(shape).at[select(at)].set(plan.bias)
+            shift = plan.bias.astype(old.dtype)
+            new = old.reshape(shape).at[select(at)].add(shift)
             self.current[name] = new.reshape(old.shape)
-
-    def old_bias(self, path: str, at: tuple) -> Array:
-        """The dense bias of a product, [*rest of the stack, o]."""
-        layout = self.uses.leaves[path].layout
-        shape = (*layout.stack_shape, layout.matrix_shape[0])
-        return self.leaves[self.bias[path]].reshape(shape)[select(at)]
 
     def assembled(self) -> dict[str, Plan]:
         """One plan per leaf, its pieces put back into the stack."""
@@ -285,11 +281,10 @@ def own_biases(uses: Uses) -> dict[str, str]:
         found[use.path].add(use.bias)
         owners[use.bias].add(use.path)
     return {
-        path: next(iter(biases))
+        path: name
         for path, biases in found.items()
-        if len(biases) == 1
-        and None not in biases
-        and len(owners[next(iter(biases))]) == 1
+        for name in biases
+        if name is not None and len(biases) == len(owners[name]) == 1
     }
 
 
@@ -298,7 +293,7 @@ def centred(method: Method, center: bool, has_bias: bool) -> Method:
     if isinstance(method, Wrapper):
         inner = centred(method.inner, center, has_bias)
         method = dataclasses.replace(method, inner=inner)
-    if not hasattr(method, "center"):
+    if not isinstance(method, Reconstruction):
         return method
     on = (center or method.center) and has_bias
     return dataclasses.replace(method, center=on)
@@ -729,10 +724,6 @@ def solve_equal(
     out = {}
     for n, (path, at) in enumerate(names):
         plan = jax.tree.map(lambda x: x[n].reshape(*stack, *x.shape[2:]), plans)  # noqa: B023
-        if plan.bias is not None:
-            old = job.old_bias(path, at)
-            new = old.astype(jnp.float32) + plan.bias.astype(jnp.float32)
-            plan = dataclasses.replace(plan, bias=new.astype(old.dtype))
         out[path, at] = plan, jnp.mean(errors[n])
     return out
 

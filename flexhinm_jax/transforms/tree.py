@@ -55,9 +55,7 @@ def _leaves(params: Any, uses: Uses) -> dict[str, Any]:
 
 def method_for(method: Method, use: Use) -> Method:
     """The method with the pattern that a rule asks for, if there is one."""
-    if use.pattern is None:
-        return method
-    return dataclasses.replace(method, pattern=use.pattern)
+    return method if use.pattern is None else method.with_pattern(use.pattern)
 
 
 def target_for(method: Method, use: Use, sparsity: Any) -> Any:
@@ -290,7 +288,8 @@ def _replace(
                 "to this product; solve without bias refit"
             )
         old = leaves[use.bias]
-        new[use.bias] = plan.bias.reshape(old.shape).astype(old.dtype)
+        shift = plan.bias.reshape(old.shape).astype(jnp.float32)
+        new[use.bias] = (old.astype(jnp.float32) + shift).astype(old.dtype)
     return jax.tree.unflatten(jax.tree.structure(params), [new[p] for p in leaves])
 
 

@@ -186,7 +186,7 @@ def test_a_refitted_bias_reaches_its_leaf_and_block_wrappers_multiply_in():
         right=BlockDiagonal(b),
     )
     dense = fh.densify(plans, params, uses)
-    np.testing.assert_array_equal(dense["bias"], jnp.arange(32.0))
+    np.testing.assert_array_equal(dense["bias"], params["bias"] + jnp.arange(32.0))
     full = (
         jax.scipy.linalg.block_diag(*a) @ old.weight @ jax.scipy.linalg.block_diag(*b)
     )
@@ -258,3 +258,16 @@ def test_progress_counts_leaves():
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen[-1] == (3, 3)
+
+
+def test_a_centred_fit_keeps_the_mean_output_of_a_layer_with_a_bias():
+    params = make()
+    x = X + 2.0
+    uses = fh.discover(model, params, x, rules={"stack|last": "skip"})
+    stats = fh.calibrate(model, params, uses, [x])
+    method = fh.ALPS(fh.NM(2, 4), center=True)
+    states = fh.solve(method, KEY, params, uses, stats)
+    dense = fh.densify(fh.decide(method, states, params, uses), params, uses)
+    want = (x @ params["first"] + params["bias"]).mean(0)
+    got = (x @ dense["first"] + dense["bias"]).mean(0)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
