@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from flexhinm_jax.types import BlockDiagonal, Plan, Regions, Stats
 
@@ -18,7 +19,7 @@ SKIP_HINT = 'or exclude the leaf with rules={"<regex>": "skip"}'
 
 def is_concrete(x: Any) -> bool:
     """True when `x` holds a value that the host can read without tracing."""
-    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+    return not isinstance(x, Tracer | jax.ShapeDtypeStruct)
 
 
 def matrix(shape: tuple[int, ...], path: str = "weight") -> None:
@@ -116,7 +117,7 @@ def finite(x: Any, what: str, path: str = "weight") -> None:
 
 
 def stats(
-    given: Stats | None, shape: tuple[int, int], needs: str, path: str = "weight"
+    given: Stats | None, shape: tuple[int, ...], needs: str, path: str = "weight"
 ) -> None:
     """Raises ValueError when a method lacks its statistics or they do not fit.
 

@@ -13,7 +13,7 @@ PATTERNS = {
     "2:4": fh.NM(2, 4),
     "flexhinm": fh.FlexHiNM(8, permute=None),
 }
-"""No regions, one region, three regions: what every method is tested with by default."""
+"""No regions, one region, three regions: what every method is tested with first."""
 
 MORE_PATTERNS = {
     "unstructured-row": fh.Unstructured(scope="row"),

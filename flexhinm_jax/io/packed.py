@@ -225,7 +225,7 @@ def _packed_weight(
             for k in ("stack", "out", "inputs")
         }
         layout = Layout(shape=tuple(layout["shape"]), **groups)
-    factors = {
+    factors: dict[str, Any] = {
         f: BlockDiagonal(jnp.asarray(stored[f])) if f in stored else None
         for f in FACTORS
     }
@@ -355,7 +355,7 @@ def _verify_shapes(
             )
     for field, side in (("left", o), ("right", i)):
         if field in stored:
-            found = stored[field].shape
+            found: Any = tuple(stored[field].shape)
             side_of = (found[-3] * found[-2], found[-1]) if len(found) > 2 else ()
             if found[:-3] != stack or side_of != (side, found[-2]):
                 raise ValueError(

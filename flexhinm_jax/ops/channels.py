@@ -147,7 +147,7 @@ def search(
     table = unit_layout(order, dense, h, m).reshape(t, units, m)
     table, curve = lax.scan(sweep, table, jax.random.split(key, sweeps))
     order = unit_layout(table.reshape(t, i), dense, h, m, inverse=True)
-    return (order, curve) if trace else order
+    return (order, curve) if trace else order  # pyright: ignore[reportReturnType]
 
 
 def accept_better(gain: Array, choice: Array) -> Array:

@@ -155,7 +155,8 @@ def arrange(
       i32[t, v], the improved table, or (table, f32[rounds]) with `trace`.
     """
     if table.shape[0] == 1:
-        return (table, jnp.zeros((rounds,), jnp.float32)) if trace else table
+        none = jnp.zeros((rounds,), jnp.float32)
+        return (table, none) if trace else table  # pyright: ignore[reportReturnType]
     scores = scores.astype(jnp.float32)
     parts = split(scores)
     counts = dense, dense + nm
@@ -177,7 +178,8 @@ def arrange(
     c = tile_sums(scores, table)
     start = table, c, *worth(c, counts)
     state, curve = lax.scan(one, start, jax.random.split(key, rounds))
-    return (state[0], curve) if trace else state[0]
+    table = state[0]
+    return (table, curve) if trace else table  # pyright: ignore[reportReturnType]
 
 
 def exchange(drawn, state, scores, parts, counts):

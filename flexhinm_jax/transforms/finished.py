@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 CONFIG = "config.json"
@@ -114,9 +115,7 @@ def digest(tree: Any) -> str:
     leaves, structure = jax.tree.flatten(tree)
     found = zlib.crc32(str(structure).encode())
     for x in leaves:
-        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(
-            x.dtype, jax.dtypes.prng_key
-        ):
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
         if isinstance(x, jax.Array | np.ndarray | np.generic):
             value = np.ascontiguousarray(np.asarray(x))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
@@ -228,7 +229,7 @@ class Shelf:
 
     def put(self, x: Any) -> Any:
         """Takes an array; the result is for `get` and `drop`."""
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
             self.held += x.nbytes
             return x
         if self.limit is None or self.held + x.nbytes <= self.limit:

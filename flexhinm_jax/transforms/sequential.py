@@ -264,7 +264,7 @@ def select(at: tuple[int | None, ...]) -> tuple:
 
 def blank(size: int) -> Stats:
     """Shapes of the statistics that every product gets."""
-    made = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    made: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     return Stats(
         sq_norm=made((size,)),
         mean=made((size,)),
@@ -646,7 +646,7 @@ def restore(job: Job, names: Sequence[tuple]) -> dict[tuple, tuple[Plan, Array]]
             f.size for f, i in zip(use.layout.stack, at, strict=True) if i is None
         )
         o, i = use.layout.matrix_shape
-        made = jax.ShapeDtypeStruct
+        made: Any = jax.ShapeDtypeStruct
         f32 = jnp.float32
         stats = Stats(
             sq_norm=made((*stack, i), f32),

@@ -22,6 +22,7 @@ def layer(o=64, i=64, tokens=1024):
     return w, Stats(sq_norm=jnp.diag(gram), mean=x.mean(0), count=count, gram=gram)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [fh.HiNM(16), fh.FlexHiNM(16)], ids=str)
 def test_choosing_the_columns_first_loses_less_than_a_score(pattern):
     w, stats = layer()

@@ -237,6 +237,7 @@ def relative(apply_fn, params, sparse):
     return float(jnp.mean(jnp.square(apply_fn(sparse, x) - y)) / jnp.var(y))
 
 
+@pytest.mark.slow
 def test_going_in_order_loses_less_than_one_shot():
     params, method = layers(2), fh.Refit(fh.Wanda(NM))
     once = fh.prune(scanned, params, TOKENS, method, key=KEY)
