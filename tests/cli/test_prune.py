@@ -295,3 +295,17 @@ def test_text_is_cut_by_the_tokenizer_and_keeps_its_closing_token(model_dir):
     model = source.load(model_dir)
     (batch,) = source.tokenize(model, ["the cat sat on the mat"], 1, 4)
     assert batch.tokens.tolist() == [[2, 4, 6, 3]]
+
+
+def test_a_global_budget_keeps_the_total_and_spreads_it(prune, capsys):
+    options = {"pattern": "vector:v=8", "sparsity": "0.5"}
+    assert prune("--json", "--allocate", "global", **options) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = {round(row["zeros"], 3) for row in report["weights"]}
+    assert len(found) > 1
+    assert abs(report["total"]["zeros"] - 0.5) < 0.05
+
+
+def test_a_global_budget_is_refused_where_there_is_nothing_to_spread(prune, capsys):
+    assert prune("--allocate", "global", pattern="2:4") == 2
+    assert "--allocate global needs --sparsity" in capsys.readouterr().err
