@@ -19,7 +19,7 @@ from flexhinm_jax.transforms import tree
 from flexhinm_jax.transforms.allocate import budgets
 from flexhinm_jax.transforms.calibrate import calibrate
 from flexhinm_jax.transforms.discover import discover
-from flexhinm_jax.transforms.report import Report, report
+from flexhinm_jax.transforms.report import Report
 from flexhinm_jax.transforms.sequential import TARGETS, prune_sequential
 
 PACKED = "packed.safetensors"
@@ -282,14 +282,7 @@ def _prune(
         states = tree.solve(job.method, key, model.params, uses, stats, sparsity)
         plans = tree.decide(job.method, states, model.params, uses)
     with console.step("packing"):
-        sparse = tree.pack(plans, model.params, uses)
-        return tree.Pruned(
-            params=tree.densify(plans, model.params, uses),
-            packed=sparse,
-            plans=plans,
-            uses=uses,
-            report=report(plans, sparse, uses),
-        )
+        return tree.applied(plans, model.params, uses)
 
 
 def _write(

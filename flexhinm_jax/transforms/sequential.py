@@ -40,7 +40,6 @@ from flexhinm_jax.transforms.discover import discover
 from flexhinm_jax.transforms.finished import Finished, digest
 from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.transforms.programs import is_array, split, trace
-from flexhinm_jax.transforms.report import report
 from flexhinm_jax.transforms.straight import Cut, straighten
 from flexhinm_jax.transforms.views import leaf as to_leaf
 from flexhinm_jax.transforms.views import matrix
@@ -157,14 +156,7 @@ def prune_sequential(
         job.finished = Finished(resume, fingerprint(job, target))
     walk = Walk(job, target, segments.Shelf(memory_limit))
     plans = walk.run(progress)
-    packed = tree.pack(plans, params, uses)
-    return tree.Pruned(
-        params=tree.densify(plans, params, uses),
-        packed=packed,
-        plans=plans,
-        uses=uses,
-        report=report(plans, packed, uses),
-    )
+    return tree.applied(plans, params, uses)
 
 
 class Job:

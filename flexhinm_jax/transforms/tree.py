@@ -426,6 +426,11 @@ def prune(
         stats = calibrate(apply_fn, params, uses, _chain(first, batches), **calibration)
     states = solve(method, key, params, uses, stats, sparsity)
     plans = decide(method, states, params, uses)
+    return applied(plans, params, uses)
+
+
+def applied(plans: dict[str, Plan], params: Any, uses: Uses) -> Pruned:
+    """The plans in every form that `prune` returns: dense, packed, reported."""
     packed = pack(plans, params, uses)
     return Pruned(
         params=densify(plans, params, uses),
