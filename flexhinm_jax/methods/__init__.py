@@ -8,6 +8,7 @@ import re
 from flexhinm_jax.methods.alps import ALPS
 from flexhinm_jax.methods.base import Method, ScoreMethod
 from flexhinm_jax.methods.fisher import Fisher, accumulate_gradients
+from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.methods.magnitude import Magnitude
 from flexhinm_jax.methods.refine_mask import RefineMask
 from flexhinm_jax.methods.refit import Refit
@@ -35,6 +36,7 @@ __all__ = [
     "METHODS",
     "RIA",
     "Fisher",
+    "LearnedMethod",
     "Magnitude",
     "Method",
     "RefineMask",

@@ -1,0 +1,69 @@
+"""The contract of a method with something to learn: gates, logits, orders.
+
+`solve` sets the start, an optimiser moves `State.learned` between `decide` calls, and
+`harden` ends it. The verbs are pure and see one matrix; `training` calls them for a
+whole model inside one jitted step.
+"""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+from jax import Array
+
+from flexhinm_jax.methods.base import Method
+from flexhinm_jax.types import State
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedMethod(Method):
+    """A method whose `State.learned` is moved by an optimiser.
+
+    `decide(state, w, key=key)` is the sampled relaxation, differentiable in
+    `state.learned` and in `w`; `decide(state, w)` is the hard plan, which obeys the
+    pattern exactly at every moment of the training.
+    """
+
+    #: Whether the weights stay as they are while the rest is learned.
+    frozen_weights: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def penalty(self, state: State, w: Array, *, key: Array) -> dict[str, Array]:
+        """Terms to add to the loss of the model, weighted, f32[] each, by name.
+
+        Args:
+          state: the state.
+          w: [o, i], the weight now.
+          key: the key that `decide` gets in the same step: both see the same sample.
+
+        Returns:
+          Name -> term; differentiable in `state.learned`. A model's term is the mean
+          over its weights.
+        """
+
+    @abc.abstractmethod
+    def anneal(self, state: State, progress: Array | float) -> State:
+        """The state with its schedules (temperature, ramps) at `progress`.
+
+        Args:
+          state: the state.
+          progress: f32[] in [0, 1]: the finished fraction of the current stage.
+        """
+
+    @abc.abstractmethod
+    def harden(self, state: State, w: Array) -> State:
+        """The state with every choice made: sampled and hard plans are then equal.
+
+        Args:
+          state: the state.
+          w: [o, i], the weight now.
+        """
+
+    def metrics(self, state: State) -> dict[str, Array]:
+        """Figures worth logging, f32[] each, such as expected density; none by default.
+
+        Args:
+          state: the state.
+        """
+        del state
+        return {}
