@@ -15,19 +15,20 @@ from flexhinm_jax.transforms.tree import dense_weight
 from tests.cases import MORE_PATTERNS, PATTERNS, SHAPE, stats, targets, weight
 
 KEY = jax.random.key(7)
+EVERY_PATTERN = PATTERNS | MORE_PATTERNS
 pairs = pytest.mark.parametrize(
     ("method_name", "pattern_name"),
-    [(m, p) for m in METHODS for p in PATTERNS]
-    + [
-        pytest.param(m, p, marks=pytest.mark.slow)
-        for m in METHODS
-        for p in MORE_PATTERNS
+    [
+        pytest.param(m, p, marks=[] if p in PATTERNS else [pytest.mark.slow])
+        for m, method in METHODS.items()
+        for p, pattern in EVERY_PATTERN.items()
+        if isinstance(pattern, method.accepts)
     ],
 )
 
 
 def build(method_name, pattern_name):
-    return METHODS[method_name]((PATTERNS | MORE_PATTERNS)[pattern_name])
+    return METHODS[method_name](EVERY_PATTERN[pattern_name])
 
 
 def solve(method, key, w, s, sparsity, prev=None):
@@ -169,6 +170,10 @@ def test_missing_or_foreign_statistics_are_refused_by_name(method_name):
 
 @pytest.mark.parametrize("method_name", METHODS)
 def test_shapes_and_targets_that_do_not_fit_are_refused(method_name):
+    if not issubclass(fh.HiNM, METHODS[method_name].accepts):
+        with pytest.raises(ValueError, match="works with"):
+            build(method_name, "hinm")
+        return
     method = build(method_name, "hinm")
     s = stats()
     with pytest.raises(ValueError, match=r"out=12 is not a multiple of vector_size=8"):

@@ -31,12 +31,20 @@ class Method(abc.ABC):
     #: What `solve` reads of the statistics; "norms" works with `calibrate(gram=False)`.
     needs: ClassVar[Literal["nothing", "norms", "gram", "gradients"]] = "nothing"
 
+    #: The families of supports that the method can choose from.
+    accepts: ClassVar[tuple[type[Pattern], ...]] = (Pattern,)
+
     def __post_init__(self):
         """Validates the configuration."""
         if not isinstance(self.pattern, Pattern):
             raise ValueError(
                 f"pattern={self.pattern!r}: need a Pattern such as NM(2, 4), or "
                 'patterns.parse("2:4") for its text form'
+            )
+        if not isinstance(self.pattern, self.accepts):
+            known = " or ".join(family.__name__ for family in self.accepts)
+            raise ValueError(
+                f"{type(self).__name__} works with {known}, not with {self.pattern}"
             )
 
     def with_pattern(self, pattern: Pattern) -> "Method":
