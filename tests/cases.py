@@ -27,6 +27,8 @@ MORE_PATTERNS = {
     "flexhinm-one-tile": fh.FlexHiNM(16, n=2, m=8, permute=None),
     "flexhinm-gyro": fh.FlexHiNM(8),
     "hinm-gyro": fh.HiNM(8),
+    "tiles": fh.Tiles((4, 8)),
+    "tiles-1:4": fh.Tiles(8, inner=fh.NM(1, 4)),
 }
 """Other patterns, parameters and searched orders: the slow part of the suite."""
 
@@ -54,4 +56,5 @@ def stats(seed: int = 0, inputs: int = SHAPE[1], outputs: int = SHAPE[0]) -> Sta
 def targets(pattern, low: float = 0.55, high: float = 0.8) -> tuple[float, float]:
     """Two sparsities inside the range of a pattern; equal when it has only one."""
     first, last = pattern.sparsity_range()
-    return max(first, min(low, last)), max(first, min(high, last))
+    low = min(low, (first + last) / 2)
+    return max(first, low), max(first, min(high, last))

@@ -13,6 +13,7 @@ from flexhinm_jax.patterns.flexhinm import FlexHiNM
 from flexhinm_jax.patterns.hinm import HiNM
 from flexhinm_jax.patterns.nm import NM
 from flexhinm_jax.patterns.permute import ChannelSearch, Gyro, RandomRows
+from flexhinm_jax.patterns.tiles import Tiles
 from flexhinm_jax.patterns.transposable import Transposable
 from flexhinm_jax.patterns.unstructured import Unstructured
 from flexhinm_jax.patterns.vector import Vector
@@ -24,6 +25,7 @@ PATTERNS: dict[str, type[Pattern]] = {
     "vector": Vector,
     "hinm": HiNM,
     "flexhinm": FlexHiNM,
+    "tiles": Tiles,
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "HiNM",
     "Pattern",
     "RandomRows",
+    "Tiles",
     "Transposable",
     "Unstructured",
     "Vector",
