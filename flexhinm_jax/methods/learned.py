@@ -12,7 +12,7 @@ from typing import ClassVar
 from jax import Array
 
 from flexhinm_jax.methods.base import Method
-from flexhinm_jax.types import State
+from flexhinm_jax.types import Plan, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,18 @@ class LearnedMethod(Method):
           over its weights.
         """
 
+    def sample(
+        self, state: State, w: Array, *, key: Array
+    ) -> tuple[Plan, dict[str, Array]]:
+        """`decide` and `penalty` with one key, for methods that can share the sample.
+
+        Args:
+          state: the state.
+          w: [o, i], the weight now.
+          key: consumed.
+        """
+        return self.decide(state, w, key=key), self.penalty(state, w, key=key)
+
     @abc.abstractmethod
     def anneal(self, state: State, progress: Array | float) -> State:
         """The state with its schedules (temperature, ramps) at `progress`.
@@ -49,6 +61,14 @@ class LearnedMethod(Method):
           state: the state.
           progress: f32[] in [0, 1]: the finished fraction of the current stage.
         """
+
+    def constrain(self, state: State) -> State:
+        """The state after an optimiser step, with `learned` back in its range.
+
+        Args:
+          state: the state.
+        """
+        return state
 
     @abc.abstractmethod
     def harden(self, state: State, w: Array) -> State:

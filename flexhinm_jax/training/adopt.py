@@ -1,0 +1,55 @@
+"""Gates that start from the plans of any other method."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from flexhinm_jax.methods.gated import Gated
+from flexhinm_jax.transforms import tree
+from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax.transforms.views import matrix
+from flexhinm_jax.types import Plan, State, Uses
+
+
+def adopt(
+    method: Gated, plans: Mapping[str, Plan], params: Any, uses: Uses
+) -> tuple[dict[str, State], Any]:
+    """States and parameters for training gates from given plans.
+
+    Weights that a plan keeps take its values, refitted biases are added, and the other
+    weights stay as they are in `params`: a gate that opens later finds a weight there.
+
+    Args:
+      method: gates with the pattern of the plans.
+      plans: path -> plan, from `decide` or from `prune_sequential(...).plans`.
+      params: the dense parameters.
+      uses: from `discover`.
+
+    Returns:
+      states, params for `init_training`.
+
+    Raises:
+      ValueError: a plan with block-diagonal factors.
+    """
+    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    states, filled = {}, {}
+    for path, plan in plans.items():
+        use = uses.leaves[path]
+        if plan.left is not None or plan.right is not None:
+            raise ValueError(
+                f"{path}: the plan has block-diagonal factors, which gates do not "
+                "train; adopt plans without them"
+            )
+        mine: Any = tree.method_for(method, use)
+        begin = mine.begin
+        for _ in use.layout.stack:
+            begin = jax.vmap(begin)
+        states[path] = begin(plan.support)
+        w: Array = matrix(leaves[path], use.layout)
+        weight = jnp.where(plan.support.keep, plan.weight.astype(w.dtype), w)
+        filled[path] = dataclasses.replace(plan, weight=weight)
+    return states, tree.densify(filled, params, uses)

@@ -1,0 +1,160 @@
+"""A learned method on all weights of a model: sampled weights, schedules, hardening.
+
+The transformations of one matrix are mapped over the stack of every leaf. Leaves are
+not concatenated, unlike in `transforms.tree`: inside a training step that would copy
+every weight.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from flexhinm_jax.methods.learned import LearnedMethod
+from flexhinm_jax.transforms import tree
+from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax.transforms.views import matrix
+from flexhinm_jax.types import Plan, State, Uses
+
+States = Mapping[str, State]
+
+
+def sample(
+    method: LearnedMethod, states: States, params: Any, uses: Uses, key: Array
+) -> tuple[Any, dict[str, Array]]:
+    """The parameters under a sampled relaxation, and its loss terms.
+
+    Args:
+      method: the method.
+      states: path -> state.
+      params: the parameter tree.
+      uses: from `discover`.
+      key: consumed; a leaf uses key and path, nothing else.
+
+    Returns:
+      A tree like `params`, differentiable in `states[...].learned` and `params`, and
+      name -> term f32[], the mean over the matrices that have it.
+    """
+
+    def run(states: States, params: Any, key: Array) -> tuple[Any, dict[str, Array]]:
+        plans: dict[str, Plan] = {}
+        terms: list[tuple[int, dict[str, Array]]] = []
+        for path, mine, state, w in _matrices(method, states, params, uses):
+            use = uses.leaves[path]
+            keys = tree.keys_for(key, use)
+            plans[path], found = _over(_sample, use, mine)(state, w, keys)
+            terms.append((int(np.prod(use.layout.stack_shape)), found))
+        return tree.densify(plans, params, uses), _means(terms)
+
+    return _automatic(run, params)(states, params, key)
+
+
+def anneal(
+    method: LearnedMethod, states: States, uses: Uses, progress: Array | float
+) -> dict[str, State]:
+    """Every state with its schedules at `progress` in [0, 1] of the stage."""
+    progress = jnp.asarray(progress, jnp.float32)
+    run = lambda mine, state: mine.anneal(state, progress)  # noqa: E731
+    return _map(run, method, states, uses)
+
+
+def constrain(method: LearnedMethod, states: States, uses: Uses) -> dict[str, State]:
+    """Every state with what was learned back in its range."""
+    return _map(lambda mine, state: mine.constrain(state), method, states, uses)
+
+
+def harden(
+    method: LearnedMethod, states: States, params: Any, uses: Uses
+) -> dict[str, State]:
+    """Every state with all choices made."""
+    return {
+        path: _over(_harden, uses.leaves[path], mine)(state, w)
+        for path, mine, state, w in _matrices(method, states, params, uses)
+    }
+
+
+def metrics(method: LearnedMethod, states: States, uses: Uses) -> dict[str, Array]:
+    """The figures of all states, means weighted by the size of the matrices."""
+    found = []
+    for path, state in states.items():
+        use = uses.leaves[path]
+        mine: Any = tree.method_for(method, use)
+        run = lambda mine, state: mine.metrics(state)  # noqa: E731
+        size = int(np.prod(use.layout.shape))
+        found.append((size, _over(run, use, mine)(state)))
+    return _means(found)
+
+
+def _map(
+    run: Callable[..., State], method: LearnedMethod, states: States, uses: Uses
+) -> dict[str, State]:
+    out = {}
+    for path, state in states.items():
+        use = uses.leaves[path]
+        out[path] = _over(run, use, tree.method_for(method, use))(state)
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sample(method, state, w, key):
+    return method.sample(state, w, key=key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _harden(method, state, w):
+    return method.harden(state, w)
+
+
+def _over(run: Callable[..., Any], use: Any, method: Any) -> Callable[..., Any]:
+    """`run(method, ...)` mapped over the stack axes of a leaf."""
+    mapped = functools.partial(run, method)
+    for _ in use.layout.stack:
+        mapped = jax.vmap(mapped)
+    return mapped
+
+
+def _matrices(method: LearnedMethod, states: States, params: Any, uses: Uses):
+    """(path, method, state, weight [*stack, o, i]) of every solved leaf."""
+    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    for path, state in states.items():
+        use = uses.leaves[path]
+        mine: Any = tree.method_for(method, use)
+        yield path, mine, state, matrix(leaves[path], use.layout)
+
+
+def _means(found: list[tuple[int, dict[str, Array]]]) -> dict[str, Array]:
+    """Weighted means by name; stack axes are averaged first."""
+    totals: dict[str, Array] = {}
+    weights: dict[str, int] = {}
+    for size, terms in found:
+        for name, term in terms.items():
+            value = size * jnp.mean(term, dtype=jnp.float32)
+            totals[name] = totals[name] + value if name in totals else value
+            weights[name] = weights.get(name, 0) + size
+    return {name: total / weights[name] for name, total in totals.items()}
+
+
+def _automatic(run: Callable[..., Any], params: Any) -> Callable[..., Any]:
+    """`run` with the compiler choosing shardings, where the mesh has explicit axes.
+
+    Gates gather through orders of channels; with explicit axes jax asks for the
+    sharding of each such step.
+    """
+    leaves = jax.tree.leaves(params)
+    meshes = [m for x in leaves if not (m := jax.typeof(x).sharding.mesh).empty]
+    names = [
+        name
+        for mesh in meshes[:1]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    ]
+    if not names:
+        return run
+    out = jax.tree.map(lambda x: jax.typeof(x).sharding, params), P()
+    return jax.sharding.auto_axes(run, axes=tuple(names), out_sharding=out)

@@ -1,0 +1,269 @@
+"""Training on many devices: meshes, legal shardings, where every array lives.
+
+One step runs everywhere: on one device, under `jax.pmap`, and under `jit` on a mesh
+with automatic or explicit axes. Masks are chosen on gathered weights from the same key,
+so they are equal on every device and process. A weight may be sharded for the training
+as long as no shard splits a group, a vector or a tile: packing and kernels work on
+those.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flexhinm_jax.methods import Method
+from flexhinm_jax.patterns import NM, Pattern, Transposable, Unstructured
+from flexhinm_jax.patterns.tiled import Tiled
+from flexhinm_jax.transforms import tree
+from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax.types import AxisFactor, Use, Uses
+
+
+def make_mesh(
+    data: int, model: int = 1, *, explicit: bool = False, devices: Any = None
+) -> Mesh:
+    """A mesh with the axes "data" and "model".
+
+    Args:
+      data: devices that share a batch.
+      model: devices that share a weight.
+      explicit: axes of type Explicit (shardings are part of types) instead of Auto.
+      devices: to choose from; None for all.
+
+    Raises:
+      ValueError: fewer devices than asked for.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if min(data, model) < 1 or data * model > len(devices):
+        raise ValueError(
+            f"data={data}, model={model}: need {data * model} devices and there are "
+            f"{len(devices)}; ask for fewer, or start with XLA_FLAGS="
+            f"--xla_force_host_platform_device_count={data * model} to try it on a CPU"
+        )
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    return jax.make_mesh(
+        (data, model),
+        ("data", "model"),
+        axis_types=(kind, kind),
+        devices=devices[: data * model],
+    )
+
+
+def shard_batch(batch: Any, mesh: Mesh, axis: str = "data") -> Any:
+    """The batch with its first axis over the devices of a mesh axis.
+
+    With several processes every process gives its own part of the batch.
+
+    Raises:
+      ValueError: a leaf whose first axis the devices do not divide.
+    """
+    count = mesh.shape[axis] // jax.process_count()
+    sharding = NamedSharding(mesh, P(axis))
+
+    def put(path: tuple, x: Any) -> jax.Array:
+        rows = np.shape(x)[0] if np.ndim(x) else 0
+        _check_rows(rows, max(count, 1), jax.tree_util.keystr(path) or "batch")
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def split_batch(batch: Any, devices: int) -> Any:
+    """The batch with a leading device axis, for `jax.pmap`.
+
+    Raises:
+      ValueError: a leaf whose first axis the devices do not divide.
+    """
+
+    def split(path: tuple, x: Any) -> Any:
+        rows = np.shape(x)[0] if np.ndim(x) else 0
+        _check_rows(rows, devices, jax.tree_util.keystr(path) or "batch")
+        return x.reshape(devices, rows // devices, *x.shape[1:])
+
+    return jax.tree_util.tree_map_with_path(split, batch)
+
+
+def check_sharding(params: Any, uses: Uses, method: Method) -> None:
+    """Raises ValueError where a shard splits a group, a vector or a tile.
+
+    Args:
+      params: parameters with their shardings; single devices and numpy pass.
+      uses: from `discover`.
+      method: for its pattern, or that of a rule.
+
+    Raises:
+      ValueError: naming the leaf, what is split, and a legal sharding.
+    """
+    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    for path, use in uses.leaves.items():
+        found = getattr(leaves[path], "sharding", None)
+        if isinstance(found, NamedSharding):
+            pattern = tree.method_for(method, use).pattern
+            _check_leaf(path, use, found, pattern)
+
+
+def gather(x: Any) -> Any:
+    """Every array of a tree that lives on a mesh, whole on each of its devices."""
+    mesh = mesh_of(x)
+    return x if mesh is None else put(x, jax.tree.map(lambda _: P(), x), mesh)
+
+
+def put(x: Any, specs: Any, mesh: Mesh) -> Any:
+    """A tree on a mesh, also across processes."""
+    shardings = jax.tree.map(lambda _, s: NamedSharding(mesh, s), x, specs)
+    if jax.process_count() == 1:
+        return jax.device_put(x, shardings)
+    x = jax.tree.map(lambda a, s: _global(a, s), x, shardings)
+    return jax.jit(lambda x: x, out_shardings=shardings)(x)
+
+
+def mesh_of(x: Any) -> Mesh | None:
+    """The mesh of more than one device that arrays of a tree live on, or None."""
+    for leaf in jax.tree.leaves(x):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            mesh = sharding.mesh
+            assert isinstance(mesh, Mesh)
+            return mesh
+    return None
+
+
+def matrix_spec(use: Use, sharding: NamedSharding) -> P:
+    """The spec of the matrix form `[*stack, o, i]` of a leaf with the given sharding.
+
+    Axes of the leaf that are a factor of a group stay sharded only as its major part.
+    """
+    spec = [*sharding.spec, *[None] * (len(use.layout.shape) - len(sharding.spec))]
+
+    def group(factors: Sequence[AxisFactor]) -> Any:
+        return spec[factors[0].axis] if len(factors) == 1 else None
+
+    stack = [group([f]) for f in use.layout.stack]
+    whole = [group(use.layout.out), group(use.layout.inputs)]
+    sides = [use.layout.out, use.layout.inputs]
+    for k, factors in enumerate(sides):
+        if len(factors) != 1 or factors[0].size != use.layout.shape[factors[0].axis]:
+            whole[k] = None
+    return P(*stack, *whole)
+
+
+def _check_rows(rows: int, devices: int, name: str) -> None:
+    if rows == 0 or rows % devices:
+        raise ValueError(
+            f"{name}: {rows} rows do not divide over {devices} devices; choose a batch "
+            f"size that is a multiple of {devices}, such as "
+            f"{max(round(rows / devices), 1) * devices}"
+        )
+
+
+def _check_leaf(path: str, use: Use, sharding: NamedSharding, pattern: Pattern) -> None:
+    rows, columns = _units(pattern)
+    for side, factors, unit in (
+        ("outputs", use.layout.out, rows),
+        ("inputs", use.layout.inputs, columns),
+    ):
+        run = _run(use, sharding, factors)
+        if run is None or (unit is not None and run % unit == 0):
+            continue
+        what, why = _reason(pattern, side, unit, run)
+        size = math.prod(f.size for f in factors)
+        legal = _proposal(pattern, use, sharding, side, unit, size)
+        raise ValueError(
+            f"{path}: sharding {sharding.spec} on a mesh of {dict(sharding.mesh.shape)}"
+            f" splits {what}: {why}. {legal}"
+        )
+
+
+def _units(pattern: Pattern) -> tuple[int | None, int | None]:
+    """Rows and columns that stay together; None for all of them."""
+    if isinstance(pattern, Unstructured):
+        return (1, 1) if pattern.scope == "layer" else (1, None)
+    if isinstance(pattern, Tiled):
+        # A searched row order puts rows of all shards into one tile, and a tile
+        # gathers its columns from everywhere.
+        return (pattern.vector_size if pattern.permute is None else None), None
+    if isinstance(pattern, Transposable):
+        return pattern.m, pattern.m
+    if isinstance(pattern, NM):
+        return 1, (pattern.m if pattern.permute is None else None)
+    return None, None
+
+
+def _run(
+    use: Use, sharding: NamedSharding, factors: Sequence[AxisFactor]
+) -> int | None:
+    """Consecutive channels that one shard holds; None when the side is whole."""
+    minor, found = 1, None
+    for factor in reversed(factors):
+        spec = sharding.spec
+        names = spec[factor.axis] if factor.axis < len(spec) else None
+        names = () if names is None else names if isinstance(names, tuple) else (names,)
+        shards = math.prod(sharding.mesh.shape[name] for name in names)
+        length = use.layout.shape[factor.axis] // shards  # of the leaf axis, per shard
+        inside = max(1, min(factor.size, length // factor.stride))
+        if inside < factor.size and found is None:
+            found = inside * minor
+        minor *= factor.size
+    return found
+
+
+def _reason(pattern: Pattern, side: str, unit: int | None, run: int) -> tuple[str, str]:
+    if unit is not None:
+        part = "a vector" if isinstance(pattern, Tiled) else "a group"
+        return part, f"a shard holds {run} consecutive {side}, not a multiple of {unit}"
+    if side == "inputs":
+        part = "a tile" if isinstance(pattern, Tiled) else "a group"
+        return part, f"{pattern} chooses columns among all {side}"
+    return "a vector", f"{pattern} puts rows of all shards into one tile"
+
+
+def _proposal(
+    pattern: Pattern,
+    use: Use,
+    sharding: NamedSharding,
+    side: str,
+    unit: int | None,
+    size: int,
+) -> str:
+    """A sharding that is legal, in words and as a spec."""
+    rows, _ = _units(pattern)
+    out = use.layout.out[0].axis
+    spec = [None] * len(use.layout.shape)
+    names = [n for n in sharding.mesh.axis_names if sharding.mesh.shape[n] > 1]
+    outputs = math.prod(f.size for f in use.layout.out)
+    fits = [
+        n
+        for n in names
+        if rows is not None
+        and use.layout.shape[out] % sharding.mesh.shape[n] == 0
+        and (outputs // sharding.mesh.shape[n]) % rows == 0
+    ]
+    if not fits:
+        text = f"Replicate it: {P(*spec)}"
+        if rows is None:
+            text += ", or use permute=None and shard the outputs"
+        return text
+    name = "model" if "model" in fits else fits[-1]
+    spec[out] = name
+    return f"Legal is {P(*spec)}, the outputs over {name!r}"
+
+
+def _global(x: Any, sharding: NamedSharding) -> Any:
+    """An array of this process alone as a global one; a global one as it is."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return x
+    if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _global(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    replicated = NamedSharding(sharding.mesh, P())
+    value = np.asarray(x)
+    return jax.make_array_from_callback(
+        value.shape, replicated, lambda index: value[index]
+    )

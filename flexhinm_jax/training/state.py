@@ -1,0 +1,288 @@
+"""The state of a training and what happens between two steps.
+
+`init_training` begins, `harden` ends a stage with exact zeros, `next_stage` solves
+again for a higher sparsity. `step` does what lies between; `stages` drives it all.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from flexhinm_jax.methods import Method
+from flexhinm_jax.methods.learned import LearnedMethod
+from flexhinm_jax.training import relax, sharding
+from flexhinm_jax.training.optimizer import KeepSparseState, keep_sparse
+from flexhinm_jax.transforms import tree
+from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax.types import State, Stats, Uses
+
+#: Optimiser of gates and logits unless another is given: ten times a usual rate of the
+#: weights, because they start far from a decision.
+MASK_TX = optax.adam(1e-2)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Everything that a training step reads and writes.
+
+    Attributes:
+      params: the parameter tree; under a learned method the weights before gates.
+      states: path -> State, from `solve`.
+      opt_state: state of the optimiser of the weights, a `KeepSparseState`; () when
+        the method keeps the weights as they are.
+      learned_opt: state of the optimiser of `State.learned`; () for other methods.
+      key: PRNG key, split in every step.
+      step: i32[], steps done, skipped ones included.
+      skipped: i32[], steps without an update because loss or gradient was not finite.
+      progress: f32[] in [0, 1], the finished fraction of the stage: set it between
+        steps to anneal temperatures and ramps.
+    """
+
+    params: Any
+    states: dict[str, State]
+    opt_state: Any
+    learned_opt: Any
+    key: Array
+    step: Array
+    skipped: Array
+    progress: Array
+
+    def at(self, progress: float) -> "Training":
+        """The same training at another fraction of its stage."""
+        now = jnp.asarray(progress, jnp.float32)
+        mesh = sharding.mesh_of(self.progress)
+        if mesh is not None:
+            now = sharding.put(now, P(), mesh)
+        return dataclasses.replace(self, progress=now)
+
+
+def init_training(
+    method: Method,
+    params: Any,
+    uses: Uses,
+    states: Mapping[str, State],
+    tx: optax.GradientTransformation | None,
+    *,
+    key: Array,
+    mask_tx: optax.GradientTransformation = MASK_TX,
+) -> Training:
+    """The training before its first step.
+
+    Args:
+      method: the method that solved.
+      params: the parameter tree; copied, because steps reuse its memory.
+      uses: from `discover`.
+      states: from `solve`.
+      tx: optimiser of the weights, not yet wrapped; None if the method freezes them.
+      key: PRNG key, consumed.
+      mask_tx: optimiser of what the method learns.
+
+    Returns:
+      The training. For a method without anything to learn, pruned weights are zero.
+
+    Raises:
+      ValueError: `tx` is missing, or states do not belong to `uses`.
+    """
+    mesh = sharding.mesh_of(params)
+    unknown = [path for path in states if path not in uses.leaves]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: in states but not in uses; solve with the same uses"
+        )
+    if tx is None and not frozen(method):
+        raise ValueError(
+            f"tx=None: {type(method).__name__} trains the weights; give an optax "
+            "optimiser"
+        )
+    like, opt, learned_opt = params, (), ()
+    if isinstance(method, LearnedMethod):
+        keep = _keep_all(params, uses)
+    else:
+        params, keep = _pruned(method, states, params, uses)
+    params, keep = _own(_as_params(params, like)), _own(_as_params(keep, like))
+    states = {path: _own(state) for path, state in states.items()}
+    states = _as_weights(states, like, uses)
+    if isinstance(method, LearnedMethod):
+        learned_opt = mask_tx.init(learned_trees(states))
+    if tx is not None and not frozen(method):
+        opt = keep_sparse(tx, keep).init(params)
+    return _on_mesh(
+        Training(
+            params=params,
+            states=states,
+            opt_state=opt,
+            learned_opt=learned_opt,
+            key=_own(key),
+            step=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
+            progress=jnp.zeros((), jnp.float32),
+        ),
+        mesh,
+    )
+
+
+def harden(method: Method, training: Training, uses: Uses) -> Training:
+    """Makes every choice: exact zeros in the parameters, and they stay zero.
+
+    Args:
+      method: the method.
+      training: the training; not donated.
+      uses: from `discover`.
+
+    Returns:
+      The training with hard states. For a method that learns nothing it is the given
+      one.
+    """
+    if not isinstance(method, LearnedMethod):
+        return training
+    like = training.params
+    whole, before = sharding.gather(like), sharding.gather(training.states)
+    states = relax.harden(method, before, whole, uses)
+    params, keep = _pruned(method, states, whole, uses)
+    opt = training.opt_state
+    if not frozen(method):
+        opt = KeepSparseState(_own(_as_params(keep, like)), opt.inner)
+    return dataclasses.replace(
+        training,
+        states=_as_weights(states, like, uses),
+        params=_as_params(params, like),
+        opt_state=opt,
+    )
+
+
+def next_stage(
+    method: Method,
+    training: Training,
+    uses: Uses,
+    *,
+    key: Array,
+    stats: Mapping[str, Stats] | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
+    mask_tx: optax.GradientTransformation = MASK_TX,
+) -> Training:
+    """Solves again for a higher sparsity; the kept set only shrinks.
+
+    Args:
+      method: the method.
+      training: hardened by `harden`; gates that are open harden now.
+      uses: from `discover`.
+      key: PRNG key, consumed.
+      stats: statistics of the inputs, taken with the parameters as they are now.
+      sparsity: the new target.
+      mask_tx: optimiser of what the method learns; begins anew.
+
+    Returns:
+      The training at the start of the stage. The optimiser of the weights goes on.
+    """
+    like = training.params
+    whole, before = sharding.gather(like), sharding.gather(training.states)
+    found = tree.solve(method, key, whole, uses, stats, sparsity, before)
+    states = {path: _own(state) for path, state in found.items()}
+    states = _as_weights(states, like, uses)
+    training = dataclasses.replace(training, states=states).at(0.0)
+    if isinstance(method, LearnedMethod):
+        learned_opt = mask_tx.init(learned_trees(states))
+        learned_opt = _on_mesh(learned_opt, sharding.mesh_of(like))
+        return dataclasses.replace(training, learned_opt=learned_opt)
+    params, keep = _pruned(method, found, whole, uses)
+    keep = _own(_as_params(keep, like))
+    return dataclasses.replace(
+        training,
+        params=_as_params(params, like),
+        opt_state=KeepSparseState(keep, training.opt_state.inner),
+    )
+
+
+def frozen(method: Method) -> bool:
+    """Whether the weights stay as they are."""
+    return isinstance(method, LearnedMethod) and method.frozen_weights
+
+
+def learned_trees(states: Mapping[str, State]) -> dict[str, Any]:
+    """Path -> `State.learned`: what the second optimiser moves."""
+    return {path: state.learned for path, state in states.items()}
+
+
+def _own(x: Any) -> Any:
+    """A copy in memory of its own, without weak types: either would cost a retrace."""
+
+    def copy(leaf: Any) -> Array:
+        leaf = jnp.array(leaf, copy=True)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        return lax.convert_element_type(leaf, leaf.dtype)
+
+    return jax.tree.map(copy, x)
+
+
+def _keep_all(params: Any, uses: Uses) -> Any:
+    """Supports that keep everything, on the leaves that will be pruned."""
+    masks = [
+        jnp.ones(leaf.shape, bool) if path in uses.leaves else None
+        for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), masks)
+
+
+def _pruned(
+    method: Method, states: Mapping[str, State], params: Any, uses: Uses
+) -> tuple[Any, Any]:
+    """Parameters with exact zeros and their supports, under hard plans."""
+    plans = tree.decide(method, states, sharding.gather(params), uses)
+    for path, plan in plans.items():
+        if plan.left is not None or plan.right is not None:
+            raise ValueError(
+                f"{path}: {type(method).__name__} multiplies the weight by block-"
+                "diagonal factors; its product has no zeros to keep while training"
+            )
+    params = tree.densify(plans, sharding.gather(params), uses)
+    return params, tree.keep_tree(plans, params, uses)
+
+
+def _as_params(x: Any, like: Any) -> Any:
+    """A tree like the parameters, each leaf where its parameter lives."""
+    mesh = sharding.mesh_of(like)
+    if mesh is None:
+        return x
+
+    def move(leaf: Any, where: Any) -> Any:
+        if leaf is None:
+            return None
+        spec = where.sharding.spec if sharding.mesh_of(where) is not None else P()
+        return sharding.put(leaf, spec, mesh)
+
+    return jax.tree.map(move, x, like, is_leaf=lambda leaf: leaf is None)
+
+
+def _as_weights(states: dict[str, State], params: Any, uses: Uses) -> dict[str, State]:
+    """States whose matrices live where their weights do, the rest everywhere."""
+    mesh = sharding.mesh_of(params)
+    if mesh is None:
+        return states
+    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    placed = {}
+    for path, state in states.items():
+        use = uses.leaves[path]
+        shape = (*use.layout.stack_shape, *use.layout.matrix_shape)
+        spec = sharding.matrix_spec(use, leaves[path].sharding)
+        specs = jax.tree.map(lambda x: spec if x.shape == shape else P(), state)  # noqa: B023
+        placed[path] = sharding.put(state, specs, mesh)
+    return placed
+
+
+def _on_mesh(x: Any, mesh: Any) -> Any:
+    """A tree whose leaves outside the mesh are copied to all of its devices."""
+    if mesh is None:
+        return x
+
+    def move(leaf: Any) -> Any:
+        return leaf if sharding.mesh_of(leaf) else sharding.put(leaf, P(), mesh)
+
+    return jax.tree.map(move, x)

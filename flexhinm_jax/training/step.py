@@ -1,0 +1,174 @@
+"""One training step for any method, as a pure jitted function.
+
+A learned method sees its sampled weights, moves what it learns and the weights; an
+ordinary method trains the weights that its plans keep. The step traces once: a stage
+changes arrays, never shapes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from flexhinm_jax.methods import Method
+from flexhinm_jax.methods.learned import LearnedMethod
+from flexhinm_jax.training import relax
+from flexhinm_jax.training.optimizer import keep_sparse
+from flexhinm_jax.training.state import MASK_TX, Training, frozen, learned_trees
+from flexhinm_jax.types import State, Uses
+
+Step = Callable[..., tuple[Training, dict[str, Array]]]
+
+
+def make_step(
+    method: Method,
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation | None,
+    uses: Uses,
+    *,
+    mask_tx: optax.GradientTransformation = MASK_TX,
+    axis_name: str | None = None,
+    shardings: Any = None,
+) -> Step:
+    """A training step: `training, metrics = step(training, *batch)`.
+
+    The loss sees weights in which everything pruned is exactly zero: those under
+    sampled gates for a learned method, otherwise the parameters. When the loss or a
+    gradient is not finite nothing but `step`, `skipped` and the key changes.
+
+    Args:
+      method: learned or not.
+      loss_fn: pure function of (params, *batch), returns the loss f[] or (loss, dict
+        of further metrics f[]).
+      tx: optimiser of the weights, as given to `init_training`.
+      uses: from `discover`.
+      mask_tx: optimiser of what the method learns, as given to `init_training`.
+      axis_name: mapped axis over which gradients and metrics are averaged; the step is
+        then not jitted, and meant for `jax.pmap` or `jax.shard_map`.
+      shardings: a tree like the training that says where each array stays, such as
+        `jax.tree.map(lambda x: x.sharding, training)`; None lets the compiler choose.
+
+    Returns:
+      A jitted function that gives the memory of its first argument to the result. The
+      metrics, f32[] each: "loss" (of `loss_fn`), "penalty/..." and "total" when there
+      are penalties, "grad_norm", "finite" (1 or 0), "sparsity", and those of `loss_fn`
+      and of the method (`LearnedMethod.metrics`), such as "expected_sparsity" and
+      "temperature".
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import flexhinm_jax as fh
+      >>> apply_fn = lambda p, x: x @ p["w"]
+      >>> loss_fn = lambda p, x, y: jnp.mean((apply_fn(p, x) - y) ** 2)
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
+      >>> x, y = jnp.ones((2, 8)), jnp.zeros((2, 4))
+      >>> uses = fh.discover(apply_fn, params, x)
+      >>> method, tx = fh.HardConcrete(fh.NM(2, 4)), optax.adam(1e-3)
+      >>> states = fh.solve(method, jax.random.key(1), params, uses)
+      >>> training = fh.init_training(
+      ...     method, params, uses, states, tx, key=jax.random.key(2))
+      >>> step = fh.make_step(method, loss_fn, tx, uses)
+      >>> for j in range(3):
+      ...     training, metrics = step(training.at(j / 3), x, y)
+      >>> training = fh.harden(method, training, uses)
+      >>> int((training.params["w"] == 0).sum())
+      16
+    """
+    learner = method if isinstance(method, LearnedMethod) else None
+    wrapped = None if tx is None else keep_sparse(tx, None)
+
+    def objective(moving, training, key, batch):
+        params = moving.get("params", training.params)
+        terms: dict[str, Array] = {}
+        if learner is not None:
+            states = _with_learned(training.states, moving["learned"])
+            params, terms = relax.sample(learner, states, params, uses, key)
+        out = loss_fn(params, *batch)
+        loss, extra = out if isinstance(out, tuple) else (out, {})
+        loss = loss.astype(jnp.float32)
+        total = sum(terms.values(), loss)
+        return total, (loss, terms, extra)
+
+    def step(training: Training, *batch: Any) -> tuple[Training, dict[str, Array]]:
+        key, sample_key = jax.random.split(training.key)
+        moving = {}
+        if not frozen(method):
+            moving["params"] = training.params
+        if learner is not None:
+            states = relax.anneal(learner, training.states, uses, training.progress)
+            training = dataclasses.replace(training, states=states)
+            moving["learned"] = learned_trees(states)
+        grad_fn = jax.value_and_grad(objective, has_aux=True)
+        (total, found), grads = grad_fn(moving, training, sample_key, batch)
+        if axis_name is not None:
+            total, found, grads = lax.pmean((total, found, grads), axis_name)
+        loss, terms, extra = found
+        norm = _norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        metrics = {"loss": loss, **{f"penalty/{k}": v for k, v in terms.items()}}
+        if terms:
+            metrics["total"] = total
+        after = training
+        if "params" in moving:
+            assert wrapped is not None
+            updates, opt = wrapped.update(
+                grads["params"], training.opt_state, training.params, value=total
+            )
+            params = optax.apply_updates(training.params, updates)
+            after = dataclasses.replace(after, params=params, opt_state=opt)
+        if learner is not None:
+            updates, opt = mask_tx.update(
+                grads["learned"], training.learned_opt, moving["learned"]
+            )
+            learned: Any = optax.apply_updates(moving["learned"], updates)
+            states = _with_learned(training.states, learned)
+            states = relax.constrain(learner, states, uses)
+            after = dataclasses.replace(after, states=states, learned_opt=opt)
+            metrics |= relax.metrics(learner, training.states, uses)
+        else:
+            metrics["sparsity"] = _sparsity(training.opt_state.keep)
+        after = jax.tree.map(lambda a, b: _select(finite, a, b), after, training)
+        after = dataclasses.replace(
+            after,
+            key=key,
+            step=training.step + 1,
+            skipped=training.skipped + (1 - finite.astype(jnp.int32)),
+        )
+        metrics |= {"grad_norm": norm, "finite": finite.astype(jnp.float32)}
+        return after, metrics | dict(extra)
+
+    if axis_name is not None:
+        return step
+    out = {} if shardings is None else {"out_shardings": (shardings, None)}
+    return jax.jit(step, donate_argnums=0, **out)
+
+
+def _with_learned(
+    states: Mapping[str, State], learned: Mapping[str, Any]
+) -> dict[str, State]:
+    return {
+        path: dataclasses.replace(state, learned=learned[path])
+        for path, state in states.items()
+    }
+
+
+def _norm(grads: Any) -> Array:
+    squares = [
+        jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)
+    ]
+    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+
+
+def _select(finite: Array, new: Array, old: Array) -> Array:
+    return old if new is old else jnp.where(finite, new, old)
+
+
+def _sparsity(keep: Any) -> Array:
+    """Pruned fraction of the leaves that have a support."""
+    masks = jax.tree.leaves(keep)
+    kept = sum(jnp.sum(k, dtype=jnp.float32) for k in masks)
+    return 1 - jnp.asarray(kept / max(sum(k.size for k in masks), 1), jnp.float32)
