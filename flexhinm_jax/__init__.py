@@ -5,10 +5,19 @@ from flexhinm_jax.checks import verify
 from flexhinm_jax.kernels import sparse_dot
 from flexhinm_jax.methods import (
     ALPS,
+    ARMOR,
     RIA,
     Fisher,
+    GumbelPatterns,
+    HardConcrete,
     Magnitude,
+    MaskLLM,
+    MaskPro,
     Method,
+    NoWagP,
+    Patch,
+    PermLLM,
+    ProxSparse,
     RefineMask,
     Refit,
     SparseGPT,
@@ -29,12 +38,22 @@ from flexhinm_jax.patterns import (
     Unstructured,
     Vector,
 )
+from flexhinm_jax.training import schedules
+from flexhinm_jax.training.adopt import adopt
+from flexhinm_jax.training.fit import fit
 from flexhinm_jax.training.optimizer import keep_from_zeros, keep_sparse
+from flexhinm_jax.training.recipes import flexhinm_gp
+from flexhinm_jax.training.schedules import Stage
+from flexhinm_jax.training.sharding import check_sharding
+from flexhinm_jax.training.stages import gradual
+from flexhinm_jax.training.state import Training, harden, init_training, next_stage
+from flexhinm_jax.training.step import make_step
 from flexhinm_jax.transforms.allocate import allocate, budgets
 from flexhinm_jax.transforms.calibrate import calibrate, statistics_bytes
 from flexhinm_jax.transforms.discover import describe, discover
 from flexhinm_jax.transforms.report import Report, report
 from flexhinm_jax.transforms.sequential import Layer, prune_sequential
+from flexhinm_jax.transforms.sharing import share_orders
 from flexhinm_jax.transforms.sparsify import sparsify
 from flexhinm_jax.transforms.tree import (
     Pruned,
@@ -51,19 +70,28 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ALPS",
+    "ARMOR",
     "NM",
     "RIA",
     "ChannelSearch",
     "Fisher",
     "FlexHiNM",
+    "GumbelPatterns",
     "Gyro",
+    "HardConcrete",
     "HiNM",
     "Layer",
     "Magnitude",
+    "MaskLLM",
+    "MaskPro",
     "Method",
+    "NoWagP",
     "PackedWeight",
+    "Patch",
     "Pattern",
+    "PermLLM",
     "Plan",
+    "ProxSparse",
     "Pruned",
     "RandomRows",
     "RefineMask",
@@ -71,10 +99,12 @@ __all__ = [
     "Regions",
     "Report",
     "SparseGPT",
+    "Stage",
     "StagedALPS",
     "State",
     "Stats",
     "Support",
+    "Training",
     "Tiles",
     "Transposable",
     "Unstructured",
@@ -82,23 +112,34 @@ __all__ = [
     "Vector",
     "Wanda",
     "accumulate_gradients",
+    "adopt",
     "allocate",
     "budgets",
     "calibrate",
+    "check_sharding",
     "decide",
     "densify",
     "describe",
     "discover",
+    "fit",
+    "flexhinm_gp",
+    "gradual",
+    "harden",
+    "init_training",
     "keep_from_zeros",
     "keep_sparse",
     "keep_tree",
     "kernels",
+    "make_step",
     "methods",
+    "next_stage",
     "pack",
     "patterns",
     "prune",
     "prune_sequential",
     "report",
+    "schedules",
+    "share_orders",
     "solve",
     "sparse_dot",
     "sparsify",

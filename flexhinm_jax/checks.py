@@ -217,10 +217,20 @@ def regions(given: Regions, keep: Any, path: str = "weight") -> None:
 
 
 def _blocks(block: BlockDiagonal | None, side: int, what: str, path: str) -> None:
-    if block is not None and block.blocks.shape[0] * block.blocks.shape[1] != side:
+    if block is None:
+        return
+    k, b = block.blocks.shape[:2]
+    if k * b != side or block.blocks.shape[2] != b:
         raise ValueError(
             f"{path}: {what} blocks {block.blocks.shape} do not tile {side} channels"
         )
+    finite(block.blocks, f"{what} blocks", path)
+    if block.order is not None:
+        if block.order.shape != (side,):
+            raise ValueError(
+                f"{path}: {what} order of shape {block.order.shape} for {side} channels"
+            )
+        _permutation(np.asarray(block.order), f"{what} order", path)
 
 
 def verify(plan: Plan, path: str = "weight") -> None:

@@ -10,7 +10,7 @@ unflatten, with tracers, strings and None as leaves. `checks` holds the validati
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ __all__ = [
     "State",
     "Stats",
     "Support",
+    "TransposedWeight",
     "Use",
     "Uses",
 ]
@@ -83,13 +84,22 @@ class Support:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockDiagonal:
-    """A block-diagonal square matrix.
+    """A block-diagonal square matrix, in natural or in a given channel order.
 
     Attributes:
-      blocks: [k, b, b]; block j maps channels j * b .. j * b + b - 1 to themselves.
+      blocks: [k, b, b]; block j maps the channels at positions j * b .. j * b + b - 1
+        to themselves.
+      order: i32[k * b], the original channel now at each position, or None for the
+        natural order.
     """
 
     blocks: Array
+    order: Array | None = None
+
+    @property
+    def T(self) -> "BlockDiagonal":
+        """The transpose, in the same order."""
+        return BlockDiagonal(self.blocks.swapaxes(-1, -2), self.order)
 
 
 @jax.tree_util.register_dataclass
@@ -147,6 +157,8 @@ class Stats:
       sq_grad: f32[o, i], sum over samples of the squared gradient of the loss, or None.
       fisher: f32[o, i / b, b, b], sum of g g^T over blocks of b consecutive inputs, or
         None.
+      order: i32[i], an input order to solve in, shared with the other weights that read
+        the same input (`transforms.sharing`), or None.
     """
 
     sq_norm: Array
@@ -157,6 +169,7 @@ class Stats:
     target_mean: Array | None = None
     sq_grad: Array | None = None
     fisher: Array | None = None
+    order: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -292,6 +305,20 @@ class PackedWeight:
       n: kept of each group of m.
       m: group size.
       layout: how the matrix goes back into its leaf; None for a plain `[o, i]` leaf.
+      layouts: backend -> arrays in the order of that backend, derived from the fields
+        above by `kernels.prepare`; whatever changes those must empty it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flexhinm_jax as fh
+      >>> w = jnp.array([[4.0, 1, 0, 3], [0, 2, 5, 1]])
+      >>> method = fh.Magnitude(fh.NM(2, 4))
+      >>> state = method.solve(jax.random.key(0), w, None)
+      >>> packed = fh.kernels.pack(method.decide(state, w))
+      >>> (jnp.ones(4) @ packed.T).tolist(), (packed @ jnp.ones(4)).tolist()
+      ([7.0, 7.0], [7.0, 7.0])
+      >>> (jnp.ones(2) @ packed).tolist(), packed.todense().shape
+      ([4.0, 2.0, 5.0, 3.0], (2, 4))
     """
 
     dense_index: Array
@@ -306,6 +333,7 @@ class PackedWeight:
     n: int = static()
     m: int = static()
     layout: Layout | None = static(default=None)
+    layouts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def dtype(self) -> Any:
@@ -314,5 +342,80 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays: values, indices, positions, order and wrappers."""
+        """Bytes of all arrays: values, indices, positions, order, wrappers, layouts."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    @property
+    def ndim(self) -> int:
+        """2: the face of one matrix; stacks are for vmap."""
+        return len(self.shape)
+
+    @property
+    def T(self) -> "TransposedWeight":
+        """W^T, sharing every array."""
+        return TransposedWeight(self)
+
+    def todense(self) -> Array:
+        """W as an array: `kernels.unpack`."""
+        return PRODUCTS["unpack"](self)
+
+    def __matmul__(self, x: Array) -> Array:
+        """W @ x for x [i] or [i, N]."""
+        return PRODUCTS["dot"](x.T, self, transposed=False).T
+
+    def __rmatmul__(self, x: Array) -> Array:
+        """X @ W for x [..., o]."""
+        return PRODUCTS["dot"](x, self, transposed=True)
+
+    # NumPy would otherwise loop over the elements of x @ packed.
+    __array_ufunc__ = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TransposedWeight:
+    """W^T of a packed W, as `x @ packed.T` reads it.
+
+    Attributes:
+      of: the packed weight W [o, i].
+    """
+
+    of: PackedWeight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(i, o)."""
+        return self.of.shape[1], self.of.shape[0]
+
+    @property
+    def ndim(self) -> int:
+        """2."""
+        return 2
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the values."""
+        return self.of.dtype
+
+    @property
+    def T(self) -> PackedWeight:
+        """W."""
+        return self.of
+
+    def todense(self) -> Array:
+        """W^T as an array."""
+        return self.of.todense().T
+
+    def __matmul__(self, x: Array) -> Array:
+        """W^T @ x for x [o] or [o, N]."""
+        return PRODUCTS["dot"](x.T, self.of, transposed=True).T
+
+    def __rmatmul__(self, x: Array) -> Array:
+        """X @ W^T for x [..., i]: the product of a layer."""
+        return PRODUCTS["dot"](x, self.of, transposed=False)
+
+    __array_ufunc__ = None
+
+
+PRODUCTS: dict[str, Callable[..., Any]] = {}
+"""What the operators of packed weights run; `kernels` fills it."""

@@ -15,7 +15,7 @@ LAYERS = {
     "kernels": 3,
     "transforms": 4,
     "training": 5,
-    "io": 5,
+    "io": 4.5,
     "models": 5,
     "cli": 6,
     "__init__": 7,

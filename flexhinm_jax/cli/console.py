@@ -49,6 +49,11 @@ class Console:
         if not (self.quiet or self.json):
             self._err.print(text, soft_wrap=True)
 
+    def progress(self, text: str) -> None:
+        """Tells a person at a terminal how far a long step has come."""
+        if self._live:
+            self._err.print(text, soft_wrap=True)
+
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Shows a spinner while the block runs."""

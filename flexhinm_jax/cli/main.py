@@ -5,6 +5,7 @@ Each command is a module with `add_parser(commands)` and `run(args, console)`.
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from flexhinm_jax.cli import inspect, prune
 from flexhinm_jax.cli.console import Console
 
 COMMANDS = (inspect, prune)
+
+# What the library warns of is part of the results: without this it came out twice.
+logging.getLogger("flexhinm_jax").addHandler(logging.NullHandler())
 
 EPILOG = """\
 examples:

@@ -15,12 +15,13 @@ from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import source
 from flexhinm_jax.cli.console import Console, bytes_text, table
 from flexhinm_jax.io import atomic, huggingface, packed
-from flexhinm_jax.transforms import tree
+from flexhinm_jax.transforms import facts, tree
 from flexhinm_jax.transforms.allocate import budgets
 from flexhinm_jax.transforms.calibrate import calibrate
 from flexhinm_jax.transforms.discover import discover
 from flexhinm_jax.transforms.report import Report
-from flexhinm_jax.transforms.sequential import TARGETS, prune_sequential
+from flexhinm_jax.transforms.sequential import TARGETS, Layer, prune_sequential
+from flexhinm_jax.transforms.sharing import share_orders
 
 PACKED = "packed.safetensors"
 REPORT = "report.json"
@@ -118,6 +119,12 @@ def add_parser(commands: Any) -> None:
         help="the same sparsity for every weight, or more where less is lost, with the"
         " same total (default: uniform)",
     )
+    add(
+        "--share-orders",
+        action="store_true",
+        help="search one input order for all weights that read the same input, such as"
+        " query, key and value; for N:M patterns",
+    )
     add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     add(
         "--limit",
@@ -182,7 +189,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     job = _check(args)
     with console.step("reading the model"):
         model = source.load(args.model)
-    result = _prune(args, job, model, console)
+    result, notes = _prune(args, job, model, console)
     document = {
         "model": str(args.model),
         "out": str(args.out),
@@ -193,11 +200,12 @@ def run(args: argparse.Namespace, console: Console) -> None:
         "target": (args.target or "seq") if args.sequential else None,
         "sentences": len(job.text),
         "version": __version__,
+        "notes": notes,
         **result.report.to_dict(),
     }
     with console.step(f"writing {args.out}"):
         _write(args, result, model, document)
-    console.result(document, *_summary(args.out, result.report))
+    console.result(document, *_summary(args.out, result.report, notes))
 
 
 def _check(args: argparse.Namespace) -> Job:
@@ -218,11 +226,19 @@ def _check(args: argparse.Namespace) -> Job:
             f"--method {args.method} needs gradients of a loss, which the command line"
             " has not; use it from Python, or choose another method"
         )
-    if args.allocate != "uniform" and (args.sequential or args.sparsity is None):
+    low, high = pattern.sparsity_range()
+    if args.allocate != "uniform" and low == high:
         raise ValueError(
-            f"--allocate {args.allocate} needs --sparsity and a pattern that can have"
-            " several, and is not for --sequential"
+            f"--allocate {args.allocate}: --pattern {args.pattern} has only one"
+            f" sparsity, {low:g}, so there is nothing to spread; choose one that can"
+            " have several (flexhinm, hinm, vector), or leave --allocate out"
         )
+    if args.allocate != "uniform" and args.sequential:
+        raise ValueError(
+            f"--allocate {args.allocate} is not for --sequential; leave one of them out"
+        )
+    if args.share_orders and args.sequential:
+        raise ValueError("--share-orders is not for --sequential; drop one of them")
     if not args.sequential and (args.target or args.resume):
         option = "--target" if args.target else "--resume"
         raise ValueError(f"{option} is for --sequential; add that")
@@ -239,7 +255,8 @@ def _check(args: argparse.Namespace) -> Job:
 
 def _prune(
     args: argparse.Namespace, job: Job, model: source.Source, console: Console
-) -> tree.Pruned:
+) -> tuple[tree.Pruned, dict[str, str]]:
+    """The result, and what a person should know about single weights."""
     uses = discover(model.apply_fn, model.params, *model.sample(), rules=job.rules)
     if not uses.leaves:
         raise ValueError(
@@ -251,8 +268,15 @@ def _prune(
         batches = source.tokenize(model, job.text, args.batch_size, args.max_length)
         steps = ((batch.tokens, batch.mask) for batch in batches)
         if args.sequential:
+            notes: dict[str, str] = {}
+
+            def progress(layer: Layer) -> None:
+                console.progress(_line(layer))
+                if layer.note:
+                    notes[layer.path] = layer.note
+
             with console.step(f"pruning {len(uses.leaves)} weights in order"):
-                return prune_sequential(
+                result = prune_sequential(
                     model.apply_fn,
                     model.params,
                     steps,
@@ -262,8 +286,10 @@ def _prune(
                     target=args.target or "seq",
                     rules=job.rules,
                     token_mask=lambda tokens, mask: mask != 0,
+                    progress=progress,
                     resume=args.resume,
                 )
+            return result, notes
         stats = calibrate(
             model.apply_fn,
             model.params,
@@ -279,10 +305,24 @@ def _prune(
             sparsity = budgets(
                 job.method, model.params, uses, stats, sparsity, mode=args.allocate
             )
-        states = tree.solve(job.method, key, model.params, uses, stats, sparsity)
-        plans = tree.decide(job.method, states, model.params, uses)
+        method = job.method
+        if args.share_orders:
+            key, order_key = jax.random.split(key)
+            method, stats = share_orders(method, order_key, model.params, uses, stats)
+        states = tree.solve(method, key, model.params, uses, stats, sparsity)
+        plans = tree.decide(method, states, model.params, uses)
     with console.step("packing"):
-        return tree.applied(plans, model.params, uses)
+        result = tree.applied(plans, model.params, uses)
+    return result, facts.notes(job.method, states, uses)
+
+
+def _line(layer: Layer) -> str:
+    """One line about a finished matrix."""
+    at = "".join(f"[{':' if i is None else i}]" for i in layer.at)
+    return (
+        f"{layer.done}/{layer.total} {layer.path}{at}: error {layer.error:.4f},"
+        f" {layer.seconds:.1f} s, {bytes_text(layer.held)} held"
+    )
 
 
 def _write(
@@ -299,7 +339,7 @@ def _write(
         (folder / REPORT).write_text(json.dumps(document, indent=2) + "\n")
 
 
-def _summary(out: Path, result: Report) -> list[Any]:
+def _summary(out: Path, result: Report, notes: dict[str, str]) -> list[Any]:
     made = table(
         "weight", "shape", ">zeros", ">dense", ">packed", ">saliency kept", "note"
     )
@@ -327,6 +367,7 @@ def _summary(out: Path, result: Report) -> list[Any]:
     return [
         made,
         "",
+        *(f"{path}: {text}" for path, text in notes.items()),
         f"whole model: {bytes_text(result.tree_dense_bytes)} dense,"
         f" {bytes_text(result.tree_packed_bytes)} packed;"
         f" {len(result.skipped)} leaves not pruned (flexhinm inspect says why)",

@@ -11,9 +11,12 @@ is stored as
     P#nm_positions     u32[t, v, words]    position of each kept weight in its group
     P#out_order        i32[o]              original row at storage row r
     P#left, P#right       [k, b, b]        block-diagonal factors, only where present
+    P#left_order,      i32[k * b]          original channel at each position of such a
+    P#right_order                          factor, where it has an order of its own
 
 (the fields of `types.PackedWeight`, which explains them; a stack of matrices has the
-same leading axes everywhere). Positions take the least
+same leading axes everywhere; layouts that `kernels.prepare` derived are left out).
+Positions take the least
 power of two of bits that holds m - 1 (2 bits for m = 4, 4 for m = 8 and 16), low bits
 first, and rise inside a group. The metadata of the file has three strings:
 
@@ -21,6 +24,7 @@ first, and rise inside a group. The metadata of the file has three strings:
     version  "1"
     packed   JSON: path -> {"shape": [o, i], "n": n, "m": m, "dtype": "bfloat16",
              "stack": [leading axes], "left": bool, "right": bool,
+             "orders": [factors that have an order, absent when none],
              "layout": null or {"shape": [...], "stack": F, "out": F, "inputs": F}}
              where F lists the (axis, stride, size) of `types.AxisFactor`
 
@@ -40,7 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexhinm_jax.io import atomic, tensors
-from flexhinm_jax.kernels import packing
+from flexhinm_jax.kernels.validation import verify_packed
 from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.types import AxisFactor, BlockDiagonal, Layout, PackedWeight
 
@@ -85,7 +89,7 @@ def write_packed(
         if isinstance(leaf, PackedWeight):
             headers[name] = _header(leaf)
             stored = _arrays(leaf)
-            _verify(name, headers[name], stored)
+            verify_packed(leaf, name)
             stored = {f"{name}#{field}": array for field, array in stored.items()}
         else:
             stored = {name: _host(name, leaf)}
@@ -134,8 +138,11 @@ def read_packed(path: str | os.PathLike, like: Any = None) -> Any:
                 del unread[key]
             stored = tensors.read(path, keys.values())
             stored = {field: stored[key] for field, key in keys.items()}
-            _verify(name, fields, stored)
-            leaves[name] = _packed_weight(fields, stored)
+            held = _packed_weight(fields, stored)
+            stack = tuple(fields["stack"])
+            dtype = jnp.dtype(fields["dtype"])
+            verify_packed(held, name, dtype=dtype, stack=stack)
+            leaves[name] = jax.tree.map(jnp.asarray, held)
         dense = tensors.read(path, unread)
         leaves |= {name: _device(array) for name, array in dense.items()}
     except ValueError as error:
@@ -184,15 +191,20 @@ def _device(array: np.ndarray) -> Any:
 def _arrays(leaf: PackedWeight) -> dict[str, np.ndarray]:
     stored = {field: np.asarray(getattr(leaf, field)) for field in ARRAYS}
     for field in FACTORS:
-        if getattr(leaf, field) is not None:
-            stored[field] = np.asarray(getattr(leaf, field).blocks)
+        factor = getattr(leaf, field)
+        if factor is not None:
+            stored[field] = np.asarray(factor.blocks)
+            if factor.order is not None:
+                stored[f"{field}_order"] = np.asarray(factor.order)
     return stored
 
 
 def _header(leaf: PackedWeight) -> dict[str, Any]:
     """The JSON description of one packed leaf."""
     layout = leaf.layout
-    return {
+    factors = {f: getattr(leaf, f) for f in FACTORS}
+    orders = [f for f, x in factors.items() if x is not None and x.order is not None]
+    return ({"orders": orders} if orders else {}) | {
         "shape": list(leaf.shape),
         "n": leaf.n,
         "m": leaf.m,
@@ -218,6 +230,7 @@ def _factors(factors: tuple[AxisFactor, ...]) -> list[list[int]]:
 def _packed_weight(
     fields: Mapping[str, Any], stored: Mapping[str, np.ndarray]
 ) -> PackedWeight:
+    """The weight with its arrays still on the host."""
     layout = fields["layout"]
     if layout is not None:
         groups = {
@@ -225,12 +238,17 @@ def _packed_weight(
             for k in ("stack", "out", "inputs")
         }
         layout = Layout(shape=tuple(layout["shape"]), **groups)
-    factors: dict[str, Any] = {
-        f: BlockDiagonal(jnp.asarray(stored[f])) if f in stored else None
-        for f in FACTORS
-    }
+
+    def factor(name: str) -> BlockDiagonal | None:
+        if name not in stored:
+            return None
+        order: Any = stored.get(f"{name}_order")
+        blocks: Any = stored[name]
+        return BlockDiagonal(blocks, order)
+
+    factors: dict[str, Any] = {f: factor(f) for f in FACTORS}
     return PackedWeight(
-        **{field: jnp.asarray(stored[field]) for field in ARRAYS},
+        **{field: stored[field] for field in ARRAYS},
         **factors,
         shape=tuple(fields["shape"]),
         n=fields["n"],
@@ -284,89 +302,12 @@ def _field_names(name: str, fields: Any) -> tuple[str, ...]:
             and fields["dtype"] in {d.name for d in tensors.DTYPES.values()}
             and ints(fields["stack"])
             and all(isinstance(fields[f], bool) for f in FACTORS)
+            and all(f in FACTORS and fields[f] for f in fields.get("orders", ()))
             and of_layout(fields["layout"])
         )
     except (KeyError, TypeError):
         good = False
     if not good:
         raise ValueError(f"{name}: its description is damaged: {fields}")
-    return ARRAYS + tuple(f for f in FACTORS if fields[f])
-
-
-def _verify(
-    name: str, fields: Mapping[str, Any], stored: Mapping[str, np.ndarray]
-) -> None:
-    """Raises ValueError unless the arrays keep the promises of `PackedWeight`."""
-    _verify_shapes(name, fields, stored)
-    o, i = fields["shape"]
-    for field in ("dense_index", "nm_index"):
-        index = stored[field]
-        if index.size and (index.min() < 0 or index.max() >= i):
-            raise ValueError(
-                f"{name}: {field} has an index outside 0 .. {i - 1}:"
-                f" {index.min()} .. {index.max()}"
-            )
-    if (np.sort(stored["out_order"], -1) != np.arange(o, dtype=np.int32)).any():
-        raise ValueError(f"{name}: out_order is not a permutation of its {o} rows")
-    n, m = fields["n"], fields["m"]
-    count = stored["nm_values"].shape[-1]
-    positions = _positions(stored["nm_positions"], count, m).reshape(-1, n)
-    if (positions >= m).any():
-        raise ValueError(f"{name}: nm_positions has a position outside 0 .. {m - 1}")
-    if (positions[:, 1:] <= positions[:, :-1]).any():
-        raise ValueError(f"{name}: nm_positions do not increase inside a group")
-
-
-def _verify_shapes(
-    name: str, fields: Mapping[str, Any], stored: Mapping[str, np.ndarray]
-) -> None:
-    o, i = fields["shape"]
-    n, m, stack = fields["n"], fields["m"], tuple(fields["stack"])
-    for field in ("dense_index", "nm_index"):
-        if stored[field].ndim != len(stack) + 2:
-            raise ValueError(
-                f"{name}: {field} has shape {list(stored[field].shape)}, expected"
-                f" {len(stack) + 2} axes"
-            )
-    tiles, dense = stored["dense_index"].shape[-2:]
-    columns = stored["nm_index"].shape[-1]
-    rows = o // max(tiles, 1)
-    kept = columns // m * n
-    words = -(-kept * packing.position_bits(m) // packing.WORD)
-    wanted = {
-        "dense_index": (np.int32, (tiles, dense)),
-        "dense_values": (fields["dtype"], (tiles, rows, dense)),
-        "nm_index": (np.int32, (tiles, columns)),
-        "nm_values": (fields["dtype"], (tiles, rows, kept)),
-        "nm_positions": (np.uint32, (tiles, rows, words)),
-        "out_order": (np.int32, (o,)),
-    }
-    if tiles * rows != o or columns % m:
-        raise ValueError(
-            f"{name}: {tiles} tiles of {columns} N:M columns do not fit shape {(o, i)}"
-            f" with m={m}"
-        )
-    for field, (dtype, shape) in wanted.items():
-        array = stored[field]
-        if array.shape != (*stack, *shape) or array.dtype != np.dtype(dtype):
-            raise ValueError(
-                f"{name}: {field} is {array.dtype}{list(array.shape)}, expected"
-                f" {np.dtype(dtype)}{[*stack, *shape]}"
-            )
-    for field, side in (("left", o), ("right", i)):
-        if field in stored:
-            found: Any = tuple(stored[field].shape)
-            side_of = (found[-3] * found[-2], found[-1]) if len(found) > 2 else ()
-            if found[:-3] != stack or side_of != (side, found[-2]):
-                raise ValueError(
-                    f"{name}: {field} has blocks {list(found)}, which do not"
-                    f" tile {side} channels"
-                )
-
-
-def _positions(words: np.ndarray, count: int, m: int) -> np.ndarray:
-    """u32[..., count] positions: `packing.from_words` without compiling."""
-    bits = packing.position_bits(m)
-    shifts = np.arange(0, packing.WORD, bits, dtype=np.uint32)
-    each = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
-    return each.reshape(*words.shape[:-1], words.shape[-1] * shifts.size)[..., :count]
+    orders = tuple(f"{f}_order" for f in fields.get("orders", ()))
+    return ARRAYS + tuple(f for f in FACTORS if fields[f]) + orders

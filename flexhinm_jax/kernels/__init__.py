@@ -1,16 +1,39 @@
 """Packed weights and the products that run on them; knows no method or pattern."""
 
-from flexhinm_jax.kernels.folding import check_equal, fold
-from flexhinm_jax.kernels.packing import block_columns, pack, pack_to, sizes, unpack
+from flexhinm_jax.kernels.folding import (
+    check_equal,
+    fold,
+    fold_inputs,
+    gather_once,
+)
+from flexhinm_jax.kernels.packing import (
+    block_columns,
+    block_product,
+    pack,
+    pack_to,
+    sizes,
+    unpack,
+)
+from flexhinm_jax.kernels.preparing import prepare, strip
 from flexhinm_jax.kernels.product import sparse_dot
+from flexhinm_jax.kernels.validation import verify_packed
+from flexhinm_jax.types import PRODUCTS
 
 __all__ = [
     "block_columns",
+    "block_product",
     "check_equal",
     "fold",
+    "fold_inputs",
+    "gather_once",
     "pack",
     "pack_to",
+    "prepare",
     "sizes",
     "sparse_dot",
+    "strip",
     "unpack",
+    "verify_packed",
 ]
+
+PRODUCTS.update(dot=sparse_dot, unpack=unpack)

@@ -1,10 +1,13 @@
-"""Folds the output order of a packed weight into the gathers of its readers.
+"""Folds orders of packed weights into their neighbours, so that no gather is left.
 
 A packed weight computes its rows in storage order and scatters them back. Where only
 elementwise operations lie between it and packed readers, the scatter is superfluous:
 the readers gather their inputs by index anyway, so their indices take over the order
 (index absorption, FlexHiNM-GP). Per-channel parameters in between, such as the bias,
 move along: `bias[order]`.
+
+The other way round, an input order that all readers share moves into the rows of the
+producer (`fold_inputs`), or out of them into one gather (`gather_once`).
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flexhinm_jax.types import PackedWeight
+from flexhinm_jax.types import BlockDiagonal, PackedWeight
 
 
 def fold(
@@ -88,10 +91,143 @@ def fold(
             reader,
             dense_index=take(inverse, reader.dense_index),
             nm_index=take(inverse, reader.nm_index),
+            layouts={},
         )
         for reader in readers
     )
-    return dataclasses.replace(first, out_order=identity), moved, order
+    first = dataclasses.replace(first, out_order=identity, layouts={})
+    return first, moved, order
+
+
+def gather_once(*readers: PackedWeight) -> tuple[Array, tuple[PackedWeight, ...]]:
+    """Takes the input order that packed weights share out of them.
+
+    Args:
+      *readers: packed N:M weights in one order of all inputs, as `share_orders` makes
+        them for weights that read the same input.
+
+    Returns:
+      order: i32[*stack, i], original input at each position: the readers now take
+        x[..., order], gathered once for all of them.
+      readers: with their inputs in natural order.
+
+    Raises:
+      ValueError: readers with several tiles, dense columns, or different orders.
+    """
+    order = _shared_order(readers)
+    return order, tuple(_renamed(reader, order) for reader in readers)
+
+
+def fold_inputs(
+    producer: PackedWeight | Array, *readers: PackedWeight, within: int | None = None
+) -> tuple[Any, tuple[PackedWeight, ...], Array]:
+    """Moves the input order that readers share into the rows of their producer.
+
+    No gather is left between them. Rows move freely, so every pattern of the producer
+    keeps; what may lie between, and what to do with a bias, is as for `fold`. Between
+    values and the output projection of attention an order has to stay inside the heads:
+    search it with share_orders(within={...: head size}).
+
+    Args:
+      producer: the weight whose outputs the readers contract, packed or dense
+        [..., o, i]. All that reads its outputs must be among the readers.
+      *readers: packed N:M weights in one shared order.
+      within: size of the blocks of channels that the order must not leave, or None.
+
+    Returns:
+      producer: its output at position r is the original channel order[r]. With one tile
+        its rows are stored so, with several its output order says so.
+      readers: with their inputs in natural order.
+      order: i32[*stack, o], for per-channel parameters in between: bias[order].
+
+    Raises:
+      ValueError: sizes or stacks that do not chain, readers without a shared order, an
+        order that leaves the blocks.
+    """
+    order = _shared_order(readers)
+    packed = isinstance(producer, PackedWeight)
+    outputs = producer.shape[0] if packed else producer.shape[-2]
+    stack = producer.out_order.shape[:-1] if packed else producer.shape[:-2]
+    if order.shape != (*stack, outputs):
+        raise ValueError(
+            f"fold_inputs: the readers take {order.shape} inputs, the producer gives "
+            f"{(*stack, outputs)}; they do not chain"
+        )
+    if within is not None:
+        block = np.arange(outputs) // within
+        if outputs % within or (np.asarray(order) // within != block).any():
+            raise ValueError(
+                f"fold_inputs: the order leaves the blocks of {within} channels; "
+                "search it inside them, with share_orders(within=...)"
+            )
+    moved = tuple(_renamed(reader, order) for reader in readers)
+    if not isinstance(producer, PackedWeight):
+        return jnp.take_along_axis(producer, order[..., None], axis=-2), moved, order
+    inverse = jnp.argsort(order, axis=-1).astype(jnp.int32)
+    out_order = jnp.take_along_axis(inverse, producer.out_order, axis=-1)
+    left = _factor_renamed(producer.left, inverse)
+    first = dataclasses.replace(producer, out_order=out_order, left=left, layouts={})
+    return _rows_in_order(first), moved, order
+
+
+def _shared_order(readers: tuple[PackedWeight, ...]) -> Array:
+    if not readers:
+        raise ValueError("fold: give at least one reader")
+    for reader in readers:
+        if reader.nm_index.shape[-2:] != (1, reader.shape[1]):
+            raise ValueError(
+                f"fold: a reader has {reader.nm_index.shape[-2]} tiles with "
+                f"{reader.nm_index.shape[-1]} of {reader.shape[1]} inputs in groups; "
+                "only an N:M weight has one order of all inputs"
+            )
+        if not np.array_equal(reader.nm_index, readers[0].nm_index):
+            raise ValueError(
+                "fold: the readers have different input orders; solve them with "
+                "share_orders"
+            )
+    return readers[0].nm_index[..., 0, :]
+
+
+def _renamed(reader: PackedWeight, order: Array) -> PackedWeight:
+    """The reader of inputs in the order `order`, which is its own."""
+    inverse = jnp.argsort(order, axis=-1).astype(jnp.int32)
+    identity = jnp.arange(order.shape[-1], dtype=jnp.int32)
+    return dataclasses.replace(
+        reader,
+        nm_index=jnp.broadcast_to(identity, reader.nm_index.shape),
+        right=_factor_renamed(reader.right, inverse),
+        layouts={},
+    )
+
+
+def _factor_renamed(
+    factor: BlockDiagonal | None, inverse: Array
+) -> BlockDiagonal | None:
+    """The same block-diagonal map of channels that have new positions."""
+    if factor is None:
+        return None
+    at = factor.order
+    order = inverse if at is None else jnp.take_along_axis(inverse, at, axis=-1)
+    return BlockDiagonal(factor.blocks, order)
+
+
+def _rows_in_order(packed: PackedWeight) -> PackedWeight:
+    """The rows of a single tile stored in output order; several tiles as they are."""
+    if packed.nm_values.shape[-3] != 1:
+        return packed
+    at = jnp.argsort(packed.out_order, axis=-1)
+    identity = jnp.arange(at.shape[-1], dtype=jnp.int32)
+
+    def take(x: Array) -> Array:
+        return jnp.take_along_axis(x, at[..., None, :, None], axis=-2)
+
+    return dataclasses.replace(
+        packed,
+        dense_values=take(packed.dense_values),
+        nm_values=take(packed.nm_values),
+        nm_positions=take(packed.nm_positions),
+        out_order=jnp.broadcast_to(identity, packed.out_order.shape),
+    )
 
 
 def check_equal(

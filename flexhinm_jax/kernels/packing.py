@@ -6,8 +6,8 @@ first, so a 2:4 group is the nibble `i0 | i1 << 2` with i0 < i1, also where the 
 are zero.
 """
 
+import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,9 @@ import numpy as np
 from jax import Array
 
 from flexhinm_jax import checks
+from flexhinm_jax.kernels.validation import verify_packed, verify_plan
+from flexhinm_jax.kernels.words import from_words, position_bits, to_words
 from flexhinm_jax.types import BlockDiagonal, Layout, PackedWeight, Plan, Regions
-
-WORD = 32
-
-
-def position_bits(m: int) -> int:
-    """Bits of one stored position: the smallest of 1, 2, 4, 8, 16 that holds m - 1."""
-    need = max(1, (m - 1).bit_length())
-    return 1 << (need - 1).bit_length()
 
 
 def sizes(regions: Regions) -> tuple[int, int]:
@@ -55,7 +49,8 @@ def pack(plan: Plan, layout: Layout | None = None) -> PackedWeight:
       The packed weight, with the dtype of the plan's weight.
 
     Raises:
-      ValueError: an unstructured support, which has nothing to pack.
+      ValueError: an unstructured support, which has nothing to pack, or regions that
+        are no permutations or do not fit the weight.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -73,6 +68,7 @@ def pack(plan: Plan, layout: Layout | None = None) -> PackedWeight:
             "choose a pattern such as NM or FlexHiNM"
         )
     dense, nm = sizes(regions)
+    verify_plan(plan)
     one = functools.partial(pack_to, dense=dense, nm=nm, layout=layout)
     for _ in range(plan.weight.ndim - 2):
         one = jax.vmap(one)
@@ -135,23 +131,6 @@ def pack_to(
     )
 
 
-def to_words(position: Array, bits: int) -> Array:
-    """Packs u32[..., c] numbers of `bits` bits into u32[..., ceil(c * bits / 32)]."""
-    per = WORD // bits
-    words = math.ceil(position.shape[-1] / per)
-    pad = [(0, 0)] * (position.ndim - 1) + [(0, words * per - position.shape[-1])]
-    parts = jnp.pad(position, pad).reshape(*position.shape[:-1], words, per)
-    shift = jnp.arange(per, dtype=jnp.uint32) * bits
-    return jnp.sum(parts << shift, axis=-1, dtype=jnp.uint32)
-
-
-def from_words(words: Array, count: int, bits: int) -> Array:
-    """The first `count` numbers of `to_words`, u32[..., count]."""
-    shift = jnp.arange(WORD // bits, dtype=jnp.uint32) * bits
-    parts = (words[..., None] >> shift) & jnp.uint32((1 << bits) - 1)
-    return parts.reshape(*words.shape[:-1], -1)[..., :count]
-
-
 def block_columns(packed: PackedWeight) -> Array:
     """The N:M block of every tile with its zeros, [t, v, H]."""
     count = packed.nm_values.shape[-1]
@@ -166,21 +145,34 @@ def block_columns(packed: PackedWeight) -> Array:
 
 
 def block_product(x: Array, factor: BlockDiagonal | None, axis: int = -1) -> Array:
-    """Block-diagonal matrix times x along `axis`; x itself when there is no factor."""
+    """Block-diagonal matrix times x along `axis`; x itself when there is no factor.
+
+    Args:
+      x: any array.
+      factor: one factor of the size of that axis; its order costs two gathers.
+      axis: the axis to multiply.
+
+    Returns:
+      f32 of the shape of x.
+    """
     if factor is None:
         return x
     k, b, _ = factor.blocks.shape
     x = jnp.moveaxis(x, axis, -1)
+    if factor.order is not None:
+        x = x[..., factor.order]
     y = jnp.einsum(
         "kab,...kb->...ka",
         factor.blocks,
         x.reshape(*x.shape[:-1], k, b),
         preferred_element_type=jnp.float32,
     )
-    return jnp.moveaxis(y.reshape(x.shape), -1, axis)
+    y = y.reshape(x.shape)
+    if factor.order is not None:
+        y = y[..., jnp.argsort(factor.order)]
+    return jnp.moveaxis(y, -1, axis)
 
 
-@jax.jit
 def unpack(packed: PackedWeight) -> Array:
     """The dense matrix of a packed weight.
 
@@ -189,9 +181,19 @@ def unpack(packed: PackedWeight) -> Array:
 
     Returns:
       [*stack, o, i] in the dtype of the values, block wrappers multiplied in.
+
+    Raises:
+      ValueError: outside of a trace, arrays that break a promise of `PackedWeight`.
     """
+    if all(map(checks.is_concrete, jax.tree.leaves(packed))):
+        verify_packed(packed)
+    return _unpack(dataclasses.replace(packed, layouts={}))
+
+
+@jax.jit
+def _unpack(packed: PackedWeight) -> Array:
     if packed.out_order.ndim > 1:
-        return jax.vmap(unpack)(packed)
+        return jax.vmap(_unpack)(packed)
     o, i = packed.shape
     t = packed.dense_index.shape[0]
     tiles = jnp.zeros((t, i, o // t), packed.dtype)
@@ -206,8 +208,7 @@ def unpack(packed: PackedWeight) -> Array:
     weight = jnp.zeros((o, i), packed.dtype).at[packed.out_order].set(rows)
     if packed.left is None and packed.right is None:
         return weight
-    right = None
-    if packed.right is not None:  # S @ right = (right^T @ S^T)^T
-        right = BlockDiagonal(jnp.swapaxes(packed.right.blocks, 1, 2))
+    # S @ right = (right^T @ S^T)^T
+    right = None if packed.right is None else packed.right.T
     weight = block_product(weight.astype(jnp.float32), right, axis=1)
     return block_product(weight, packed.left, axis=0).astype(packed.dtype)

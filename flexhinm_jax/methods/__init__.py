@@ -6,10 +6,19 @@ Wrappers take another method: `Refit(Wanda(NM(2, 4)))`, in text form "refit(wand
 import re
 
 from flexhinm_jax.methods.alps import ALPS
+from flexhinm_jax.methods.armor import ARMOR
 from flexhinm_jax.methods.base import Method, ScoreMethod
 from flexhinm_jax.methods.fisher import Fisher, accumulate_gradients
+from flexhinm_jax.methods.gumbel import GumbelPatterns
+from flexhinm_jax.methods.hard_concrete import HardConcrete
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.methods.magnitude import Magnitude
+from flexhinm_jax.methods.maskllm import MaskLLM
+from flexhinm_jax.methods.maskpro import MaskPro
+from flexhinm_jax.methods.nowag import NoWagP
+from flexhinm_jax.methods.patch import Patch
+from flexhinm_jax.methods.permllm import PermLLM
+from flexhinm_jax.methods.proxsparse import ProxSparse
 from flexhinm_jax.methods.refine_mask import RefineMask
 from flexhinm_jax.methods.refit import Refit
 from flexhinm_jax.methods.ria import RIA
@@ -25,20 +34,38 @@ METHODS: dict[str, type[Method]] = {
     "ria": RIA,
     "fisher": Fisher,
     "sparsegpt": SparseGPT,
+    "nowag": NoWagP,
     "alps": ALPS,
+    "armor": ARMOR,
     "staged_alps": StagedALPS,
     "refit": Refit,
     "refine_mask": RefineMask,
+    "hard_concrete": HardConcrete,
+    "gumbel": GumbelPatterns,
+    "maskllm": MaskLLM,
+    "maskpro": MaskPro,
+    "patch": Patch,
+    "proxsparse": ProxSparse,
+    "permllm": PermLLM,
 }
 
 __all__ = [
     "ALPS",
+    "ARMOR",
     "METHODS",
     "RIA",
     "Fisher",
+    "GumbelPatterns",
+    "HardConcrete",
     "LearnedMethod",
     "Magnitude",
+    "MaskLLM",
+    "MaskPro",
     "Method",
+    "NoWagP",
+    "Patch",
+    "PermLLM",
+    "ProxSparse",
     "RefineMask",
     "Refit",
     "ScoreMethod",

@@ -9,12 +9,16 @@ that projection is approximate.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flexhinm_jax.methods.reconstruction import Reconstruction, squared_scores
+from flexhinm_jax.methods.reconstruction import (
+    Reconstruction,
+    Solved,
+    first_scores,
+)
 from flexhinm_jax.ops import gram, least_squares
 from flexhinm_jax.types import Support
 
@@ -52,6 +56,9 @@ class Iterate(NamedTuple):
 class ALPS(Reconstruction):
     """Support and weights together, by splitting and a growing penalty.
 
+    The state also holds `steps`, i32[], the iterations done, and `settled`, bool[],
+    whether the support had stopped to change before they ran out.
+
     Attributes:
       pattern: the supports to choose from.
       rho: first penalty.
@@ -66,6 +73,8 @@ class ALPS(Reconstruction):
     iterations: int = 300
     growth: tuple[float, float, float] = (1.3, 1.2, 1.1)
     refit_steps: int = 10
+
+    reports: ClassVar[tuple[str, ...]] = ("damping", "steps", "settled")
 
     def __post_init__(self):
         """Validates the configuration."""
@@ -86,38 +95,50 @@ class ALPS(Reconstruction):
         task: gram.Problem,
         sparsity: Array | float | None,
         before: Support | None,
-    ) -> tuple[Array, Support]:
-        """Iterates until the support settles; with `before`, only refits."""
+    ) -> Solved:
+        """Iterates until the support settles; with `before`, only inside it."""
         start = gram.solve(task) if task.has_targets else task.weight
         h, s = least_squares.unit_diagonal(task.gram)
-        support = self.pattern.project(
-            key, squared_scores(task, start), sparsity, before
-        )
+        scores = first_scores(task, start, before)
+        support = self.pattern.project(key, scores, sparsity, before)
         target = start * s
         g = task.cross / s
-        if before is None:
-            support = self.split(target, h, g, support)
+        facts = {"steps": jnp.zeros((), jnp.int32), "settled": jnp.ones((), bool)}
+        if before is None or self.pattern.free_rows:
+            support, facts = self.split(target, h, g, support, before)
         b = jnp.where(support.keep, target, 0)
         solved = least_squares.descend(b, support.keep, h, g, self.refit_steps)
-        return solved / s, support
+        return Solved(solved / s, support, facts)
 
-    def split(self, target: Array, h: Array, g: Array, support: Support) -> Support:
-        """The support that the iteration settles on.
+    def split(
+        self,
+        target: Array,
+        h: Array,
+        g: Array,
+        support: Support,
+        before: Support | None = None,
+    ) -> tuple[Support, dict[str, Array]]:
+        """The support that the iteration settles on, and how it went.
 
         Args:
           target: f[o, i], dense solution in scaled coordinates.
           h: f[i, i], Gram with unit diagonal.
           g: f[o, i], cross Gram.
           support: where to start; fixes order and regions.
+          before: an earlier support to stay within, or None.
         """
         values, vectors = jnp.linalg.eigh(h)
         values = jnp.maximum(values, 0)
 
+        def choose(scores, keep):
+            if before is None:
+                return self.pattern.refine(Support(keep, support.regions), scores).keep
+            scores = jnp.where(before.keep, scores, -1.0)
+            fresh = self.pattern.refine(Support(keep, support.regions), scores)
+            return fresh.keep & before.keep
+
         def project(x, keep):
-            fresh = self.pattern.refine(
-                Support(keep, support.regions), jnp.square(x).astype(jnp.float32)
-            )
-            return fresh.keep
+            return choose(jnp.square(x).astype(jnp.float32), keep)
 
         def admm(_, carry, inverse, rho):
             b, d, v, keep = carry
@@ -164,6 +185,11 @@ class ALPS(Reconstruction):
             )
             return lax.cond(again, restart, lambda x: x, at)
 
+        still = jnp.zeros((), bool)
+        if before is not None:
+            # Where there is nothing to choose, the iteration has nothing to find.
+            other = choose(1.0 - support.keep.astype(jnp.float32), support.keep)
+            still = jnp.all(other == support.keep)
         zero = jnp.zeros_like(target)
         at = Iterate(
             b=target,
@@ -174,7 +200,7 @@ class ALPS(Reconstruction):
             rho=jnp.asarray(self.rho, target.dtype),
             raised=jnp.zeros((), bool),
             step=jnp.zeros((), jnp.int32),
-            done=jnp.zeros((), bool),
+            done=still,
         )
         at = restart(at)
         at = lax.while_loop(
@@ -182,4 +208,5 @@ class ALPS(Reconstruction):
             advance,
             at._replace(last=at.keep),
         )
-        return Support(at.keep, support.regions)
+        found = Support(at.keep, support.regions)
+        return found, {"steps": at.step, "settled": at.done}

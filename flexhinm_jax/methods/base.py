@@ -41,11 +41,17 @@ class Method(abc.ABC):
                 f"pattern={self.pattern!r}: need a Pattern such as NM(2, 4), or "
                 'patterns.parse("2:4") for its text form'
             )
-        if not isinstance(self.pattern, self.accepts):
+        if not self.fits(self.pattern):
             known = " or ".join(family.__name__ for family in self.accepts)
             raise ValueError(
-                f"{type(self).__name__} works with {known}, not with {self.pattern}"
+                f"{type(self).__name__} works with {known}, not with {self.pattern}; "
+                "see its documentation"
             )
+
+    @classmethod
+    def fits(cls, pattern: Pattern) -> bool:
+        """Whether the method works with a pattern: a family of `accepts`."""
+        return isinstance(pattern, cls.accepts)
 
     def with_pattern(self, pattern: Pattern) -> "Method":
         """The same method with another pattern."""

@@ -2,7 +2,8 @@
 
 Diagonal (Theis et al. 2018, arXiv:1801.05787) or block-wise as in WoodFisher and oBERT
 (Singh & Alistarh 2020, arXiv:2004.14340; Kurtic et al. 2022, arXiv:2203.07259), where
-weights of one block may stand in for each other. Gradients come from the user:
+weights of one block may stand in for each other; "joint" also asks what all removed
+weights of an N:M group cost together. Gradients come from the user:
 
     stats = accumulate_gradients(stats, grad_of_one_sample, block=16)
 """
@@ -13,8 +14,8 @@ from typing import ClassVar, Literal
 from jax import Array
 
 from flexhinm_jax.methods.base import ScoreMethod
-from flexhinm_jax.ops import saliency
-from flexhinm_jax.types import Stats
+from flexhinm_jax.ops import masks, saliency, subsets
+from flexhinm_jax.types import State, Stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,16 @@ class Fisher(ScoreMethod):
     Attributes:
       pattern: the supports to choose from.
       kind: "diagonal" reads `stats.sq_grad`; "block" reads `stats.fisher` and lets the
-        other weights of a block of inputs make up for the removed one.
-      damp: added to the diagonal of a block, as a fraction of its mean; "block" only.
+        other weights of a block of inputs make up for the removed one; "joint" finds
+        the structure like "block" and then, in every N:M group, the set of weights that
+        costs least when it is removed together: exact for a group inside one block.
+        Without groups, "joint" is "block".
+      damp: added to the diagonal of a block, as a fraction of its mean; not for
+        "diagonal".
     """
 
     _: dataclasses.KW_ONLY
-    kind: Literal["diagonal", "block"] = "diagonal"
+    kind: Literal["diagonal", "block", "joint"] = "diagonal"
     damp: float = 0.01
 
     needs: ClassVar[Literal["nothing", "norms", "gram", "gradients"]] = "gradients"
@@ -37,8 +42,15 @@ class Fisher(ScoreMethod):
     def __post_init__(self):
         """Validates the configuration."""
         super().__post_init__()
-        if self.kind not in ("diagonal", "block"):
-            raise ValueError(f"kind={self.kind!r}: choose 'diagonal' or 'block'")
+        if self.kind not in ("diagonal", "block", "joint"):
+            raise ValueError(
+                f"kind={self.kind!r}: choose 'diagonal', 'block' or 'joint'"
+            )
+        if self.kind == "joint" and not self.pattern.free_rows:
+            raise ValueError(
+                f"kind='joint' chooses every row for itself, which {self.pattern} does "
+                "not allow; use kind='block'"
+            )
         if not self.damp > 0:
             raise ValueError(f"damp={self.damp}: need a fraction > 0, such as 0.01")
 
@@ -51,10 +63,10 @@ class Fisher(ScoreMethod):
     ) -> None:
         """Raises ValueError also when the blocks are missing; see `Method.check`."""
         super().check(w, stats, sparsity, path)
-        if self.kind == "block" and (stats is None or stats.fisher is None):
+        if self.kind != "diagonal" and (stats is None or stats.fisher is None):
             raise ValueError(
-                f"{path}: kind='block' needs the block Fisher: accumulate gradients "
-                "with accumulate_gradients(stats, grad, block=16)"
+                f"{path}: kind={self.kind!r} needs the block Fisher: accumulate "
+                "gradients with accumulate_gradients(stats, grad, block=16)"
             )
 
     def score(self, w: Array, stats: Stats | None) -> Array:
@@ -64,6 +76,27 @@ class Fisher(ScoreMethod):
             return saliency.diagonal_fisher(w, stats.sq_grad)
         assert stats.fisher is not None
         return saliency.block_fisher(w, stats.fisher, self.damp)
+
+    def solve(
+        self,
+        key: Array,
+        w: Array,
+        stats: Stats | None,
+        *,
+        sparsity: Array | float | None = None,
+        prev: State | None = None,
+    ) -> State:
+        """Projects the scores; "joint" re-chooses inside groups; see `Method.solve`."""
+        state = super().solve(key, w, stats, sparsity=sparsity, prev=prev)
+        support = state.fixed["support"]
+        if self.kind != "joint" or support.regions is None:
+            return state
+        assert stats is not None and stats.fisher is not None
+        inverse = subsets.inverse_blocks(stats.fisher, self.damp)
+        within = None if prev is None else prev.fixed["support"].keep
+        support = subsets.best_removal(w, inverse, support, within)
+        share = masks.retained(self.score(w, stats), support.keep)
+        return State(learned=(), fixed={"support": support, "retained": share})
 
 
 def accumulate_gradients(stats: Stats, grad: Array, block: int | None = None) -> Stats:

@@ -7,16 +7,35 @@ damping and dtypes are dealt with here.
 import abc
 import dataclasses
 import functools
-from typing import ClassVar, Literal
+import types
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from flexhinm_jax import checks
 from flexhinm_jax.methods.base import Method
-from flexhinm_jax.ops import gram, masks, saliency
+from flexhinm_jax.ops import gram, least_squares, masks, saliency
 from flexhinm_jax.types import Plan, State, Stats, Support
+
+REFIT = 10  # conjugate-gradient steps on an earlier support, before it shrinks
+
+
+class Solved(NamedTuple):
+    """What a method found for one problem.
+
+    Attributes:
+      weight: f[o, i], the pruned weight.
+      support: what stays of it.
+      facts: name -> array[], how the solving went; kept in the state.
+    """
+
+    weight: Array
+    support: Support
+    facts: Mapping[str, Array] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +79,8 @@ class Reconstruction(Method):
         task: gram.Problem,
         sparsity: Array | float | None,
         before: Support | None,
-    ) -> tuple[Array, Support]:
-        """Finds the pruned weight f[o, i] and its support for one problem.
+    ) -> Solved:
+        """Finds the pruned weight and its support for one problem.
 
         Args:
           key: PRNG key, consumed.
@@ -69,6 +88,21 @@ class Reconstruction(Method):
           sparsity: fraction of weights removed, or None.
           before: a support to stay within, or None.
         """
+
+    #: Entries of `State.fixed` that say how the solving went; scalars per matrix.
+    reports: ClassVar[tuple[str, ...]] = ("damping",)
+
+    def facts(self, state: State) -> dict[str, Array]:
+        """The entries of `reports`, with the leading axes of the state."""
+        return {name: state.fixed[name] for name in self.reports}
+
+    def note(self, facts: Mapping[str, Any]) -> str:
+        """What a person should know about how the solving went; "" for nothing.
+
+        Args:
+          facts: concrete, from `facts`; of a stack, the worst counts.
+        """
+        return gram.damping_message(float(np.max(facts["damping"])), self.damp)
 
     def problem(self, w: Array, stats: Stats) -> gram.Problem:
         """The problem that this configuration poses.
@@ -115,18 +149,17 @@ class Reconstruction(Method):
         """`solve` after the checks: one program, also when called outside jit."""
         task = self.problem(w, stats)
         before = None if prev is None else prev.fixed["support"]
-        solved, support = self.reconstruct(key, task, sparsity, before)
-        return self.state(w, stats, task, solved, support)
+        return self.state(w, stats, task, self.reconstruct(key, task, sparsity, before))
 
     def state(
         self,
         w: Array,
         stats: Stats,
         task: gram.Problem,
-        solved: Array,
-        support: Support,
+        found: Solved,
     ) -> State:
         """Packs a solution, with its diagnostics."""
+        solved, support = found.weight, found.support
         scores = jnp.square(saliency.wanda(w, stats.sq_norm))
         fixed = {
             "support": support,
@@ -134,6 +167,7 @@ class Reconstruction(Method):
             "retained": masks.retained(scores, support.keep),
             "error": gram.error(solved, task).astype(jnp.float32),
             "damping": task.damping.astype(jnp.float32),
+            **found.facts,
         }
         if self.center:
             b = gram.bias(w.astype(solved.dtype), solved, stats)
@@ -150,6 +184,23 @@ class Reconstruction(Method):
             retained=state.fixed["retained"],
             bias=None if bias is None else bias.astype(w.dtype),
         )
+
+
+def first_scores(task: gram.Problem, start: Array, before: Support | None) -> Array:
+    """f32[o, i]: what the first support is chosen by.
+
+    Scores of the dense solution; within an earlier support those of its refitted
+    weights, which know what the removed ones left them to do.
+
+    Args:
+      task: the problem.
+      start: f[o, i], the dense solution.
+      before: an earlier support to stay within, or None.
+    """
+    if before is not None:
+        b = jnp.where(before.keep, start, 0)
+        start = least_squares.refit(b, before.keep, task.gram, task.cross, REFIT)
+    return squared_scores(task, start)
 
 
 def squared_scores(task: gram.Problem, weight: Array | None = None) -> Array:

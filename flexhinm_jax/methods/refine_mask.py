@@ -13,6 +13,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
+from flexhinm_jax.methods.reconstruction import Solved
 from flexhinm_jax.methods.wrapper import Wrapper
 from flexhinm_jax.ops import descent, elimination, gram, least_squares, masks, regions
 from flexhinm_jax.types import Support
@@ -50,10 +51,16 @@ class RefineMask(Wrapper):
             raise ValueError(f"weights={self.weights!r}: choose 'solve' or 'dense'")
 
     def improve(
-        self, task: gram.Problem, start: Array, support: Support, fixed: bool
-    ) -> tuple[Array, Support]:
-        """Sweeps over all groups, with a refit after each; only refits if `fixed`."""
+        self,
+        task: gram.Problem,
+        start: Array,
+        support: Support,
+        before: Support | None,
+    ) -> Solved:
+        """Sweeps over all groups, with a refit after each; stays within `before`."""
         solve = self.weights == "solve"
+        within = jnp.ones(start.shape, bool) if before is None else before.keep
+        fixed = before is not None and not self.pattern.free_rows
         if not solve:
             start = jnp.where(support.keep, task.weight, 0)
 
@@ -66,13 +73,13 @@ class RefineMask(Wrapper):
         def once(_, carry):
             b, keep = carry
             if not fixed:
-                b, keep = self._sweep(task, b, Support(keep, support.regions))
+                b, keep = self._sweep(task, b, Support(keep, support.regions), within)
             return refit(b, keep), keep
 
         b, keep = lax.fori_loop(0, self.sweeps, once, (start, support.keep))
-        return b, Support(keep, support.regions)
+        return Solved(b, Support(keep, support.regions))
 
-    def _sweep(self, task, b, support):
+    def _sweep(self, task, b, support, within):
         """One visit of every group of every tile; new weights and support."""
         solve = self.weights == "solve"
         columns = b.shape[1]
@@ -81,9 +88,8 @@ class RefineMask(Wrapper):
             unit = max(d for d in range(1, RUN + 1) if columns % d == 0)
             live = jnp.ones((columns,), bool)
             step = descent.best_swap(solve)
-            return descent.sweep(
-                b, support.keep, task.weight, task.gram, task.cross, live, step, unit
-            )
+            matrices = b, support.keep, within, task.weight
+            return descent.sweep(*matrices, task.gram, task.cross, live, step, unit)
         n, m = given.n, given.m
         if m == n:
             return b, support.keep
@@ -96,19 +102,27 @@ class RefineMask(Wrapper):
         order, kind = elimination.column_order(given)
 
         def one(part):
-            b, keep, dense, g, order, kind = part
+            b, keep, within, dense, g, order, kind = part
             live = kind == elimination.CHOSEN
             h = task.gram[order][:, order]
             take = lambda x: x[:, order]  # noqa: E731
             b, keep = descent.sweep(
-                take(b), take(keep), take(dense), h, take(g), live, step, m
+                take(b),
+                take(keep),
+                take(within),
+                take(dense),
+                h,
+                take(g),
+                live,
+                step,
+                m,
             )
             back = jnp.argsort(order)
             return b[:, back], keep[:, back]
 
         rows = b.shape[0] // given.in_order.shape[0]
         cut = lambda x: regions.tile(x, given.out_order, rows)  # noqa: E731
-        parts = *map(cut, (b, support.keep, task.weight, task.cross)), order, kind
-        b, keep = lax.map(one, parts)
+        matrices = b, support.keep, within, task.weight, task.cross
+        b, keep = lax.map(one, (*map(cut, matrices), order, kind))
         fold = lambda x: masks.fold_tiles(x, given.out_order)  # noqa: E731
         return fold(b), fold(keep)

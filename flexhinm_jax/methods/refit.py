@@ -8,6 +8,7 @@ import dataclasses
 
 from jax import Array
 
+from flexhinm_jax.methods.reconstruction import Solved
 from flexhinm_jax.methods.wrapper import Wrapper
 from flexhinm_jax.ops import gram, least_squares
 from flexhinm_jax.types import Support
@@ -38,11 +39,15 @@ class Refit(Wrapper):
             raise ValueError(f"steps={self.steps}: need 0 or more")
 
     def improve(
-        self, task: gram.Problem, start: Array, support: Support, fixed: bool
-    ) -> tuple[Array, Support]:
+        self,
+        task: gram.Problem,
+        start: Array,
+        support: Support,
+        before: Support | None,
+    ) -> Solved:
         """Conjugate gradients on the fixed support."""
-        del fixed
+        del before
         solved = least_squares.refit(
             start, support.keep, task.gram, task.cross, self.steps
         )
-        return solved, support
+        return Solved(solved, support)

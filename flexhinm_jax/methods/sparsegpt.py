@@ -14,7 +14,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flexhinm_jax.methods.reconstruction import Reconstruction, squared_scores
+from flexhinm_jax.methods.reconstruction import Reconstruction, Solved, first_scores
 from flexhinm_jax.ops import elimination, gram, masks, regions
 from flexhinm_jax.types import Support
 
@@ -51,27 +51,34 @@ class SparseGPT(Reconstruction):
         task: gram.Problem,
         sparsity: Array | float | None,
         before: Support | None,
-    ) -> tuple[Array, Support]:
+    ) -> Solved:
         """Finds the structure on scores, then sweeps; see `Reconstruction`."""
         start = gram.solve(task) if task.has_targets else task.weight
-        scores = squared_scores(task, start)
+        scores = first_scores(task, start, before)
         support = self.pattern.project(key, scores, sparsity, before)
-        fixed = before is not None or self.mask == "first"
+        within = None if before is None else before.keep
+        if self.mask == "first" or not (before is None or self.pattern.free_rows):
+            within = support.keep
         if support.regions is None:
-            return self._sweep_rows(key, start, task, support, sparsity, fixed)
-        return self._sweep_tiles(start, task, support, fixed)
+            return self._sweep_rows(key, start, task, support, sparsity, within)
+        return self._sweep_tiles(start, task, support, within)
 
-    def _sweep_rows(self, key, start, task, support, sparsity, fixed):
+    def _sweep_rows(self, key, start, task, support, sparsity, within):
         """Unstructured: one threshold per block of columns."""
         r, columns = start.shape
         block = min(self.block, columns)
         step = self.pattern.granularity((r, columns))
         unit = self.pattern.granularity((r, block))
-        wide = jnp.pad(support.keep, ((0, 0), (0, -columns % block)))
+        wide = ((0, 0), (0, -columns % block))
+        known = jnp.pad(support.keep, wide)
+        allowed = None if within is None else jnp.pad(within, wide)
 
         def choose(scores, first):
-            if fixed:
-                return lax.dynamic_slice_in_dim(wide, first, block, axis=1)
+            if allowed is not None:
+                here = lax.dynamic_slice_in_dim(allowed, first, block, axis=1)
+                count = lax.dynamic_slice_in_dim(known, first, block, axis=1)
+                scores = jnp.where(here, scores, -1.0)
+                return self.pattern.refine(Support(count), scores).keep & here
             # Rounded on the running total, so that the blocks add up.
             last = jnp.minimum(first + block, columns)
             share = (1.0 - jnp.asarray(sparsity, jnp.float32)) / (columns * step)
@@ -82,9 +89,9 @@ class SparseGPT(Reconstruction):
 
         u = gram.inverse_factor(task.factor)
         solved, keep, _ = elimination.sweep(start, u, choose, unit=block, block=block)
-        return solved, Support(keep)
+        return Solved(solved, Support(keep))
 
-    def _sweep_tiles(self, start, task, support, fixed):
+    def _sweep_tiles(self, start, task, support, within):
         """Tiles with regions: every one along its own columns."""
         given = support.regions
         n, m = given.n, given.m
@@ -93,18 +100,25 @@ class SparseGPT(Reconstruction):
         order, kind = elimination.column_order(given)
         unit = m if m > 1 else math.gcd(start.shape[1], elimination.WRITTEN_OUT)
         block = unit * max(1, BLOCK // unit)
+        fixed = within is support.keep or m == 1
 
         def one(part):
-            w, keep, order, kind = part
+            w, keep, allowed, order, kind = part
             pad = (0, -len(kind) % block)
             known = jnp.pad(keep[:, order], ((0, 0), pad))
+            allowed = jnp.pad(allowed[:, order], ((0, 0), pad))
             kinds = jnp.pad(kind, pad, constant_values=elimination.DENSE)
 
             def choose(scores, first):
-                if fixed or m == 1:
+                if fixed:
                     return lax.dynamic_slice_in_dim(known, first, unit, axis=1)
                 here = lax.dynamic_slice_in_dim(kinds, first, unit)
-                chosen = self.pattern.choose(scores, n, m)
+                if within is None:
+                    chosen = self.pattern.choose(scores, n, m)
+                else:
+                    mine = lax.dynamic_slice_in_dim(allowed, first, unit, axis=1)
+                    scores = jnp.where(mine, scores, -1.0)
+                    chosen = self.pattern.choose(scores, n, m) & mine
                 return jnp.where(
                     here == elimination.CHOSEN, chosen, here == elimination.DENSE
                 )
@@ -117,6 +131,7 @@ class SparseGPT(Reconstruction):
             return solved[:, back], keep[:, back]
 
         cut = lambda x: regions.tile(x, given.out_order, rows)  # noqa: E731
-        solved, keep = lax.map(one, (cut(start), cut(support.keep), order, kind))
+        parts = start, support.keep, support.keep if within is None else within
+        solved, keep = lax.map(one, (*map(cut, parts), order, kind))
         fold = lambda x: masks.fold_tiles(x, given.out_order)  # noqa: E731
-        return fold(solved), Support(fold(keep), given)
+        return Solved(fold(solved), Support(fold(keep), given))

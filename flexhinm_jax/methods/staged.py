@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexhinm_jax.methods.alps import ALPS
-from flexhinm_jax.methods.reconstruction import squared_scores
+from flexhinm_jax.methods.reconstruction import Solved, squared_scores
 from flexhinm_jax.ops import gram, least_squares, masks, regions
 from flexhinm_jax.patterns import FlexHiNM, HiNM, Pattern
 from flexhinm_jax.types import Support
@@ -65,7 +65,7 @@ class StagedALPS(ALPS):
         task: gram.Problem,
         sparsity: Array | float | None,
         before: Support | None,
-    ) -> tuple[Array, Support]:
+    ) -> Solved:
         """Columns, input orders, weights; see `ALPS.reconstruct`."""
         if before is not None or not isinstance(self.pattern, HiNM | FlexHiNM):
             return super().reconstruct(key, task, sparsity, before)
@@ -82,11 +82,15 @@ class StagedALPS(ALPS):
         chosen = self.pattern.project(key, squared_scores(task, start), sparsity)
         stage = dataclasses.replace(self, pattern=Columns())
         columns = stage.pattern.refine(chosen, squared_scores(task, start))
-        columns = stage.split(start * s, h, g, columns)
+        columns, first = stage.split(start * s, h, g, columns)
         scores = squared_scores(task, solve(columns))
         support = self.regroup(order_key, scores, chosen)
-        support = self.split(start * s, h, g, support)
-        return solve(support), support
+        support, second = self.split(start * s, h, g, support)
+        facts = {
+            "steps": first["steps"] + second["steps"],
+            "settled": first["settled"] & second["settled"],
+        }
+        return Solved(solve(support), support, facts)
 
     def regroup(self, key: Array, scores: Array, support: Support) -> Support:
         """The best columns by score, dealt to groups and searched.

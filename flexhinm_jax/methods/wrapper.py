@@ -3,17 +3,20 @@
 import abc
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax import Array
 
 from flexhinm_jax.methods.base import Method
-from flexhinm_jax.methods.reconstruction import Reconstruction
+from flexhinm_jax.methods.reconstruction import Reconstruction, Solved
 from flexhinm_jax.methods.wanda import Wanda
 from flexhinm_jax.ops import gram
 from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.types import Plan, State, Stats, Support
+
+INNER = "inner."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +50,19 @@ class Wrapper(Reconstruction):
 
     @abc.abstractmethod
     def improve(
-        self, task: gram.Problem, start: Array, support: Support, fixed: bool
-    ) -> tuple[Array, Support]:
-        """A better weight f[o, i] and support.
+        self,
+        task: gram.Problem,
+        start: Array,
+        support: Support,
+        before: Support | None,
+    ) -> Solved:
+        """A better weight and support.
 
         Args:
           task: the problem.
           start: f[o, i], the weight of the inner plan, zero outside its support.
           support: its support.
-          fixed: whether the support must stay, because the kept set may only shrink.
+          before: an earlier support to stay within, or None.
         """
 
     def reconstruct(
@@ -64,9 +71,26 @@ class Wrapper(Reconstruction):
         task: gram.Problem,
         sparsity: Array | float | None,
         before: Support | None,
-    ) -> tuple[Array, Support]:
+    ) -> Solved:
         """Not used: a wrapper starts from a plan, see `improve`."""
         raise NotImplementedError
+
+    def facts(self, state: State) -> dict[str, Array]:
+        """The own ones, and those of the inner method as "inner.damping" etc."""
+        own = super().facts(state)
+        if not isinstance(self.inner, Reconstruction):
+            return own
+        inner = self.inner.facts(state.fixed["inner"])
+        return own | {INNER + name: x for name, x in inner.items()}
+
+    def note(self, facts: Mapping[str, Any]) -> str:
+        """The own note and that of the inner method; see `Reconstruction.note`."""
+        texts = [super().note(facts)]
+        if isinstance(self.inner, Reconstruction):
+            parts = facts.items()
+            inner = {k.removeprefix(INNER): x for k, x in parts if k.startswith(INNER)}
+            texts.append(self.inner.note(inner))
+        return "; ".join(dict.fromkeys(filter(None, texts)))
 
     def check(
         self,
@@ -82,19 +106,18 @@ class Wrapper(Reconstruction):
     @functools.partial(jax.jit, static_argnums=0)
     def _solve(self, key, w, stats, sparsity, prev):
         """Solves with the inner method and improves its plan."""
-        before = None
+        before = inner = None
         if prev is not None:
             # The inner method continues from the support that the wrapper ended with.
-            inner = prev.fixed["inner"]
-            fixed = inner.fixed | {"support": prev.fixed["support"]}
-            before = dataclasses.replace(inner, fixed=fixed)
-        state = self.inner.solve(key, w, stats, sparsity=sparsity, prev=before)
+            before, inner = prev.fixed["support"], prev.fixed["inner"]
+            inner = dataclasses.replace(inner, fixed=inner.fixed | {"support": before})
+        state = self.inner.solve(key, w, stats, sparsity=sparsity, prev=inner)
         plan = self.inner.decide(state, w)
         self._check_factors(plan)
         task = self.problem(w, stats)
         start = plan.weight.astype(task.gram.dtype)
-        solved, support = self.improve(task, start, plan.support, prev is not None)
-        mine = self.state(w, stats, task, solved, support)
+        found = self.improve(task, start, plan.support, before)
+        mine = self.state(w, stats, task, found)
         return State(learned=(), fixed=mine.fixed | {"inner": state})
 
     def _check_factors(self, plan: Plan) -> None:

@@ -23,9 +23,9 @@ from flexhinm_jax.ops.gram import dot
 PATTERNS = 70  # 4:8; with more patterns per group, single swaps are tried instead
 BLOCK = 64  # columns between two updates of the whole residual
 
-#: (weights f[m, r], kept bool[m, r], dense f[m, r], residual f[m, r], gram f[m, m])
-#: -> new weights and support of a group
-Step = Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]
+#: (weights f[m, r], kept bool[m, r], allowed bool[m, r], dense f[m, r],
+#: residual f[m, r], gram f[m, m]) -> new weights and support of a group
+Step = Callable[[Array, Array, Array, Array, Array, Array], tuple[Array, Array]]
 
 
 def patterns(n: int, m: int) -> np.ndarray:
@@ -39,6 +39,7 @@ def patterns(n: int, m: int) -> np.ndarray:
 def sweep(
     b: Array,
     keep: Array,
+    within: Array,
     dense: Array,
     h: Array,
     g: Array,
@@ -51,6 +52,7 @@ def sweep(
     Args:
       b: f[r, i], weights now.
       keep: bool[r, i], their support.
+      within: bool[r, i], what may be kept; contains `keep`.
       dense: f[r, i], the dense matrix.
       h: f[i, i], Gram.
       g: f[r, i], cross Gram.
@@ -65,7 +67,7 @@ def sweep(
     block = unit * max(1, BLOCK // unit)
     pad = -columns % block
     rows = lambda x: jnp.pad(x.T, ((0, pad), (0, 0)))  # noqa: E731
-    x, kept, dense = rows(b), rows(keep), rows(dense)
+    x, kept, allowed, dense = rows(b), rows(keep), rows(within), rows(dense)
     residual = rows(g - dot(b, h))
     h = jnp.pad(h, ((0, pad), (0, pad))) + jnp.diag(
         (jnp.arange(columns + pad) >= columns).astype(h.dtype)
@@ -82,6 +84,7 @@ def sweep(
         new, new_kept = step(
             old,
             old_kept,
+            cut(allowed, at, unit),
             cut(dense, at, unit),
             cut(residual, start, unit),
             cut(h_rows, start, unit, axis=1),
@@ -120,7 +123,7 @@ def best_pattern(n: int, m: int, solve: bool) -> Step:
     """
     table = jnp.asarray(patterns(n, m))
 
-    def step(b, keep, dense, residual, h):
+    def step(b, keep, allowed, dense, residual, h):
         free = residual + dot(h, b)  # of the normal equations with the group at zero
         if solve:
             # H restricted to a pattern, identity elsewhere: inverted for all at once.
@@ -135,7 +138,9 @@ def best_pattern(n: int, m: int, solve: bool) -> Step:
         now = jnp.all(table[..., None] == keep, axis=1)
         # A pattern must gain more than rounding to replace the present one.
         scale = jnp.max(jnp.abs(gain), axis=0)
-        best = _first_max(jnp.where(now, gain + 1e-6 * scale, gain))
+        gain = jnp.where(now, gain + 1e-6 * scale, gain)
+        barred = jnp.any(table[..., None] & ~allowed, axis=1)
+        best = _first_max(jnp.where(barred, -jnp.inf, gain))
         chosen = jnp.arange(len(table), dtype=jnp.int32)[:, None] == best
         new = jnp.sum(jnp.where(chosen[:, None], fresh, 0), axis=0)
         return new, jnp.any(chosen[:, None] & table[..., None], axis=0)
@@ -143,14 +148,14 @@ def best_pattern(n: int, m: int, solve: bool) -> Step:
     return step
 
 
-def _swap_gains(b, keep, dense, residual, h, solve):
+def _swap_gains(b, keep, allowed, dense, residual, h, solve):
     """Gain of removing q and adding p, and the weight that p gets, f[q, p, r]."""
     pull = residual[None] + h[..., None] * b[:, None]  # on p after q is gone
     diagonal = jnp.diag(h)[:, None]
     enter = pull / diagonal if solve else jnp.broadcast_to(dense, pull.shape)
     lost = residual * b + diagonal * jnp.square(b) / 2
     gain = enter * pull - diagonal * jnp.square(enter) / 2 - lost[:, None]
-    legal = keep[:, None] & ~keep[None]
+    legal = keep[:, None] & (allowed & ~keep)[None]
     floor = 1e-6 * (jnp.abs(lost)[:, None] + diagonal * jnp.square(enter))
     return jnp.where(legal & (gain > floor), gain, -jnp.inf), enter, lost
 
@@ -158,9 +163,9 @@ def _swap_gains(b, keep, dense, residual, h, solve):
 def best_swap(solve: bool) -> Step:
     """Swaps the best kept weight of a group for a removed one, in every row."""
 
-    def step(b, keep, dense, residual, h):
+    def step(b, keep, allowed, dense, residual, h):
         m, r = b.shape
-        gain, enter, _ = _swap_gains(b, keep, dense, residual, h, solve)
+        gain, enter, _ = _swap_gains(b, keep, allowed, dense, residual, h, solve)
         flat = gain.reshape(m * m, r)
         best = _first_max(flat)
         hit = (jnp.arange(m * m, dtype=jnp.int32)[:, None] == best).reshape(m, m, r)
@@ -179,14 +184,15 @@ def best_cycle(m: int, solve: bool) -> Step:
     One row trades column q for p, another p for q, whichever pair gains most in sum.
     """
 
-    def step(b, keep, dense, residual, h):
+    def step(b, keep, allowed, dense, residual, h):
         r = b.shape[1]
         pull = residual[None] + h[..., None] * b[:, None]
         diagonal = jnp.diag(h)[:, None]
         enter = pull / diagonal if solve else jnp.broadcast_to(dense, pull.shape)
         lost = residual * b + diagonal * jnp.square(b) / 2
         gain = enter * pull - diagonal * jnp.square(enter) / 2 - lost[:, None]
-        gain = jnp.where(keep[:, None] & ~keep[None], gain, -jnp.inf)
+        legal = keep[:, None] & (allowed & ~keep)[None]
+        gain = jnp.where(legal, gain, -jnp.inf)
         tiles = gain.reshape(m, m, r // m, m)
         top = jnp.max(tiles, axis=-1)
         both = (top + jnp.swapaxes(top, 0, 1)).reshape(m * m, -1)

@@ -35,6 +35,8 @@ class Row:
       nm_columns: N:M columns per tile, mean over tiles.
       pruned_columns: pruned columns per tile, mean over tiles.
       retained: share of the total saliency that is kept.
+      overhead: weights of the block-diagonal factors per weight of the matrix, which is
+        also their share of its multiplications; 0 without factors.
       dense_bytes: bytes of the dense leaf.
       packed_bytes: bytes of the packed leaf; equal to dense_bytes when it stays dense.
       note: why the leaf is not packed, or "".
@@ -50,6 +52,7 @@ class Row:
     nm_columns: float
     pruned_columns: float
     retained: float
+    overhead: float
     dense_bytes: int
     packed_bytes: int
     note: str
@@ -92,6 +95,7 @@ class Report:
             "legal_groups": sum(r.legal_groups for r in self.rows),
             "natural_24": mean("natural_24"),
             "retained": mean("retained"),
+            "overhead": mean("overhead"),
             "dense_bytes": dense,
             "packed_bytes": packed,
             "packed_ratio": packed / max(dense, 1),
@@ -140,6 +144,10 @@ class Report:
             for r in self.rows
         ]
         t = self.total
+        if t["overhead"] > 0:
+            header.insert(6, "factors")
+            for r, line in zip(self.rows, body, strict=True):
+                line.insert(6, r.overhead)
         body.append(
             [
                 "total",
@@ -153,6 +161,8 @@ class Report:
                 f"{t['packed_ratio']:.4f}",
             ]
         )
+        if t["overhead"] > 0:
+            body[-1].insert(6, t["overhead"])
         return aligned(header, body)
 
     def figure(self, path: str | os.PathLike[str]) -> None:
@@ -246,10 +256,16 @@ def _row(path: str, plan: Plan, leaf: Any) -> Row:
         nm_columns=columns[1],
         pruned_columns=columns[2],
         retained=float(np.mean(np.asarray(plan.retained))),
+        overhead=_factors(plan) / weight.size,
         dense_bytes=weight.size * plan.weight.dtype.itemsize,
         packed_bytes=_nbytes(leaf),
         note="" if is_packed else "stays dense: no regions to pack",
     )
+
+
+def _factors(plan: Plan) -> int:
+    """Weights of the block-diagonal factors of a plan."""
+    return sum(f.blocks.size for f in (plan.left, plan.right) if f is not None)
 
 
 def _legal_groups(nonzero: np.ndarray, regions: Regions) -> tuple[int, int]:

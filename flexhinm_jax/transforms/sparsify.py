@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from flexhinm_jax.kernels import sparse_dot
@@ -14,7 +15,7 @@ from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.transforms.products import Product
 from flexhinm_jax.transforms.programs import layout_of, run, trace
 from flexhinm_jax.transforms.walker import Visitor, Where
-from flexhinm_jax.types import PackedWeight
+from flexhinm_jax.types import BlockDiagonal, PackedWeight
 
 
 def sparsify(apply_fn: Callable) -> Callable:
@@ -91,10 +92,17 @@ def cast(packed: PackedWeight, dtypes: tuple[Any, ...]) -> PackedWeight:
     def run(x: Any) -> Any:
         return functools.reduce(lambda x, dtype: x.astype(dtype), dtypes, x)
 
+    def factor(given: BlockDiagonal | None) -> BlockDiagonal | None:
+        return given and dataclasses.replace(given, blocks=run(given.blocks))
+
     return dataclasses.replace(
         packed,
         dense_values=run(packed.dense_values),
         nm_values=run(packed.nm_values),
-        left=jax.tree.map(run, packed.left),
-        right=jax.tree.map(run, packed.right),
+        left=factor(packed.left),
+        right=factor(packed.right),
+        layouts=jax.tree.map(
+            lambda x: run(x) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            packed.layouts,
+        ),
     )

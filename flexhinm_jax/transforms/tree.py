@@ -26,6 +26,7 @@ from flexhinm_jax.transforms.calibrate import calibrate
 from flexhinm_jax.transforms.discover import discover
 from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.transforms.report import Report, report
+from flexhinm_jax.transforms.sharing import share_orders as with_shared_orders
 from flexhinm_jax.transforms.views import leaf as to_leaf
 from flexhinm_jax.transforms.views import matrix
 from flexhinm_jax.types import BlockDiagonal, Plan, State, Stats, Use, Uses
@@ -249,23 +250,18 @@ def decide(
 def dense_weight(plan: Plan) -> Array:
     """The product left @ weight @ right of a plan, [*stack, o, i], weight's dtype."""
     weight = plan.weight
-    if plan.left is not None or plan.right is not None:
-        product = weight.astype(jnp.float32)
-        if plan.left is not None:
-            product = full_matrix(plan.left) @ product
-        if plan.right is not None:
-            product = product @ full_matrix(plan.right)
-        weight = product.astype(weight.dtype)
-    return weight
+    if plan.left is None and plan.right is None:
+        return weight
 
+    def one(x: Array, left: BlockDiagonal | None, right: BlockDiagonal | None) -> Array:
+        # x @ right = (right^T @ x^T)^T
+        x = kernels.block_product(x, None if right is None else right.T, axis=1)
+        return kernels.block_product(x, left, axis=0)
 
-def full_matrix(factor: BlockDiagonal) -> Array:
-    """The square matrix of a block-diagonal factor, f32[*stack, k * b, k * b]."""
-    blocks = factor.blocks.astype(jnp.float32)
-    k, b = blocks.shape[-3:-1]
-    eye = jnp.eye(k, dtype=jnp.float32)
-    full = jnp.einsum("...kab,kl->...kalb", blocks, eye)
-    return full.reshape(*blocks.shape[:-3], k * b, k * b)
+    for _ in range(weight.ndim - 2):
+        one = jax.vmap(one)
+    product = one(weight.astype(jnp.float32), plan.left, plan.right)
+    return product.astype(weight.dtype)
 
 
 def _replace(
@@ -343,7 +339,16 @@ def keep_tree(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
 
     Returns:
       A tree in which a pruned leaf has its keep mask in the leaf's own shape.
+
+    Raises:
+      ValueError: a plan with block-diagonal factors, whose product has no zeros.
     """
+    for path, plan in plans.items():
+        if plan.left is not None or plan.right is not None:
+            raise ValueError(
+                f"{path}: its plan has block-diagonal factors, so only the core has "
+                "zeros to keep, not the matrix; train the tree of pack() instead"
+            )
     masks = [
         to_leaf(plans[p].support.keep, uses.leaves[p].layout) if p in plans else None
         for p in _leaves(params, uses)
@@ -379,6 +384,7 @@ def prune(
     sparsity: float | Mapping[str, float] | None = None,
     key: Array,
     rules: dict[str, Any] | None = None,
+    share_orders: bool = False,
     **calibration: Any,
 ) -> Pruned:
     """Prunes the weights of any JAX function in one call.
@@ -392,6 +398,8 @@ def prune(
       sparsity: fraction of weights removed; None for a pattern that has only one.
       key: PRNG key, consumed.
       rules: {regex: pattern or "skip"} on leaf paths; the first match wins.
+      share_orders: searches one input order for all N:M weights that read the same
+        input; see `transforms.sharing`.
       **calibration: options of `calibrate`, such as `token_mask`.
 
     Returns:
@@ -424,6 +432,9 @@ def prune(
     if method.needs != "nothing":
         calibration.setdefault("gram", method.needs == "gram")
         stats = calibrate(apply_fn, params, uses, _chain(first, batches), **calibration)
+    if share_orders:
+        key, order_key = jax.random.split(key)
+        method, stats = with_shared_orders(method, order_key, params, uses, stats)
     states = solve(method, key, params, uses, stats, sparsity)
     plans = decide(method, states, params, uses)
     return applied(plans, params, uses)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from flexhinm_jax import NM, Wanda
+from flexhinm_jax import NM, SparseGPT, Wanda, methods
 from flexhinm_jax.cli import source
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, packed
@@ -139,6 +139,19 @@ def test_rules_skip_leaves_and_change_patterns(prune, tmp_path):
     assert zeros["encoder.layer.1.intermediate.dense.weight"] == 0.5
     assert (params["encoder.layer.0.output.dense.weight"] != 0).all()
     assert "rule" in report["skipped"]["encoder.layer.0.output.dense.weight"]
+
+
+def test_weights_that_read_the_same_input_can_share_an_order(prune, tmp_path, capsys):
+    options = ("-q", "--method", "magnitude", "--share-orders")
+    assert prune(*options, calibration=None) == 0
+    twin = packed.read_packed(tmp_path / "out" / "packed.safetensors")
+    at = "encoder.layer.0.attention.self.{}.weight"
+    q, k, v = (twin[at.format(n)].nm_index for n in ("query", "key", "value"))
+    np.testing.assert_array_equal(q, k)
+    np.testing.assert_array_equal(q, v)
+    assert q[0].tolist() != list(range(32))
+    assert prune(*options, "--sequential", "--force") != 0
+    assert "not for --sequential" in error_line(capsys)
 
 
 def test_sequential_prunes_in_order_and_resumes(prune, tmp_path):
@@ -308,4 +321,21 @@ def test_a_global_budget_keeps_the_total_and_spreads_it(prune, capsys):
 
 def test_a_global_budget_is_refused_where_there_is_nothing_to_spread(prune, capsys):
     assert prune("--allocate", "global", pattern="2:4") == 2
-    assert "--allocate global needs --sparsity" in capsys.readouterr().err
+    assert "2:4 has only one sparsity, 0.5" in error_line(capsys)
+    sequential = ("--allocate", "global", "--sequential")
+    assert prune(*sequential, pattern="vector:v=8", sparsity="0.5") == 2
+    assert "is not for --sequential" in error_line(capsys)
+
+
+def test_a_weight_that_needed_more_damping_is_named(prune, capsys, monkeypatch):
+    made = lambda text, pattern: SparseGPT(pattern, damp=1e-12)  # noqa: E731
+    monkeypatch.setattr(methods, "parse", made)
+    one = ("--rule", r"layer\.0\.output=prune", "--rule", ".=skip")
+    for more in ((), ("--sequential",)):
+        assert prune("--json", "--force", "--limit", "1", *one, *more) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        notes = json.loads(out)["notes"]
+        assert list(notes) == ["encoder.layer.0.output.dense.weight"]
+        (text,) = notes.values()
+        assert re.search("needed damping .* instead of 1e-12", text)

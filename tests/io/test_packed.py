@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("safetensors")
 from flexhinm_jax import kernels  # noqa: E402
 from flexhinm_jax.io import packed, tensors  # noqa: E402
-from flexhinm_jax.kernels import packing  # noqa: E402
+from flexhinm_jax.kernels import packing, validation  # noqa: E402
 from flexhinm_jax.types import (  # noqa: E402
     AxisFactor,
     BlockDiagonal,
@@ -43,6 +43,7 @@ def weight(dtype=jnp.bfloat16, layout=None, stack=(), wrapped=False, n=2, m=4):
     word = sum((p % n) << (bits * p) for p in range(kept))
     words = jnp.full((*stack, 2, 4, 1), word, jnp.uint32)
     order = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32)[::-1], (*stack, 8))
+    inputs = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32)[::-1], (*stack, 16))
     return PackedWeight(
         dense_index=index(2, 3),
         dense_values=normal(2, 4, 3),
@@ -51,7 +52,7 @@ def weight(dtype=jnp.bfloat16, layout=None, stack=(), wrapped=False, n=2, m=4):
         nm_positions=words,
         out_order=order,
         left=BlockDiagonal(normal(2, 4, 4)) if wrapped else None,
-        right=BlockDiagonal(normal(4, 4, 4)) if wrapped else None,
+        right=BlockDiagonal(normal(4, 4, 4), inputs) if wrapped else None,
         shape=(8, 16),
         n=n,
         m=m,
@@ -228,6 +229,9 @@ def describe(**fields):
         (replace("out_order", lambda a: a[:4]), "out_order is"),
         (replace("left", lambda a: a[:1]), "left has blocks"),
         (replace("right", lambda a: a[0]), "right has blocks"),
+        (put("right_order", 0), "right_order is not a permutation of 16 channels"),
+        (replace("right_order", lambda a: a[:8]), "right_order is not a permutation"),
+        (describe(orders=["up"]), "description is damaged"),
         (describe(m=8), "expected"),
         (describe(n=0), "description is damaged"),
         (describe(n=True), "description is damaged"),
@@ -282,7 +286,9 @@ def test_a_weight_that_breaks_its_promises_is_not_written(tmp_path):
 def test_positions_are_read_as_the_kernels_pack_them(m):
     given = np.random.default_rng(0).integers(0, m, (2, 3, 21)).astype(np.uint32)
     words = jax.jit(packing.to_words, static_argnums=1)(given, packing.position_bits(m))
-    np.testing.assert_array_equal(packed._positions(np.asarray(words), 21, m), given)
+    np.testing.assert_array_equal(
+        validation.unpack_positions(np.asarray(words), 21, m), given
+    )
 
 
 def test_what_the_kernels_pack_computes_the_same_after_a_round_trip(tmp_path):

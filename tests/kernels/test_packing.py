@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +44,8 @@ def test_positions_increase_inside_a_group_of_zeros():
     assert (position[..., 1] > position[..., 0]).all()
 
 
-def test_tiles_of_different_sizes_are_padded_and_come_back_exactly():
+def ragged_plan():
+    """Two tiles: everything dense; one group, and the rest pruned."""
     keep = np.zeros((4, 8), bool)
     keep[:2] = True  # tile 0: everything dense
     keep[2:, :2] = True  # tile 1: one group, its first two columns
@@ -55,13 +58,17 @@ def test_tiles_of_different_sizes_are_padded_and_come_back_exactly():
         n=2,
         m=4,
     )
-    plan = Plan(weight, Support(jnp.asarray(keep), regions), jnp.float32(1))
+    return Plan(weight, Support(jnp.asarray(keep), regions), jnp.float32(1))
+
+
+def test_tiles_of_different_sizes_are_padded_and_come_back_exactly():
+    plan = ragged_plan()
     fh.verify(plan)
     packed = fh.kernels.pack(plan)
     assert packed.dense_values.shape == (2, 2, 8)
-    np.testing.assert_array_equal(fh.kernels.unpack(packed), weight)
+    np.testing.assert_array_equal(fh.kernels.unpack(packed), plan.weight)
     x = jax.random.normal(jax.random.key(0), (3, 8))
-    np.testing.assert_allclose(fh.sparse_dot(x, packed), x @ weight.T, rtol=1e-5)
+    np.testing.assert_allclose(fh.sparse_dot(x, packed), x @ plan.weight.T, rtol=1e-5)
 
 
 def test_block_wrappers_multiply_in():
@@ -88,6 +95,36 @@ def test_block_wrappers_multiply_in():
     y = jax.random.normal(jax.random.key(8), (3, 8))
     got = fh.sparse_dot(y, packed, transposed=True)
     np.testing.assert_allclose(got, y @ full, rtol=1e-4, atol=1e-4)
+
+
+def test_a_factor_acts_in_its_own_order():
+    order = jax.random.permutation(jax.random.key(1), 8).astype(jnp.int32)
+    blocks = jax.random.normal(jax.random.key(2), (2, 4, 4))
+    factor = BlockDiagonal(blocks, order)
+    full = np.zeros((8, 8), np.float32)
+    full[np.ix_(order, order)] = jax.scipy.linalg.block_diag(*blocks)
+    x = jax.random.normal(jax.random.key(3), (3, 8))
+    for matrix, given in ((full, factor), (full.T, factor.T)):
+        got = fh.kernels.block_product(x, given)
+        np.testing.assert_allclose(got, x @ matrix.T, rtol=1e-4, atol=1e-5)
+        got = fh.kernels.block_product(x.T, given, axis=0)
+        np.testing.assert_allclose(got, matrix @ x.T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_whose_factors_do_not_fit_is_refused():
+    plan = plan_of(fh.NM(2, 4), (8, 16))
+    eye = jnp.eye(4)[None]
+    for factor, message in (
+        (BlockDiagonal(eye), "do not tile 8 channels"),
+        (BlockDiagonal(jnp.full((2, 4, 4), jnp.nan)), "left blocks has 32 NaN"),
+        (
+            BlockDiagonal(jnp.tile(eye, (2, 1, 1)), jnp.zeros(8, int)),
+            "no.* permutation",
+        ),
+        (BlockDiagonal(jnp.tile(eye, (2, 1, 1)), jnp.arange(4)), "order of shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fh.verify(dataclasses.replace(plan, left=factor))
 
 
 def test_packed_bytes_are_counted_from_the_arrays():

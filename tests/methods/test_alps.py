@@ -43,6 +43,15 @@ def test_the_iteration_stops_by_itself():
     assert few == many
 
 
+def test_the_state_says_how_the_iteration_went():
+    done, out = (
+        fh.ALPS(iterations=n).solve(KEY, weight(), correlated()).fixed for n in (300, 6)
+    )
+    assert 6 < int(done["steps"]) < 300 and bool(done["settled"])
+    assert int(out["steps"]) == 6 and not bool(out["settled"])
+    assert done["steps"].dtype == jnp.int32 and done["settled"].dtype == bool
+
+
 def test_order_and_regions_are_those_of_the_score():
     pattern = fh.FlexHiNM(8, permute=None)
     _, plan = solve(fh.ALPS(pattern), 0.6)

@@ -27,8 +27,10 @@ def start(task, n=2, m=4):
     return jnp.where(keep, task.weight, 0), keep
 
 
-def sweep(task, b, keep, step, unit, live=LIVE):
-    return descent.sweep(b, keep, task.weight, task.gram, task.cross, live, step, unit)
+def sweep(task, b, keep, step, unit, live=LIVE, within=None):
+    within = jnp.ones(b.shape, bool) if within is None else within
+    given = b, keep, within, task.weight, task.gram, task.cross, live
+    return descent.sweep(*given, step, unit)
 
 
 @pytest.mark.parametrize("solve", [False, True])
@@ -88,6 +90,22 @@ def test_columns_that_are_not_live_stay():
     got, kept = sweep(task, b, keep, descent.best_pattern(2, 4, True), 4, live)
     np.testing.assert_array_equal(got[:, :8], b[:, :8])
     np.testing.assert_array_equal(kept[:, :8], keep[:, :8])
+
+
+@pytest.mark.parametrize("name", ["pattern", "swap", "cycle"])
+def test_what_is_not_allowed_never_comes_back(name):
+    task = problem()
+    b, keep = start(task)
+    within = masks.n_of_m(jnp.abs(task.weight), n=3, m=4)
+    step = {
+        "pattern": descent.best_pattern(2, 4, True),
+        "swap": descent.best_swap(True),
+        "cycle": descent.best_cycle(4, True),
+    }[name]
+    got, kept = sweep(task, b, keep, step, 4, within=within)
+    assert not (kept & ~within).any() and (kept != keep).any()
+    assert (kept.reshape(16, 8, 4).sum(-1) == 2).all()
+    assert objective(got, task).sum() < objective(b, task).sum()
 
 
 def test_all_patterns_are_listed_once():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.transforms import segments, sequential
+from flexhinm_jax.transforms import moments, segments, solver
 from flexhinm_jax.types import Stats
 
 KEY = jax.random.key(5)
@@ -49,13 +49,13 @@ def test_one_layer_is_pruned_as_by_prune():
 def seen(monkeypatch):
     """What `solve` is given: (path, at) -> statistics."""
     found: dict[tuple, Stats] = {}
-    original = sequential.solve
+    original = solver.solve
 
     def solve(job, stats):
         found.update(stats)
         return original(job, stats)
 
-    monkeypatch.setattr(sequential, "solve", solve)
+    monkeypatch.setattr(solver, "solve", solve)
     return found
 
 
@@ -166,7 +166,7 @@ def test_masked_tokens_do_not_count(monkeypatch):
 @pytest.mark.parametrize("count", [1000, 1500, 2047])
 def test_the_rows_that_count_are_padded_to_few_sizes(count):
     mask = np.arange(2048) < count
-    positions, valid = sequential.rows(mask, (2048,))
+    positions, valid = moments.rows(mask, (2048,))
     assert valid.sum() == count
     if positions is not None:
         assert len(positions) % 256 == 0
@@ -335,7 +335,7 @@ def test_what_cannot_be_cut_is_solved_on_a_plain_run_and_says_why():
     )
     notes = {r.path: r.note for r in records}
     assert "scan" in notes["loop"]
-    assert notes["twice"] == "used on 2 different inputs"
+    assert notes["twice"] == "solved on a plain run: used on 2 different inputs"
     assert notes["last"] == ""
     assert all((np.asarray(result.params[n]) == 0).mean() == 0.5 for n in params)
 

@@ -1,0 +1,94 @@
+"""`prepare`: layouts that a backend reads faster, derived once from the packed form.
+
+Compilers do not move such a reordering out of a program whose weights are arguments, so
+it must not be a part of the product. Files hold the canonical arrays alone: prepare
+after reading.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flexhinm_jax.kernels import backends
+from flexhinm_jax.types import PackedWeight
+
+FEW, MANY = 1, 4096
+"""Numbers of rows for which "auto" and "gpu" prepare."""
+
+
+def prepare(tree: Any, backend: str = "auto") -> Any:
+    """Adds the layouts of a backend to every packed weight of a tree.
+
+    The result is for inference: derivatives with respect to its inputs are fine, those
+    with respect to its values are refused.
+
+    Args:
+      tree: a `PackedWeight` or any tree with some, such as `result.packed`; stacks
+        keep their leading axes.
+      backend: "auto" takes what the device at hand would run, GPU kernels where there
+        are any and "xla" elsewhere; "gpu" or the name of a backend takes that.
+
+    Returns:
+      The same tree with `layouts` filled. The layout of "xla" holds as many bytes as
+      the canonical N:M block, or that block expanded where n * m > 32;
+      `packed.nbytes` counts all of it.
+
+    Raises:
+      ValueError: an unknown backend.
+      NotImplementedError: "gpu", and no kernel serves the chip.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flexhinm_jax as fh
+      >>> w = jnp.array([[4.0, 1, 0, 3], [0, 2, 5, 1]])
+      >>> method = fh.Magnitude(fh.NM(2, 4))
+      >>> packed = fh.kernels.pack(method.decide(method.solve(jax.random.key(0), w, None), w))
+      >>> sorted(fh.kernels.prepare(packed, "xla").layouts)
+      ['xla']
+    """  # noqa: E501
+
+    def one(leaf: Any) -> Any:
+        return _prepared(leaf, backend) if isinstance(leaf, PackedWeight) else leaf
+
+    return jax.tree.map(one, tree, is_leaf=lambda v: isinstance(v, PackedWeight))
+
+
+def strip(tree: Any) -> Any:
+    """The same tree without any layouts: what files and training want."""
+
+    def one(leaf: Any) -> Any:
+        bare = isinstance(leaf, PackedWeight)
+        return dataclasses.replace(leaf, layouts={}) if bare else leaf
+
+    return jax.tree.map(one, tree, is_leaf=lambda v: isinstance(v, PackedWeight))
+
+
+def _prepared(packed: PackedWeight, backend: str) -> PackedWeight:
+    bare = dataclasses.replace(packed, layouts={}, left=None, right=None, layout=None)
+    known, layouts = backends.registry(), dict(packed.layouts)
+    for name in _names(bare, backend):
+        derive = known[name].load().prepare
+        for _ in range(packed.out_order.ndim - 1):
+            derive = jax.vmap(derive)
+        layouts[name] = jax.jit(derive)(bare)
+    return dataclasses.replace(packed, layouts=layouts)
+
+
+def _names(packed: PackedWeight, backend: str) -> tuple[str, ...]:
+    if backend not in ("auto", "gpu"):
+        if backend not in backends.registry():
+            raise ValueError(
+                f"backend={backend!r} is unknown; choose one of auto, gpu, "
+                f"{', '.join(backends.registry())}"
+            )
+        return (backend,)
+    dtype = jnp.result_type(packed.dtype)
+    rows = [jax.ShapeDtypeStruct((n, packed.shape[1]), dtype) for n in (FEW, MANY)]
+    names = dict.fromkeys(name for x in rows for name in backends.served(x, packed))
+    if not names and backend == "gpu":
+        raise NotImplementedError(
+            "no GPU kernel serves this weight here; see kernels.backends.assume"
+        )
+    return tuple(names) or ("xla",)

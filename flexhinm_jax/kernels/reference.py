@@ -1,0 +1,68 @@
+"""The reference product: the meaning that every faster program has to match.
+
+Gather the activation columns of every tile, multiply with its dense and its expanded
+N:M block, put the rows back. Plain jax.numpy: differentiable in both modes, vmappable,
+on every platform. It holds the gathered columns of all tiles at once, t times the
+kept fraction of x, so it is for tests and small batches.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from flexhinm_jax.kernels.packing import block_columns
+from flexhinm_jax.types import PackedWeight
+
+
+def reason(
+    x: jax.ShapeDtypeStruct, packed: PackedWeight, capability: tuple[int, int] | None
+) -> str | None:
+    """None: it serves everything."""
+    del x, packed, capability
+    return None
+
+
+def prepare(packed: PackedWeight) -> dict[str, Array]:
+    """Nothing to derive."""
+    del packed
+    return {}
+
+
+def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
+    """Sparse core: x [N, i] @ S^T -> [N, o], accumulated in float32."""
+    y = sum(
+        jnp.einsum(
+            "ntc,tvc->ntv",
+            x[:, index],
+            values.astype(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        for index, values in parts(packed)
+    )
+    y = jnp.asarray(y).reshape(x.shape[0], packed.shape[0])
+    return y[:, jnp.argsort(packed.out_order)].astype(dtype)
+
+
+def matmul_transposed(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
+    """Sparse core: x [N, o] @ S -> [N, i], accumulated in float32."""
+    t = packed.dense_index.shape[0]
+    x = x[:, packed.out_order].reshape(x.shape[0], t, -1)
+    y = jnp.zeros((x.shape[0], packed.shape[1]), jnp.float32)
+    for index, values in parts(packed):
+        part = jnp.einsum(
+            "ntv,tvc->ntc",
+            x,
+            values.astype(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        y = y.at[:, index].add(part)
+    return y.astype(dtype)
+
+
+def parts(packed: PackedWeight) -> tuple[tuple[Array, Array], ...]:
+    """(column index [t, c], values [t, v, c]) of the dense and the N:M block."""
+    return (
+        (packed.dense_index, packed.dense_values),
+        (packed.nm_index, block_columns(packed)),
+    )

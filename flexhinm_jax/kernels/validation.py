@@ -1,0 +1,173 @@
+"""What a packed weight promises, checked on concrete arrays.
+
+Programs gather by the indices of a packed weight without looking at them again, so
+whoever makes one from foreign arrays checks it first: reading a file does, `unpack`
+does outside of a trace.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from flexhinm_jax import checks
+from flexhinm_jax.kernels.words import WORD, position_bits
+from flexhinm_jax.types import BlockDiagonal, PackedWeight, Plan
+
+
+def verify_packed(
+    packed: PackedWeight,
+    path: str = "weight",
+    *,
+    dtype: Any = None,
+    stack: tuple[int, ...] | None = None,
+) -> None:
+    """Raises ValueError unless a packed weight keeps the promises of `PackedWeight`.
+
+    Args:
+      packed: concrete, one matrix or a stack.
+      path: leaf path for the message.
+      dtype: that the values must have; None takes it from them.
+      stack: leading axes that all arrays must have; None takes them from the rows.
+
+    Raises:
+      ValueError: a truncated array or one of another dtype or shape, an index out of
+        range, an output order that is no permutation, positions that do not increase
+        inside a group.
+    """
+    stack = tuple(packed.out_order.shape[:-1]) if stack is None else stack
+    _shapes(packed, stack, packed.dtype if dtype is None else dtype, path)
+    o, i = packed.shape
+    for field in ("dense_index", "nm_index"):
+        index = np.asarray(getattr(packed, field))
+        if index.size and (index.min() < 0 or index.max() >= i):
+            raise ValueError(
+                f"{path}: {field} has an index outside 0 .. {i - 1}:"
+                f" {index.min()} .. {index.max()}"
+            )
+    order = np.sort(np.asarray(packed.out_order), -1)
+    if (order != np.arange(o, dtype=np.int32)).any():
+        raise ValueError(f"{path}: out_order is not a permutation of its {o} rows")
+    count = packed.nm_values.shape[-1]
+    positions = unpack_positions(np.asarray(packed.nm_positions), count, packed.m)
+    positions = positions.reshape(-1, packed.n)
+    if (positions >= packed.m).any():
+        raise ValueError(
+            f"{path}: nm_positions has a position outside 0 .. {packed.m - 1}"
+        )
+    if (positions[:, 1:] <= positions[:, :-1]).any():
+        raise ValueError(f"{path}: nm_positions do not increase inside a group")
+
+
+def unpack_positions(words: np.ndarray, count: int, m: int) -> np.ndarray:
+    """u32[..., count] positions: `words.from_words` without compiling."""
+    bits = position_bits(m)
+    shifts = np.arange(0, WORD, bits, dtype=np.uint32)
+    each = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
+    return each.reshape(*words.shape[:-1], words.shape[-1] * shifts.size)[..., :count]
+
+
+def _shapes(
+    packed: PackedWeight, stack: tuple[int, ...], values: Any, path: str
+) -> None:
+    o, i = packed.shape
+    for field in ("dense_index", "nm_index"):
+        index = getattr(packed, field)
+        if index.ndim != len(stack) + 2:
+            raise ValueError(
+                f"{path}: {field} has shape {list(index.shape)}, expected"
+                f" {len(stack) + 2} axes"
+            )
+    tiles, dense = packed.dense_index.shape[-2:]
+    columns = packed.nm_index.shape[-1]
+    rows = o // max(tiles, 1)
+    kept = columns // packed.m * packed.n
+    words = -(-kept * position_bits(packed.m) // WORD)
+    if tiles * rows != o or columns % packed.m:
+        raise ValueError(
+            f"{path}: {tiles} tiles of {columns} N:M columns do not fit shape {(o, i)}"
+            f" with m={packed.m}"
+        )
+    wanted = {
+        "dense_index": (np.int32, (tiles, dense)),
+        "dense_values": (values, (tiles, rows, dense)),
+        "nm_index": (np.int32, (tiles, columns)),
+        "nm_values": (values, (tiles, rows, kept)),
+        "nm_positions": (np.uint32, (tiles, rows, words)),
+        "out_order": (np.int32, (o,)),
+    }
+    for field, (dtype, shape) in wanted.items():
+        array = getattr(packed, field)
+        if array.shape != (*stack, *shape) or array.dtype != np.dtype(dtype):
+            raise ValueError(
+                f"{path}: {field} is {array.dtype}{list(array.shape)}, expected"
+                f" {np.dtype(dtype)}{[*stack, *shape]}"
+            )
+    for field, side in (("left", o), ("right", i)):
+        _blocks(getattr(packed, field), stack, side, f"{path}: {field}")
+
+
+def _blocks(
+    factor: BlockDiagonal | None, stack: tuple[int, ...], side: int, what: str
+) -> None:
+    if factor is None:
+        return
+    found: Any = tuple(factor.blocks.shape)
+    side_of = (found[-3] * found[-2], found[-1]) if len(found) > 2 else ()
+    if found[:-3] != stack or side_of != (side, found[-2]):
+        raise ValueError(
+            f"{what} has blocks {list(found)}, which do not tile {side} channels"
+        )
+    if factor.order is None:
+        return
+    order = np.asarray(factor.order)
+    if (
+        order.dtype != np.int32
+        or order.shape != (*stack, side)
+        or (np.sort(order, -1) != np.arange(side, dtype=np.int32)).any()
+    ):
+        raise ValueError(f"{what}_order is not a permutation of {side} channels")
+
+
+def verify_plan(plan: Plan, path: str = "weight") -> None:
+    """Raises ValueError unless the regions of a concrete plan can be packed.
+
+    A cheap part of `checks.verify`: what would make packing read another column than
+    the plan means. Whether the weight is zero outside its support is not looked at.
+
+    Args:
+      plan: one matrix or a stack, with regions.
+      path: leaf path for the message.
+
+    Raises:
+      ValueError: tiles that do not divide the rows, boundaries out of order, groups cut
+        in two, orders that are no permutations.
+    """
+    r = plan.support.regions
+    if r is None or not checks.is_concrete(r.in_order):
+        return
+    o, i = plan.weight.shape[-2:]
+    t = r.in_order.shape[-2]
+    if plan.support.keep.shape != plan.weight.shape or o % max(t, 1) or t == 0:
+        raise ValueError(
+            f"{path}: a weight of shape {plan.weight.shape} does not fit its support"
+            f" {plan.support.keep.shape} in {t} tiles"
+        )
+    if r.in_order.shape[-1] != i or r.out_order.shape[-1] != o:
+        raise ValueError(
+            f"{path}: orders of {r.out_order.shape[-1]} rows and {r.in_order.shape[-1]}"
+            f" columns for a weight [out, in] = {(o, i)}"
+        )
+    dense, nm = np.asarray(r.dense_end), np.asarray(r.nm_end)
+    if (dense < 0).any() or (nm < dense).any() or (nm > i).any():
+        raise ValueError(
+            f"{path}: boundaries must satisfy 0 <= dense_end <= nm_end <= {i}, got"
+            f" dense_end {dense.tolist()} and nm_end {nm.tolist()}"
+        )
+    if ((nm - dense) % r.m).any():
+        raise ValueError(
+            f"{path}: {r.m} must divide the N:M columns of every tile, got"
+            f" {(nm - dense).tolist()}"
+        )
+    for name, order, size in (("out", r.out_order, o), ("in", r.in_order, i)):
+        if (np.sort(np.asarray(order), -1) != np.arange(size, dtype=np.int32)).any():
+            raise ValueError(f"{path}: {name}_order is not a permutation")

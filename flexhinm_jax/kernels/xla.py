@@ -1,0 +1,317 @@
+"""The product in plain XLA, in the forms that were fastest on CPUs.
+
+Two things decide the speed of a packed product in XLA. Weights must expand by
+elementwise operations on long contiguous rows, which a loop vectorises: so the groups
+are read slot-major, all first columns of the groups of a tile, then all second ones,
+and slot j is `where(position == j, values, 0)`, without a scatter or a shuffle. The
+order of columns is free, because x is gathered anyway. And both factors of a dot must
+stay in cache: so a loop runs over the tiles, expands one, gathers its rows of x^T and
+multiplies, at most `CHUNK` rows of x at a time. One gather for all tiles and one
+batched dot was 2 to 4 times slower from 64 rows on.
+
+The form follows from the number of rows of x (`form_of`; `bench/kernels.py` measures):
+
+    1, 2     select: each stored value times the input that its position selects;
+             nothing is expanded, each value is read once
+    3 .. 63  slots: a dot per tile and slot, so the expanded tile is never joined
+    64 ..    tiles: the expanded tile is joined and multiplied with chunks of rows
+
+`prepare` keeps the slot-major form in as many bytes as the canonical one; without it
+every call reorders the values again. A matrix below `SMALL` weights, whose loop costs
+as much as its arithmetic, is kept expanded instead (twice the bytes of its N:M block
+for 2:4), and so is one with more than `MOST` selections per group.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from flexhinm_jax.kernels import words
+from flexhinm_jax.kernels.packing import block_columns
+from flexhinm_jax.types import PackedWeight
+
+NAME = "xla"
+FEW = 2
+MOST = 32
+JOIN = 64
+SMALL = 1 << 20
+CHUNK = 128
+
+
+def reason(
+    x: jax.ShapeDtypeStruct, packed: PackedWeight, capability: tuple[int, int] | None
+) -> str | None:
+    """None: it serves everything."""
+    del x, packed, capability
+    return None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The columns of every tile in the order dense, then slot by slot.
+
+    Attributes:
+      values: n times [t, v, G], the k-th kept value of every group; or once
+        [t, v, D + m * G], all columns with their zeros, when stored expanded.
+      positions: u8[t, v, G], all positions of a group in one byte where they fit, as
+        the nibble of a 2:4 group does; n times that otherwise; () when expanded.
+      index: i32[t, D + m * G], original input of each column.
+      inverse: i32[o], storage row of each original row.
+    """
+
+    values: tuple[Array, ...]
+    positions: tuple[Array, ...]
+    index: Array
+    inverse: Array
+
+
+def prepare(packed: PackedWeight) -> Slots:
+    """Orders one matrix once instead of in every product; expands a small one."""
+    return _slots_of(packed, expanded=packed.shape[0] * packed.shape[1] < SMALL)
+
+
+def slots_of(packed: PackedWeight) -> Slots:
+    """The slot-major form: prepared, or derived in the traced program."""
+    return packed.layouts.get(NAME) or _slots_of(packed, expanded=False)
+
+
+def _slots_of(packed: PackedWeight, expanded: bool) -> Slots:
+    t, v, _ = packed.nm_values.shape
+    n, m, o = packed.n, packed.m, packed.shape[0]
+    groups = packed.nm_index.shape[-1] // m
+    by_slot = jnp.swapaxes(packed.nm_index.reshape(t, groups, m), 1, 2)
+    index = jnp.concatenate([packed.dense_index, by_slot.reshape(t, -1)], axis=1)
+    stored = jnp.arange(o, dtype=jnp.int32)
+    inverse = jnp.zeros_like(stored).at[packed.out_order].set(stored)
+    if expanded or n * m > MOST:
+        slots = block_columns(packed).reshape(t, v, groups, m)
+        slots = jnp.swapaxes(slots, -1, -2).reshape(t, v, -1)
+        whole = jnp.concatenate([packed.dense_values, slots], axis=-1)
+        return Slots((whole,), (), index, inverse)
+    values = packed.nm_values.reshape(t, v, groups, n)
+    bits, each = words.position_bits(m), n
+    if n * bits <= 8 and words.WORD % (n * bits) == 0:
+        bits, each = n * bits, 1
+    positions = words.from_words(packed.nm_positions, groups * each, bits)
+    positions = positions.reshape(t, v, groups, each).astype(jnp.uint8)
+    apart = lambda a: tuple(a[..., k] for k in range(a.shape[-1]))  # noqa: E731
+    return Slots(apart(values), apart(positions), index, inverse)
+
+
+def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
+    """Sparse core: x [N, i] @ S^T -> [N, o], accumulated in float32."""
+    slots = slots_of(packed)
+    form = FORMS[form_of(x.shape[0], slots)]
+    # Otherwise what makes x and what reads y would be fused with the gathers and
+    # computed once for every time that they read an element.
+    x = lax.optimization_barrier(x)
+    return lax.optimization_barrier(form(x, packed, slots).astype(dtype))
+
+
+def form_of(rows: int, slots: Slots) -> str:
+    """Name of the form that was fastest for so many rows of x."""
+    if not slots.positions:
+        return "whole" if rows < FEW else "tiles"
+    if rows <= FEW:
+        return "select"
+    return "slots" if rows < JOIN else "tiles"
+
+
+def _tiles(x: Array, packed: PackedWeight, slots: Slots) -> Array:
+    """One dot per tile and chunk of rows, over a loop of tiles."""
+    v, rows = packed.dense_values.shape[1], x.shape[0]
+    chunk = min(CHUNK, rows)
+    x = jnp.pad(x, ((0, -rows % chunk), (0, 0)))
+    columns = jnp.swapaxes(x.reshape(-1, chunk, x.shape[1]), 1, 2)  # [chunks, i, chunk]
+
+    def step(_: None, tile: tuple) -> tuple[None, Array]:
+        whole = _joined(packed, *tile[1:]).astype(x.dtype)
+        return None, lax.map(lambda c: _dot(whole, c[tile[0]]), columns)
+
+    y = lax.scan(step, None, _stored(packed, slots))[1]  # [t, chunks, v, chunk]
+
+    # A loop of its own: fused with what reads y, the reordering would be done again
+    # for every read.
+    def place(k: Array) -> Array:
+        part = lax.dynamic_index_in_dim(y, k, 1, keepdims=False)
+        return part.reshape(-1, chunk)[slots.inverse].T
+
+    chunks = jnp.arange(columns.shape[0], dtype=jnp.int32)
+    return lax.map(place, chunks).reshape(-1, y.shape[0] * v)[:rows]
+
+
+def _slots(x: Array, packed: PackedWeight, slots: Slots) -> Array:
+    """One dot per tile and slot: nothing is joined, so less is written."""
+    d, n, m = packed.dense_values.shape[2], packed.n, packed.m
+    groups = slots.values[0].shape[-1]
+    columns = x.T
+    ends = [0, *range(d, d + m * groups + 1, max(groups, 1))]
+
+    def step(_: None, tile: tuple) -> tuple[None, Array]:
+        index, dense, values, positions = tile
+        gathered = columns[index]
+        parts = zip(
+            [dense, *expand(values, positions, n, m)], ends, ends[1:], strict=False
+        )
+        y = sum(
+            (
+                _dot(part.astype(x.dtype), gathered[start:end])
+                for part, start, end in parts
+                if end > start
+            ),
+            start=jnp.zeros((dense.shape[0], x.shape[0]), jnp.float32),
+        )
+        return None, y
+
+    y = lax.scan(step, None, _stored(packed, slots))[1]
+    return y.reshape(packed.shape[0], -1)[slots.inverse].T
+
+
+def _whole(x: Array, packed: PackedWeight, slots: Slots) -> Array:
+    """One batched dot over all tiles of an expanded weight."""
+    del packed
+    y = jnp.einsum(
+        "tvc,tcn->tvn",
+        slots.values[0].astype(x.dtype),
+        x.T[slots.index],
+        preferred_element_type=jnp.float32,
+    )
+    return y.reshape(-1, x.shape[0])[slots.inverse].T
+
+
+def _joined(
+    packed: PackedWeight, dense: Array, values: tuple, positions: tuple
+) -> Array:
+    """All columns of one tile with their zeros, [v, D + m * G]."""
+    if not positions:
+        return values[0]
+    parts = [dense, *expand(values, positions, packed.n, packed.m)]
+    # Without the barrier the joining is repeated inside the loop of the dot.
+    return lax.optimization_barrier(jnp.concatenate(parts, axis=-1))
+
+
+def _stored(packed: PackedWeight, slots: Slots) -> tuple[Any, ...]:
+    return slots.index, packed.dense_values, slots.values, slots.positions
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def expand(values: tuple, positions: tuple, n: int, m: int) -> list[Array]:
+    """The m slots of every group, each [..., v, G], from values and positions."""
+    each = position_of(positions, n, m)
+    slots = []
+    for j in range(m):
+        slot = jnp.zeros((), values[0].dtype)
+        for k in range(n):
+            slot = jnp.where(each[k] == j, values[k], slot)
+        slots.append(slot)
+    return slots
+
+
+def position_of(positions: tuple, n: int, m: int) -> tuple[Array, ...]:
+    """Position of the k-th kept value of every group: n times [..., v, G]."""
+    if len(positions) == n > 1:
+        return positions
+    bits, (joint,) = words.position_bits(m), positions
+    mask = joint.dtype.type((1 << bits) - 1)
+    return tuple((joint >> (k * bits)) & mask for k in range(n))
+
+
+def _select(x: Array, packed: PackedWeight, slots: Slots) -> Array:
+    """Every stored value times the input that its position selects."""
+    t, v, d = packed.dense_values.shape
+    n, m, groups = packed.n, packed.m, slots.values[0].shape[-1]
+    each = position_of(slots.positions, n, m)
+    ones = jnp.ones((groups, 1), jnp.float32)
+
+    def row(x: Array) -> Array:
+        gathered = x[slots.index]  # [t, D + m * G]
+        slot = gathered[:, d:].reshape(t, m, 1, groups)
+        terms = jnp.zeros((), jnp.float32)
+        for k in range(n):
+            chosen = slot[:, m - 1]
+            for j in range(m - 1):
+                chosen = jnp.where(each[k] == j, slot[:, j], chosen)
+            value = slots.values[k].astype(x.dtype).astype(jnp.float32)
+            terms += value * chosen.astype(jnp.float32)
+        # A dot with ones adds vectorised; a reduction inside a fusion does not.
+        terms = lax.optimization_barrier(terms).reshape(t * v, groups)
+        y = (terms @ ones).reshape(t, v)
+        if d:
+            y += jnp.einsum(
+                "tvc,tc->tv",
+                packed.dense_values.astype(x.dtype),
+                gathered[:, :d],
+                preferred_element_type=jnp.float32,
+            )
+        return y.reshape(t * v)[slots.inverse]
+
+    return jnp.stack([row(x[k]) for k in range(x.shape[0])])
+
+
+FORMS = {"select": _select, "whole": _whole, "slots": _slots, "tiles": _tiles}
+
+
+def multiply(
+    x: Array, packed: PackedWeight, dtype: DTypeLike, *, transposed: bool
+) -> Array:
+    """The sparse core or its transpose."""
+    if not transposed:
+        return matmul(x, packed, dtype)
+    return matmul_transposed(x, packed, dtype)
+
+
+def matmul_transposed(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
+    """Sparse core: x [N, o] @ S -> [N, i], accumulated in float32."""
+    t, v, _ = packed.dense_values.shape
+    slots = slots_of(packed)
+    rows = x.T[packed.out_order].reshape(t, v, x.shape[0])
+
+    def step(y: Array, tile: tuple) -> tuple[Array, None]:
+        index, dense, values, positions, rows = tile
+        whole = _joined(packed, dense, values, positions).astype(x.dtype)
+        part = jnp.einsum("vc,vn->cn", whole, rows, preferred_element_type=jnp.float32)
+        return y.at[index].add(part), None
+
+    stored = (*_stored(packed, slots), rows)
+    start = jnp.zeros((packed.shape[1], x.shape[0]), jnp.float32)
+    return lax.scan(step, start, stored)[0].T.astype(dtype)
+
+
+def gradient_of_values(x: Array, g: Array, packed: PackedWeight) -> tuple[Array, Array]:
+    """The cotangents of (dense_values, nm_values) of y = x @ S^T.
+
+    Args:
+      x: [N, i].
+      g: [N, o], the cotangent of y.
+      packed: the weight; its values are not read, only their dtype.
+
+    Returns:
+      Arrays like `dense_values` and `nm_values`.
+    """
+    t, v, d = packed.dense_values.shape
+    kept = packed.nm_values.shape[-1]
+    position = words.from_words(
+        packed.nm_positions, kept, words.position_bits(packed.m)
+    )
+    group = jnp.arange(kept, dtype=jnp.int32) // packed.n * packed.m
+    columns, rows = x.T, g.T[packed.out_order].reshape(t, v, g.shape[0])
+
+    def tile(given: tuple) -> tuple[Array, Array]:
+        dense_index, nm_index, position, rows = given
+        gathered = columns[jnp.concatenate([dense_index, nm_index])]
+        full = jnp.einsum(
+            "vn,cn->vc", rows, gathered, preferred_element_type=jnp.float32
+        )
+        at = group + position.astype(jnp.int32)
+        return full[:, :d], jnp.take_along_axis(full[:, d:], at, axis=1)
+
+    dense, nm = lax.map(tile, (packed.dense_index, packed.nm_index, position, rows))
+    return dense.astype(packed.dense_values.dtype), nm.astype(packed.nm_values.dtype)

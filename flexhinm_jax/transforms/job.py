@@ -1,0 +1,172 @@
+"""What `prune_sequential` has to do, checked before it begins, and the plans so far."""
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+
+from flexhinm_jax.methods import Method, Wrapper
+from flexhinm_jax.methods.reconstruction import Reconstruction
+from flexhinm_jax.transforms import tree
+from flexhinm_jax.transforms.finished import Finished, digest
+from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax.transforms.programs import is_array
+from flexhinm_jax.transforms.views import leaf as to_leaf
+from flexhinm_jax.transforms.views import matrix
+from flexhinm_jax.types import Plan, Stats, Uses
+
+
+class Job:
+    """What to prune with what, and the plans so far.
+
+    Attributes:
+      leaves: path -> array of the dense model.
+      current: path -> array now, pruned as far as the walk has come.
+      plans: path -> {at: plan on the host}.
+      finished: plans on disk, or None.
+    """
+
+    def __init__(
+        self,
+        apply_fn: Callable[..., Any],
+        params: Any,
+        batches: list[tuple],
+        uses: Uses,
+        method: Method,
+        sparsity: Any,
+        key: Array,
+        center: bool,
+        token_mask: Callable[..., Array] | None,
+    ):
+        """Checks every leaf before anything is computed."""
+        self.apply_fn, self.params, self.batches = apply_fn, params, batches
+        self.uses, self.method, self.sparsity = uses, method, sparsity
+        self.key, self.token_mask = key, token_mask
+        values = jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, params)
+        self.paths = leaf_paths(params)
+        self.leaves = dict(zip(self.paths, jax.tree.leaves(values), strict=True))
+        self.current = dict(self.leaves)
+        self.plans: dict[str, dict[tuple, Plan]] = defaultdict(dict)
+        self.finished: Finished | None = None
+        self.bias = own_biases(uses)
+        self.center = center
+        self.methods, self.targets = {}, {}
+        for path, use in uses.leaves.items():
+            mine = tree.method_for(method, use)
+            self.targets[path] = tree.target_for(mine, use, sparsity)
+            shape, dtype = use.layout.matrix_shape, self.leaves[path].dtype
+            mine.pattern.check(shape, self.targets[path], path)
+            self.methods[path] = centred(mine, center, path in self.bias)
+            w = jax.ShapeDtypeStruct(shape, dtype)
+            self.methods[path].check(w, blank(shape[1]), self.targets[path], path)
+
+    def tree(self, leaves: Mapping[str, Any]) -> Any:
+        """The tree of parameters with these leaves."""
+        structure = jax.tree.structure(self.params)
+        return jax.tree.unflatten(structure, [leaves[p] for p in self.paths])
+
+    def arrays(self, leaves: Mapping[str, Any]) -> list[Any]:
+        """The array leaves in order."""
+        return [leaves[p] for p in self.paths if is_array(leaves[p])]
+
+    def weight(self, path: str, at: tuple) -> Array:
+        """The dense matrices of a leaf, [*rest of the stack, o, i]."""
+        return matrix(self.leaves[path], self.uses.leaves[path].layout)[select(at)]
+
+    def apply(self, path: str, at: tuple, plan: Plan) -> None:
+        """Takes a plan over: the walk goes on with it."""
+        layout = self.uses.leaves[path].layout
+        self.plans[path][at] = plan
+        whole = matrix(self.current[path], layout)
+        whole = whole.at[select(at)].set(tree.dense_weight(plan))
+        self.current[path] = to_leaf(whole, layout)
+        if plan.bias is not None:
+            name = self.bias[path]
+            old = self.current[name]
+            shape = (*layout.stack_shape, layout.matrix_shape[0])
+            shift = plan.bias.astype(old.dtype)
+            new = old.reshape(shape).at[select(at)].add(shift)
+            self.current[name] = new.reshape(old.shape)
+
+    def assembled(self) -> dict[str, Plan]:
+        """One plan per leaf, its pieces put back into the stack."""
+        out = {}
+        for path, use in self.uses.leaves.items():
+            pieces = self.plans[path]
+            stack = use.layout.stack_shape
+
+            def join(*arrays: Any, keys=tuple(pieces), stack=stack) -> Array:  # noqa: B008
+                rest = sum(i is None for i in keys[0])
+                whole = np.zeros((*stack, *arrays[0].shape[rest:]), arrays[0].dtype)
+                for at, x in zip(keys, arrays, strict=True):
+                    whole[select(at)] = x
+                return jnp.asarray(whole)
+
+            out[path] = jax.tree.map(join, *pieces.values())
+        return out
+
+
+def select(at: tuple[int | None, ...]) -> tuple:
+    """An index into the stack axes."""
+    return tuple(slice(None) if i is None else i for i in at)
+
+
+def blank(size: int) -> Stats:
+    """Shapes of the statistics that every product gets."""
+    made: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    return Stats(
+        sq_norm=made((size,)),
+        mean=made((size,)),
+        count=made(()),
+        gram=made((size, size)),
+    )
+
+
+def own_biases(uses: Uses) -> dict[str, str]:
+    """Leaf -> its bias, where all uses have the same and no other leaf has it."""
+    found: dict[str, set[str | None]] = defaultdict(set)
+    owners: dict[str | None, set[str]] = defaultdict(set)
+    for use in uses:
+        found[use.path].add(use.bias)
+        owners[use.bias].add(use.path)
+    return {
+        path: name
+        for path, biases in found.items()
+        for name in biases
+        if name is not None and len(biases) == len(owners[name]) == 1
+    }
+
+
+def centred(method: Method, center: bool, has_bias: bool) -> Method:
+    """The method with `center` switched on where a bias can take up the means."""
+    if isinstance(method, Wrapper):
+        inner = centred(method.inner, center, has_bias)
+        method = dataclasses.replace(method, inner=inner)
+    if not isinstance(method, Reconstruction):
+        return method
+    on = (center or method.center) and has_bias
+    return dataclasses.replace(method, center=on)
+
+
+def fingerprint(job: Job, target: str) -> dict[str, str]:
+    """Everything that decides about the result, as text."""
+    masks = None
+    if job.token_mask is not None:
+        masks = [np.asarray(job.token_mask(*batch)) for batch in job.batches]
+    return {
+        "method": repr(job.method),
+        "sparsity": repr(job.sparsity),
+        "target": target,
+        "center": repr(job.center),
+        "key": str(np.asarray(jax.random.key_data(job.key)).tolist()),
+        "params": digest(job.params),
+        "batches": digest(job.batches),
+        "token_mask": digest(masks),
+        "leaves": digest([repr(use) for use in job.uses]),
+    }

@@ -1,0 +1,63 @@
+"""A run that is killed at any moment ends, when resumed, in the same files."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def command(model_dir, text_file, out, resume):
+    options = "--method sparsegpt --pattern 2:4 --sequential --target resid -q".split()
+    paths = {"--calibration": text_file, "--out": out, "--resume": resume}
+    pairs = [str(x) for pair in paths.items() for x in pair]
+    program = "from flexhinm_jax.cli.main import main; raise SystemExit(main())"
+    return [sys.executable, "-c", program, "prune", str(model_dir), *options, *pairs]
+
+
+def files(folder):
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.iterdir()
+        if p.name != "report.json"  # names the folder that it was written to
+    }
+
+
+def test_a_process_killed_twice_ends_in_the_same_files(model_dir, text_file, tmp_path):
+    """Killed with signal 9 at random moments after the first and a later matrix."""
+    cache = tmp_path / "cache"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def start(name, resume):
+        arguments = command(model_dir, text_file, tmp_path / name, tmp_path / resume)
+        return subprocess.Popen(arguments, env=environment)
+
+    began = time.monotonic()
+    assert start("whole", "unused").wait() == 0
+    whole = time.monotonic() - began
+    moment = random.Random(5)
+    folder = tmp_path / "half-way"
+    for count in (1, 5):
+        run = start("resumed", "half-way")
+        while run.poll() is None and len(list(folder.glob("*.npz"))) < count:
+            time.sleep(0.002)
+        time.sleep(moment.uniform(0, whole / 50))
+        assert run.poll() is None, "finished before it was killed"
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert not (tmp_path / "resumed").exists()
+        assert count <= len(list(folder.glob("*.npz"))) < 12
+    assert start("resumed", "half-way").wait() == 0
+    assert files(tmp_path / "resumed") == files(tmp_path / "whole")
+    assert len(files(tmp_path / "whole")) >= 4

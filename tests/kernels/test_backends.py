@@ -1,0 +1,403 @@
+"""Every program of a product against the dense matrix, under every transformation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import flexhinm_jax as fh
+from flexhinm_jax import kernels
+from flexhinm_jax.kernels import backends, gpu_backends, xla
+from tests.cases import MORE_PATTERNS, PATTERNS, targets
+
+ALL = {
+    k: p for k, p in (PATTERNS | MORE_PATTERNS).items() if "unstructured" not in k
+} | {"16:32": fh.NM(16, 32)}
+
+
+def pack(pattern, shape=(16, 32), dtype=jnp.float32, sparsity=None, seed=0):
+    w = jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+    sparsity = targets(pattern)[1] if sparsity is None else sparsity
+    method = fh.Magnitude(pattern)
+    plan = method.decide(method.solve(jax.random.key(1), w, None, sparsity=sparsity), w)
+    return kernels.pack(plan), plan.weight
+
+
+def normal(*shape, seed=3, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def expanded(packed):
+    return dataclasses.replace(packed, layouts={"xla": xla._slots_of(packed, True)})
+
+
+def compact(packed):
+    return dataclasses.replace(packed, layouts={"xla": xla._slots_of(packed, False)})
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return {name: pack(pattern) for name, pattern in ALL.items()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_form_computes_the_product_of_every_pattern(weights, name):
+    packed, w = weights[name]
+    slots = jax.jit(xla._slots_of, static_argnums=1)
+    whole, apart = slots(packed, True), slots(packed, False)
+    x = normal(5, 32)
+    want = x @ w.T
+    forms = [(xla._whole, whole), (xla._tiles, whole), (xla._tiles, apart)]
+    if apart.positions:
+        forms += [(xla._slots, apart), (xla._select, apart)]
+    for form, given in forms:
+        got = form(x, packed, given)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    got = kernels.sparse_dot(x, packed, backend="reference")
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 63, 64, 129, 300])
+@pytest.mark.parametrize("form", [kernels.strip, compact, expanded])
+def test_any_number_of_rows_gives_the_dense_product(weights, rows, form):
+    packed, w = weights["flexhinm"]
+    x = normal(rows, 32)
+    got = fh.sparse_dot(x, form(packed))
+    np.testing.assert_allclose(got, x @ w.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [kernels.strip, compact, expanded])
+def test_tiles_with_different_regions_give_the_dense_product(form):
+    from tests.kernels.test_packing import ragged_plan
+
+    plan = ragged_plan()
+    packed = form(kernels.pack(plan))
+    x = normal(4, plan.weight.shape[1])
+    want = x @ plan.weight.T
+    for rows in (1, 4):
+        got = fh.sparse_dot(x[:rows], packed)
+        np.testing.assert_allclose(got, want[:rows], rtol=1e-5, atol=1e-5)
+    y = normal(4, plan.weight.shape[0])
+    got = fh.sparse_dot(y, packed, transposed=True)
+    np.testing.assert_allclose(got, y @ plan.weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_half_precision_accumulates_in_float32(dtype, backend):
+    packed, w = pack(fh.FlexHiNM(8), dtype=dtype)
+    exact = lambda a: np.asarray(a, np.float64)  # noqa: E731
+    for lead in ((), (2,), (2, 3), (70,)):
+        x = normal(*lead, 32, dtype=dtype)
+        got = fh.sparse_dot(x, packed, backend=backend, dtype=jnp.float32)
+        np.testing.assert_allclose(got, exact(x) @ exact(w).T, rtol=1e-5, atol=1e-5)
+        assert fh.sparse_dot(x, packed, backend=backend).dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(6, 12), (21, 20), (3, 4), (40, 36)])
+def test_sizes_that_no_tile_divides(shape):
+    packed, w = pack(fh.NM(2, 4), shape)
+    x = normal(7, shape[1])
+    for rows in (1, 7):
+        got = fh.sparse_dot(x[:rows], packed)
+        np.testing.assert_allclose(got, x[:rows] @ w.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3)])
+def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(backend, lead):
+    packed, _ = pack(fh.FlexHiNM(8))
+    f = lambda x, p: fh.sparse_dot(x, p, backend=backend).sum()  # noqa: E731
+    x = jnp.zeros((*lead, 32))
+    assert fh.sparse_dot(x, packed, backend=backend).shape == (*lead, 16)
+    g = jax.grad(f, 1, allow_int=True)(x, packed)
+    assert not np.asarray(g.nm_values).any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_nan_reaches_every_output_of_its_row_as_in_the_dense_product(
+    backend, transposed
+):
+    packed, w = pack(fh.FlexHiNM(8), sparsity=0.75)
+    x = normal(3, 16 if transposed else 32).at[1, 5].set(jnp.nan)
+    got = fh.sparse_dot(x, packed, backend=backend, transposed=transposed)
+    want = x @ (w if transposed else w.T)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    assert np.isnan(got[1]).all() and not np.isnan(got[0]).any()
+
+
+@pytest.mark.parametrize("name", ["2:4", "flexhinm", "5:8", "vector", "hinm-1:4"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_are_those_of_the_reference(weights, name, transposed):
+    packed, _ = weights[name]
+    x = normal(5, 16 if transposed else 32)
+
+    def gradients(backend):
+        def loss(x, p):
+            y = fh.sparse_dot(x, p, transposed=transposed, backend=backend)
+            return jnp.sin(y).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1), allow_int=True))(x, packed)
+
+    (dx, dp), (want_x, want_p) = gradients("xla"), gradients("reference")
+    np.testing.assert_allclose(dx, want_x, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dp.nm_values, want_p.nm_values, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        dp.dense_values, want_p.dense_values, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_second_derivatives_in_reverse_mode():
+    packed, w = pack(fh.FlexHiNM(8))
+    f = lambda x: jnp.sin(fh.sparse_dot(x, packed)).sum()  # noqa: E731
+    dense = lambda x: jnp.sin(x @ w.T).sum()  # noqa: E731
+    x = normal(2, 32)
+    twice = lambda f: jax.grad(lambda x: jnp.square(jax.grad(f)(x)).sum())  # noqa: E731
+    np.testing.assert_allclose(twice(f)(x), twice(dense)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_works_on_the_reference_alone():
+    packed, w = pack(fh.FlexHiNM(8))
+    x = normal(2, 32)
+    f = lambda x: fh.sparse_dot(x, packed, backend="reference")  # noqa: E731
+    np.testing.assert_allclose(jax.jvp(f, (x,), (x,))[1], x @ w.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prepare", [kernels.strip, compact])
+def test_vmap_over_inputs_weights_both_and_gradients(prepare):
+    pairs = [pack(fh.FlexHiNM(8), seed=s, sparsity=0.6) for s in (0, 1)]
+    size = max(p.dense_index.shape[1] for p, _ in pairs)
+    wide = max(p.nm_index.shape[1] for p, _ in pairs)
+    w = jnp.stack([w for _, w in pairs])
+    stack = jax.tree.map(
+        lambda *a: jnp.stack(a), *(prepare(_padded(p, size, wide)) for p, _ in pairs)
+    )
+    x = normal(2, 3, 32)
+    f = fh.sparse_dot
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+    first = jax.tree.map(lambda a: a[0], stack)
+    close(jax.vmap(f, (0, None))(x, first), x @ w[0].T)
+    close(jax.vmap(f)(x, stack), x @ w.mT)
+    close(jax.vmap(f, (None, 0))(x[0], stack), x[0] @ w.mT)
+    close(jax.vmap(jax.vmap(f, (0, None)))(x, stack), x @ w.mT)
+    grad = jax.grad(lambda x, p: jnp.sin(f(x, p)).sum())
+    want = jax.grad(lambda x, w: jnp.sin(x @ w.T).sum())
+    close(jax.vmap(grad)(x, stack), jax.vmap(want)(x, w))
+    close(jax.vmap(grad, (0, None))(x, first), jax.vmap(want, (0, None))(x, w[0]))
+
+
+def _padded(packed, dense, nm):
+    """The same matrix with given numbers of columns per tile."""
+    from flexhinm_jax.types import Plan, Regions, Support
+
+    w = kernels.unpack(packed)
+    t, o, i = packed.dense_index.shape[0], *packed.shape
+    d, h = packed.dense_index.shape[1], packed.nm_index.shape[1]
+    used = np.concatenate([packed.dense_index, packed.nm_index], 1)
+    rest = [np.setdiff1d(np.arange(i), row) for row in used]
+    order = np.concatenate([used, np.stack(rest)], 1).astype(np.int32)
+    regions = Regions(
+        packed.out_order,
+        jnp.asarray(order),
+        jnp.full(t, d, jnp.int32),
+        jnp.full(t, d + h, jnp.int32),
+        packed.n,
+        packed.m,
+    )
+    plan = Plan(w, Support(w != 0, regions), jnp.float32(1))
+    del o
+    return kernels.pack_to(plan, dense, nm)
+
+
+def test_shard_map_over_the_batch_sums_the_gradients_of_the_weights():
+    packed, w = pack(fh.FlexHiNM(8))
+    mesh = jax.make_mesh((1,), ("data",))
+    x = normal(4, 32)
+
+    def loss(x, values):
+        p = dataclasses.replace(packed, nm_values=values)
+        return jax.lax.psum(jnp.sin(fh.sparse_dot(x, p)).sum(), "data")
+
+    f = jax.shard_map(loss, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
+    dx, dv = jax.jit(jax.grad(f, (0, 1)))(x, packed.nm_values)
+    want = jax.grad(lambda x, w: jnp.sin(x @ w.T).sum())(x, w)
+    np.testing.assert_allclose(dx, want, rtol=1e-4, atol=1e-4)
+    plain = jax.grad(
+        lambda v: jnp.sin(
+            fh.sparse_dot(x, dataclasses.replace(packed, nm_values=v))
+        ).sum()
+    )(packed.nm_values)
+    np.testing.assert_allclose(dv, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_an_exported_product_computes_the_same():
+    packed, w = pack(fh.FlexHiNM(8))
+    x = normal(4, 32)
+    arrays, structure = jax.tree.flatten(packed)
+    f = lambda x, *arrays: fh.sparse_dot(x, jax.tree.unflatten(structure, arrays))  # noqa: E731
+    exported = jax.export.export(jax.jit(f), platforms=["cpu"])(x, *arrays)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_allclose(again.call(x, *arrays), x @ w.T, rtol=1e-4, atol=1e-4)
+
+
+def test_preparing_keeps_the_weight_and_adds_the_layout():
+    packed, w = pack(fh.FlexHiNM(8))
+    tree = {"w": packed, "b": jnp.zeros(3)}
+    ready = kernels.prepare(tree)
+    assert list(ready["w"].layouts) == ["xla"]
+    assert ready["w"].nbytes > packed.nbytes
+    np.testing.assert_array_equal(kernels.unpack(ready["w"]), w)
+    bare = kernels.strip(ready)
+    assert jax.tree.structure(bare) == jax.tree.structure(tree)
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), packed)
+    x = normal(2, 5, 32)
+    got = jax.vmap(fh.sparse_dot)(x, kernels.prepare(stack))
+    np.testing.assert_allclose(got, x @ w.T, rtol=1e-4, atol=1e-4)
+
+
+def test_the_compact_layout_takes_no_more_bytes_than_the_canonical_one():
+    packed, _ = pack(fh.FlexHiNM(64, permute=None), (128, 1024), sparsity=0.75)
+    dense = 128 * 1024 * 4
+    assert packed.nbytes <= 0.32 * dense
+    slots = xla._slots_of(packed, False)
+    layout = sum(a.nbytes for a in jax.tree.leaves(slots))
+    assert layout + packed.dense_values.nbytes <= 0.32 * dense
+
+
+def test_values_of_a_prepared_weight_are_not_differentiated():
+    packed, w = pack(fh.FlexHiNM(8))
+    ready = kernels.prepare(packed)
+    f = lambda x, p: fh.sparse_dot(x, p).sum()  # noqa: E731
+    with pytest.raises(ValueError, match="call `kernels.prepare` after training"):
+        jax.grad(f, 1, allow_int=True)(normal(3, 32), ready)
+    dx = jax.jit(jax.grad(f))(normal(3, 32), ready)
+    np.testing.assert_allclose(dx, jnp.broadcast_to(w.sum(0), (3, 32)), atol=1e-4)
+
+
+def test_unknown_and_unavailable_backends_say_why():
+    packed, _ = pack(fh.NM(2, 4))
+    x = normal(3, 32)
+    with pytest.raises(ValueError, match="backend='fast' is unknown; choose one of"):
+        fh.sparse_dot(x, packed, backend="fast")
+    with pytest.raises(ValueError, match="is unknown"):
+        kernels.prepare(packed, "fast")
+    if backends.capability() is None:
+        with pytest.raises(NotImplementedError, match="no NVIDIA GPU is visible"):
+            fh.sparse_dot(x, packed, backend="gpu")
+        for name in gpu_backends.BACKENDS:
+            with pytest.raises(NotImplementedError, match="no NVIDIA GPU is visible"):
+                fh.sparse_dot(x, packed, backend=name)
+    with backends.assume(9, 0), pytest.raises(NotImplementedError, match="transposed"):
+        fh.sparse_dot(x[:, :16], packed, transposed=True, backend="gpu")
+
+
+def test_an_integer_input_is_refused():
+    packed, _ = pack(fh.NM(2, 4))
+    with pytest.raises(ValueError, match="must be floating; cast it first"):
+        fh.sparse_dot(jnp.ones((3, 32), jnp.int32), packed)
+
+
+class Kernel:
+    """A backend that only counts: stands for a GPU kernel."""
+
+    def __init__(self, refuses=None):
+        self.refuses = refuses
+
+    def reason(self, x, packed, capability):
+        return self.refuses
+
+    def matmul(self, x, packed, dtype):
+        return jnp.full((x.shape[0], packed.shape[0]), 7, dtype)
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Puts one fake backend in the place of the GPU kernels."""
+
+    def run(kernel, **kwargs):
+        class Fake(backends.Backend):
+            def load(self):
+                return kernel
+
+        fake = Fake("fake", "", **({"majors": (9,)} | kwargs))
+        monkeypatch.setattr(gpu_backends, "BACKENDS", {"fake": fake})
+        monkeypatch.setattr(gpu_backends, "ranked", lambda *_: ("fake",))
+        backends._warn.cache_clear()
+
+    yield run
+    jax.clear_caches()
+
+
+def test_a_gpu_kernel_is_part_of_the_cuda_program_alone(register):
+    register(Kernel())
+    packed, w = pack(fh.NM(2, 4))
+    x = normal(3, 32)
+    with backends.assume(9, 0):
+        f = jax.jit(lambda x: fh.sparse_dot(x, packed))
+        np.testing.assert_allclose(f(x), x @ w.T, rtol=1e-4, atol=1e-4)
+        texts = {
+            p: f.trace(x).lower(lowering_platforms=(p,)).as_text()
+            for p in ("cpu", "cuda")
+        }
+        forced = fh.sparse_dot(x, packed, backend="fake")
+    assert "7.0" in texts["cuda"] and "dot_general" not in texts["cuda"]
+    assert "7.0" not in texts["cpu"] and "dot_general" in texts["cpu"]
+    np.testing.assert_array_equal(forced, np.full((3, 16), 7.0))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options", "message"),
+    [
+        (Kernel(), {"since": (99, 0)}, "needs jax 99.0 or newer"),
+        (Kernel(), {"majors": (8,)}, "this chip has 9.0"),
+        (Kernel("no layout: call kernels.prepare(packed)"), {}, "kernels.prepare"),
+    ],
+)
+def test_a_machine_without_the_kernel_falls_back_with_one_warning(
+    register, recwarn, kernel, options, message
+):
+    register(kernel, **options)
+    packed, w = pack(fh.NM(2, 4))
+    x = normal(3, 32)
+    with backends.assume(9, 0):
+        for _ in range(2):
+            got = fh.sparse_dot(x, packed)
+        with pytest.raises(NotImplementedError, match=message):
+            fh.sparse_dot(x, packed, backend="gpu")
+    np.testing.assert_allclose(got, x @ w.T, rtol=1e-4, atol=1e-4)
+    ours = [str(w.message) for w in recwarn if "plain XLA" in str(w.message)]
+    assert len(ours) == 1 and message in ours[0]
+
+
+def test_a_product_that_a_kernel_does_not_serve_falls_back_in_silence(
+    register, recwarn
+):
+    register(Kernel("float32 has no 2:4 tensor-core form"))
+    packed, _ = pack(fh.NM(2, 4))
+    with backends.assume(9, 0):
+        fh.sparse_dot(normal(3, 32), packed)
+        with pytest.raises(NotImplementedError, match="float32 has no"):
+            fh.sparse_dot(normal(3, 32), packed, backend="fake")
+    assert not [w for w in recwarn if "plain XLA" in str(w.message)]
+
+
+def test_operators_are_those_of_the_dense_matrix():
+    packed, w = pack(fh.FlexHiNM(8))
+    x, y = normal(3, 32), normal(3, 16)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+    close(x @ packed.T, x @ w.T)
+    close(np.asarray(x) @ packed.T, x @ w.T)
+    close(y @ packed, y @ w)
+    close(packed @ x.T, w @ x.T)
+    close(packed @ x[0], w @ x[0])
+    close(packed.T @ y.T, w.T @ y.T)
+    close(jax.jit(lambda x, p: x @ p.T)(x, packed), x @ w.T)
+    close(jax.jit(lambda x, t: x @ t)(x, packed.T), x @ w.T)
+    np.testing.assert_array_equal(packed.todense(), w)
+    np.testing.assert_array_equal(packed.T.todense(), w.T)
+    assert packed.T.shape == (32, 16) and packed.T.T is packed
+    assert packed.ndim == packed.T.ndim == 2 and packed.T.dtype == w.dtype

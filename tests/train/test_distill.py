@@ -1,0 +1,204 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+
+import flexhinm_jax as fh
+from flexhinm_jax.io import checkpoints, huggingface, packed
+from flexhinm_jax.models import encoder
+from train import corpus, distill, log, prose
+from train.distill import Config
+from train.recovery import Budget
+from train.teacher import Recipe
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] the a of is and cat dog sat ran on under mat".split()
+SIZES = {
+    "model_type": "bert",
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.2,
+}
+RECIPE = Recipe(learning_rate=1e-3, rows=2, length=16, precision="float32")
+FLAGS = "--rows 2 --length 16 --calibration 8 --evaluation 8 --precision float32"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(SIZES))
+    known = {word: k for k, word in enumerate(WORDS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = encoder.EncoderConfig.from_dict(SIZES)
+    params = encoder.init(jax.random.key(0), config)
+    arrays = {name: np.asarray(leaf) for name, leaf in params.items()}
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    generator = np.random.default_rng(0)
+    lines = [" ".join(generator.choice(WORDS[4:], 6)) for _ in range(40)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def case(model_dir, text_file):
+    """(encoder, start, token lists): pruned by magnitude, which compiles quickly."""
+    made = distill.load(model_dir, 8)
+    lists = distill.tokenize(made.model, text_file.read_text().splitlines())
+    start = fh.prune(
+        made.embed,
+        made.params,
+        [made.model.sample()],
+        fh.Magnitude(fh.NM(2, 4)),
+        key=jax.random.key(0),
+    )
+    return made, start, lists
+
+
+def recover(case, out, recipe=RECIPE, steps=6, **options):
+    config = Config(budget=Budget(steps, "steps"), recipe=recipe, evaluation=8)
+    made, start, lists = case
+    return distill.recover(made, start, lists, config, out, **options)
+
+
+def test_a_run_that_died_goes_on_as_if_it_had_not(case, tmp_path, monkeypatch):
+    whole, plans, figures = recover(case, None)
+    assert figures["steps"] == 6
+    for path, plan in plans.items():
+        fh.verify(plan, path=path)
+
+    write = log.Log.write
+
+    def dying(self, step, **values):
+        if step == 5:
+            raise MemoryError
+        return write(self, step, **values)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(log.Log, "write", dying)
+        recover(case, tmp_path, every=0.0)
+    kept = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in kept] == ["step-0000003", "step-0000004"]
+    # The last checkpoint lost a file: the one before serves.
+    (kept[1] / checkpoints.ARRAYS / "manifest.ocdbt").unlink()
+    again, _, figures = recover(case, tmp_path)
+    assert figures["steps"] == 6
+    for name in whole:
+        np.testing.assert_array_equal(np.asarray(whole[name]), np.asarray(again[name]))
+    steps = [record["step"] for record in log.read(tmp_path / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+    other = Recipe(learning_rate=2e-3, rows=2, length=16, precision="float32")
+    with pytest.raises(
+        ValueError, match="recipe.learning_rate: saved 0.001, now 0.002"
+    ):
+        recover(case, tmp_path, other)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(case):
+    wild = Recipe(learning_rate=1e30, rows=2, length=16, precision="float32", warmup=0)
+    with pytest.raises(ValueError, match="loss is nan at step 2"):
+        recover(case, None, wild)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("--pattern 2by4", "unknown pattern '2by4'"),
+        ("--text missing.txt", "missing.txt is not a file"),
+        ("--text binary.txt", "binary.txt is not UTF-8 text"),
+        ("--text empty.txt", "empty.txt has no text"),
+        ("--minutes 0", "a budget of 0.0 minutes is not positive"),
+        ("--precision half", "precision='half'; known: float32, bfloat16"),
+        ("--gates --gate-share 2", "share=2.0 must be in"),
+        ("--sentences 0", "sentences=0 must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(flags, text, model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    given = ["--model", str(model_dir), "--evaluation", "8", *flags.split()]
+    with pytest.raises(SystemExit, match="distill: ") as error:
+        distill.main(given)
+    assert text in str(error.value)
+
+
+def test_training_text_shares_nothing_with_the_evaluation(tmp_path, monkeypatch):
+    held_out = {s.lower() for s in corpus.sentences("evaluation")}
+    known = corpus.sentences("calibration")
+    root = tmp_path / "site"
+    (root / "package").mkdir(parents=True)
+    leak = corpus.sentences("evaluation")[0]
+    fresh = "The quick fox is on the roof of the house."
+    (root / "package" / "leaky.py").write_text(f'"""{leak}\n\n{fresh}"""\n')
+    clean = "The slow fox is under the roof of the barn."
+    (root / "package" / "clean.py").write_text(f'"""{clean}"""\n')
+    monkeypatch.setattr(prose.sysconfig, "get_path", lambda _: str(root))
+    found = prose.sentences()
+    assert found == [*known, clean]
+    assert held_out.isdisjoint(s.lower() for s in found)
+    assert prose.sentences(10) == known[:10]
+    path = tmp_path / "text.txt"
+    path.write_text(f"{fresh}\n{leak.upper()}\n{fresh}\n")
+    assert prose.from_files([path]) == [fresh]
+
+
+def command(model_dir, text_file, out):
+    flags = f"{FLAGS} --steps 60 --checkpoint-seconds 0 --pattern 2:4"
+    paths = ["--model", model_dir, "--text", text_file, "--out", out]
+    return [sys.executable, "-m", "train.distill", *flags.split(), *map(str, paths)]
+
+
+@pytest.mark.slow
+def test_the_program_survives_a_kill_and_writes_a_model_that_others_read(
+    model_dir, text_file, tmp_path
+):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(model_dir, text_file, whole), check=True, timeout=600)
+    run = subprocess.Popen(command(model_dir, text_file, killed))
+    ends = time.monotonic() + 600
+    while not list((killed / "checkpoints").glob("step-*5")):
+        assert run.poll() is None and time.monotonic() < ends
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not (killed / "model").exists()
+    subprocess.run(command(model_dir, text_file, killed), check=True, timeout=600)
+    models = [huggingface.read(folder / "model").params for folder in (whole, killed)]
+    for name, leaf in models[0].items():
+        np.testing.assert_array_equal(leaf, models[1][name])
+    twin = packed.read_packed(whole / "model" / "packed.safetensors")
+    pruned = 0
+    for path, leaf in twin.items():
+        if isinstance(leaf, fh.PackedWeight):
+            pruned += 1
+            unpacked = np.asarray(fh.kernels.unpack(leaf))
+            np.testing.assert_array_equal(unpacked, models[0][path])
+            assert np.mean(unpacked == 0) >= 0.5
+    assert pruned == 6
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["steps"] == 60 and summary["sentences"] == 40
+    assert (whole / "curves.png").stat().st_size > 0
+    assert not (whole / "checkpoints").exists()

@@ -1,0 +1,151 @@
+"""Dense training, pruning and training on, on a model of a thousand weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flexhinm_jax as fh
+from flexhinm_jax.models import vision as models
+from train import log, loop, vision
+from train.recipes import Recipe, recipes
+
+CONFIG = vision.Config(
+    name="tiny",
+    model="mlp",
+    fields={"width": 32, "hidden": 32, "depth": 1},
+    rules=(("head", "skip"),),
+    dense_steps=60,
+    steps=20,
+    batch_size=64,
+    learning_rate=1e-2,
+    prune_rate=1e-2,
+    every=10,
+)
+HINM = fh.HiNM(16, permute=None)
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    return loop.Trainer(vision.task(CONFIG, None, (0, 1)), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def dense(trainer):
+    return trainer.dense()
+
+
+def test_lanes_are_found_as_stacks_by_discover_too(trainer):
+    task = trainer.task
+    model = models.create("mlp", 10, **CONFIG.fields)
+    images = jnp.zeros((2, 3, 8, 8, 1), jnp.float32)
+    whole = fh.discover(
+        jax.vmap(model.apply), task.params, images, rules={"head": "skip"}
+    )
+    layouts = {path: use.layout for path, use in whole.leaves.items()}
+    assert {path: use.layout for path, use in task.uses.leaves.items()} == layouts
+
+
+def test_a_lane_does_not_depend_on_the_lanes_beside_it(trainer, dense):
+    alone = loop.Trainer(vision.task(CONFIG, None, (1,)), CONFIG).dense()
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(dense), strict=True):
+        np.testing.assert_allclose(a[0], b[1], atol=2e-3)
+
+
+def test_dense_training_learns_and_is_read_back(trainer, dense, tmp_path):
+    loss = lambda p: trainer.task.evaluate(p)["nll"]  # noqa: E731
+    assert (loss(dense) < 0.6 * loss(trainer.task.params)).all()
+    written = trainer.dense(tmp_path)
+    assert len(log.read(tmp_path / "dense.jsonl")) == 6
+    (tmp_path / "dense.jsonl").unlink()
+    again = trainer.dense(tmp_path)
+    assert not (tmp_path / "dense.jsonl").exists()
+    for a, b, c in zip(*map(jax.tree.leaves, (dense, written, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(b, c)
+
+
+def test_the_dense_model_depends_on_the_dense_part_of_a_configuration():
+    part = CONFIG.before_pruning()
+    assert dataclasses.replace(CONFIG, steps=99, name="x").before_pruning() == part
+    assert dataclasses.replace(CONFIG, dense_steps=99).before_pruning() != part
+    assert dataclasses.replace(CONFIG, shift=2).before_pruning() != part
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe("unstructured", fh.Magnitude(fh.Unstructured()), stages=4),
+        Recipe("fixed", fh.Magnitude(HINM)),
+        pytest.param(
+            Recipe("gates", fh.HardConcrete(fh.FlexHiNM(16, permute=None)), stages=2),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda r: r.title,
+)
+def test_a_recipe_ends_with_the_asked_zeros_and_lower_loss(
+    trainer, dense, recipe, tmp_path
+):
+    key, path = jax.random.key(0), tmp_path / "run.jsonl"
+    params, records = trainer.prune(recipe, 0.75, dense, key, path)
+    np.testing.assert_allclose(loop.zeros(trainer.task, params), 0.75, atol=0.02)
+    assert [r["step"] for r in log.read(path)] == [10, 20]
+    assert records[-1]["loss"] < records[0]["loss"]
+    found = trainer.task.evaluate(params)
+    assert set(found) == {"nll", "accuracy"} and found["nll"].shape == (2,)
+    again, _ = trainer.prune(recipe, 0.75, dense, key)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_fixed_masks_share_one_program(trainer, dense):
+    step = trainer._masked_step()
+    trainer.prune(Recipe("dense", None), 0.0, dense, jax.random.key(0))
+    trainer.prune(Recipe("a", fh.Magnitude(HINM)), 0.5, dense, jax.random.key(0))
+    assert step._cache_size() == 1
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_records(trainer, dense, tmp_path):
+    broken = jax.tree.map(lambda x: x.at[0].set(jnp.inf), dense)
+    path = tmp_path / "run.jsonl"
+    with pytest.raises(log.Diverged, match="loss is nan at step 10"):
+        trainer.prune(Recipe("dense", None), 0.0, broken, jax.random.key(0), path)
+    assert [r["step"] for r in log.read(path)] == [10]
+
+
+def test_stages_rise_to_the_target_before_the_end():
+    recipe = Recipe("r", fh.Magnitude(fh.Unstructured()), stages=4, pruning=0.5)
+    found = recipe.schedule(80, 0.8)
+    assert list(found) == [0, 10, 20, 30]
+    assert list(found.values()) == sorted(found.values())
+    assert found[30] == 0.8 and found[0] == pytest.approx(0.8 * (1 - 0.75**3))
+    hinm = Recipe("r", fh.Magnitude(HINM), stages=3)
+    assert hinm.schedule(30, 0.6)[0] == 0.5, "HiNM removes half at least"
+    assert Recipe("dense", None).schedule(80, 0.8) == {}
+    with pytest.raises(ValueError, match="stages=0"):
+        Recipe("r", None, stages=0)
+
+
+def test_every_recipe_of_the_comparison_is_there():
+    assert list(recipes(64)) == [
+        "dense",
+        "unstructured",
+        "hinm",
+        "hinm_random",
+        "hinm_gyro",
+        "flexhinm_gyro",
+        "flexhinm_gp",
+        "flexhinm_gumbel",
+    ]
+    assert recipes(64)["hinm"].method.pattern.vector_size == 64
+
+
+def test_moved_counts_what_is_kept_in_place_of_something_else(trainer, dense):
+    pruned, _ = trainer.prune(
+        Recipe("a", fh.Magnitude(HINM)), 0.75, dense, jax.random.key(0)
+    )
+    assert (loop.moved(trainer.task, dense, pruned) == 0).all()
+    np.testing.assert_allclose(loop.moved(trainer.task, pruned, dense), 0.75, atol=0.02)
