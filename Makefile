@@ -10,6 +10,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 EXTRAS  ?= test,lint,hf,plot,equinox
 WORKERS ?= 2
+MARKS   ?= not slow
 ARGS    ?=
 
 PY    := $(VENV)/bin/python
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.installed
 TEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help bench-gyro bench-oneshot bench-minilm install demo test test-all test-next notebooks lint format build clean
+.PHONY: help bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-training install demo distill bench-distill train-digits train-bytes test test-all test-next notebooks gpu-compile bench-gpu lint format build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -38,17 +39,27 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Prune a real sentence encoder and print what it cost
 	$(PY) -m train.demo $(ARGS)
 
-test test-all notebooks bench-gyro bench-oneshot bench-minilm: export JAX_PLATFORMS ?= cpu
+test test-all notebooks bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-training bench-distill distill train-digits train-bytes: export JAX_PLATFORMS ?= cpu
+
+distill: $(STAMP) ## Prune MiniLM at 2:4 and train it for 8 minutes to embed as before
+	$(PY) -m train.distill $(ARGS)
+
+train-digits: $(STAMP) ## Compare all ways to prune on handwritten digits, 3 seeds
+	$(PY) -m train.compare $(ARGS)
+
+train-bytes: $(STAMP) ## Train a byte-level decoder, prune it, train it on
+	$(PY) -m train.language $(ARGS)
 
 test: $(STAMP) ## Run the tests, the slow ones left out
-	$(TEST) -m "not slow" $(ARGS)
+	$(TEST) -m "$(MARKS)" $(ARGS)
 
 test-all: $(STAMP) ## Run every test
 	$(TEST) $(ARGS)
 
 test-next: ## Run the tests on a newer Python and the newest jax (.venv-next)
 	@python=$$(.ci/newer-python $(PYTHON)) || exit 1; \
-	$(MAKE) test PYTHON="$$python" VENV=.venv-next EXTRAS=test,hf,plot,equinox
+	$(MAKE) test PYTHON="$$python" VENV=.venv-next EXTRAS=test,hf,plot,equinox \
+	  MARKS="not slow and not once"
 
 bench-gyro: $(STAMP) ## Permutation search beside its anchors (ARGS=--quick)
 	$(PY) -m bench.gyro $(ARGS)
@@ -58,6 +69,57 @@ bench-oneshot: $(STAMP) ## One-shot pruners and transposable masks beside anchor
 
 bench-minilm: $(STAMP) ## Quality of one-shot pruning on MiniLM, beside its cost
 	$(PY) -m bench.minilm $(ARGS)
+
+PEERS_VENV  ?= .venv-peers
+PEERS_PY    := $(PEERS_VENV)/bin/python
+PEERS_STAMP := $(PEERS_VENV)/.installed
+
+# PyTorch is needed for this comparison alone, so it has an environment of its own.
+$(PEERS_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_PY) -m pip install --quiet torch==2.13.0 numpy scipy
+	$(PEERS_PY) -m pip install --quiet -e .
+	@touch $@
+
+bench-peers: $(PEERS_STAMP) ## One-shot pruners beside the same formulas in PyTorch
+	$(PEERS_PY) -m bench.peers $(ARGS)
+
+bench-armor: $(STAMP) ## Block-diagonal factors around a 2:4 core beside their anchors
+	$(PY) -m bench.armor $(ARGS)
+	$(PY) -m bench.permutation
+
+bench-permutation: $(STAMP) ## Input orders for 2:4: searched, learned (ARGS="--only model")
+	$(PY) -m bench.permutation $(ARGS)
+
+bench-distill: $(STAMP) ## MiniLM pruned and distilled, fixed masks beside gates
+	$(PY) -m bench.distill $(ARGS)
+
+bench-training: $(STAMP) ## Training overhead, recipes compared, learned masks, bits per byte
+	$(PY) -m bench.training $(ARGS)
+	$(PY) -m bench.comparison
+
+# The GPU kernels need jax >= 0.11.2, so Python >= 3.12, and to compile them offline the
+# matching CUDA plugin and NVIDIA's assembler: an environment of its own, 1.5 GB.
+GPU_VENV := .venv-gpu
+GPU_PY   := $(GPU_VENV)/bin/python
+GPU_PIP  := $(GPU_PY) -m pip install -qq --disable-pip-version-check
+
+$(GPU_VENV)/.installed: pyproject.toml
+	@python=$$(.ci/newer-python none) || exit 1; "$$python" -m venv $(GPU_VENV)
+	$(GPU_PIP) "jax>=0.11.2" -e .
+	@jax=$$($(GPU_PY) -c 'import jax; print(jax.__version__)'); set -x; \
+	$(GPU_PIP) --no-deps jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax
+	$(GPU_PIP) nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-nvdisasm
+	@touch $@
+
+gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline for four chips (.venv-gpu)
+	JAX_PLATFORMS=cpu $(GPU_PY) -m bench.gpu_compile $(ARGS)
+
+bench-gpu: $(STAMP) ## GPU kernels: numerics, then times where there is a GPU
+	$(PY) -m bench.gpu $(ARGS)
+
+bench-kernels: $(STAMP) ## Packed products on the CPU beside dense ones (ARGS=--only layers)
+	$(PY) -m bench.kernels $(ARGS)
 
 notebooks: $(STAMP) ## Execute the notebooks of colab/
 	$(PY) -m pytest --nbmake --nbmake-timeout=600 colab $(ARGS)

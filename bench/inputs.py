@@ -29,6 +29,47 @@ MINILM = {
     "intermediate": "encoder.layer.0.intermediate.dense.weight",
 }
 
+LAYERS = {"synth512": (7.764288, -94.7641), "minilm": (-1197.985557, 3338.2365)}
+"""name: sums of the weight and of the inputs of `layer`, in float64."""
+
+
+def layer(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A weight and 4096 rows of its inputs: "synth512", "synth512t" or "minilm".
+
+    The synthetic weights have normal or Student-t entries (5 degrees of freedom) and
+    log-normal row scales; that of MiniLM is its first feed-forward matrix. The inputs
+    are made of 32 directions and noise, with log-normal channel scales.
+
+    Raises:
+      ValueError: sums that do not match.
+    """
+    if name == "minilm":
+        w, seed = _minilm(MINILM["intermediate"]), 2
+    else:
+        rng, seed = np.random.default_rng(0), 1
+        shape = (512, 512)
+        normal = {"synth512": True, "synth512t": False}[name]
+        base = rng.standard_normal(shape) if normal else rng.standard_t(5, shape)
+        rows = np.exp(0.3 * rng.standard_normal(512))
+        w = (base * rows[:, None] / np.sqrt(512)).astype(np.float32)
+    x = _correlated_rows(4096, w.shape[1], seed)
+    if name in LAYERS:
+        found = w.sum(dtype=np.float64), x.sum(dtype=np.float64)
+        want = LAYERS[name]
+        if abs(found[0] - want[0]) > 6e-7 or abs(found[1] - want[1]) > 6e-5:
+            raise ValueError(f"{name}: sums {found}, expected {want}; got other bytes")
+    return w, x
+
+
+def _correlated_rows(count: int, size: int, seed: int, rank: int = 32) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    directions = rng.standard_normal((size, rank))
+    scale = np.exp(0.5 * rng.standard_normal(size))
+    z = rng.standard_normal((count, rank))
+    noise = rng.standard_normal((count, size))
+    x = (z @ directions.T / np.sqrt(rank) + 0.5 * noise) * scale
+    return x.astype(np.float32)
+
 
 def matrix(name: str) -> np.ndarray:
     """The matrix of that name: "gauss512_s1", "colsig_1.5", or one of `MINILM`.

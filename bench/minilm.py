@@ -2,6 +2,7 @@
 
     make bench-minilm                            # all rows
     make bench-minilm ARGS="--only alps-2:4"     # rows whose name contains the text
+    make bench-minilm ARGS="--ablation --once"   # 3 targets x 3 methods x 2 patterns
 
 All 36 linear layers of the encoder are pruned. The cosine is that of the embeddings of
 the pruned and of the dense model, over evaluation sentences of `train.corpus`; numbers
@@ -50,13 +51,23 @@ class Run:
     note: str = ""
 
 
-RUNS = {
+#: What to fit to, by method and pattern: all on the same 512 sentences.
+ABLATION = {
+    f"{name}-{label}-{target}-c512": Run(method(pattern), target, 512, sparsity)
+    for label, pattern, sparsity in (
+        ("2:4", NM, None),
+        ("flexhinm", fh.FlexHiNM(32, permute=None), 0.75),
+    )
+    for name, method in (
+        ("refit-wanda", fh.Refit),
+        ("sparsegpt", fh.SparseGPT),
+        ("alps", fh.ALPS),
+    )
+    for target in ("seq", "asym", "resid")
+}
+
+RUNS = ABLATION | {
     "wanda-2:4-c128": Run(fh.Wanda(NM), None, 128),
-    "wanda-refit-2:4-c512": Run(fh.Refit(fh.Wanda(NM)), "resid", 512),
-    "sparsegpt-2:4-c512": Run(fh.SparseGPT(NM), "seq", 512),
-    "alps-2:4-seq-c512": Run(fh.ALPS(NM), "seq", 512),
-    "alps-2:4-asym-c512": Run(fh.ALPS(NM), "asym", 512),
-    "alps-2:4-resid-c512": Run(fh.ALPS(NM), "resid", 512),
     "alps-2:4-resid-c1024": Run(fh.ALPS(NM), "resid", 1024),
     "alps-2:4-permuted-resid-c512": Run(fh.ALPS(SEARCHED), "resid", 512),
     "alps-2:4-permuted-resid-c1024": Run(fh.ALPS(SEARCHED), "resid", 1024),
@@ -181,6 +192,9 @@ def main() -> None:
     """Runs the benchmark; every row in a process of its own."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument(
+        "--ablation", action="store_true", help="the rows about targets alone"
+    )
     parser.add_argument("--evaluation", type=int, default=512, help="sentences")
     parser.add_argument("--out", type=Path, default=Path("bench/results/minilm.json"))
     parser.add_argument("--once", action="store_true", help="no second run")
@@ -199,7 +213,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     rows = {r["name"]: r for r in known if r["name"] in RUNS}
-    for name in RUNS:
+    for name in ABLATION if args.ablation else RUNS:
         if args.only not in name:
             continue
         with tempfile.TemporaryDirectory() as folder:

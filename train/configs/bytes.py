@@ -1,0 +1,30 @@
+"""A Llama-style decoder of 1.2 million weights on the bytes of Python's library.
+
+Result: RESULT
+Time: TIME
+Command: python -m train.language --sparsity 0.75
+"""
+
+from flexhinm_jax.models.decoder import DecoderConfig
+from train.language import Config
+
+CONFIG = Config(
+    name="bytes",
+    model=DecoderConfig(
+        hidden_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=352,
+        initializer_range=0.05,
+    ),
+    rules=(("lm_head", "skip"),),
+    batch_size=8,
+    length=128,
+    dense_steps=700,
+    steps=250,
+    learning_rate=4e-3,
+    prune_rate=2e-3,
+    weight_decay=0.05,
+    every=25,
+)

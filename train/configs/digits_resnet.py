@@ -1,0 +1,19 @@
+"""A small ResNet on scikit-learn's digits: 77 thousand weights.
+
+Result: RESULT
+Time: TIME
+Command: python -m train.vision --config digits_resnet --method flexhinm_gyro
+"""
+
+from train.vision import Config
+
+CONFIG = Config(
+    name="digits_resnet",
+    model="resnet",
+    fields={"widths": (32, 64), "depth": 1},
+    rules=(("head|stem", "skip"),),
+    dense_steps=200,
+    steps=200,
+    batch_size=64,
+    learning_rate=2e-3,
+)

@@ -1,0 +1,19 @@
+"""A small ViT on scikit-learn's digits: 69 thousand weights, patches of 2 x 2.
+
+Result: RESULT
+Time: TIME
+Command: python -m train.vision --config digits_vit --method hinm_gyro --sparsity 0.75
+"""
+
+from train.vision import Config
+
+CONFIG = Config(
+    name="digits_vit",
+    model="vit",
+    fields={"patch": 2, "width": 64, "hidden": 128, "depth": 2},
+    rules=(("head|stem", "skip"),),
+    dense_steps=400,
+    steps=200,
+    batch_size=64,
+    learning_rate=2e-3,
+)

@@ -1,0 +1,158 @@
+"""Recovery in which Hard Concrete gates may still move the masks.
+
+Gates start from the supports that a one-shot method found. A weight that it pruned
+starts from its dense value, because a gate learns nothing from a weight that is zero.
+For a first share of the budget gates and weights move together, then the gates harden
+to exactly n of m and the rest of the budget trains the weights under fixed masks.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+import flexhinm_jax as fh
+from flexhinm_jax.models.encoder import EncoderConfig
+from flexhinm_jax.transforms import tree
+from train import recovery
+from train.packing import Rows
+from train.recovery import Budget, Recovery
+from train.teacher import Recipe, Targets, loss_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Gates:
+    """How gates are trained.
+
+    Attributes:
+      share: fraction of the budget in which gates move, in (0, 1].
+      rate: learning rate of log_alpha (Adam).
+      start: log_alpha of kept weights at the beginning, minus that of pruned ones.
+      temperature: first and last.
+      count_weight: weight of the count term at the end of the share.
+      sparsity_weight: weight of the mean gate.
+      straight_through: forward through exactly n of m.
+    """
+
+    share: float = 0.5
+    rate: float = 1e-2
+    start: float = 1.0
+    temperature: tuple[float, float] = (2 / 3, 0.1)
+    count_weight: float = 1.0
+    sparsity_weight: float = 0.01
+    straight_through: bool = False
+
+    def __post_init__(self):
+        """Validates the fields."""
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} must be in (0, 1]")
+
+    def method(self, pattern: fh.Pattern) -> fh.HardConcrete:
+        """The method for a pattern."""
+        return fh.HardConcrete(
+            pattern,
+            temperature=self.temperature,
+            start=self.start,
+            count_weight=self.count_weight,
+            sparsity_weight=self.sparsity_weight,
+            straight_through=self.straight_through,
+        )
+
+
+class GatedRecovery(Recovery):
+    """A run whose masks move first.
+
+    Attributes:
+      moved: fraction of the kept weights of the start that hardening exchanged; None
+        before.
+    """
+
+    def __init__(
+        self,
+        dense: Mapping[str, Any],
+        start: tree.Pruned,
+        pattern: fh.Pattern,
+        token_lists: Sequence[Sequence[int]],
+        config: EncoderConfig,
+        recipe: Recipe,
+        budget: Budget,
+        gates: Gates,
+    ):
+        """Sets up a run and starts its clock; see `Recovery`."""
+        keep = fh.keep_tree(start.plans, start.params, start.uses)
+        super().__init__(dense, start.params, keep, token_lists, config, recipe, budget)
+        self._gates, self._keep = gates, keep
+        self._method = gates.method(pattern)
+        self._uses = start.uses
+        states = {
+            path: self._method.begin(plan.support) for path, plan in start.plans.items()
+        }
+        student = {
+            name: leaf
+            if keep[name] is None
+            else jnp.where(keep[name], leaf, dense[name])
+            for name, leaf in self.progress.student.items()
+        }
+        tx, mask_tx = recovery.optimizer(recipe), optax.adam(gates.rate)
+
+        def loss_fn(student: Any, fixed: Any, rows: Rows, targets: Targets) -> Any:
+            params = {**fixed, **student}
+            return loss_of(params, rows, targets, config, recipe)
+
+        self.training = fh.init_training(
+            self._method,
+            student,
+            self._uses,
+            states,
+            tx,
+            key=jax.random.key(recipe.seed),
+            mask_tx=mask_tx,
+        )
+        self._gated_step = fh.make_step(
+            self._method, loss_fn, tx, self._uses, mask_tx=mask_tx
+        )
+        self.moved: float | None = None
+
+    def plans(self) -> dict[str, Any]:
+        """The hard plans with the weights as they are now."""
+        if self.moved is None:
+            self._harden()
+        student = self.progress.student
+        return fh.decide(self._method, self.training.states, student, self._uses)
+
+    def advance(
+        self, rows: Rows, targets: Targets, rate: float, part: float
+    ) -> dict[str, Array]:
+        """One step; hardens when the share of the gates is over."""
+        if self.moved is None and part < self._gates.share:
+            training = dataclasses.replace(
+                self.training, opt_state=recovery.at_rate(self.training.opt_state, rate)
+            )
+            self.training, found = self._gated_step(
+                training.at(part / self._gates.share), self.fixed, rows, targets
+            )
+            return found
+        if self.moved is None:
+            self._harden()
+        return super().advance(rows, targets, rate, part)
+
+    def _harden(self) -> None:
+        """Closes the gates; from here on the masks are fixed."""
+        self.training = fh.harden(self._method, self.training, self._uses)
+        self.progress.student = dict(self.training.params)
+        self.progress.opt_state = self.training.opt_state
+        masks = self.training.opt_state.keep
+        kept = [(self._keep[k], m) for k, m in masks.items() if m is not None]
+        lost = sum(int(np.sum(np.asarray(a) & ~np.asarray(b))) for a, b in kept)
+        self.moved = lost / sum(int(np.sum(np.asarray(a))) for a, _ in kept)
+
+    def params(self) -> dict[str, Array]:
+        """All parameters of the student, with zeros in place."""
+        if self.moved is None:
+            self._harden()
+        return super().params()

@@ -1,0 +1,86 @@
+"""The ways to prune that the programs compare: a method and when it prunes.
+
+Every recipe gets the same dense model, the same number of further steps and the same
+score, the absolute value; they differ in the pattern, the search of the orders, and in
+whether the masks are learned.
+"""
+
+import dataclasses
+
+import flexhinm_jax as fh
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A row of the comparison.
+
+    Attributes:
+      title: for tables.
+      method: None trains on without pruning.
+      stages: how often the sparsity rises, to the target with the last: 1 prunes at
+        once. Stages rise along the cubic of Zhu and Gupta 2017 (arXiv:1710.01878).
+      pruning: fraction of the steps until the last choice is made: the last stage ends
+        there, open gates harden, and the rest trains under fixed masks.
+      mask_rate: learning rate of what the method learns.
+    """
+
+    title: str
+    method: fh.Method | None
+    stages: int = 1
+    pruning: float = 0.7
+    mask_rate: float = 0.02
+
+    def __post_init__(self):
+        """Validates the schedule."""
+        if self.stages < 1 or not 0 < self.pruning <= 1:
+            raise ValueError(
+                f"stages={self.stages}, pruning={self.pruning}: need at least one "
+                "stage and a fraction of the steps in (0, 1]"
+            )
+
+    def schedule(self, steps: int, target: float) -> dict[int, float]:
+        """Step -> sparsity from then on.
+
+        Args:
+          steps: of the whole run.
+          target: the last sparsity.
+        """
+        if self.method is None:
+            return {}
+        low = self.method.pattern.sparsity_range()[0]
+        end = max(self.stages, int(self.pruning * steps))
+        found = {}
+        for stage in range(self.stages):
+            done = (stage + 1) / self.stages
+            value = target * (1 - (1 - done) ** 3)
+            found[stage * end // self.stages] = min(target, max(low, value))
+        return found
+
+
+def recipes(vector_size: int = 32) -> dict[str, Recipe]:
+    """All recipes by name.
+
+    Args:
+      vector_size: rows of a tile of HiNM and FlexHiNM.
+    """
+    hinm = [
+        fh.Magnitude(fh.HiNM(vector_size, permute=permute))
+        for permute in (None, fh.RandomRows(), fh.Gyro())
+    ]
+    flex = fh.FlexHiNM(vector_size)
+    return {
+        "dense": Recipe("dense", None),
+        "unstructured": Recipe(
+            "unstructured, gradual", fh.Magnitude(fh.Unstructured()), stages=10
+        ),
+        "hinm": Recipe("HiNM, no permutation", hinm[0]),
+        "hinm_random": Recipe("HiNM, random rows (control)", hinm[1]),
+        "hinm_gyro": Recipe("HiNM + Gyro", hinm[2]),
+        "flexhinm_gyro": Recipe("FlexHiNM + Gyro", fh.Magnitude(flex)),
+        "flexhinm_gp": Recipe(
+            "FlexHiNM-GP (Hard Concrete)", fh.HardConcrete(flex), pruning=0.3
+        ),
+        "flexhinm_gumbel": Recipe(
+            "FlexHiNM + Gumbel", fh.GumbelPatterns(flex), pruning=0.3
+        ),
+    }

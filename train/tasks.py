@@ -1,0 +1,89 @@
+"""What a program trains: parameters, their uses, a loss, batches and an evaluation.
+
+Several seeds are trained at once, as lanes of one program: every leaf has a leading
+axis over the seeds. To the library such a leaf is a stack of matrices, so methods,
+masks and optimisers treat the lanes independently and nothing is compiled per seed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from flexhinm_jax.types import AxisFactor, Layout, Use, Uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model and its data, over `lanes` seeds at once.
+
+    Attributes:
+      name: for titles and file names.
+      digest: fingerprint of the data and seeds.
+      lanes: number of seeds; every leaf of `params` has it as its first axis.
+      params: the start.
+      uses: what can be pruned, with the lanes as a stack.
+      loss_fn: (params, batch) -> f32[], mean over the lanes.
+      batch_at: step -> batch; the same batch for the same step.
+      evaluate: params -> metric -> one number per lane.
+    """
+
+    name: str
+    digest: str
+    lanes: int
+    params: Any
+    uses: Uses
+    loss_fn: Callable[[Any, Any], Array]
+    batch_at: Callable[[int], Any]
+    evaluate: Callable[[Any], dict[str, np.ndarray]]
+
+
+def lift(uses: Uses, lanes: int) -> Uses:
+    """The uses of a model whose leaves got a leading axis over lanes.
+
+    Args:
+      uses: of the model without lanes.
+      lanes: length of the new axis.
+    """
+
+    def shifted(factors: tuple[AxisFactor, ...]) -> tuple[AxisFactor, ...]:
+        return tuple(dataclasses.replace(f, axis=f.axis + 1) for f in factors)
+
+    def lifted(use: Use) -> Use:
+        old = use.layout
+        layout = Layout(
+            shape=(lanes, *old.shape),
+            stack=(AxisFactor(0, 1, lanes), *shifted(old.stack)),
+            out=shifted(old.out),
+            inputs=shifted(old.inputs),
+        )
+        return dataclasses.replace(use, layout=layout, at=(None, *use.at))
+
+    return Uses(tuple(map(lifted, uses.prunable)), uses.skipped)
+
+
+def over_lanes(
+    run: Callable[..., Any], lanes: int, shared: bool = False
+) -> Callable[..., Any]:
+    """`run(params, *batch)` for every lane; results get a leading axis over them.
+
+    Args:
+      run: for one lane.
+      lanes: number of lanes.
+      shared: whether all lanes get the same batch, which then has no axis over them.
+    """
+
+    # A batched product or convolution costs more than a plain one.
+    def one(params: Any, *batch: Any) -> Any:
+        first = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
+        found = run(first(params), *(batch if shared else first(batch)))
+        return jax.tree.map(lambda x: x[None], found)
+
+    def several(params: Any, *batch: Any) -> Any:
+        axes = (0, *(None if shared else 0 for _ in batch))
+        return jax.vmap(run, axes)(params, *batch)
+
+    return one if lanes == 1 else several
