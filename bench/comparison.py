@@ -2,12 +2,12 @@
 
     make bench-training                                   # everything
     python -m bench.comparison --only recipes             # digits: 8 recipes, 3 seeds
-    python -m bench.comparison --only bytes,masks
+    python -m bench.comparison --only masks,bytes
 
-`recipes` compares all recipes on the digits. `bytes` trains the byte-level decoder
-dense and as FlexHiNM-GP at 50, 75 and 87.5 %. `masks` holds tuned Hard Concrete gates
-against fixed masks of the same pattern, on both tasks at equal steps. Writes the
-tables' numbers into bench/results/training.json and figures into `--out`.
+`recipes` compares all recipes on the digits. `masks` holds Hard Concrete gates against
+fixed masks of the same pattern and start, with more seeds. `bytes` does both for the
+byte-level decoder, one seed: dense, fixed masks and FlexHiNM-GP. Writes the tables'
+numbers into bench/results/training.json and figures into `--out`.
 """
 
 import argparse
@@ -18,12 +18,11 @@ from typing import Any
 import jax
 
 import flexhinm_jax as fh
-from train import compare, language, log, loop, programs, vision
+from train import compare, language, log, programs, vision
 from train.recipes import Recipe, recipes
-from train.tasks import Task
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
-DIGIT_SEEDS = tuple(range(8))
+SEEDS = tuple(range(8))
 
 
 def run_recipes(folder: Path) -> dict[str, Any]:
@@ -38,13 +37,13 @@ def run_recipes(folder: Path) -> dict[str, Any]:
 
 
 def run_bytes(folder: Path) -> dict[str, Any]:
-    """The byte decoder: dense, and FlexHiNM-GP at three sparsities."""
-    config, task = _bytes()
+    """The byte decoder: dense, and with fixed and with learned masks."""
+    config = programs.config("bytes", language.Config)
+    task = language.task(config, None, (0,))
     known = recipes(config.vector_size)
-    chosen = {name: known[name] for name in ("dense", "flexhinm_gp")}
-    rows = compare.compare(
-        task, config, chosen, (0.5, 0.75, 0.875), folder, jax.random.key(0)
-    )
+    chosen = {k: known[k] for k in ("dense", "flexhinm_gyro", "flexhinm_gp")}
+    targets = (0.5, *compare.SPARSITIES)
+    rows = compare.compare(task, config, chosen, targets, folder, jax.random.key(0))
     found = compare.write(folder, rows, ["bits_per_byte"], "dense")
     runs = {"dense, before pruning": log.read(folder / "dense.jsonl")}
     for row in rows:
@@ -52,7 +51,9 @@ def run_bytes(folder: Path) -> dict[str, Any]:
         records = log.read(folder / "runs" / f"{name}.jsonl")
         for record in records:
             record["step"] += config.dense_steps
-        title = "dense" if row["recipe"] == "dense" else f"{100 * row['target']:g} %"
+        title = row["title"]
+        if row["recipe"] != "dense":
+            title += f", {100 * row['target']:g} %"
         runs[title] = records
     log.curves(folder / "curves.png", runs, ["loss"])
     curve = {
@@ -63,38 +64,27 @@ def run_bytes(folder: Path) -> dict[str, Any]:
 
 
 def run_masks(folder: Path) -> dict[str, Any]:
-    """Tuned gates against fixed masks of the same pattern, equal steps."""
-    digits = programs.config("digits_mlp", vision.Config)
-    text, decoder = _bytes()
-    found = {}
-    for name, metric, config, task in (
-        ("digits", "nll", digits, vision.task(digits, None, DIGIT_SEEDS)),
-        ("bytes", "bits_per_byte", text, decoder),
-    ):
-        chosen = masks(config)
-        rows = compare.compare(
-            task, config, chosen, compare.SPARSITIES, folder / name, jax.random.key(1)
-        )
-        found[name] = compare.write(folder / name, rows, [metric], "fixed")
-    return found
-
-
-def masks(config: loop.Config) -> dict[str, Recipe]:
-    """Fixed and learned masks of one pattern; the gates as tuned on other seeds."""
+    """Fixed and learned masks of one pattern on the digits, equal steps."""
+    config = programs.config("digits_mlp", vision.Config)
+    task = vision.task(config, None, SEEDS)
     flex = fh.FlexHiNM(config.vector_size)
-    return {
-        "fixed": Recipe("fixed masks, one shot", fh.Magnitude(flex)),
-        "fixed_staged": Recipe("fixed masks, 4 stages", fh.Magnitude(flex), stages=4),
-        "gates": recipes(config.vector_size)["flexhinm_gp"],
+    fixed = fh.Magnitude(flex)
+    gates = fh.HardConcrete(flex)
+    chosen = {
+        "fixed": Recipe("fixed masks", fixed),
+        "fixed_staged": Recipe("fixed masks, 4 stages", fixed, stages=4, pruning=0.3),
+        "gates_short": Recipe("gates, open for 15 %", gates, pruning=0.15),
+        "gates": Recipe("gates, open for 30 %", gates, pruning=0.3),
+        "gates_long": Recipe("gates, open for 70 %", gates, pruning=0.7),
+        "gates_staged": Recipe("gates, 4 stages in 70 %", gates, stages=4, pruning=0.7),
     }
+    rows = compare.compare(
+        task, config, chosen, compare.SPARSITIES, folder, jax.random.key(1)
+    )
+    return compare.write(folder, rows, ["nll", "accuracy"], "fixed")
 
 
-def _bytes() -> tuple[language.Config, Task]:
-    config = programs.config("bytes", language.Config)
-    return config, language.task(config, None, (0,))
-
-
-PARTS = {"recipes": run_recipes, "bytes": run_bytes, "masks": run_masks}
+PARTS = {"recipes": run_recipes, "masks": run_masks, "bytes": run_bytes}
 
 
 def main() -> None:

@@ -77,7 +77,9 @@ def pack(shape: tuple[int, int], vector_size: int) -> tuple[Any, Any]:
     return kernels.pack(plan), plan.weight
 
 
-def layers(vector_size: int, seconds: float) -> list[dict[str, Any]]:
+def layers(
+    vector_size: int, batches: list[int], seconds: float
+) -> list[dict[str, Any]]:
     rows = []
     for shape in SHAPES:
         packed, w = pack(shape, vector_size)
@@ -90,7 +92,7 @@ def layers(vector_size: int, seconds: float) -> list[dict[str, Any]]:
             "packed": (jax.jit(xla), packed),
             "prepared": (jax.jit(xla), ready),
         }
-        for batch in BATCHES:
+        for batch in batches:
             x = jax.random.normal(jax.random.key(2), (batch, shape[1]))
             check(programs, x)
             found = times(
@@ -227,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=("layers", "minilm"))
     parser.add_argument("--vector-size", type=int, default=64)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--seconds", type=float, default=3.0, help="per row")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -238,11 +241,16 @@ def main() -> None:
         "load": os.getloadavg()[0],
     }
     if args.only != "minilm":
-        results["layers"] = layers(args.vector_size, args.seconds)
+        results["layers"] = layers(args.vector_size, args.batches, args.seconds)
+        save(args.out, results)
     if args.only != "layers":
         results["minilm"] = minilm_rows((args.vector_size, 384), 2 * args.seconds)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+        save(args.out, results)
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def compare(
             if recipe.stages == 1:
                 fixed[recipe.method, target] = params
             # The same start under masks that stay, if it ran before.
-            start = fixed.get((getattr(recipe.method, "scores", None), target))
+            scores = getattr(recipe.method, "scores", None)
+            start = None if scores is None else fixed.get((scores, target))
             if start is not None:
                 found["moved"] = loop.moved(task, start, params).tolist()
             rows.append(

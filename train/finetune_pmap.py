@@ -70,7 +70,7 @@ def share(batch: Any, count: int, axis: int) -> Any:
             near = x.shape[axis] // count * count or count
             raise ValueError(
                 f"batch_size={x.shape[axis]} is not a multiple of devices={count}; "
-                f"choose a batch_size such as {near}, or fewer devices"
+                f"choose --batch-size {near}, or another number of devices"
             )
         return np.stack(np.split(x, count, axis))
 
@@ -110,7 +110,7 @@ def finetune(
     method = recipe.method
     if method is None:
         raise ValueError("the recipe 'dense' prunes nothing; choose another one")
-    tx = config.optimizer(config.prune_rate, config.steps)
+    tx = config.optimizer(config.prune_rate, config.steps, task.lanes)
     solve_key, key = jax.random.split(key)
     states = fh.solve(method, solve_key, params, task.uses, None, sparsity)
     training = fh.init_training(method, params, task.uses, states, tx, key=key)
@@ -179,9 +179,7 @@ def main() -> None:
     before = time.perf_counter()
     try:
         on = devices(args.devices)
-        config = programs.config(
-            args.config, loop.Config, steps=args.steps, dense_steps=args.dense_steps
-        )
+        config = programs.config(args.config, loop.Config, **programs.changes(args))
         recipe = programs.recipe(args.method, config)
         make = language.task if isinstance(config, language.Config) else vision.task
         task = make(config, args.data, args.seeds)

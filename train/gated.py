@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
@@ -89,15 +88,8 @@ class GatedRecovery(Recovery):
         self._gates, self._keep = gates, keep
         self._method = gates.method(pattern)
         self._uses = start.uses
-        states = {
-            path: self._method.begin(plan.support) for path, plan in start.plans.items()
-        }
-        student = {
-            name: leaf
-            if keep[name] is None
-            else jnp.where(keep[name], leaf, dense[name])
-            for name, leaf in self.progress.student.items()
-        }
+        moving = {name: dense[name] for name in self.progress.student}
+        states, student = fh.adopt(self._method, start.plans, moving, self._uses)
         tx, mask_tx = recovery.optimizer(recipe), optax.adam(gates.rate)
 
         def loss_fn(student: Any, fixed: Any, rows: Rows, targets: Targets) -> Any:

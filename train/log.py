@@ -158,7 +158,7 @@ def curves(
 
     present = {k for records in runs.values() for r in records for k in r}
     names = [name for name in names if name in present]
-    figure = Figure(figsize=(4.2 * max(1, len(names)), 3.2), layout="constrained")
+    figure = Figure(figsize=(2.0 + 4.0 * max(1, len(names)), 3.2), layout="constrained")
     panels = figure.subplots(1, max(1, len(names)), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=False):
         for title, records in runs.items():
@@ -169,7 +169,8 @@ def curves(
         axes.set_title(name.replace("_", " "), fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     if len(runs) > 1 and names:
-        panels[-1].legend(fontsize=7, frameon=False)
+        labels = panels[0].get_legend_handles_labels()
+        figure.legend(*labels, loc="outside right upper", fontsize=7, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -39,7 +39,7 @@ class Config:
       learning_rate: peak of the dense training: warm-up, then cosine to a tenth.
       prune_rate: peak of the steps after it.
       weight_decay: of AdamW.
-      clip: largest norm of the gradient.
+      clip: largest norm of the gradient of one seed.
       every: steps between two records.
     """
 
@@ -61,14 +61,39 @@ class Config:
             self, name="", rules=(), vector_size=1, steps=1, prune_rate=0.0, every=1
         )
 
-    def optimizer(self, peak: float, steps: int) -> optax.GradientTransformation:
-        """AdamW with a clipped gradient."""
+    def optimizer(
+        self, peak: float, steps: int, lanes: int
+    ) -> optax.GradientTransformation:
+        """AdamW with a gradient that is clipped lane by lane."""
         warm = max(1, steps // 20)
         rate = optax.warmup_cosine_decay_schedule(0.0, peak, warm, steps, 0.1 * peak)
+        # The loss is the mean over lanes, so that of one lane has 1 / lanes of it.
         return optax.chain(
-            optax.clip_by_global_norm(self.clip),
+            clip_lanes(self.clip / lanes),
             optax.adamw(rate, b2=0.98, weight_decay=self.weight_decay),
         )
+
+
+def clip_lanes(limit: float) -> optax.GradientTransformation:
+    """Scales the updates of every lane down to a norm of at most `limit`.
+
+    `optax.clip_by_global_norm` would let the lanes scale each other.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        squares = [
+            jnp.sum(x**2, tuple(range(1, x.ndim))) for x in jax.tree.leaves(updates)
+        ]
+        norm = jnp.sqrt(jnp.sum(jnp.stack(squares), 0))
+        factor = limit / jnp.maximum(norm, limit)
+
+        def scaled(x: jax.Array) -> jax.Array:
+            return x * factor.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)
+
+        return jax.tree.map(scaled, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 class Trainer:
@@ -77,7 +102,7 @@ class Trainer:
     def __init__(self, task: Task, config: Config):
         """Prepares the steps; nothing is compiled yet."""
         self.task, self.config = task, config
-        self.tx = config.optimizer(config.prune_rate, config.steps)
+        self.tx = config.optimizer(config.prune_rate, config.steps, task.lanes)
         self._learned: dict[Any, Any] = {}
 
     def dense(self, folder: Path | None = None) -> Any:
@@ -97,7 +122,7 @@ class Trainer:
                 return checkpoints.restore(saved, task.params, told)
             except ValueError:
                 pass  # of another configuration: trained anew below
-        tx = config.optimizer(config.learning_rate, config.dense_steps)
+        tx = config.optimizer(config.learning_rate, config.dense_steps, task.lanes)
         (params, _), _ = self._run(
             "dense",
             self._plain_step(tx),
@@ -195,6 +220,11 @@ class Trainer:
         length = last / recipe.stages
 
         def before(step, carry):
+            if step == last:
+                carry = fh.harden(method, carry, task.uses)
+                return carry.params, carry.opt_state
+            if step > last:
+                return carry
             if step in schedule:
                 carry = fh.harden(method, carry, task.uses)
                 carry = fh.next_stage(
@@ -205,14 +235,17 @@ class Trainer:
                     sparsity=schedule[step],
                     mask_tx=mask_tx,
                 )
-            if step == last:
-                carry = fh.harden(method, carry, task.uses)
-            return carry.at(min(1.0, step / length % 1) if step < last else 1.0)
+            return carry.at(step / length % 1)
 
-        carry, records = self._run(title, step, carry, config.steps, path, before)
+        # Hard masks train like fixed ones, without the price of sampling.
+        def either(carry, batch):
+            hard = isinstance(carry, tuple)
+            return (self._masked_step() if hard else step)(carry, batch)
+
+        carry, records = self._run(title, either, carry, config.steps, path, before)
         if last >= config.steps:
-            carry = fh.harden(method, carry, task.uses)
-        return carry.params, records
+            carry = before(last, carry)
+        return carry[0], records
 
     def _run(self, title, step_fn, carry, steps, path, before=None):
         """The loop itself: batches in, records out, losses averaged between records."""

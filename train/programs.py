@@ -33,6 +33,7 @@ def add_flags(parser: argparse.ArgumentParser, config: str) -> None:
     add("--seeds", type=seeds, default=(0,), help="such as 0,1,2: trained together")
     add("--steps", type=int, help="steps with pruning, in place of the configured ones")
     add("--dense-steps", type=int, help="steps of the dense model before")
+    add("--batch-size", type=int, help="examples of a batch, per seed")
     add("--out", type=Path, help="folder of the results; out/<config> by default")
 
 
@@ -44,13 +45,22 @@ def seeds(text: str) -> tuple[int, ...]:
     return found
 
 
-def config(name: str, kind: type[loop.Config], **changes: Any) -> Any:
+def changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a configuration that flags replace; None where they do not."""
+    return {
+        "steps": args.steps,
+        "dense_steps": args.dense_steps,
+        "batch_size": args.batch_size,
+    }
+
+
+def config(name: str, kind: type[loop.Config], **fields: Any) -> Any:
     """The configuration of that name.
 
     Args:
       name: a file of `train/configs`, without .py.
       kind: class that it must be of.
-      **changes: fields to replace; None leaves a field as it is.
+      **fields: to replace; None leaves a field as it is.
 
     Raises:
       ValueError: no such file, or one for another program.
@@ -66,7 +76,7 @@ def config(name: str, kind: type[loop.Config], **changes: Any) -> Any:
             f"config {name!r} is for {type(found).__module__}, not for "
             f"{kind.__module__}"
         )
-    given = {k: v for k, v in changes.items() if v is not None}
+    given = {k: v for k, v in fields.items() if v is not None}
     return dataclasses.replace(found, **given)
 
 
@@ -98,7 +108,7 @@ def run(
       The summary, as written to summary.json.
     """
     try:
-        told = config(args.config, kind, steps=args.steps, dense_steps=args.dense_steps)
+        told = config(args.config, kind, **changes(args))
         chosen = recipe(args.method, told)
         folder = args.out or Path("out") / told.name
         task = make(told, args.data, args.seeds)

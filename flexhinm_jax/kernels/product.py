@@ -120,7 +120,7 @@ def sparse_product(
     elif choice.default == "reference":
         y = _run(choice, transposed, given)(x, core)
     else:
-        y = _core(choice, transposed, given, *_alike(x, *_split(core)))
+        y: Any = _core(choice, transposed, given, *_alike(x, *_split(core)))
     return block_product(y.reshape(*lead, side), last).astype(dtype)
 
 

@@ -7,6 +7,7 @@ whole model inside one jitted step.
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 from jax import Array
@@ -38,7 +39,7 @@ class LearnedMethod(Method):
 
         Returns:
           Name -> term; differentiable in `state.learned`. A model's term is the mean
-          over its weights.
+          over its weights, each weighted by its size, see `combine`.
         """
 
     def sample(
@@ -52,6 +53,16 @@ class LearnedMethod(Method):
           key: consumed.
         """
         return self.decide(state, w, key=key), self.penalty(state, w, key=key)
+
+    def combine(self, terms: Mapping[str, Array]) -> dict[str, Array]:
+        """What is added to the loss of the model, from the means of its terms.
+
+        A target for the whole model is a function of a mean, not a mean.
+
+        Args:
+          terms: name -> mean over the model of what `penalty` returned.
+        """
+        return dict(terms)
 
     @abc.abstractmethod
     def anneal(self, state: State, progress: Array | float) -> State:
@@ -70,6 +81,14 @@ class LearnedMethod(Method):
         """
         return state
 
+    def settle(self, states: Mapping[str, State]) -> dict[str, State]:
+        """The states before `harden`, when weights share a budget.
+
+        Args:
+          states: path -> state, arrays with leading stack axes.
+        """
+        return dict(states)
+
     @abc.abstractmethod
     def harden(self, state: State, w: Array) -> State:
         """The state with every choice made: sampled and hard plans are then equal.
@@ -87,3 +106,19 @@ class LearnedMethod(Method):
         """
         del state
         return {}
+
+
+class ScoreFunction(abc.ABC):
+    """A learned method whose sample has no gradient: it is trained by `log_prob`.
+
+    The gradient is that of the log-probability of the sample, times how much higher its
+    loss is than that of the first choice, less a moving average (arXiv:2506.12876).
+    """
+
+    @abc.abstractmethod
+    def log_prob(self, state: State, *, key: Array) -> Array:
+        """Log-probability of what `decide` draws with this key, f32[]."""
+
+    @abc.abstractmethod
+    def baseline(self, state: State, w: Array) -> Plan:
+        """The plan with whose loss samples are compared; the same at every step."""

@@ -17,17 +17,19 @@ from jax import Array
 
 from flexhinm_jax.methods.base import ScoreMethod
 from flexhinm_jax.methods.gated import Gated, mean_where, open_groups
+from flexhinm_jax.methods.learned import ScoreFunction
 from flexhinm_jax.methods.wanda import Wanda
 from flexhinm_jax.ops import groups, masks, plackett_luce
 from flexhinm_jax.patterns import NM, FlexHiNM, HiNM, Pattern
-from flexhinm_jax.types import State, Support
+from flexhinm_jax.types import Plan, State, Support
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskPro(Gated):
+class MaskPro(Gated, ScoreFunction):
     """Learns one logit per weight by the score function; the weights stay as they are.
 
-    Train it with `fit_masks`, which uses `log_prob`: the sample has no gradient.
+    The loss is only evaluated, twice per step. As published, use plain `optax.sgd` with
+    a large rate: the gradient is proportional to differences of losses.
 
     Attributes:
       pattern: supports with N:M groups, n at most 6.
@@ -87,6 +89,12 @@ class MaskPro(Gated):
         each = plackett_luce.log_prob(state.learned["logits"], drawn, n=n)
         free = open_groups(state)[:, None]
         return jnp.sum(jnp.where(free, each, 0), dtype=jnp.float32)
+
+    def baseline(self, state: State, w: Array) -> Plan:
+        """The first masks."""
+        support = state.fixed["support"]
+        weight = jnp.where(support.keep, w, jnp.zeros((), w.dtype))
+        return Plan(weight, support, jnp.ones((), jnp.float32))
 
     def metrics(self, state: State) -> dict[str, Array]:
         """Also `gap`: mean distance of the kept logits of a group from the others."""

@@ -4,8 +4,8 @@ PATCH (arXiv:2509.23410) puts a gate on every tile next to MaskLLM's choice insi
 
     mask = g + (1 - g) * inner,  g = sigmoid((scale * P + logistic) / temperature)
 
-so any sparsity between dense and n:m can be learned, weights frozen. The defaults are
-those of the paper's joint mode.
+so any sparsity between dense and n:m can be learned, weights frozen. The schedules
+are those of the paper's joint mode.
 
 Departures: every relaxed group sums to n, so the density is n / m + (1 - n / m) times
 the mean tile probability, and the term that pulls it to the target uses the
@@ -46,6 +46,8 @@ class Patch(LearnedMethod):
         every weight the sparsity asked for.
       density_weight: weight of |density - target|, the paper's l1.
       reward: weight of the share of squared weights kept, the paper's l2; fades to 0.
+        The paper has 10 beside the loss of a language model; with a loss well below 1
+        that hides it.
       tile_start: first scale x initial logit of a tile; at 1.05 the prior's tiles begin
         with probability .74.
       tile_temperature: first and last temperature of the tiles, linear.
@@ -61,7 +63,7 @@ class Patch(LearnedMethod):
     mode: Literal["joint", "tile"] = "joint"
     target: Literal["global", "layer"] = "global"
     density_weight: float = 7.0
-    reward: float = 10.0
+    reward: float = 0.1
     tile_start: float = 1.05
     tile_temperature: tuple[float, float] = (2.0, 0.05)
     tile_scale: tuple[float, float] = (25.0, 350.0)

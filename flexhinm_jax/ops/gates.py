@@ -136,7 +136,8 @@ def harden(log_alpha: Array, n: int) -> Array:
 
 def straight_through(soft: Array, hard: Array) -> Array:
     """The value of `hard` with the gradient of `soft` (arXiv:1308.3432)."""
-    return hard.astype(soft.dtype) + soft - jax.lax.stop_gradient(soft)
+    # In this order the value is exactly that of `hard`.
+    return hard.astype(soft.dtype) + (soft - jax.lax.stop_gradient(soft))
 
 
 def pattern_table(n: int, m: int) -> np.ndarray:

@@ -76,7 +76,7 @@ def best_values(
     every = range(m)
     own = [sum(q[..., j, k] * s[..., k] for k in every) * scale for j in every]
     u = [gradient[..., j] - own[j] for j in every]
-    now = -sum(s[..., j] * (gradient[..., j] + u[j]) for j in every)
+    now = -jnp.asarray(sum(s[..., j] * (gradient[..., j] + u[j]) for j in every))
     top = jnp.full_like(now, -jnp.inf)
     values = [jnp.zeros_like(now)] * m
     kept = [jnp.zeros(now.shape, bool)] * m

@@ -114,5 +114,4 @@ def mask(
         return soft
     noise = jax.random.gumbel(key, logits.shape, jnp.float32)  # as in the softmax
     hard = gates.best_pattern(logits + noise, n, m)
-    # In this order the value is exactly 0 or 1.
-    return hard.astype(soft.dtype) + (soft - jax.lax.stop_gradient(soft))
+    return gates.straight_through(soft, hard)

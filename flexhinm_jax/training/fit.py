@@ -86,7 +86,8 @@ def fit(
 
     @jax.jit
     def hard(states, params):
-        plans = tree.decide(method, states, params, uses)
+        settled = relax.harden(method, states, params, uses)
+        plans = tree.decide(method, settled, params, uses)
         return tree.densify(plans, params, uses)
 
     @jax.jit
@@ -153,11 +154,11 @@ def tied(
     def init(params: Any) -> Any:
         return tx.init({p: x for p, x in params.items() if ties.get(p, p) == p})
 
-    def update(grads: Any, state: Any, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         heads = params and {p: x for p, x in params.items() if ties.get(p, p) == p}
-        updates, state = tx.update(leaders(grads), state, heads)
-        assert isinstance(updates, dict)
-        return {p: updates[ties.get(p, p)] for p in grads}, state
+        moved: Any
+        moved, state = tx.update(leaders(updates), state, heads)
+        return {p: moved[ties.get(p, p)] for p in updates}, state
 
     return optax.GradientTransformation(init, update)
 

@@ -39,7 +39,7 @@ def sample(
 
     Returns:
       A tree like `params`, differentiable in `states[...].learned` and `params`, and
-      name -> term f32[], the mean over the matrices that have it.
+      name -> term f32[], what the method makes of the mean over the weights.
     """
 
     def run(states: States, params: Any, key: Array) -> tuple[Any, dict[str, Array]]:
@@ -49,10 +49,30 @@ def sample(
             use = uses.leaves[path]
             keys = tree.keys_for(key, use)
             plans[path], found = _over(_sample, use, mine)(state, w, keys)
-            terms.append((int(np.prod(use.layout.stack_shape)), found))
-        return tree.densify(plans, params, uses), _means(terms)
+            terms.append((int(np.prod(use.layout.shape)), found))
+        return tree.densify(plans, params, uses), method.combine(_means(terms))
 
     return _automatic(run, params)(states, params, key)
+
+
+def baseline(method: Any, states: States, params: Any, uses: Uses) -> Any:
+    """The parameters with whose loss the samples of a score function are compared."""
+    plans = {
+        path: _over(_baseline, uses.leaves[path], mine)(state, w)
+        for path, mine, state, w in _matrices(method, states, params, uses)
+    }
+    return tree.densify(plans, params, uses)
+
+
+def log_prob(method: Any, states: States, uses: Uses, key: Array) -> Array:
+    """Log-probability of the whole sample that `sample` draws with this key, f32[]."""
+    total = jnp.zeros((), jnp.float32)
+    for path, state in states.items():
+        use = uses.leaves[path]
+        mine: Any = tree.method_for(method, use)
+        run = lambda mine, state, key: mine.log_prob(state, key=key)  # noqa: E731
+        total += jnp.sum(_over(run, use, mine)(state, tree.keys_for(key, use)))
+    return total
 
 
 def anneal(
@@ -72,7 +92,12 @@ def constrain(method: LearnedMethod, states: States, uses: Uses) -> dict[str, St
 def harden(
     method: LearnedMethod, states: States, params: Any, uses: Uses
 ) -> dict[str, State]:
-    """Every state with all choices made."""
+    """Every state with all choices made.
+
+    Weights with a rule's own pattern do not share in a budget of the model.
+    """
+    shared = {p: s for p, s in states.items() if uses.leaves[p].pattern is None}
+    states = dict(states) | method.settle(shared)
     return {
         path: _over(_harden, uses.leaves[path], mine)(state, w)
         for path, mine, state, w in _matrices(method, states, params, uses)
@@ -104,6 +129,11 @@ def _map(
 @functools.partial(jax.jit, static_argnums=0)
 def _sample(method, state, w, key):
     return method.sample(state, w, key=key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _baseline(method, state, w):
+    return method.baseline(state, w)
 
 
 @functools.partial(jax.jit, static_argnums=0)

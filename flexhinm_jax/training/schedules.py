@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flexhinm_jax.methods import Method
@@ -36,8 +37,8 @@ def cubic(start: float, end: float, steps: int, begin: int = 0) -> optax.Schedul
     Source: Zhu and Gupta 2017 (arXiv:1710.01878), equation 1.
 
     Example:
-      >>> [round(float(cubic(0.0, 0.8, 4)(t)), 3) for t in range(5)]
-      [0.0, 0.463, 0.7, 0.787, 0.8]
+      >>> [round(float(cubic(0.0, 0.8, 4)(t)), 2) for t in range(5)]
+      [0.0, 0.46, 0.7, 0.79, 0.8]
     """
     _check_growth(start, end, steps)
     return optax.polynomial_schedule(start, end, 3, steps, begin)
@@ -120,7 +121,7 @@ def stages(
       >>> [s.sparsity for s in stages(linear(0.0, 0.8, 40), 4, 10)]
       [0.2, 0.4, 0.6, 0.8]
     """
-    ends = [float(schedule(steps * (k + 1))) for k in range(count)]
+    ends = [float(np.asarray(schedule(steps * (k + 1)))) for k in range(count)]
     return tuple(Stage(round(s, 6), steps, anneals) for s in ends)
 
 

@@ -235,7 +235,7 @@ def _proposal(
     """A sharding that is legal, in words and as a spec."""
     rows, _ = _units(pattern)
     out = use.layout.out[0].axis
-    spec = [None] * len(use.layout.shape)
+    spec: list[Any] = [None] * len(use.layout.shape)
     names = [n for n in sharding.mesh.axis_names if sharding.mesh.shape[n] > 1]
     outputs = math.prod(f.size for f in use.layout.out)
     fits = [

@@ -43,6 +43,8 @@ class Training:
       skipped: i32[], steps without an update because loss or gradient was not finite.
       progress: f32[] in [0, 1], the finished fraction of the stage: set it between
         steps to anneal temperatures and ramps.
+      gap: f32[], moving average of how much higher the loss of a sample is than that
+        of the first choice; only a `ScoreFunction` has one.
     """
 
     params: Any
@@ -53,6 +55,7 @@ class Training:
     step: Array
     skipped: Array
     progress: Array
+    gap: Array
 
     def at(self, progress: float) -> "Training":
         """The same training at another fraction of its stage."""
@@ -123,6 +126,7 @@ def init_training(
             step=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
             progress=jnp.zeros((), jnp.float32),
+            gap=jnp.zeros((), jnp.float32),
         ),
         mesh,
     )

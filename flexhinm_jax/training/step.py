@@ -15,11 +15,14 @@ import optax
 from jax import Array, lax
 
 from flexhinm_jax.methods import Method
-from flexhinm_jax.methods.learned import LearnedMethod
+from flexhinm_jax.methods.learned import LearnedMethod, ScoreFunction
 from flexhinm_jax.training import relax
 from flexhinm_jax.training.optimizer import keep_sparse
 from flexhinm_jax.training.state import MASK_TX, Training, frozen, learned_trees
 from flexhinm_jax.types import State, Uses
+
+#: Weight of the past in the moving average of a score function's baseline.
+MEMORY = 0.99
 
 Step = Callable[..., tuple[Training, dict[str, Array]]]
 
@@ -87,11 +90,24 @@ def make_step(
         if learner is not None:
             states = _with_learned(training.states, moving["learned"])
             params, terms = relax.sample(learner, states, params, uses, key)
-        out = loss_fn(params, *batch)
-        loss, extra = out if isinstance(out, tuple) else (out, {})
-        loss = loss.astype(jnp.float32)
+        loss, extra = _loss(loss_fn(params, *batch))
         total = sum(terms.values(), loss)
         return total, (loss, terms, extra)
+
+    def score(moving, training, key, batch):
+        """The objective of a `ScoreFunction`: no gradient goes through the model."""
+        assert learner is not None
+        states = _with_learned(training.states, moving["learned"])
+        params = training.params
+        sampled, terms = relax.sample(learner, training.states, params, uses, key)
+        first = relax.baseline(learner, training.states, params, uses)
+        loss, extra = _loss(loss_fn(sampled, *batch))
+        gap = loss - _loss(loss_fn(first, *batch))[0]
+        advantage = lax.stop_gradient(gap - training.gap)
+        total = advantage * relax.log_prob(learner, states, uses, key)
+        return total, (loss, terms, dict(extra) | {"gap": gap})
+
+    scored = isinstance(method, ScoreFunction)
 
     def step(training: Training, *batch: Any) -> tuple[Training, dict[str, Array]]:
         key, sample_key = jax.random.split(training.key)
@@ -102,7 +118,7 @@ def make_step(
             states = relax.anneal(learner, training.states, uses, training.progress)
             training = dataclasses.replace(training, states=states)
             moving["learned"] = learned_trees(states)
-        grad_fn = jax.value_and_grad(objective, has_aux=True)
+        grad_fn = jax.value_and_grad(score if scored else objective, has_aux=True)
         (total, found), grads = grad_fn(moving, training, sample_key, batch)
         if axis_name is not None:
             total, found, grads = lax.pmean((total, found, grads), axis_name)
@@ -131,6 +147,9 @@ def make_step(
             metrics |= relax.metrics(learner, training.states, uses)
         else:
             metrics["sparsity"] = _sparsity(training.opt_state.keep)
+        if scored:
+            gap = MEMORY * training.gap + (1 - MEMORY) * extra["gap"]
+            after = dataclasses.replace(after, gap=gap)
         after = jax.tree.map(lambda a, b: _select(finite, a, b), after, training)
         after = dataclasses.replace(
             after,
@@ -143,8 +162,15 @@ def make_step(
 
     if axis_name is not None:
         return step
-    out = {} if shardings is None else {"out_shardings": (shardings, None)}
-    return jax.jit(step, donate_argnums=0, **out)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _loss(out: Any) -> tuple[Array, Mapping[str, Array]]:
+    """Loss f32[] and further metrics of what a loss function returned."""
+    loss, extra = out if isinstance(out, tuple) else (out, {})
+    return loss.astype(jnp.float32), extra
 
 
 def _with_learned(

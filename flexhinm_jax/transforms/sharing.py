@@ -106,7 +106,7 @@ def shared_orders(
 ) -> dict[str, Array]:
     """Path -> i32[*stack, i], the order of its group; see `share_orders`."""
     leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
-    patterns = {
+    patterns: dict[str, Any] = {
         path: use.pattern or method.pattern
         for path, use in uses.leaves.items()
         if isinstance(use.pattern or method.pattern, NM)
