@@ -54,7 +54,13 @@ def start(method, dtype=jnp.float32, tx=None, sparsity=0.4, **options):
     return training, step, uses, batch
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if n == "wanda" else [])
+        for n in METHODS
+    ],
+)
 def test_four_stages_trace_once_and_end_with_exact_zeros(name):
     method = METHODS[name]
     training, step, uses, batch = start(method)
@@ -93,7 +99,10 @@ def test_four_stages_trace_once_and_end_with_exact_zeros(name):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "tx",
-    [optax.sgd(0.1, momentum=0.9), optax.adafactor(0.01)],
+    [
+        optax.sgd(0.1, momentum=0.9),
+        pytest.param(optax.adafactor(0.01), marks=pytest.mark.slow),
+    ],
     ids=["sgd", "adafactor"],
 )
 def test_hardened_zeros_stay_with_any_optimiser(tx, dtype):
@@ -191,12 +200,15 @@ def test_gradients_are_those_of_the_loss_under_the_sampled_weights():
         for path in ("in", "stack"):
             w = params[path]
             if path == "in":
-                terms.append(method.penalty(now[path], w.T, key=keys[path]))
-            else:
-                for j in range(2):
-                    s = jax.tree.map(lambda x: x[j], now[path])  # noqa: B023
-                    terms.append(method.penalty(s, w[j].T, key=keys[path][j]))
-        return loss + sum(sum(t.values()) for t in terms) / 3
+                found = method.penalty(now[path], w.T, key=keys[path])
+                terms.append((w.size, sum(found.values())))
+                continue
+            for j in range(2):
+                s = jax.tree.map(lambda x: x[j], now[path])  # noqa: B023
+                found = method.penalty(s, w[j].T, key=keys[path][j])
+                terms.append((w[j].size, sum(found.values())))
+        sizes = sum(size for size, _ in terms)
+        return loss + sum(size * term for size, term in terms) / sizes
 
     total = jax.jit(jax.value_and_grad(total, (0, 1)))
     value, (g_gates, g_params) = total(states["in"].learned["log_alpha"], params)
