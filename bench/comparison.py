@@ -69,14 +69,17 @@ def run_masks(folder: Path) -> dict[str, Any]:
     task = vision.task(config, None, SEEDS)
     flex = fh.FlexHiNM(config.vector_size)
     fixed = fh.Magnitude(flex)
-    gates = fh.HardConcrete(flex)
+    soft = fh.HardConcrete(flex)
+    free = fh.HardConcrete(flex, start=0.5, temperature=(0.3, 0.05))
+    hard = fh.HardConcrete(flex, start=0.5, straight_through=True)
     chosen = {
         "fixed": Recipe("fixed masks", fixed),
         "fixed_staged": Recipe("fixed masks, 4 stages", fixed, stages=4, pruning=0.3),
-        "gates_short": Recipe("gates, open for 15 %", gates, pruning=0.15),
-        "gates": Recipe("gates, open for 30 %", gates, pruning=0.3),
-        "gates_long": Recipe("gates, open for 70 %", gates, pruning=0.7),
-        "gates_staged": Recipe("gates, 4 stages in 70 %", gates, stages=4, pruning=0.7),
+        "sure": Recipe("gates, as in the comparison", soft, pruning=0.3),
+        "fast": Recipe("gates, rate .1", soft, pruning=0.3, mask_rate=0.1),
+        "long": Recipe("gates, rate .1, 70 %", soft, pruning=0.7, mask_rate=0.1),
+        "free": Recipe("gates, start .5, rate .1", free, pruning=0.3, mask_rate=0.1),
+        "hard": Recipe("gates, straight through", hard, pruning=0.3, mask_rate=0.1),
     }
     rows = compare.compare(
         task, config, chosen, compare.SPARSITIES, folder, jax.random.key(1)

@@ -1,6 +1,6 @@
 """Pruned MiniLM recovered by distillation: fixed masks beside Hard Concrete gates.
 
-    make bench-distill                                   # every row, about 2.5 hours
+    make bench-distill                                   # every row, 8 minutes each
     make bench-distill ARGS="--rows 2:4,75%"             # the two of the goals
     make bench-distill ARGS="--quick"                    # the gates' question, shorter
 

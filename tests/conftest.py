@@ -1,8 +1,11 @@
 """Settings shared by all tests: deterministic properties, no hidden devices."""
 
 import os
+from pathlib import Path
 
 import hypothesis
+import jax
+import pytest
 
 # Tests compile much and compute little: compile quickly instead of well.
 os.environ.setdefault(
@@ -18,3 +21,16 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("project")
+
+#: Every compiled CPU program takes some memory mappings; Linux allows a process 65530
+#: and XLA dies of a segmentation fault beyond. A worker runs hundreds of tests.
+MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Drops compiled programs between files when a worker has gathered too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()

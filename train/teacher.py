@@ -43,7 +43,7 @@ class Recipe:
       seed: of packing and order.
     """
 
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     b1: float = 0.9
     b2: float = 0.99
     warmup: float = 0.04

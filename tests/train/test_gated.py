@@ -22,6 +22,7 @@ RECIPE = Recipe(learning_rate=2e-3, rows=2, length=16, precision="float32")
 PATTERN = fh.HiNM(8, permute=None)
 
 
+@pytest.mark.slow
 def test_gates_exchange_weights_and_the_result_obeys_the_pattern():
     lists = [
         [2, *row.tolist(), 3]

@@ -61,23 +61,6 @@ def test_the_student_comes_closer_and_its_pruned_weights_stay_zero(models):
             assert np.all(np.asarray(after[name] == dense[name]))
 
 
-def test_a_run_in_two_parts_ends_where_a_run_in_one_part_ends(models):
-    whole = start(models, Budget(6, "steps"))
-    list(whole.run())
-    first = start(models, Budget(6, "steps"))
-    for _, _ in zip(range(2), first.run(), strict=False):
-        pass
-    step = first.progress.step
-    assert 0 < step < 6
-    second = start(models, Budget(6, "steps"))
-    second.restore(jax.tree.map(np.asarray, first.progress.tree()))
-    list(second.run())
-    for a, b in zip(
-        jax.tree.leaves(whole.params()), jax.tree.leaves(second.params()), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
-
-
 def test_a_budget_counts_what_it_names():
     assert Budget(200, "steps").progress(50, 1e9) == 0.25
     assert Budget(8, "minutes").progress(50, 120) == 0.25
