@@ -1,7 +1,7 @@
 """A small ResNet on scikit-learn's digits: 77 thousand weights.
 
-Result: RESULT
-Time: TIME
+Result: not measured yet.
+Time: not measured yet.
 Command: python -m train.vision --config digits_resnet --method flexhinm_gyro
 """
 

@@ -1,7 +1,7 @@
 """A small ViT on scikit-learn's digits: 69 thousand weights, patches of 2 x 2.
 
-Result: RESULT
-Time: TIME
+Result: not measured yet.
+Time: not measured yet.
 Command: python -m train.vision --config digits_vit --method hinm_gyro --sparsity 0.75
 """
 
