@@ -51,17 +51,16 @@ from flexhinm_jax.training.step import make_step
 from flexhinm_jax.transforms.allocate import allocate, budgets
 from flexhinm_jax.transforms.calibrate import calibrate, statistics_bytes
 from flexhinm_jax.transforms.discover import describe, discover
+from flexhinm_jax.transforms.oneshot import Pruned, prune
 from flexhinm_jax.transforms.report import Report, report
 from flexhinm_jax.transforms.sequential import Layer, prune_sequential
 from flexhinm_jax.transforms.sharing import share_orders
 from flexhinm_jax.transforms.sparsify import sparsify
 from flexhinm_jax.transforms.tree import (
-    Pruned,
     decide,
     densify,
     keep_tree,
     pack,
-    prune,
     solve,
 )
 from flexhinm_jax.types import PackedWeight, Plan, Regions, State, Stats, Support, Uses

@@ -17,7 +17,7 @@ from jax import Array
 
 import flexhinm_jax as fh
 from flexhinm_jax.models.encoder import EncoderConfig
-from flexhinm_jax.transforms import tree
+from flexhinm_jax.transforms import oneshot
 from train import recovery
 from train.packing import Rows
 from train.recovery import Budget, Recovery
@@ -74,7 +74,7 @@ class GatedRecovery(Recovery):
     def __init__(
         self,
         dense: Mapping[str, Any],
-        start: tree.Pruned,
+        start: oneshot.Pruned,
         pattern: fh.Pattern,
         token_lists: Sequence[Sequence[int]],
         config: EncoderConfig,

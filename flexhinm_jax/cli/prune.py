@@ -15,7 +15,7 @@ from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import source
 from flexhinm_jax.cli.console import Console, bytes_text, table
 from flexhinm_jax.io import atomic, huggingface, packed
-from flexhinm_jax.transforms import facts, tree
+from flexhinm_jax.transforms import facts, oneshot, tree
 from flexhinm_jax.transforms.allocate import budgets
 from flexhinm_jax.transforms.calibrate import calibrate
 from flexhinm_jax.transforms.discover import discover
@@ -255,7 +255,7 @@ def _check(args: argparse.Namespace) -> Job:
 
 def _prune(
     args: argparse.Namespace, job: Job, model: source.Source, console: Console
-) -> tuple[tree.Pruned, dict[str, str]]:
+) -> tuple[oneshot.Pruned, dict[str, str]]:
     """The result, and what a person should know about single weights."""
     uses = discover(model.apply_fn, model.params, *model.sample(), rules=job.rules)
     if not uses.leaves:
@@ -312,7 +312,7 @@ def _prune(
         states = tree.solve(method, key, model.params, uses, stats, sparsity)
         plans = tree.decide(method, states, model.params, uses)
     with console.step("packing"):
-        result = tree.applied(plans, model.params, uses)
+        result = oneshot.applied(plans, model.params, uses)
     return result, facts.notes(job.method, states, uses)
 
 
@@ -327,7 +327,7 @@ def _line(layer: Layer) -> str:
 
 def _write(
     args: argparse.Namespace,
-    result: tree.Pruned,
+    result: oneshot.Pruned,
     model: source.Source,
     document: dict[str, Any],
 ) -> None:

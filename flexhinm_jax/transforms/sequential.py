@@ -24,7 +24,7 @@ from typing import Any, Literal
 from jax import Array
 
 from flexhinm_jax.methods import Method
-from flexhinm_jax.transforms import segments, tree
+from flexhinm_jax.transforms import oneshot, segments
 from flexhinm_jax.transforms.cuts import Layer, Walk
 from flexhinm_jax.transforms.discover import discover
 from flexhinm_jax.transforms.finished import Finished
@@ -49,7 +49,7 @@ def prune_sequential(
     progress: Callable[[Layer], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
     memory_limit: int | None = None,
-) -> tree.Pruned:
+) -> oneshot.Pruned:
     """Prunes the weights of any JAX function, in order of execution.
 
     A leaf that cannot be cut out (inside a `while`, a `cond` or a scan over time, or
@@ -114,4 +114,4 @@ def prune_sequential(
         job.finished = Finished(resume, fingerprint(job, target))
     walk = Walk(job, target, segments.Shelf(memory_limit))
     plans = walk.run(progress)
-    return tree.applied(plans, params, uses)
+    return oneshot.applied(plans, params, uses)

@@ -8,7 +8,6 @@ Everything is keyed by leaf path: `states` and `plans` are dicts path -> pytree 
 arrays have the leading stack axes of the leaf.
 """
 
-import dataclasses
 import functools
 import zlib
 from collections import defaultdict
@@ -22,11 +21,7 @@ from jax import Array
 
 from flexhinm_jax import checks, kernels
 from flexhinm_jax.methods import Method
-from flexhinm_jax.transforms.calibrate import calibrate
-from flexhinm_jax.transforms.discover import discover
 from flexhinm_jax.transforms.paths import leaf_paths
-from flexhinm_jax.transforms.report import Report, report
-from flexhinm_jax.transforms.sharing import share_orders as with_shared_orders
 from flexhinm_jax.transforms.views import leaf as to_leaf
 from flexhinm_jax.transforms.views import matrix
 from flexhinm_jax.types import BlockDiagonal, Plan, State, Stats, Use, Uses
@@ -354,104 +349,3 @@ def keep_tree(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
         for p in _leaves(params, uses)
     ]
     return jax.tree.unflatten(jax.tree.structure(params), masks)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pruned:
-    """What `prune` returns.
-
-    Attributes:
-      params: the tree with zeros in place.
-      packed: the tree with packed leaves.
-      plans: path -> Plan.
-      uses: what was found, and what was skipped for which reason.
-      report: the numbers.
-    """
-
-    params: Any
-    packed: Any
-    plans: dict[str, Plan]
-    uses: Uses
-    report: Report
-
-
-def prune(
-    apply_fn: Callable[..., Any],
-    params: Any,
-    batches: Iterable[Any],
-    method: Method,
-    *,
-    sparsity: float | Mapping[str, float] | None = None,
-    key: Array,
-    rules: dict[str, Any] | None = None,
-    share_orders: bool = False,
-    **calibration: Any,
-) -> Pruned:
-    """Prunes the weights of any JAX function in one call.
-
-    Args:
-      apply_fn: pure function of (params, *batch).
-      params: its parameters.
-      batches: tuples of the remaining arguments; a batch that is no tuple is one
-        argument.
-      method: what to prune with, such as `Wanda(FlexHiNM(32))`.
-      sparsity: fraction of weights removed; None for a pattern that has only one.
-      key: PRNG key, consumed.
-      rules: {regex: pattern or "skip"} on leaf paths; the first match wins.
-      share_orders: searches one input order for all N:M weights that read the same
-        input; see `transforms.sharing`.
-      **calibration: options of `calibrate`, such as `token_mask`.
-
-    Returns:
-      Dense-with-zeros parameters, packed parameters, plans, uses and the report.
-
-    Raises:
-      ValueError: no batch, a rule that matches nothing, a leaf that does not fit, NaN.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import flexhinm_jax as fh
-      >>> apply_fn = lambda p, x: x @ p["w"]
-      >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
-      >>> result = fh.prune(apply_fn, params, [jnp.ones((2, 8))],
-      ...                   fh.Wanda(fh.NM(2, 4)), key=jax.random.key(1))
-      >>> int((result.params["w"] == 0).sum())
-      16
-    """
-    batches = iter(batches)
-    try:
-        first = next(batches)
-    except StopIteration:
-        raise ValueError(
-            "batches is empty: give at least one batch; its shapes are needed to find "
-            "the weights"
-        ) from None
-    example = first if isinstance(first, tuple) else (first,)
-    uses = discover(apply_fn, params, *example, rules=rules)
-    stats = None
-    if method.needs != "nothing":
-        calibration.setdefault("gram", method.needs == "gram")
-        stats = calibrate(apply_fn, params, uses, _chain(first, batches), **calibration)
-    if share_orders:
-        key, order_key = jax.random.split(key)
-        method, stats = with_shared_orders(method, order_key, params, uses, stats)
-    states = solve(method, key, params, uses, stats, sparsity)
-    plans = decide(method, states, params, uses)
-    return applied(plans, params, uses)
-
-
-def applied(plans: dict[str, Plan], params: Any, uses: Uses) -> Pruned:
-    """The plans in every form that `prune` returns: dense, packed, reported."""
-    packed = pack(plans, params, uses)
-    return Pruned(
-        params=densify(plans, params, uses),
-        packed=packed,
-        plans=plans,
-        uses=uses,
-        report=report(plans, packed, uses),
-    )
-
-
-def _chain(first: Any, rest: Iterable[Any]) -> Iterable[Any]:
-    yield first
-    yield from rest

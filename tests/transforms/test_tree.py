@@ -271,3 +271,14 @@ def test_a_centred_fit_keeps_the_mean_output_of_a_layer_with_a_bias():
     want = (x @ params["first"] + params["bias"]).mean(0)
     got = (x @ dense["first"] + dense["bias"]).mean(0)
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_prune_names_a_leaf_whose_gram_needed_more_damping(caplog):
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
+    x = jnp.ones((16, 8))  # a Gram of rank one
+    with caplog.at_level("WARNING", logger="flexhinm_jax"):
+        fh.prune(
+            lambda p, x: x @ p["w"], params, [x], fh.SparseGPT(fh.NM(2, 4), damp=1e-8),
+            key=jax.random.key(1),
+        )  # fmt: skip
+    assert any(r.getMessage().startswith("w: ") for r in caplog.records)
