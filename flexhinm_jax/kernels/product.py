@@ -144,19 +144,15 @@ def _alike(x: Array, values: Values, rest: PackedWeight) -> tuple[Any, ...]:
     shard x: the transpose of the cast, which the derivative rule cannot add itself.
     """
     leaves = jax.tree.leaves((x, values, rest))
-    axes = frozenset[str]().union(*map(_varying, leaves))
+    axes = frozenset[str]().union(*map(xla.varying, leaves))
     if not axes:
         return x, values, rest
 
     def cast(leaf: Array) -> Array:
-        missing = tuple(sorted(axes - _varying(leaf)))
+        missing = tuple(sorted(axes - xla.varying(leaf)))
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, (x, values, rest))
-
-
-def _varying(x: Any) -> frozenset[str]:
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

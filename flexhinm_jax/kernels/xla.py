@@ -282,7 +282,14 @@ def matmul_transposed(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array
 
     stored = (*_stored(packed, slots), rows)
     start = jnp.zeros((packed.shape[1], x.shape[0]), jnp.float32)
+    if axes := tuple(sorted(varying(x))):  # inside a shard_map
+        start = lax.pcast(start, axes, to="varying")
     return lax.scan(step, start, stored)[0].T.astype(dtype)
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array varies; none outside a shard_map."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def gradient_of_values(x: Array, g: Array, packed: PackedWeight) -> tuple[Array, Array]:
