@@ -103,6 +103,7 @@ def main() -> None:
     """Trains, prunes and trains on."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     programs.add_flags(parser, config="bytes")
+    programs.add_resume(parser)
     args = parser.parse_args()
     programs.run(args, Config, task)
 

@@ -6,6 +6,8 @@ dense model that trains on: only `keep` differs, and it is data. Learned masks u
 """
 
 import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import flexhinm_jax as fh
 from flexhinm_jax.io import checkpoints
 from flexhinm_jax.methods import LearnedMethod
 from flexhinm_jax.methods.gated import Gated
+from flexhinm_jax.training import resume
 from flexhinm_jax.training.optimizer import KeepSparseState
 from flexhinm_jax.transforms.paths import leaf_paths
 from train import log
@@ -96,6 +99,70 @@ def clip_lanes(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+@dataclasses.dataclass(frozen=True)
+class Saves:
+    """Where a run keeps its checkpoints.
+
+    Attributes:
+      folder: of this run alone.
+      resume: whether to continue from the newest one; else old ones are removed.
+    """
+
+    folder: Path
+    resume: bool = False
+
+
+def _unchanged(step, carry):
+    return carry
+
+
+@dataclasses.dataclass
+class Run:
+    """One pass of the training loop.
+
+    Attributes:
+      title: names it beside the progress bar.
+      steps: how many.
+      path: JSONL file for the records, or None.
+      before: (step, carry) -> carry before every step.
+      kept: where checkpoints go, and what a run must agree on to continue; or None.
+      memory: what `before` remembers, saved with the carry.
+      like: (steps done, carry before the first) -> a tree like the carry then.
+    """
+
+    title: str
+    steps: int
+    path: Path | None = None
+    before: Callable[[int, Any], Any] = _unchanged
+    kept: tuple[Saves, dict[str, Any]] | None = None
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+    like: Callable[[int, Any], Any] = _unchanged
+
+    def restore(self, carry: Any) -> tuple[int, Any]:
+        """Steps done and the carry, from the newest checkpoint if there is one."""
+        if self.kept is None:
+            return 0, carry
+        saves, told = self.kept
+        if not saves.resume:
+            shutil.rmtree(saves.folder, ignore_errors=True)
+        there = resume.found(saves.folder)
+        if not there:
+            return 0, carry
+        done = int(there[-1].name.rpartition("-")[2])
+        like = {"carry": self.like(done, carry), "memory": self.memory}
+        saved = resume.load(saves.folder, like | {"done": 0}, told, True)
+        assert saved is not None
+        self.memory.update(saved[0]["memory"])
+        return int(saved[0]["done"]), saved[0]["carry"]
+
+    def save(self, done: int, carry: Any) -> None:
+        """Keeps a checkpoint."""
+        if self.kept is not None:
+            saves, told = self.kept
+            tree = {"carry": carry, "memory": self.memory, "done": done}
+            resume.save(saves.folder, tree, done, told, last=2)
+
+
 class Trainer:
     """A task under a configuration, with its compiled steps."""
 
@@ -123,13 +190,10 @@ class Trainer:
             except ValueError:
                 pass  # of another configuration: trained anew below
         tx = config.optimizer(config.learning_rate, config.dense_steps, task.lanes)
-        (params, _), _ = self._run(
-            "dense",
-            self._plain_step(tx),
-            (jax.tree.map(jnp.array, task.params), tx.init(task.params)),
-            config.dense_steps,
-            None if folder is None else folder / "dense.jsonl",
-        )
+        path = None if folder is None else folder / "dense.jsonl"
+        carry = jax.tree.map(jnp.array, task.params), tx.init(task.params)
+        run = Run("dense", config.dense_steps, path)
+        (params, _), _ = self._run(self._plain_step(tx), carry, run)
         if saved is not None:
             checkpoints.save(saved, params, told, overwrite=True)
         return params
@@ -141,6 +205,7 @@ class Trainer:
         params: Any,
         key: jax.Array,
         path: Path | None = None,
+        saves: "Saves | None" = None,
     ) -> tuple[Any, list[dict[str, Any]]]:
         """Prunes as the recipe says and trains on.
 
@@ -150,22 +215,33 @@ class Trainer:
           params: the dense model; not changed.
           key: PRNG key, consumed.
           path: JSONL file for the records, or None.
+          saves: where checkpoints are kept; None keeps none. A run that is stopped and
+            resumed ends with the same bits as one that is not.
 
         Returns:
           Parameters with exact zeros, and the records.
 
         Raises:
           Diverged: the loss is not finite.
+          ValueError: checkpoints of another run, or damaged ones.
         """
         title = recipe.title if recipe.method is None else f"{recipe.title} {sparsity}"
         learns = isinstance(recipe.method, LearnedMethod)
         run = self._prune_learned if learns else self._prune_fixed
-        return run(recipe, sparsity, params, key, path, title)
+        told = {
+            "data": self.task.digest,
+            "config": repr(self.config),
+            "recipe": repr(recipe),
+            "sparsity": sparsity,
+            "key": resume.key_words(key),
+        }
+        kept = None if saves is None else (saves, told)
+        return run(recipe, sparsity, params, key, title, path, kept)
 
-    def _prune_fixed(self, recipe, sparsity, params, key, path, title):
+    def _prune_fixed(self, recipe, sparsity, params, key, title, path, kept):
         task, config = self.task, self.config
         schedule = recipe.schedule(config.steps, sparsity)
-        states = None
+        memory = {"states": None}
         keep = [
             jnp.ones(leaf.shape, bool) if name in task.uses.leaves else None
             for name, leaf in zip(
@@ -179,25 +255,24 @@ class Trainer:
         )
 
         def before(step, carry):
-            nonlocal states
             if step not in schedule:
                 return carry
             (params, opt), method = carry, recipe.method
-            step_key = _key_at(key, step)
+            step_key, states = _key_at(key, step), memory["states"]
             states = fh.solve(
                 method, step_key, params, task.uses, None, schedule[step], states
             )
+            memory["states"] = states
             plans = fh.decide(method, states, params, task.uses)
             keep = fh.keep_tree(plans, params, task.uses)
             params = fh.densify(plans, params, task.uses)
             return params, KeepSparseState(keep, opt.inner)
 
-        (params, _), records = self._run(
-            title, self._masked_step(), carry, config.steps, path, before
-        )
+        run = Run(title, config.steps, path, before, kept, memory)
+        (params, _), records = self._run(self._masked_step(), carry, run)
         return params, records
 
-    def _prune_learned(self, recipe, sparsity, params, key, path, title):
+    def _prune_learned(self, recipe, sparsity, params, key, title, path, kept):
         task, config, method = self.task, self.config, recipe.method
         schedule = recipe.schedule(config.steps, sparsity)
         mask_tx = optax.adam(recipe.mask_rate)
@@ -242,25 +317,32 @@ class Trainer:
             hard = isinstance(carry, tuple)
             return (self._masked_step() if hard else step)(carry, batch)
 
-        carry, records = self._run(title, either, carry, config.steps, path, before)
+        def like(done, carry):
+            return (carry.params, carry.opt_state) if done > last else carry
+
+        run = Run(title, config.steps, path, before, kept, like=like)
+        carry, records = self._run(either, carry, run)
         if last >= config.steps:
             carry = before(last, carry)
         return carry[0], records
 
-    def _run(self, title, step_fn, carry, steps, path, before=None):
+    def _run(self, step_fn, carry, run):
         """The loop itself: batches in, records out, losses averaged between records."""
-        with log.Log(path, steps, title) as records:
+        carry = run.before(0, carry)
+        done, carry = run.restore(carry)
+        with log.Log(run.path, run.steps, run.title, start=done) as records:
             losses = []
-            for step in range(steps):
-                if before is not None:
-                    carry = before(step, carry)
+            for step in range(done, run.steps):
+                if step:
+                    carry = run.before(step, carry)
                 carry, metrics = step_fn(carry, self.task.batch_at(step))
                 losses.append(metrics["loss"])
                 done = step + 1
-                if done % self.config.every == 0 or done == steps:
+                if done % self.config.every == 0 or done == run.steps:
                     found = jax.device_get(metrics) | {"loss": np.mean(losses)}
                     records.write(done, **found)
                     losses = []
+                    run.save(done, carry)
             return carry, records.records
 
     def _plain_step(self, tx):

@@ -37,6 +37,13 @@ def add_flags(parser: argparse.ArgumentParser, config: str) -> None:
     add("--out", type=Path, help="folder of the results; out/<config> by default")
 
 
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """The flag of programs that go on where they were stopped."""
+    parser.add_argument(
+        "--resume", action="store_true", help="go on behind the newest checkpoint"
+    )
+
+
 def seeds(text: str) -> tuple[int, ...]:
     """Different numbers >= 0, separated by commas."""
     found = tuple(int(part) for part in text.split(","))
@@ -100,7 +107,7 @@ def run(
     """Trains the dense model, prunes it, trains on, and writes what came out.
 
     Args:
-      args: parsed flags of `add_flags`.
+      args: parsed flags of `add_flags` and `add_resume`.
       kind: configuration class of the program.
       make: makes the task of (config, data path, seeds).
 
@@ -120,7 +127,8 @@ def run(
         first = task.evaluate(dense)
         path = folder / "metrics.jsonl"
         key = jax.random.key(args.seeds[0])
-        params, records = trainer.prune(chosen, args.sparsity, dense, key, path)
+        saves = loop.Saves(folder / "checkpoints", args.resume)
+        params, records = trainer.prune(chosen, args.sparsity, dense, key, path, saves)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     last = task.evaluate(params)

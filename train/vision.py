@@ -122,6 +122,7 @@ def main() -> None:
     """Trains, prunes and trains on."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     programs.add_flags(parser, config="digits_mlp")
+    programs.add_resume(parser)
     args = parser.parse_args()
     programs.run(args, Config, task)
 
