@@ -5,9 +5,10 @@
     python -m bench.comparison --only masks,bytes
 
 `recipes` compares all recipes on the digits. `masks` holds Hard Concrete gates against
-fixed masks of the same pattern and start, with more seeds. `bytes` does both for the
-byte-level decoder, one seed: dense, fixed masks and FlexHiNM-GP. Writes the tables'
-numbers into bench/results/training.json and figures into `--out`.
+fixed masks of the same pattern and start, with more seeds; `byte_masks` does it for the
+byte-level decoder, one seed. `bytes` trains the decoder dense, under fixed masks and
+with FlexHiNM-GP. Writes the tables' numbers into bench/results/training.json and
+figures into `--out`.
 """
 
 import argparse
@@ -63,16 +64,14 @@ def run_bytes(folder: Path) -> dict[str, Any]:
     return {"rows": found["rows"], "curve": curve}
 
 
-def run_masks(folder: Path) -> dict[str, Any]:
-    """Fixed and learned masks of one pattern on the digits, equal steps."""
-    config = programs.config("digits_mlp", vision.Config)
-    task = vision.task(config, None, SEEDS)
-    flex = fh.FlexHiNM(config.vector_size)
+def rivals(vector_size: int) -> dict[str, Recipe]:
+    """Fixed masks of one pattern, and gates that start from them and move."""
+    flex = fh.FlexHiNM(vector_size)
     fixed = fh.Magnitude(flex)
     soft = fh.HardConcrete(flex)
     free = fh.HardConcrete(flex, start=0.5, temperature=(0.3, 0.05))
     hard = fh.HardConcrete(flex, start=0.5, straight_through=True)
-    chosen = {
+    return {
         "fixed": Recipe("fixed masks", fixed),
         "fixed_staged": Recipe("fixed masks, 4 stages", fixed, stages=4, pruning=0.3),
         "sure": Recipe("gates, as in the comparison", soft, pruning=0.3),
@@ -81,13 +80,36 @@ def run_masks(folder: Path) -> dict[str, Any]:
         "free": Recipe("gates, start .5, rate .1", free, pruning=0.3, mask_rate=0.1),
         "hard": Recipe("gates, straight through", hard, pruning=0.3, mask_rate=0.1),
     }
+
+
+def run_masks(folder: Path) -> dict[str, Any]:
+    """Fixed and learned masks of one pattern on the digits, equal steps."""
+    config = programs.config("digits_mlp", vision.Config)
+    task = vision.task(config, None, SEEDS)
+    chosen = rivals(config.vector_size)
     rows = compare.compare(
         task, config, chosen, compare.SPARSITIES, folder, jax.random.key(1)
     )
     return compare.write(folder, rows, ["nll", "accuracy"], "fixed")
 
 
-PARTS = {"recipes": run_recipes, "masks": run_masks, "bytes": run_bytes}
+def run_byte_masks(folder: Path) -> dict[str, Any]:
+    """The same for the byte decoder, one seed."""
+    config = programs.config("bytes", language.Config)
+    task = language.task(config, None, (0,))
+    known = rivals(config.vector_size)
+    chosen = {k: known[k] for k in ("fixed", "fast", "long", "free", "hard")}
+    targets = compare.SPARSITIES[:2]
+    rows = compare.compare(task, config, chosen, targets, folder, jax.random.key(1))
+    return compare.write(folder, rows, ["bits_per_byte"], "fixed")
+
+
+PARTS = {
+    "recipes": run_recipes,
+    "masks": run_masks,
+    "bytes": run_bytes,
+    "byte_masks": run_byte_masks,
+}
 
 
 def main() -> None:
