@@ -4,6 +4,7 @@
     make bench-distill ARGS="--rows 2:4,75%"             # the two of the goals
     make bench-distill ARGS="--quick"                    # the gates' question, shorter
 
+Gates of `-gates` rows start sure of their masks, those of `-moving` near the middle.
 Every row prunes one-shot (`train.distill`), trains for its budget on the docstrings of
 the installed packages, and is evaluated on sentences of `train.corpus` from other
 documents. Rows of the same sparsity start from the same pruned model. The budget counts
@@ -38,6 +39,8 @@ def rows() -> dict[str, Config]:
         fixed = dataclasses.replace(hinm, sparsity=sparsity)
         found[title] = fixed
         found[f"{title}-gates"] = dataclasses.replace(fixed, gates=Gates())
+        moving = Gates(share=0.3, rate=0.02, start=0.5)
+        found[f"{title}-moving"] = dataclasses.replace(fixed, gates=moving)
     return found
 
 
