@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 TEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-training install demo distill bench-distill train-digits train-bytes test test-all test-next notebooks gpu-compile bench-gpu lint format build clean
+.PHONY: help parity bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-masks bench-scale bench-training install demo distill bench-distill learn-masks train-digits train-bytes test test-all test-next notebooks gpu-compile bench-gpu lint format build clean bench bench-report docs
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -39,10 +39,13 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Prune a real sentence encoder and print what it cost
 	$(PY) -m train.demo $(ARGS)
 
-test test-all notebooks bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-training bench-distill distill train-digits train-bytes: export JAX_PLATFORMS ?= cpu
+test test-all notebooks bench bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-masks bench-scale bench-training bench-distill distill learn-masks train-digits train-bytes: export JAX_PLATFORMS ?= cpu
 
 distill: $(STAMP) ## Prune MiniLM at 2:4 and train it for 8 minutes to embed as before
 	$(PY) -m train.distill $(ARGS)
+
+learn-masks: $(STAMP) ## Learn masks of MiniLM by every method, weights frozen, and compare
+	$(PY) -m train.learn_masks $(ARGS)
 
 train-digits: $(STAMP) ## Compare all ways to prune on handwritten digits, 3 seeds
 	$(PY) -m train.compare $(ARGS)
@@ -60,6 +63,12 @@ test-next: ## Run the tests on a newer Python and the newest jax (.venv-next)
 	@python=$$(.ci/newer-python $(PYTHON)) || exit 1; \
 	$(MAKE) test PYTHON="$$python" VENV=.venv-next EXTRAS=test,hf,plot,equinox \
 	  MARKS="not slow and not once"
+
+bench: $(STAMP) ## Run every benchmark this machine can run (ARGS=--list shows them)
+	$(PY) -m bench.run $(ARGS)
+
+bench-report: $(STAMP) ## Render bench/RESULTS.md from bench/results/*.json
+	$(PY) -m bench.report $(ARGS)
 
 bench-gyro: $(STAMP) ## Permutation search beside its anchors (ARGS=--quick)
 	$(PY) -m bench.gyro $(ARGS)
@@ -84,12 +93,32 @@ $(PEERS_STAMP): pyproject.toml
 bench-peers: $(PEERS_STAMP) ## One-shot pruners beside the same formulas in PyTorch
 	$(PEERS_PY) -m bench.peers $(ARGS)
 
+PARITY_VENV  ?= .venv-parity
+PARITY_PY    := $(PARITY_VENV)/bin/python
+PARITY_STAMP := $(PARITY_VENV)/.installed
+
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the small build of
+# PyTorch where pip would take the one for NVIDIA's GPUs.
+$(PARITY_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_PY) -m pip install --quiet -e ".[parity]"
+	@touch $@
+
+parity: $(PARITY_STAMP) ## Decoders beside transformers on PyTorch (.venv-parity)
+	JAX_PLATFORMS=cpu $(PARITY_PY) -m tests.models.parity $(ARGS)
+
 bench-armor: $(STAMP) ## Block-diagonal factors around a 2:4 core beside their anchors
 	$(PY) -m bench.armor $(ARGS)
 	$(PY) -m bench.permutation
 
 bench-permutation: $(STAMP) ## Input orders for 2:4: searched, learned (ARGS="--only model")
 	$(PY) -m bench.permutation $(ARGS)
+
+bench-masks: $(STAMP) ## Learned masks: anchors, a layer, memory, MiniLM (ARGS="--part layer")
+	$(PY) -m bench.masks $(ARGS)
+
+bench-scale: $(STAMP) ## Decoders in bounded memory (ARGS="--only block-sparsegpt")
+	$(PY) -m bench.scale $(ARGS)
 
 bench-distill: $(STAMP) ## MiniLM pruned and distilled, fixed masks beside gates
 	$(PY) -m bench.distill $(ARGS)
@@ -122,7 +151,23 @@ bench-kernels: $(STAMP) ## Packed products on the CPU beside dense ones (ARGS=--
 	$(PY) -m bench.kernels $(ARGS)
 
 notebooks: $(STAMP) ## Execute the notebooks of colab/
-	$(PY) -m pytest --nbmake --nbmake-timeout=600 colab $(ARGS)
+	$(PY) -m pytest --nbmake --nbmake-timeout=600 -n 2 colab $(ARGS)
+
+# The site is built from the sources without importing them, so its environment has the
+# tools of the extra `docs` alone, neither jax nor this package.
+DOCS_VENV := .venv-docs
+DOCS_PY   := $(DOCS_VENV)/bin/python
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_PY) -c 'import tomllib; \
+	  project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["docs"], sep="\n")' \
+	  | $(DOCS_PY) -m pip install --quiet -r /dev/stdin
+	@touch $@
+
+docs: $(DOCS_VENV)/.installed ## Build the site into build/site (.venv-docs)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict $(ARGS)
 
 lint: $(STAMP) ## Check format, lint and types
 	$(PY) -m ruff format --check .

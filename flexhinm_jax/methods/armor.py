@@ -108,7 +108,10 @@ class ARMOR(Reconstruction):
         if self.start is not None and not isinstance(self.start, Method):
             raise ValueError(f"start={self.start!r}: need a method such as Wanda()")
         if isinstance(self.start, ARMOR):
-            raise ValueError("start: ARMOR cannot start from a factorised matrix")
+            raise ValueError(
+                "start=ARMOR(...): need a method whose plans have no factors, such as "
+                "Wanda()"
+            )
         if isinstance(self.pattern, NM) and self.updates > 0:
             n, m = self.pattern.n, self.pattern.m
             if math.comb(m, n) > group_updates.PATTERNS:

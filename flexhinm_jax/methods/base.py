@@ -45,7 +45,7 @@ class Method(abc.ABC):
             known = " or ".join(family.__name__ for family in self.accepts)
             raise ValueError(
                 f"{type(self).__name__} works with {known}, not with {self.pattern}; "
-                "see its documentation"
+                "give such a pattern, or another method"
             )
 
     @classmethod

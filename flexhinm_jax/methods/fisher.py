@@ -110,6 +110,16 @@ def accumulate_gradients(stats: Stats, grad: Array, block: int | None = None) ->
     Returns:
       The statistics with `sq_grad`, and `fisher` if `block` was given. Pure; works
       under jit and scan once both fields are there.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flexhinm_jax.types import Stats
+      >>> none = jnp.zeros(4)
+      >>> stats = Stats(sq_norm=none, mean=none, count=jnp.float32(0))
+      >>> for grad in (jnp.ones((2, 4)), 2 * jnp.ones((2, 4))):
+      ...     stats = accumulate_gradients(stats, grad)
+      >>> float(stats.sq_grad[0, 0])
+      5.0
     """
     g = grad.astype("float32")
     sq_grad = saliency.summed(stats.sq_grad, g * g)

@@ -1,7 +1,8 @@
 """Refit: the least-squares weights of the support that another method found.
 
 Wanda's support with ten steps of conjugate gradients beats SparseGPT by a third on
-correlated inputs, at the cost of ten matrix products.
+correlated inputs, at the cost of ten matrix products. Conjugate gradients on a support
+are the last step of ALPS (arXiv:2406.07831); that any method can come before is ours.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Any weight may go: the upper bound that structured patterns are compared with."""
+"""Any weight may go: the baseline that structured patterns are compared with."""
 
 import dataclasses
 from typing import Literal

@@ -1,4 +1,8 @@
-"""Whole column vectors of a row tile stay or go (out-vector-wise pruning, OVW)."""
+"""Whole column vectors of a row tile stay or go (out-vector-wise pruning, OVW).
+
+Tan et al., NeurIPS 2022, "Accelerating sparse convolution with column vector-wise
+sparsity"; the paper orders rows by clustering, here `permute` does.
+"""
 
 import dataclasses
 from typing import ClassVar

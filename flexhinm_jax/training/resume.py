@@ -97,7 +97,10 @@ def load(
                 ) from error
             raise
     if there:
-        raise ValueError(f"{folder}: all {len(there)} checkpoints are damaged")
+        raise ValueError(
+            f"{folder}: all {len(there)} checkpoints are damaged; remove the folder, "
+            "or give another, and begin again"
+        )
     return None
 
 

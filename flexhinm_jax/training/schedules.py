@@ -149,7 +149,9 @@ def check_stages(
             mine = tree.method_for(method, use)
             target = tree.target_for(mine, use, stage.sparsity)
             if path not in leaves:
-                raise ValueError(f"{path}: in uses but not in params")
+                raise ValueError(
+                    f"{path}: in uses but not in params; pass the uses of these params"
+                )
             name = f"stage {number}, {path}"
             mine.pattern.check(use.layout.matrix_shape, target, name)
             if target is None:

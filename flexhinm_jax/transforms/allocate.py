@@ -131,7 +131,10 @@ def allocate(
       {'a': 1.0, 'b': 0.0}
     """
     if not layers:
-        raise ValueError("allocate: there is no layer to prune")
+        raise ValueError(
+            "allocate: there is no layer to prune; print(describe(uses)) says why each "
+            "leaf was skipped"
+        )
     low, high = bounds
     if not 0 <= low <= high <= 1:
         raise ValueError(f"bounds={bounds}: need 0 <= low <= high <= 1")
@@ -142,7 +145,7 @@ def allocate(
         if not low <= sparsity <= high:
             raise ValueError(
                 f"sparsity={sparsity:g} cannot be met with every layer in "
-                f"[{low:g}, {high:g}]"
+                f"[{low:g}, {high:g}]; choose a target inside, or widen bounds="
             )
         return _global(layers, sparsity, low, high, normalise)
     if isinstance(mode, str):

@@ -102,8 +102,16 @@ def choose(
     for rule, action in rules.items():
         if not isinstance(action, Pattern) and action not in ("skip", "prune"):
             raise ValueError(
-                f'rule {rule!r}: expected a pattern, "skip" or "prune", got {action!r}'
+                f'rule {rule!r}: expected a pattern, "skip" or "prune", got {action!r};'
+                " patterns.parse reads the text form of a pattern"
             )
+        try:
+            re.compile(rule)
+        except re.error as error:
+            raise ValueError(
+                f"rule {rule!r} is no regular expression: {error}; re.escape makes "
+                "one of a path"
+            ) from error
         if not any(re.search(rule, path) for path in paths):
             near = difflib.get_close_matches(rule, paths, n=3, cutoff=0.0)
             raise ValueError(
@@ -130,6 +138,19 @@ def describe(uses: Uses) -> str:
     """A table of all leaves: shape, axes by role, and what happens to them.
 
     Axes are leaf axes; `1/8:3` is a factor of axis 1, three steps of eight positions.
+
+    Args:
+      uses: from `discover`.
+
+    Returns:
+      The text, one leaf a line.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params, x = {"b": jnp.ones(4), "w": jnp.ones((8, 4))}, jnp.ones((2, 8))
+      >>> text = describe(discover(lambda p, x: x @ p["w"] + p["b"], params, x))
+      >>> [line.split() for line in text.splitlines()][2]
+      ['w', '8x4', '1', '0', 'pruned']
     """
     rows: list[tuple[str, ...]] = []
     counts: dict[str, int] = {}

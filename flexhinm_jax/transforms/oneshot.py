@@ -74,7 +74,8 @@ def prune(
       Dense-with-zeros parameters, packed parameters, plans, uses and the report.
 
     Raises:
-      ValueError: no batch, a rule that matches nothing, a leaf that does not fit, NaN.
+      ValueError: no method, no batch, a rule that matches nothing, a leaf that does
+        not fit, NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -86,6 +87,11 @@ def prune(
       >>> int((result.params["w"] == 0).sum())
       16
     """
+    if not isinstance(method, Method):
+        raise ValueError(
+            f"method={method!r}: need a method with its pattern, such as "
+            'Wanda(NM(2, 4)), or methods.parse("wanda", pattern) for its text form'
+        )
     batches = iter(batches)
     try:
         first = next(batches)
