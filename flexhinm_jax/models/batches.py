@@ -49,6 +49,9 @@ def batches(
       pad_id: id behind the end of a list.
       buckets: lengths to pad to; those above `max_length` are not used.
 
+    Returns:
+      Batches of few shapes, every list in exactly one.
+
     Raises:
       ValueError: `batch_size` or `max_length` is below 1, or a list is empty or too
         long (the tokenizer has to truncate: only it knows its closing token).

@@ -305,7 +305,10 @@ def _unprefixed(params: Mapping[str, Any], config: EncoderConfig) -> dict[str, A
     found = {}
     for name, shape in shapes(config).items():
         if prefix + name not in params:
-            raise ValueError(f"{prefix}{name} is missing from the parameters")
+            raise ValueError(
+                f"{prefix}{name} is missing from the parameters; they belong to "
+                "another configuration"
+            )
         found[name] = jnp.asarray(params[prefix + name])
         if found[name].shape != shape:
             raise ValueError(

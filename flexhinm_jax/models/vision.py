@@ -146,6 +146,9 @@ def create(name: str, classes: int, **fields: int | tuple[int, ...]) -> nn.Modul
       classes: outputs, at least 2.
       **fields: fields of the module other than its defaults.
 
+    Returns:
+      A Flax module; its parameters come from `init`.
+
     Raises:
       ValueError: an unknown name, or too few classes.
 

@@ -1,0 +1,162 @@
+"""Compares decoders with `transformers` on PyTorch, in both directions.
+
+    make parity                    # compares, in an environment of its own
+    make parity ARGS=--write       # and writes tests/models/decoder_golden.json
+
+For every case of `decoder_cases`: logits and the most likely continuation of our
+function against those of `transformers` with the same weights; a directory that
+`save_pretrained` wrote, read by us; that directory pruned and written by us, loaded by
+`transformers`. Exits with status 1 where logits differ by more than 1e-4 or a token
+differs.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+import flexhinm_jax as fh
+from flexhinm_jax.io import huggingface
+from flexhinm_jax.models import decoder, generation
+from flexhinm_jax.models.decoder import DecoderConfig
+from tests.models import decoder_cases, directories
+
+TOLERANCE = 1e-4
+
+
+def reference(case: dict) -> transformers.PreTrainedModel:
+    """A model of `transformers` with our random weights."""
+    kinds = transformers.AutoConfig.for_model(case["model_type"])
+    config = type(kinds).from_dict(dict(case))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
+    weights = directories.random_params(DecoderConfig.from_dict(case))
+    state = {name: torch.from_numpy(leaf) for name, leaf in weights.items()}
+    if case.get("tie_word_embeddings"):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def their_logits(model: transformers.PreTrainedModel) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(decoder_cases.TOKENS)).logits[0].numpy()
+
+
+def their_continuation(model: transformers.PreTrainedModel, steps: int) -> list[int]:
+    prompt = torch.from_numpy(decoder_cases.TOKENS[:, : decoder_cases.PROMPT])
+    made = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+    )
+    return made[0, decoder_cases.PROMPT :].tolist()
+
+
+def our_logits(params: dict, config: DecoderConfig) -> np.ndarray:
+    tokens = jnp.asarray(decoder_cases.TOKENS, jnp.int32)
+    return np.asarray(decoder.apply(params, tokens, config)[0])
+
+
+def our_continuation(params: dict, config: DecoderConfig, steps: int) -> list[int]:
+    prompt = jnp.asarray(decoder_cases.TOKENS[:, : decoder_cases.PROMPT], jnp.int32)
+    made = generation.generate(params, prompt, config, steps=steps)
+    return made.tokens[0].tolist()
+
+
+def pruned(params: dict, config: DecoderConfig) -> dict:
+    """Half of every prunable weight is zero, in 2:4 groups."""
+
+    def apply_fn(params: dict, tokens: jax.Array) -> jax.Array:
+        return decoder.apply(params, tokens, config)
+
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    uses = fh.discover(apply_fn, params, tokens)
+    method = fh.Magnitude(fh.NM(2, 4))
+    states = fh.solve(method, jax.random.key(0), params, uses, None, sparsity=0.5)
+    plans = fh.decide(method, states, params, uses)
+    return fh.densify(plans, params, uses)
+
+
+def compare(case: dict, folder: Path) -> tuple[dict, dict]:
+    """Differences of a case, and what `transformers` computed."""
+    steps = decoder_cases.steps(case)
+    model = reference(case)
+    logits, tokens = their_logits(model), their_continuation(model, steps)
+    config = DecoderConfig.from_dict(case)
+    params = directories.random_params(config)
+    found = {
+        "logits": np.abs(our_logits(params, config) - logits).max(),
+        "tokens equal": our_continuation(params, config, steps) == tokens,
+    }
+
+    model.save_pretrained(folder / "saved")
+    saved = huggingface.read(folder / "saved")
+    config = DecoderConfig.from_dict(saved.config)
+    decoder.check({name: x.shape for name, x in saved.params.items()}, config)
+    found["saved by them"] = np.abs(our_logits(saved.params, config) - logits).max()
+
+    sparse = pruned(saved.params, config)
+    huggingface.write(folder / "pruned", sparse, source=saved)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "pruned", attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    ours = our_logits(sparse, config)
+    found["pruned by us"] = np.abs(ours - their_logits(model)).max()
+    found["pruning moved"] = np.abs(ours - logits).max()
+    return found, {"logits": logits.astype(float).round(5).tolist(), "tokens": tokens}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write the golden file")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    table = Table(box=None)
+    rows, golden, failed = {}, {}, []
+    for name, case in decoder_cases.CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found, golden[name] = compare(case, Path(folder))
+        rows[name] = found
+        apart = [found[k] for k in ("logits", "saved by them", "pruned by us")]
+        if max(apart) > TOLERANCE or not found["tokens equal"]:
+            failed.append(name)
+    for column in ("largest difference", *rows["llama 2"]):
+        table.add_column(column, justify="left" if column[0] == "l" else "right")
+    for name, found in rows.items():
+        cells = (
+            f"{v:.1e}" if not isinstance(v, bool) else str(v) for v in found.values()
+        )
+        table.add_row(name, *cells)
+    Console(width=110).print(table)
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    print(f"{versions}, jax {jax.__version__}; tolerance {TOLERANCE}")
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")
+        return 1
+    if args.write:
+        text = json.dumps(golden, separators=(",", ":"))
+        decoder_cases.GOLDEN.write_text(text + "\n")
+        print(f"wrote {decoder_cases.GOLDEN.name}, {len(text)} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
