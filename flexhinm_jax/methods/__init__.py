@@ -11,6 +11,7 @@ from flexhinm_jax.methods.base import Method, ScoreMethod
 from flexhinm_jax.methods.fisher import Fisher, accumulate_gradients
 from flexhinm_jax.methods.gumbel import GumbelPatterns
 from flexhinm_jax.methods.hard_concrete import HardConcrete
+from flexhinm_jax.methods.hyperprune import HyperPrune
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.methods.magnitude import Magnitude
 from flexhinm_jax.methods.maskllm import MaskLLM
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Method]] = {
     "staged_alps": StagedALPS,
     "refit": Refit,
     "refine_mask": RefineMask,
+    "hyperprune": HyperPrune,
     "hard_concrete": HardConcrete,
     "gumbel": GumbelPatterns,
     "maskllm": MaskLLM,
@@ -57,6 +59,7 @@ __all__ = [
     "Fisher",
     "GumbelPatterns",
     "HardConcrete",
+    "HyperPrune",
     "LearnedMethod",
     "Magnitude",
     "MaskLLM",
@@ -86,6 +89,9 @@ def parse(name: str, pattern: Pattern) -> Method:
         and Wanda when there are none: "alps", "refit(ria)", "refit(refine_mask(alps))".
       pattern: the supports to choose from.
 
+    Returns:
+      The method with its default options.
+
     Raises:
       ValueError: an unknown name; the message lists the known ones.
 
@@ -107,5 +113,8 @@ def parse(name: str, pattern: Pattern) -> Method:
     if issubclass(method, Wrapper):
         return method(parse(inner or "wanda", pattern))
     if inner is not None:
-        raise ValueError(f"method {name!r}: {form[1]} does not wrap another method")
+        raise ValueError(
+            f"method {name!r}: {form[1]} does not wrap another method; write "
+            f"{form[1]} alone"
+        )
     return method(pattern)

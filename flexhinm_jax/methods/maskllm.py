@@ -36,8 +36,9 @@ class MaskLLM(Gated):
       start: first scale x initial logit of the prior; 3 starts 2:4 with its prior
         pattern at probability .832, 0 without a prior.
       parameters: "patterns" for C(m, n) logits per group, "weights" for m scores.
-      relaxation: what training sees: "soft", "straight_through" or "expected", see
-        `ops.pattern_logits.mask`.
+      relaxation: what training sees: "soft", "straight_through", "expected" or
+        "decided", see `ops.pattern_logits.mask`. With few steps from a good prior the
+        noise of the first two costs more than it finds; "decided" trains the hard mask.
       scale: first and last factor on the logits, linear in the progress.
       reward: the share of the squared weights that is kept is subtracted from the loss
         with this factor, which fades to 0 with the progress.
@@ -62,11 +63,7 @@ class MaskLLM(Gated):
             raise ValueError(
                 f"parameters={self.parameters!r}: choose 'patterns' or 'weights'"
             )
-        if self.relaxation not in ("soft", "straight_through", "expected"):
-            raise ValueError(
-                f"relaxation={self.relaxation!r}: choose 'soft', 'straight_through' or "
-                "'expected'"
-            )
+        pattern_logits.check_relaxation(self.relaxation)
         if len(self.scale) != 2 or min(self.scale) <= 0:
             raise ValueError(f"scale={self.scale}: need (first, last), both above 0")
 

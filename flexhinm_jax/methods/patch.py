@@ -55,6 +55,7 @@ class Patch(LearnedMethod):
       start: first scale x initial logit of the prior's pattern.
       temperature: first and last temperature of the patterns, linear.
       scale: first and last factor on the pattern logits, linear.
+      relaxation: what training sees of the patterns, see `ops.pattern_logits.mask`.
     """
 
     pattern: Pattern = Tiles(128)
@@ -70,6 +71,7 @@ class Patch(LearnedMethod):
     start: float = 3.0
     temperature: tuple[float, float] = (4.0, 0.05)
     scale: tuple[float, float] = (100.0, 500.0)
+    relaxation: pattern_logits.Relaxation = "soft"
 
     accepts: ClassVar[tuple[type[Pattern], ...]] = (Tiles,)
     frozen_weights: ClassVar[bool] = True
@@ -79,6 +81,7 @@ class Patch(LearnedMethod):
         super().__post_init__()
         if self.mode not in ("joint", "tile"):
             raise ValueError(f"mode={self.mode!r}: choose 'joint' or 'tile'")
+        pattern_logits.check_relaxation(self.relaxation)
         if self.target not in ("global", "layer"):
             raise ValueError(f"target={self.target!r}: choose 'global' or 'layer'")
         for name in ("tile_temperature", "tile_scale", "temperature", "scale"):
@@ -228,6 +231,7 @@ class Patch(LearnedMethod):
                 fixed["temperature"],
                 n=self.tiles.n,
                 m=self.tiles.m,
+                relaxation=self.relaxation,
             ).reshape(inner.shape)
             inner = jnp.where(self.tiles.spread(fixed["may"]), mixed, inner)
         return gate + (1 - gate) * inner

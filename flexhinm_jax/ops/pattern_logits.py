@@ -5,7 +5,7 @@ weight ("weights") is smaller, takes any n:m without C(m, n) numbers, and repres
 sums of weight logits only: for 2:4 three of five degrees of freedom.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,18 @@ from jax import Array
 from flexhinm_jax.ops import gates
 
 Parameters = Literal["patterns", "weights"]
-Relaxation = Literal["soft", "straight_through", "expected"]
+Relaxation = Literal["soft", "straight_through", "expected", "decided"]
+
+
+def check_relaxation(relaxation: str) -> None:
+    """Refuses an unknown relaxation.
+
+    Raises:
+      ValueError: it is none of `Relaxation`.
+    """
+    known = get_args(Relaxation)
+    if relaxation not in known:
+        raise ValueError(f"relaxation={relaxation!r}: choose one of {', '.join(known)}")
 
 
 def similarity(keep: Array, *, n: int, m: int) -> Array:
@@ -95,20 +106,24 @@ def mask(
     """A relaxed mask of every group.
 
     Args:
-      key: consumed; not used when "expected".
+      key: consumed; not used when "expected" or "decided".
       logits: f32[..., C(m, n)], scaled.
       temperature: f32[], above 0.
       n: kept per group.
       m: group size.
       relaxation: "soft" is the mean of the patterns under Gumbel softmax,
         "straight_through" its largest pattern with the gradient of the soft one,
-        "expected" the mean under softmax, without noise.
+        "expected" the mean under softmax, without noise, "decided" the pattern with the
+        largest logit, with the gradient of the mean under softmax at the temperature.
 
     Returns:
       f32[..., m]; every group sums to n.
     """
     if relaxation == "expected":
         return gates.mixed_pattern(jax.nn.softmax(logits, axis=-1), n, m)
+    if relaxation == "decided":
+        soft = gates.mixed_pattern(jax.nn.softmax(logits / temperature, axis=-1), n, m)
+        return gates.straight_through(soft, gates.best_pattern(logits, n, m))
     soft = gates.mixed_pattern(gates.gumbel_softmax(key, logits, temperature), n, m)
     if relaxation == "soft":
         return soft

@@ -6,13 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from flexhinm_jax import checks
 from flexhinm_jax.methods.gated import Gated
+from flexhinm_jax.patterns import NM, FlexHiNM, HiNM
 from flexhinm_jax.transforms import tree
 from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.transforms.views import matrix
-from flexhinm_jax.types import Plan, State, Uses
+from flexhinm_jax.types import Plan, State, Use, Uses
 
 
 def adopt(
@@ -33,7 +36,8 @@ def adopt(
       states, params for `init_training`.
 
     Raises:
-      ValueError: a plan with block-diagonal factors.
+      ValueError: a plan with block-diagonal factors, or one that has not n of m in
+        every group that the gates of the method are for.
     """
     leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
     states, filled = {}, {}
@@ -45,6 +49,7 @@ def adopt(
                 "train; adopt plans without them"
             )
         mine: Any = tree.method_for(method, use)
+        _check_groups(path, mine, plan, use)
         begin = mine.begin
         for _ in use.layout.stack:
             begin = jax.vmap(begin)
@@ -53,3 +58,22 @@ def adopt(
         weight = jnp.where(plan.support.keep, plan.weight.astype(w.dtype), w)
         filled[path] = dataclasses.replace(plan, weight=weight)
     return states, tree.densify(filled, params, uses)
+
+
+def _check_groups(path: str, method: Gated, plan: Plan, use: Use) -> None:
+    """Raises ValueError unless the plan keeps n of m where the method will choose."""
+    pattern, regions = method.pattern, plan.support.regions
+    if not isinstance(pattern, NM | HiNM | FlexHiNM):
+        return
+    form = None if regions is None else (regions.n, regions.m)
+    if form != (pattern.n, pattern.m):
+        has = "no groups" if form is None else f"groups of {form[0]}:{form[1]}"
+        raise ValueError(
+            f"{path}: the plan has {has}, {type(method).__name__} learns {pattern}; "
+            "adopt plans of the same n:m"
+        )
+    if not checks.is_concrete(plan.support.keep):
+        return
+    for at in np.ndindex(*use.layout.stack_shape):
+        one: Any = jax.tree.map(lambda x: x[at], plan.support)  # noqa: B023
+        checks.regions(one.regions, one.keep, path)

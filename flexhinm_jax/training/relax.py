@@ -26,7 +26,13 @@ States = Mapping[str, State]
 
 
 def sample(
-    method: LearnedMethod, states: States, params: Any, uses: Uses, key: Array
+    method: LearnedMethod,
+    states: States,
+    params: Any,
+    uses: Uses,
+    key: Array,
+    *,
+    lean: bool | None = None,
 ) -> tuple[Any, dict[str, Array]]:
     """The parameters under a sampled relaxation, and its loss terms.
 
@@ -36,11 +42,17 @@ def sample(
       params: the parameter tree.
       uses: from `discover`.
       key: consumed; a leaf uses key and path, nothing else.
+      lean: whether the backward pass draws noise and relaxed choices, which are larger
+        than the weight, again from the key instead of keeping them; the result is the
+        same. None does so except on a CPU, where the compiler gains no memory by it.
 
     Returns:
       A tree like `params`, differentiable in `states[...].learned` and `params`, and
       name -> term f32[], what the method makes of the mean over the weights.
     """
+    if lean is None:
+        lean = jax.default_backend() != "cpu"
+    draw = _lean_sample if lean else _sample
 
     def run(states: States, params: Any, key: Array) -> tuple[Any, dict[str, Array]]:
         plans: dict[str, Plan] = {}
@@ -48,31 +60,40 @@ def sample(
         for path, mine, state, w in _matrices(method, states, params, uses):
             use = uses.leaves[path]
             keys = tree.keys_for(key, use)
-            plans[path], found = _over(_sample, use, mine)(state, w, keys)
+            plans[path], found = _over(draw, use, mine)(state, w, keys)
             terms.append((int(np.prod(use.layout.shape)), found))
         return tree.densify(plans, params, uses), method.combine(_means(terms))
 
-    return _automatic(run, params)(states, params, key)
+    out = _shardings(params), P()
+    return _automatic(run, params, out)(states, params, key)
 
 
 def baseline(method: Any, states: States, params: Any, uses: Uses) -> Any:
     """The parameters with whose loss the samples of a score function are compared."""
-    plans = {
-        path: _over(_baseline, uses.leaves[path], mine)(state, w)
-        for path, mine, state, w in _matrices(method, states, params, uses)
-    }
-    return tree.densify(plans, params, uses)
+
+    def run(states: States, params: Any) -> Any:
+        plans = {
+            path: _over(_baseline, uses.leaves[path], mine)(state, w)
+            for path, mine, state, w in _matrices(method, states, params, uses)
+        }
+        return tree.densify(plans, params, uses)
+
+    return _automatic(run, params, _shardings(params))(states, params)
 
 
 def log_prob(method: Any, states: States, uses: Uses, key: Array) -> Array:
     """Log-probability of the whole sample that `sample` draws with this key, f32[]."""
-    total = jnp.zeros((), jnp.float32)
-    for path, state in states.items():
-        use = uses.leaves[path]
-        mine: Any = tree.method_for(method, use)
-        run = lambda mine, state, key: mine.log_prob(state, key=key)  # noqa: E731
-        total += jnp.sum(_over(run, use, mine)(state, tree.keys_for(key, use)))
-    return total
+    one = lambda mine, state, key: mine.log_prob(state, key=key)  # noqa: E731
+
+    def run(states: States, key: Array) -> Array:
+        total = jnp.zeros((), jnp.float32)
+        for path, state in states.items():
+            use = uses.leaves[path]
+            mine: Any = tree.method_for(method, use)
+            total += jnp.sum(_over(one, use, mine)(state, tree.keys_for(key, use)))
+        return total
+
+    return _automatic(run, states, P())(states, key)
 
 
 def anneal(
@@ -86,7 +107,11 @@ def anneal(
 
 def constrain(method: LearnedMethod, states: States, uses: Uses) -> dict[str, State]:
     """Every state with what was learned back in its range."""
-    return _map(lambda mine, state: mine.constrain(state), method, states, uses)
+
+    def run(states: States) -> dict[str, State]:
+        return _map(lambda mine, state: mine.constrain(state), method, states, uses)
+
+    return _automatic(run, states, _shardings(dict(states)))(dict(states))
 
 
 def harden(
@@ -106,14 +131,18 @@ def harden(
 
 def metrics(method: LearnedMethod, states: States, uses: Uses) -> dict[str, Array]:
     """The figures of all states, means weighted by the size of the matrices."""
-    found = []
-    for path, state in states.items():
-        use = uses.leaves[path]
-        mine: Any = tree.method_for(method, use)
-        run = lambda mine, state: mine.metrics(state)  # noqa: E731
-        size = int(np.prod(use.layout.shape))
-        found.append((size, _over(run, use, mine)(state)))
-    return _means(found)
+    one = lambda mine, state: mine.metrics(state)  # noqa: E731
+
+    def run(states: States) -> dict[str, Array]:
+        found = []
+        for path, state in states.items():
+            use = uses.leaves[path]
+            mine: Any = tree.method_for(method, use)
+            size = int(np.prod(use.layout.shape))
+            found.append((size, _over(one, use, mine)(state)))
+        return _means(found)
+
+    return _automatic(run, states, P())(states)
 
 
 def _map(
@@ -129,6 +158,10 @@ def _map(
 @functools.partial(jax.jit, static_argnums=0)
 def _sample(method, state, w, key):
     return method.sample(state, w, key=key)
+
+
+def _lean_sample(method, state, w, key):
+    return jax.checkpoint(functools.partial(_sample, method))(state, w, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -170,13 +203,13 @@ def _means(found: list[tuple[int, dict[str, Array]]]) -> dict[str, Array]:
     return {name: total / weights[name] for name, total in totals.items()}
 
 
-def _automatic(run: Callable[..., Any], params: Any) -> Callable[..., Any]:
+def _automatic(run: Callable[..., Any], given: Any, out: Any) -> Callable[..., Any]:
     """`run` with the compiler choosing shardings, where the mesh has explicit axes.
 
     Gates gather through orders of channels; with explicit axes jax asks for the
-    sharding of each such step.
+    sharding of each such step. `out` says where the results live.
     """
-    leaves = jax.tree.leaves(params)
+    leaves = jax.tree.leaves(given)
     meshes = [m for x in leaves if not (m := jax.typeof(x).sharding.mesh).empty]
     names = [
         name
@@ -186,5 +219,9 @@ def _automatic(run: Callable[..., Any], params: Any) -> Callable[..., Any]:
     ]
     if not names:
         return run
-    out = jax.tree.map(lambda x: jax.typeof(x).sharding, params), P()
     return jax.sharding.auto_axes(run, axes=tuple(names), out_sharding=out)
+
+
+def _shardings(x: Any) -> Any:
+    """Where every array of a tree lives, also of tracers."""
+    return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, x)

@@ -154,6 +154,56 @@ def matrix_spec(use: Use, sharding: NamedSharding) -> P:
     return P(*stack, *whole)
 
 
+def learned_spec(shape: tuple[int, ...], tiles: int | None, use: Use, spec: P) -> P:
+    """Where an array that a method learns lives: with its part of the weight.
+
+    Args:
+      shape: [*stack, t, v, groups, ...] or [*stack, o, groups, ...], one entry per row
+        and group, or [*stack, tiles of rows, tiles of columns].
+      tiles: t, or None where rows have no tiles.
+      use: of the weight.
+      spec: of its matrix form, see `matrix_spec`.
+
+    Returns:
+      The spec; everywhere for other shapes. Groups that shards do not divide are
+      whole, which `check_sharding` refuses before.
+    """
+    n = len(use.layout.stack)
+    o, i = use.layout.matrix_shape
+    stack, rows, columns = spec[:n], spec[n], spec[n + 1]
+    mine = list(shape[n:])
+    if shape == (*use.layout.stack_shape, o, i):
+        return spec
+    if tiles is not None and mine[:2] == [tiles, o // tiles] and len(mine) > 2:
+        # a single tile is not cut, its rows are
+        lead = (None, rows) if tiles == 1 else (rows, None)
+        return P(*stack, *lead, columns if i % mine[2] == 0 else None)
+    fits = len(mine) > 1 and o % mine[0] == 0 and i % mine[1] == 0
+    if fits and (mine[0] == o or len(mine) == 2):
+        return P(*stack, rows, columns)
+    return P()
+
+
+def divided(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The spec without the axes that its devices do not divide."""
+
+    def whole(axis: int, names: Any) -> Any:
+        if names is None:
+            return None
+        all_names = names if isinstance(names, tuple) else (names,)
+        shards = math.prod(mesh.shape[name] for name in all_names)
+        return names if shape[axis] % shards == 0 else None
+
+    return P(*(whole(axis, names) for axis, names in enumerate(spec)))
+
+
+def places(x: Any) -> Any:
+    """Where every array of a tree lives, if that is a mesh: results go back there."""
+    kinds = jax.tree.map(lambda leaf: leaf.sharding, x)
+    on_mesh = [k for k in jax.tree.leaves(kinds) if isinstance(k, NamedSharding)]
+    return kinds if on_mesh else None
+
+
 def _check_rows(rows: int, devices: int, name: str) -> None:
     if rows == 0 or rows % devices:
         raise ValueError(

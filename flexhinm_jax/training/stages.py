@@ -18,6 +18,7 @@ from jax import Array
 
 from flexhinm_jax.methods import Method
 from flexhinm_jax.training import resume as saved
+from flexhinm_jax.training import sharding
 from flexhinm_jax.training.schedules import Stage, check_stages
 from flexhinm_jax.training.state import (
     MASK_TX,
@@ -196,7 +197,7 @@ class Gradual:
             self.tx,
             self.uses,
             mask_tx=self.mask_tx,
-            shardings=_shardings(training),
+            shardings=sharding.places(training),
         )
         while True:
             yield from self._steps(step)
@@ -344,12 +345,3 @@ class Gradual:
         if self.training is None:
             raise ValueError("the run has not begun: iterate over it first")
         return self.training
-
-
-def _shardings(training: Training) -> Any:
-    """Where the training lives, if that is a mesh: results then go back there."""
-    kinds = jax.tree.map(lambda x: x.sharding, training)
-    on_mesh = [
-        k for k in jax.tree.leaves(kinds) if isinstance(k, jax.sharding.NamedSharding)
-    ]
-    return kinds if on_mesh else None

@@ -20,7 +20,7 @@ from flexhinm_jax.training import relax, sharding
 from flexhinm_jax.training.optimizer import KeepSparseState, keep_sparse
 from flexhinm_jax.transforms import tree
 from flexhinm_jax.transforms.paths import leaf_paths
-from flexhinm_jax.types import State, Stats, Uses
+from flexhinm_jax.types import Regions, State, Stats, Uses
 
 #: Optimiser of gates and logits unless another is given: ten times a usual rate of the
 #: weights, because they start far from a decision.
@@ -266,7 +266,10 @@ def _as_params(x: Any, like: Any) -> Any:
 
 
 def _as_weights(states: dict[str, State], params: Any, uses: Uses) -> dict[str, State]:
-    """States whose matrices live where their weights do, the rest everywhere."""
+    """States whose matrices and learned arrays live where their weights do.
+
+    The rest lives everywhere.
+    """
     mesh = sharding.mesh_of(params)
     if mesh is None:
         return states
@@ -277,8 +280,24 @@ def _as_weights(states: dict[str, State], params: Any, uses: Uses) -> dict[str, 
         shape = (*use.layout.stack_shape, *use.layout.matrix_shape)
         spec = sharding.matrix_spec(use, leaves[path].sharding)
         specs = jax.tree.map(lambda x: spec if x.shape == shape else P(), state)  # noqa: B023
+        regions = _regions(state)
+        tiles = None if regions is None else regions.in_order.shape[-2]
+
+        def where(x: Array, tiles=tiles, use=use, spec=spec) -> P:
+            found = sharding.learned_spec(x.shape, tiles, use, spec)
+            return sharding.divided(found, x.shape, mesh)
+
+        learned = jax.tree.map(where, state.learned)
+        specs = dataclasses.replace(specs, learned=learned)
         placed[path] = sharding.put(state, specs, mesh)
     return placed
+
+
+def _regions(state: State) -> Regions | None:
+    """The regions of a state, if it has any."""
+    is_regions = lambda x: isinstance(x, Regions)  # noqa: E731
+    found = jax.tree.leaves(state.fixed, is_leaf=is_regions)
+    return next((x for x in found if is_regions(x)), None)
 
 
 def _on_mesh(x: Any, mesh: Any) -> Any:

@@ -42,6 +42,15 @@ def test_the_density_follows_from_the_tile_probabilities(mode):
     assert abs(float(drawn.mean()) - float(method.density(state))) < 0.03
 
 
+def test_all_groups_of_a_tile_have_the_sum_that_its_gate_gives():
+    method = fh.Patch(TILES)
+    mask = method.mask(moved(solved(method), size=0.05), KEY)
+    sums = TILES.tiles(mask).reshape(4, 4, -1, 4).sum(-1)
+    gate = sums[..., 0] / 2 - 1  # 2 + 2 g
+    assert float(jnp.max(jnp.abs(sums - (2 + 2 * gate)[..., None]))) < 1e-5
+    np.testing.assert_allclose(mask.mean(), 0.5 + 0.5 * gate.mean(), atol=1e-6)
+
+
 def test_every_relaxed_mask_is_between_n_of_m_and_dense():
     method = fh.Patch(TILES)
     mask = method.mask(moved(solved(method), size=0.05), KEY)

@@ -52,6 +52,14 @@ def test_signs_and_order_survive_and_the_regulariser_falls(z, lam):
     assert np.all(regularizer24(w) <= np.asarray(regularizer24(z)) + 1e-5)
 
 
+def test_the_published_share_of_groups_becomes_two_of_four():
+    z = jax.random.normal(jax.random.key(5), (100_000, 4))
+    for lam, share in ((0.1, 3.66), (0.5, 57.87), (1.0, 91.31)):
+        alive = jnp.sum(prox24(z, lam) != 0, axis=-1)
+        assert int(alive.min()) >= 2
+        assert abs(100 * float(jnp.mean(alive == 2)) - share) < 0.3
+
+
 def test_strength_zero_changes_nothing_and_exact_groups_stay():
     z = jax.random.normal(jax.random.key(0), (64, 4))
     np.testing.assert_allclose(prox24(z, 0.0), z, atol=1e-6)

@@ -136,6 +136,52 @@ def pmap():
     compare((losses, jax_utils.unreplicate(many)))
 
 
+def learned_masks(method, mesh=None):
+    """Three steps of a method with frozen weights; where its logits were and are."""
+    params = program.params()
+    if mesh is not None:
+        params = {
+            k: jax.device_put(v, NamedSharding(mesh, TENSOR[k]))
+            for k, v in params.items()
+        }
+    uses = fh.discover(program.model, program.params(), program.batch_at(0)[0])
+    stats = {
+        path: fh.Stats(jnp.arange(1.0, i + 1), jnp.zeros(i), jnp.float32(1))
+        for path, use in uses.leaves.items()
+        for i in [use.layout.matrix_shape[1]]
+    }
+    whole = sharding.gather(params)
+    states = fh.solve(method, KEY, whole, uses, stats)
+    training = fh.init_training(method, params, uses, states, None, key=KEY, mask_tx=TX)
+    where = sharding.places(training)
+    step = fh.make_step(
+        method, program.loss_fn, None, uses, mask_tx=TX, shardings=where
+    )
+    first = jax.tree.map(lambda x: x.sharding, training.states["in"].learned)
+    for j in range(3):
+        batch = program.batch_at(j)
+        if mesh is not None:
+            batch = sharding.shard_batch(batch, mesh)
+        training, _ = step(training.at(j / 2), *batch)
+    return first, {path: state.learned for path, state in training.states.items()}
+
+
+def masks_live_with_their_weights():
+    method = fh.MaskLLM(fh.NM(2, 4))
+    _, want = learned_masks(method)
+    for explicit in (False, True):
+        mesh = sharding.make_mesh(4, 2, explicit=explicit)
+        with jax.set_mesh(mesh):
+            first, found = learned_masks(method, mesh)
+        wanted = NamedSharding(mesh, P(None, "model"))
+        for at in (first["logits"], found["in"]["logits"].sharding):
+            assert at.is_equivalent_to(wanted, 4), at
+        for path, learned in found.items():
+            np.testing.assert_allclose(
+                learned["logits"], want[path]["logits"], rtol=1e-3, atol=1e-5
+            )
+
+
 def refuses(params, method, *words):
     uses = fh.discover(program.model, program.params(), program.batch_at(0)[0])
     try:
@@ -197,6 +243,7 @@ CHECKS = [
     explicit_data_parallel,
     explicit_tensor_parallel,
     pmap,
+    masks_live_with_their_weights,
     shards_that_split_the_pattern,
     devices_and_batches_that_do_not_fit,
 ]

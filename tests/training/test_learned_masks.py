@@ -1,5 +1,7 @@
 """MaskLLM, MaskPro, ProxSparse and Patch under a loss of the whole model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,8 +74,48 @@ def test_the_names_of_leaves_and_not_their_order_decide_the_sample(task):
     turned = dict(reversed(states.items()))
     first, _ = sample(method, states, params, uses, KEY)
     second, _ = sample(method, turned, params, uses, KEY)
+    compiled, _ = jax.jit(lambda s: sample(method, s, params, uses, KEY))(states)
     for name in params:
         np.testing.assert_array_equal(first[name], second[name])
+        np.testing.assert_allclose(first[name], compiled[name], atol=1e-6)
+
+
+def test_a_step_has_no_gradient_and_no_optimiser_for_the_weights(task):
+    params, uses, stats, batches = task
+    method = fh.MaskLLM()
+    states = fh.solve(method, KEY, params, uses, stats)
+    tx = optax.adam(0.1)
+    training = fh.init_training(method, params, uses, states, None, key=KEY, mask_tx=tx)
+    before = sum(x.size for x in jax.tree.leaves(training.learned_opt))
+    assert training.opt_state == () and before == 2 * 2 * 32 * 8 * 6 + 1
+    training, _ = fh.make_step(method, loss_fn, None, uses, mask_tx=tx)(
+        training, *batches[0]
+    )
+    for name in params:
+        np.testing.assert_array_equal(training.params[name], params[name])
+
+
+def test_a_prior_that_is_not_n_of_m_is_refused_by_name(task):
+    params, uses, _, _ = task
+    other = fh.Magnitude(fh.NM(1, 4))
+    plans = fh.decide(other, fh.solve(other, KEY, params, uses), params, uses)
+    with pytest.raises(ValueError, match=r"a: the plan has groups of 1:4, MaskLLM"):
+        fh.adopt(fh.MaskLLM(), plans, params, uses)
+    with pytest.raises(ValueError, match="a: "):
+        broken = dataclasses.replace(
+            plans["a"].support, keep=plans["a"].support.keep.at[0].set(True)
+        )
+        plan = dataclasses.replace(plans["a"], support=broken)
+        fh.adopt(fh.MaskLLM(fh.NM(1, 4)), {"a": plan}, params, uses)
+
+
+def test_every_n_of_m_with_a_table_of_patterns_is_built(task):
+    params, uses, stats, _ = task
+    for (n, m), patterns in {(1, 4): 4, (2, 4): 6, (4, 8): 70}.items():
+        method = fh.MaskLLM(fh.NM(n, m))
+        states = fh.solve(method, KEY, params, uses, stats)
+        shape = states["a"].learned["logits"].shape
+        assert shape == (1, 32, 32 // m, patterns)
 
 
 def test_hardened_samples_are_the_hard_plan(task):
@@ -85,3 +127,23 @@ def test_hardened_samples_are_the_hard_plan(task):
         dense = fh.densify(fh.decide(method, states, params, uses), params, uses)
         for name in params:
             np.testing.assert_allclose(sampled[name], dense[name], atol=1e-6)
+
+
+def test_drawing_again_in_the_backward_pass_keeps_less_and_changes_nothing(task):
+    params, uses, stats, _ = task
+    method = fh.MaskLLM()
+    states = fh.solve(method, KEY, params, uses, stats)
+    learned = {path: state.learned for path, state in states.items()}
+
+    def total(learned, lean):
+        now = {p: dataclasses.replace(s, learned=learned[p]) for p, s in states.items()}
+        drawn, terms = sample(method, now, params, uses, KEY, lean=lean)
+        return sum(jnp.sum(jnp.sin(w)) for w in drawn.values()) + terms["reward"]
+
+    found, kept = [], []
+    for lean in (False, True):
+        value, back = jax.vjp(lambda x: total(x, lean), learned)  # noqa: B023
+        kept.append(sum(x.nbytes for x in jax.tree.leaves(back)))
+        found.append((value, back(jnp.ones(()))))
+    assert kept[1] < 0.75 * kept[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)

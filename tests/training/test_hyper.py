@@ -1,0 +1,127 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flexhinm_jax as fh
+from flexhinm_jax.training.hyper import hyper_prune, name
+from flexhinm_jax.training.stages import NotFinite
+
+KEY = jax.random.key(0)
+METHOD = fh.HyperPrune(steps=60, checks=3, hidden=16, embedding=4, cache=64, prior=1.0)
+PATHS = [f"layers/{j}/{n}" for j in range(2) for n in ("up", "down")]
+
+
+def apply_fn(params, x):
+    for j in range(2):
+        up, down = (params[f"layers/{j}/{n}"] for n in ("up", "down"))
+        x = x + jnp.tanh(x @ up) @ down
+    return x
+
+
+@pytest.fixture(scope="module")
+def task():
+    keys = jax.random.split(KEY, 5)
+    params = {
+        p: jax.random.normal(k, (16, 16)) / 4
+        for p, k in zip(PATHS, keys[:4], strict=True)
+    }
+    x = jax.random.normal(keys[4], (64, 16)) * jnp.exp(jnp.linspace(-1, 1, 16))
+    uses = fh.discover(apply_fn, params, x)
+    return params, uses, fh.calibrate(apply_fn, params, uses, [x])
+
+
+def errors(found):
+    return [row["error"] for row in found.rows]
+
+
+@pytest.fixture(scope="module")
+def found(task):
+    return hyper_prune(METHOD, KEY, *task)
+
+
+def test_no_matrix_ends_worse_than_its_prior(task, found):
+    params, uses, stats = task
+    assert [row["path"] for row in found.rows] == PATHS
+    assert all(row["error"] <= row["prior"] for row in found.rows)
+    assert any(row["error"] < row["prior"] for row in found.rows)
+    prior = fh.decide(
+        fh.Wanda(), fh.solve(fh.Wanda(), KEY, params, uses, stats), params, uses
+    )
+    plans = fh.decide(METHOD, found.states, params, uses)
+    for row in found.rows:
+        path, h = row["path"], stats[row["path"]].gram
+        fh.verify(plans[path])
+        w = params[path].T
+        # the library damps the Gram by one percent of its mean
+        h = h + 0.01 * jnp.mean(jnp.diag(h)) * jnp.eye(16)
+        energy = lambda d, h=h: float(jnp.sum((d @ h) * d))  # noqa: E731
+        for plan, key in ((prior[path], "prior"), (plans[path], "error")):
+            lost = energy(w - plan.weight) / energy(w)
+            np.testing.assert_allclose(row[key], lost, rtol=1e-4)
+
+
+def test_layers_and_components_come_from_the_paths(found):
+    assert found.layers == ((0,), (1,))
+    assert found.components == ("layers/*/up", "layers/*/down")
+    assert found.theta["layers"].shape == (2, 4)
+    assert name("h_11/attn/q2", ()) == ((11,), "h_*/attn/q2")
+    assert name("head", (1, 2)) == ((1, 2), "head")
+
+
+def test_the_first_matrix_has_nothing_to_keep_in_mind(task, found):
+    other = hyper_prune(dataclasses.replace(METHOD, continual=0.0), KEY, *task)
+    first = [x.states[PATHS[0]].fixed["support"].keep for x in (found, other)]
+    np.testing.assert_array_equal(*first)
+    ends = [np.asarray(x.theta["dense"][-1]["kernel"]) for x in (found, other)]
+    assert np.abs(ends[0] - ends[1]).max() > 1e-4
+
+
+def test_without_embeddings_the_net_does_not_know_where_it_is(task):
+    plain = dataclasses.replace(METHOD, embedding=0)
+    ways = (name, lambda path, at: (path, "one"))
+    one, two = (hyper_prune(plain, KEY, *task, identify=way) for way in ways)
+    assert set(one.theta) == {"dense"}
+    assert one.theta["dense"][0]["kernel"].shape == (12, 16)
+    jax.tree.map(np.testing.assert_array_equal, one.theta, two.theta)
+    assert errors(one) == errors(two)
+
+
+def test_the_layers_of_a_stack_are_visited_in_turn():
+    params = {n: jax.random.normal(KEY, (3, 8, 8)) for n in ("a", "b")}
+    x = jax.random.normal(jax.random.key(1), (32, 8))
+
+    def scanned(params, x):
+        layer = lambda x, w: (jnp.tanh(x @ w["a"]) @ w["b"], None)  # noqa: E731
+        return jax.lax.scan(layer, x, params)[0]
+
+    uses = fh.discover(scanned, params, x)
+    stats = fh.calibrate(scanned, params, uses, [x])
+    seen = []
+    found = hyper_prune(METHOD, KEY, params, uses, stats, progress=seen.append)
+    assert [(r["path"], r["at"]) for r in seen] == [
+        (n, (j,)) for j in range(3) for n in ("a", "b")
+    ]
+    assert found.layers == ((0,), (1,), (2,)) and found.components == ("a", "b")
+    plans = fh.decide(METHOD, found.states, params, uses)
+    assert plans["a"].weight.shape == (3, 8, 8)
+    for plan in plans.values():
+        np.testing.assert_array_equal((plan.weight != 0).reshape(3, 8, 2, 4).sum(-1), 2)
+
+
+def test_what_does_not_fit_is_refused(task):
+    params, uses, stats = task
+    norms = {
+        path: dataclasses.replace(given, gram=None) for path, given in stats.items()
+    }
+    with pytest.raises(ValueError, match="layers/0/up: .*needs the Gram"):
+        hyper_prune(METHOD, KEY, params, uses, norms)
+    rule = {"layers/1/down": fh.NM(1, 4)}
+    ruled = fh.discover(apply_fn, params, jnp.ones((2, 16)), rules=rule)
+    with pytest.raises(ValueError, match="layers/1/down: a rule asks for"):
+        hyper_prune(METHOD, KEY, params, ruled, stats)
+    wild = dataclasses.replace(METHOD, learning_rate=float("inf"))
+    with pytest.raises(NotFinite, match="layers/0/up: the net is not finite"):
+        hyper_prune(wild, KEY, *task)
