@@ -1,0 +1,105 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from flexhinm_jax.cli.main import main
+from flexhinm_jax.io import huggingface, packed
+from flexhinm_jax.methods import RefineMask
+from flexhinm_jax.ops import masks
+
+FLAGS = ("--pattern", "2:4", "--steps", 4, "--batch-size", 2, "--max-length", 8)
+FLAGS += ("--rule", r"layer\.1\.|attention=skip")
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    words = "the a cat dog sat ran on under mat tree fast slow".split()
+    generator = np.random.default_rng(0)
+    path = tmp_path / "text.txt"
+    lines = [" ".join(generator.choice(words, 5)) for _ in range(8)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def learn(model_dir, text_file, tmp_path):
+    def run(*extra, out="out"):
+        args = ["learn", model_dir, "--calibration", text_file, "--out", tmp_path / out]
+        return main([str(arg) for arg in (*args, *FLAGS, *extra)])
+
+    return run
+
+
+def error_line(capsys):
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("flexhinm: error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_learned_masks_keep_the_weights_and_are_never_worse_than_the_first(
+    learn, model_dir, tmp_path, capsys
+):
+    assert learn("--json", "--rate", "0.05", "--start", "own") == 0
+    document = json.loads(capsys.readouterr().out)
+    folder = tmp_path / "out"
+    assert document == json.loads((folder / "report.json").read_text())
+    before = huggingface.read(model_dir).params
+    after = huggingface.read(folder).params
+    twin = packed.read_packed(folder / "packed.safetensors")
+    assert twin.keys() == before.keys()
+    changed = [p for p in before if not np.array_equal(before[p], after[p])]
+    assert len(changed) == len(document["weights"]) == 2
+    for path in changed:
+        kept = after[path] != 0
+        np.testing.assert_array_equal(kept.reshape(-1, 4).sum(1), 2)
+        np.testing.assert_array_equal(after[path], np.where(kept, before[path], 0))
+    assert document["validation"]["best"] <= document["validation"]["first"]
+    assert len(document["history"]) == 5
+    assert document["method"].startswith("MaskLLM(") and document["start"] is None
+
+
+@pytest.mark.slow
+def test_a_run_that_resumes_ends_with_the_same_masks(learn, tmp_path):
+    saves = tmp_path / "saves"
+    method = ("-q", "--start", "own", "--rate", "0.05", "--resume", saves)
+    assert learn(*method) == 0
+    newest = sorted(saves.iterdir())[-1]
+    assert newest.is_dir()
+    assert learn(*method, out="again") == 0
+    a, b = (huggingface.read(tmp_path / out).params for out in ("out", "again"))
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path])
+
+
+@pytest.mark.slow
+def test_the_first_masks_can_be_those_of_another_method(learn, model_dir, tmp_path):
+    assert learn("-q") == 0
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert document["start"] == repr(RefineMask(weights="dense"))
+    assert learn("-q", "--force", "--start", "magnitude", "--rate", "1e-9") == 0
+    before, after = (huggingface.read(d).params for d in (model_dir, tmp_path / "out"))
+    path = "encoder.layer.0.intermediate.dense.weight"
+    want = masks.n_of_m(jax.numpy.abs(before[path]), n=2, m=4)
+    np.testing.assert_array_equal(after[path] != 0, want)
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        (("--rate", "0"), "--rate 0.0: need a positive number"),
+        (
+            ("--method", "proxsparse", "--start", "ria"),
+            "begins with a start of its own",
+        ),
+        (("--start", "fisher"), "need a method that 'flexhinm prune' runs"),
+        (("--sparsity", "0.7"), "sparsity"),
+        (("--out", "{model}/x"), "one lies inside the other"),
+        (("--method", "patch"), "Patch works with Tiles"),
+    ],
+)
+def test_mistakes_end_in_one_line(learn, model_dir, capsys, extra, told):
+    assert learn(*(x.format(model=model_dir) for x in extra)) == 2
+    assert told in error_line(capsys)

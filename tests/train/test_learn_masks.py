@@ -1,0 +1,217 @@
+"""Learned masks on a tiny encoder: rows, budgets, resumption, and the table."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+
+import flexhinm_jax as fh
+from flexhinm_jax.models import encoder
+from flexhinm_jax.models.decoder import DecoderConfig
+from train import language, mask_comparison, mask_rows, mask_tasks
+from train.mask_learner import Learner, Learning, relative, started_at
+from train.recovery import Budget
+from train.teacher import Recipe
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] the a of is and cat dog sat ran on under mat".split()
+SIZES = {
+    "model_type": "bert",
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.2,
+}
+RECIPE = Recipe(rows=2, length=16, precision="float32")
+NM = fh.NM(2, 4)
+LEARNERS = {
+    "maskllm": Learner(fh.MaskLLM(NM, relaxation="expected"), 0.02, looks=3),
+    "maskpro": Learner(fh.MaskPro(NM, start=2.0), 50.0, "sgd", looks=3),
+    "patch": Learner(fh.Patch(), 0.01, "relative", looks=3),
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(SIZES))
+    known = {word: k for k, word in enumerate(WORDS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = encoder.EncoderConfig.from_dict(SIZES)
+    params = encoder.init(jax.random.key(0), config)
+    arrays = {name: np.asarray(leaf) for name, leaf in params.items()}
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def problem(model_dir):
+    generator = np.random.default_rng(0)
+    text = [" ".join(generator.choice(WORDS[4:], 6)) for _ in range(40)]
+    sizes = {"sentences": 40, "calibration": 16, "evaluation": 8}
+    found = mask_tasks.minilm(model_dir, **sizes, text=text, recipe=RECIPE)
+    assert found.tile == 16
+    return dataclasses.replace(found, tile=8)
+
+
+def comparison(problem, out, steps=4.0, **options):
+    budget = Budget(steps, "steps")
+    return mask_comparison.Comparison(
+        problem, budget, out, learners=LEARNERS, **options
+    )
+
+
+def test_rows_say_what_they_start_from_and_how_much_is_removed():
+    row = mask_rows.parse("refine_mask>patch@0.25")
+    assert (row.start, row.name, row.sparsity) == ("refine_mask", "patch", 0.25)
+    for text, told in (
+        ("magic", "unknown 'magic'; magnitude, wanda"),
+        ("patch", "needs a sparsity"),
+        ("wanda@0.5", "has only one sparsity"),
+        ("patch@x", "'x' is no number"),
+        ("patch@0.7", "not between 0 and 0.5"),
+        ("alps>maskllm", "not a 2:4 mask of the dense weights"),
+        ("wanda>proxsparse", "does not start from masks"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            mask_rows.parse(text)
+    for text in mask_rows.DEFAULT:
+        assert mask_rows.parse(text).text == text
+
+
+def test_mlp_only_comes_as_near_to_the_target_as_whole_matrices_do(problem):
+    total = sum(np.prod(use.layout.shape) for use in problem.uses.prunable)
+    smallest = min(np.prod(use.layout.shape) for use in problem.uses.prunable)
+    for target in (0.1, 0.25, 0.4):
+        uses = problem.discover(mask_rows.mlp_only_24(problem.uses, target))
+        removed = sum(np.prod(use.layout.shape) for use in uses.prunable) / 2
+        assert abs(removed / total - target) <= smallest / 2 / total
+    chosen = problem.discover(mask_rows.mlp_only_24(problem.uses, 0.25)).leaves
+    assert not any(mask_rows.is_attention(path) for path in chosen)
+
+
+def test_every_kind_of_row_keeps_the_weights_and_the_sparsity(problem, tmp_path):
+    rows = (
+        "wanda",
+        "wanda>maskllm",
+        "wanda>mlp_only_24@0.25",
+        "wanda>patch@0.25",
+        "wanda>maskpro",
+        "unstructured@0.25",
+    )
+    made = comparison(problem, tmp_path)
+    found = {r["row"]: r for r in mask_comparison.compare(made, rows, tmp_path)}
+    for text in rows:
+        want = mask_rows.parse(text).sparsity or 0.5
+        assert found[text]["sparsity"] == pytest.approx(want, abs=1e-3)
+    for text in ("wanda>maskllm", "wanda>maskpro"):
+        assert found[text]["first"] == pytest.approx(found["wanda"]["validation"])
+        assert found[text]["validation"] <= found["wanda"]["validation"] + 1e-6
+        assert found[text]["steps"] == 4
+        assert found[text]["cpu_seconds"] > found["wanda"]["cpu_seconds"]
+    weights = found["wanda"]["weights"]
+    assert found["wanda>maskllm"]["bytes"]["learned"] == 6 * weights
+    assert found["wanda>maskpro"]["bytes"]["learned"] == 4 * weights
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [r["row"] for r in summary["rows"]] == list(rows)
+    assert summary["dense"]["cosine"] == pytest.approx(1.0, abs=1e-5)
+    assert "wanda>patch@0.25" in (tmp_path / "table.md").read_text()
+    again = comparison(problem, tmp_path, resume=True)
+    assert again.row("wanda>maskllm") == found["wanda>maskllm"]
+    keeps = again._row(mask_rows.parse("wanda>maskllm"))[1]
+    params = mask_comparison.masked(problem.params, problem.uses, keeps)
+    assert problem.validate(params) == found["wanda>maskllm"]["validation"]
+
+
+def learning(problem, steps=6.0):
+    learner = LEARNERS["maskllm"]
+    key = jax.random.key(0)
+    parts = problem.params, problem.uses
+    states = fh.solve(learner.method, key, *parts, problem.stats)
+    given = problem.loss_fn, problem.batch_at, problem.validate
+    budget = Budget(steps, "steps")
+    return Learning(learner, states, *parts, *given, budget, key=key)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_with_the_same_bits(problem, tmp_path):
+    whole = learning(problem)
+    list(whole.run())
+    stopped, told = learning(problem), {"run": 1}
+    for _ in zip(range(3), stopped.run(), strict=False):
+        pass
+    stopped.save(tmp_path, told)
+    other = learning(problem)
+    assert other.restore(tmp_path, told)
+    rest = list(other.run())
+    assert other.step == whole.step == 6 and len(rest) == 6 - stopped.step
+    for a, b in zip(
+        jax.tree.leaves(whole.plans()), jax.tree.leaves(other.plans()), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="run"):
+        learning(problem).restore(tmp_path, {"run": 2})
+
+
+@pytest.mark.slow
+def test_every_other_row_runs_too(problem, tmp_path):
+    rows = ("magnitude", "refine_mask", "alps_mask", "alps", "hyperprune")
+    made = mask_comparison.Comparison(problem, Budget(2, "steps"), tmp_path)
+    learned = ("refine_mask>maskllm_scores", "proxsparse", "wanda>patch_tile@0.25")
+    for row in mask_comparison.compare(made, (*rows, *learned), tmp_path):
+        want = 0.25 if "@" in row["row"] else 0.5
+        assert row["sparsity"] == pytest.approx(want, abs=1e-3)
+        assert row.get("note") == ("weights moved" if row["row"] == "alps" else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_the_byte_decoder_learns_masks_too(tmp_path, loss):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog ran under the tree. " * 40)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = language.Config(
+        name="tiny",
+        model=DecoderConfig(**sizes, **heads),
+        rules=(("lm_head", "skip"),),
+        dense_steps=3,
+        batch_size=2,
+        length=16,
+        windows=4,
+    )
+    made = mask_tasks.bytes_decoder(
+        tmp_path, path=text, loss=loss, config=config, calibration=4
+    )
+    budget = Budget(3, "steps")
+    table = mask_comparison.Comparison(made, budget, tmp_path, learners=LEARNERS)
+    row = table.row("wanda>maskllm")
+    assert row["sparsity"] == 0.5
+    assert row["validation"] <= table.row("wanda")["validation"] + 1e-6
+    assert made.evaluate(made.params)["bits_per_byte"] > 0
+
+
+def test_the_relative_optimiser_moves_every_array_by_its_rate():
+    tx = relative(0.5)
+    params = {"a": np.zeros(8, np.float32), "b": np.zeros((2, 3), np.float32)}
+    grads = jax.tree.map(lambda x: np.arange(x.size).reshape(x.shape) * 1e-4, params)
+    updates, _ = tx.update(grads, tx.init(params))
+    for x in jax.tree.leaves(updates):
+        assert float(np.sqrt(np.mean(np.square(x)))) == pytest.approx(1, rel=1e-5)
+
+
+def test_proxsparse_and_bad_learners_are_refused(problem):
+    with pytest.raises(ValueError, match="does not start from masks"):
+        started_at(fh.ProxSparse(), {}, {})
+    with pytest.raises(ValueError, match="need a positive rate"):
+        Learner(fh.MaskLLM(), 0.0)
+    with pytest.raises(ValueError, match="known: adam, relative, sgd"):
+        Learner(fh.MaskLLM(), 1.0, "lion")  # type: ignore[arg-type]
