@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 import flexhinm_jax as fh
 from flexhinm_jax.ops import pattern_logits
 from flexhinm_jax.training import relax, resume
+from flexhinm_jax.training.relative import relative
 from flexhinm_jax.types import State, Uses
 from train.recovery import Budget, at_rate
 
@@ -82,27 +82,6 @@ class Learner:
         part = min(1.0, (progress - self.warmup) / (1 - self.warmup))
         wave = 0.5 * (1 + math.cos(math.pi * part))
         return self.rate * (self.last + (1 - self.last) * wave)
-
-
-def relative(decay: float) -> optax.GradientTransformation:
-    """Momentum, scaled to a root mean square of 1 in every array.
-
-    Adam moves every logit at the same pace, also those whose gradient is noise, and
-    they leave a good start; here the pace follows the gradient. One number per logit
-    instead of two.
-
-    Args:
-      decay: of the mean of the gradients.
-    """
-
-    def scale(updates: Any, _: Any) -> Any:
-        def one(x: Any) -> Any:
-            mean = jnp.mean(jnp.square(x), dtype=jnp.float32)
-            return x * lax.rsqrt(jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
-
-        return jax.tree.map(one, updates)
-
-    return optax.chain(optax.ema(decay), optax.stateless(scale))
 
 
 class Learning:

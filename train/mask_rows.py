@@ -34,16 +34,29 @@ MOVED: dict[str, fh.Method] = {"alps": fh.ALPS(NM)}
 #: One net for all masks of the model.
 SHARED = ("hyperprune",)
 
-#: For a few hundred steps from good masks: a sure start, little noise and a constant
-#: scale, because one that grows makes the start surer faster than it can be left.
+#: For a few hundred steps from good masks: the hard masks themselves are trained, with
+#: the gradient of the softmax, because sampling noise costs more than it finds; and the
+#: pace follows the gradient (`relative`), because Adam flips groups by noise.
 MASKLLM = fh.MaskLLM(
-    NM, start=5.0, scale=(100.0, 100.0), temperature=(1.0, 0.5), reward=0.0
+    NM,
+    relaxation="decided",
+    scale=(100.0, 100.0),
+    temperature=(1.0, 1.0),
+    reward=0.0,
 )
-PATCH = fh.Patch(start=5.0, scale=(100.0, 100.0), temperature=(1.0, 0.5), reward=0.0)
+PATCH = fh.Patch(
+    relaxation="decided",
+    scale=(100.0, 100.0),
+    temperature=(1.0, 1.0),
+    reward=0.0,
+)
+SLOWLY = {"rate": 2e-4, "optimizer": "relative", "b1": 0.95}
 LEARNERS: dict[str, Learner] = {
-    "maskllm": Learner(MASKLLM, 2e-3),
-    "maskllm_scores": Learner(dataclasses.replace(MASKLLM, parameters="weights"), 2e-3),
-    "patch": Learner(PATCH, 2e-3),
+    "maskllm": Learner(MASKLLM, **SLOWLY),
+    "maskllm_scores": Learner(
+        dataclasses.replace(MASKLLM, parameters="weights"), **SLOWLY
+    ),
+    "patch": Learner(PATCH, **SLOWLY),
     "patch_tile": Learner(dataclasses.replace(PATCH, mode="tile"), 2e-3),
     "proxsparse": Learner(fh.ProxSparse(strength=0.01), 1e-4),
     "maskpro": Learner(fh.MaskPro(NM), 50.0, "sgd"),
