@@ -10,6 +10,7 @@ from flexhinm_jax.methods import (
     Fisher,
     GumbelPatterns,
     HardConcrete,
+    HyperPrune,
     Magnitude,
     MaskLLM,
     MaskPro,
@@ -38,11 +39,14 @@ from flexhinm_jax.patterns import (
     Unstructured,
     Vector,
 )
-from flexhinm_jax.training import schedules
+from flexhinm_jax.training import objectives, schedules
 from flexhinm_jax.training.adopt import adopt
 from flexhinm_jax.training.fit import fit
+from flexhinm_jax.training.hyper import hyper_prune
 from flexhinm_jax.training.optimizer import keep_from_zeros, keep_sparse
+from flexhinm_jax.training.proximal import prox_sparse
 from flexhinm_jax.training.recipes import flexhinm_gp
+from flexhinm_jax.training.relative import relative
 from flexhinm_jax.training.schedules import Stage
 from flexhinm_jax.training.sharding import check_sharding
 from flexhinm_jax.training.stages import gradual
@@ -79,6 +83,7 @@ __all__ = [
     "Gyro",
     "HardConcrete",
     "HiNM",
+    "HyperPrune",
     "Layer",
     "Magnitude",
     "MaskLLM",
@@ -124,6 +129,7 @@ __all__ = [
     "flexhinm_gp",
     "gradual",
     "harden",
+    "hyper_prune",
     "init_training",
     "keep_from_zeros",
     "keep_sparse",
@@ -132,10 +138,13 @@ __all__ = [
     "make_step",
     "methods",
     "next_stage",
+    "objectives",
     "pack",
     "patterns",
+    "prox_sparse",
     "prune",
     "prune_sequential",
+    "relative",
     "report",
     "schedules",
     "share_orders",

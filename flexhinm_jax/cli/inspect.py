@@ -9,8 +9,10 @@ import numpy as np
 
 from flexhinm_jax.cli import source
 from flexhinm_jax.cli.console import Console, bytes_text, table
+from flexhinm_jax.io import tensors
+from flexhinm_jax.models.blocks import open_blocks
 from flexhinm_jax.transforms.discover import discover
-from flexhinm_jax.types import Uses
+from flexhinm_jax.types import Use, Uses
 
 
 def add_parser(commands: Any) -> None:
@@ -21,7 +23,8 @@ def add_parser(commands: Any) -> None:
         description=textwrap.dedent("""\
             Lists every array of a Hugging Face model directory with its shape, size and
             share of zeros, and whether it can be pruned or why not. The matrix of a
-            prunable array is [out, in], as patterns see it.
+            prunable array is [out, in], as patterns see it. Of a decoder only the
+            headers of the files are read, so zeros are not counted.
             """),
         epilog=textwrap.dedent("""\
             examples:
@@ -39,16 +42,44 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    with console.step("reading the model"):
-        model = source.load(args.model)
-    with console.step("finding the weights"):
-        uses = discover(model.apply_fn, model.params, *model.sample())
-    leaves = [_describe(path, leaf, uses) for path, leaf in model.params.items()]
+    if source.is_decoder(args.model):
+        with console.step("finding the weights"):
+            leaves = _decoder_leaves(args.model)
+    else:
+        with console.step("reading the model"):
+            model = source.load(args.model)
+        with console.step("finding the weights"):
+            uses = discover(model.apply_fn, model.params, *model.sample())
+        leaves = [_describe(path, leaf, uses) for path, leaf in model.params.items()]
     console.result(_summary(args.model, leaves), _table(leaves), *_totals(leaves))
 
 
+def _decoder_leaves(directory: Path) -> list[dict[str, Any]]:
+    """The leaves of a decoder, from the headers of its files alone."""
+    blocks = open_blocks(directory)
+    uses = blocks.uses(None)
+    every: list[Uses] = [uses.of(layer) for layer in range(blocks.count)]
+    skipped = dict.fromkeys(blocks.index.files, "outside the blocks: never pruned")
+    found = Uses(
+        tuple(use for one in every for use in one),
+        skipped | {path: why for one in every for path, why in one.skipped.items()},
+    )
+    leaves = found.leaves
+    rows = []
+    for path in blocks.index.files:
+        name = blocks.index.dtype(path)
+        known = {
+            "path": path,
+            "shape": list(blocks.index.shape(path)),
+            "dtype": str(tensors.DTYPES.get(name, name)),
+            "bytes": blocks.index.nbytes(path),
+            "zeros": None,
+        }
+        rows.append(known | _use(leaves.get(path), found.skipped[path]))
+    return rows
+
+
 def _describe(path: str, leaf: np.ndarray, uses: Uses) -> dict[str, Any]:
-    use = uses.leaves.get(path)
     zeros = leaf.size - np.count_nonzero(leaf)
     return {
         "path": path,
@@ -56,10 +87,15 @@ def _describe(path: str, leaf: np.ndarray, uses: Uses) -> dict[str, Any]:
         "dtype": str(leaf.dtype),
         "bytes": int(leaf.nbytes),
         "zeros": float(zeros / max(leaf.size, 1)),
+    } | _use(uses.leaves.get(path), uses.skipped.get(path))
+
+
+def _use(use: Use | None, reason: str | None) -> dict[str, Any]:
+    return {
         "prunable": use is not None,
         "matrix": list(use.layout.matrix_shape) if use else None,
         "stack": list(use.layout.stack_shape) if use else None,
-        "reason": None if use else uses.skipped[path],
+        "reason": None if use else reason,
     }
 
 
@@ -88,7 +124,7 @@ def _table(leaves: list[dict[str, Any]]) -> Any:
             "x".join(map(str, leaf["shape"])) or "scalar",
             leaf["dtype"],
             bytes_text(leaf["bytes"]),
-            f"{leaf['zeros']:.1%}",
+            "" if leaf["zeros"] is None else f"{leaf['zeros']:.1%}",
             matrix or f"no: {leaf['reason']}",
         )
     return made

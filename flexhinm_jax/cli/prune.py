@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from flexhinm_jax import __version__, checks, methods, patterns
-from flexhinm_jax.cli import source
+from flexhinm_jax.cli import source, stream
 from flexhinm_jax.cli.console import Console, bytes_text, table
 from flexhinm_jax.io import atomic, huggingface, packed
 from flexhinm_jax.transforms import facts, oneshot, tree
@@ -23,6 +23,7 @@ from flexhinm_jax.transforms.report import Report
 from flexhinm_jax.transforms.sequential import TARGETS, Layer, prune_sequential
 from flexhinm_jax.transforms.sharing import share_orders
 
+BATCH = 32
 PACKED = "packed.safetensors"
 REPORT = "report.json"
 
@@ -56,12 +57,17 @@ def add_parser(commands: Any) -> None:
             Prunes the model in MODEL_DIR and writes DIR: the same files with zeros in
             place, {PACKED} with the weights as the sparse kernels read them, and
             {REPORT}. DIR appears complete or not at all.
+
+            A decoder (llama, mistral, qwen2, qwen3) is pruned block by block, which
+            takes the memory of one block: give --sequential, and --memory for a limit.
+            A run that is stopped or killed goes on by itself when the same command is
+            given again: its state is in DIR.partial, beside DIR.
             """),
         epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL_DIR", help="model directory (bert family)")
+    add("model", type=Path, metavar="MODEL_DIR", help="model directory")
     add("--out", type=Path, metavar="DIR", required=True, help="directory to write")
     add("--method", default="wanda", metavar="NAME", help="see below (default: wanda)")
     add(
@@ -135,9 +141,9 @@ def add_parser(commands: Any) -> None:
     add(
         "--batch-size",
         type=_positive,
-        default=32,
         metavar="N",
-        help="calibration sentences in one step (default: 32)",
+        help="calibration sentences (or samples of a decoder) in one step (default:"
+        f" {BATCH}, or {stream.BATCH})",
     )
     add(
         "--max-length",
@@ -145,6 +151,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="cut sentences to N tokens (default: 128, or what the model reads)",
     )
+    stream.add_arguments(parser)
     add("--force", action="store_true", help="replace DIR if it is a model directory")
     add("-q", "--quiet", action="store_true", help="show errors only")
     add("--json", action="store_true", help="print the report as one JSON document")
@@ -159,6 +166,8 @@ examples:
       --target resid --calibration sentences.txt --resume half-way --out pruned
   flexhinm prune all-MiniLM-L6-v2 --method magnitude --pattern 2:4 \\
       --rule 'layer\\.0\\.=skip' --rule 'output=1:4' --out pruned
+  flexhinm prune Llama-2-7b --method sparsegpt --pattern 2:4 --sequential \\
+      --memory 8GiB --calibration text.txt --samples 128 --length 512 --out pruned
 """
 
 
@@ -186,7 +195,11 @@ def _entry(name: str, described: type) -> list[str]:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    job = _check(args)
+    decoder = args.model.is_dir() and source.is_decoder(args.model)
+    job = _check(args, decoder)
+    if decoder:
+        stream.run(args, console, job.method, job.sparsity, job.rules)
+        return
     with console.step("reading the model"):
         model = source.load(args.model)
     result, notes = _prune(args, job, model, console)
@@ -208,7 +221,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     console.result(document, *_summary(args.out, result.report, notes))
 
 
-def _check(args: argparse.Namespace) -> Job:
+def _check(args: argparse.Namespace, decoder: bool) -> Job:
     """Everything that can be refused before the model is read."""
     pattern = patterns.parse(args.pattern)
     method = methods.parse(args.method, pattern)
@@ -237,6 +250,12 @@ def _check(args: argparse.Namespace) -> Job:
         raise ValueError(
             f"--allocate {args.allocate} is not for --sequential; leave one of them out"
         )
+    if decoder:
+        stream.check(args)
+        return Job(method, args.sparsity, rules, [])
+    for option in ("memory", "length", "samples", "dtype", "pack"):
+        if getattr(args, option):
+            raise ValueError(f"--{option} is for decoders; leave it out")
     if args.share_orders and args.sequential:
         raise ValueError("--share-orders is not for --sequential; drop one of them")
     if not args.sequential and (args.target or args.resume):
@@ -265,7 +284,8 @@ def _prune(
         )
     stats = None
     if job.text:
-        batches = source.tokenize(model, job.text, args.batch_size, args.max_length)
+        size = args.batch_size or BATCH
+        batches = source.tokenize(model, job.text, size, args.max_length)
         steps = ((batch.tokens, batch.mask) for batch in batches)
         if args.sequential:
             notes: dict[str, str] = {}

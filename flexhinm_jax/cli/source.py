@@ -1,6 +1,7 @@
 """A model directory as a pure function with its parameters, and text as its batches.
 
-Encoders of the BERT family only; `load` says so for any other `model_type`.
+`load` reads encoders of the BERT family; decoders stay on disk and are opened by
+`models.blocks`.
 """
 
 import dataclasses
@@ -12,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax.io import huggingface
-from flexhinm_jax.models import batches, encoder
+from flexhinm_jax.models import batches, decoder_config, encoder
 
 TOKENIZER = "tokenizer.json"
-KNOWN = ("bert",)
+ENCODERS = ("bert",)
+DECODERS = tuple(decoder_config.FAMILIES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,25 @@ class Source:
         return tokens, np.ones((1, length), np.int32)
 
 
+def is_decoder(directory: Path) -> bool:
+    """Whether a directory holds a decoder, otherwise an encoder.
+
+    Raises:
+      FileNotFoundError: the directory or its config is missing.
+      ValueError: another kind of model.
+    """
+    kind = huggingface.read_config(directory).get("model_type")
+    if kind not in ENCODERS + DECODERS:
+        raise ValueError(
+            f"{directory}: model_type={kind!r} is not supported on the command line;"
+            f" supported: {', '.join(ENCODERS + DECODERS)}. The library prunes any pure"
+            " function: see flexhinm_jax.prune"
+        )
+    return kind in DECODERS
+
+
 def load(directory: Path) -> Source:
-    """Reads a model directory.
+    """Reads the directory of an encoder.
 
     Raises:
       FileNotFoundError: the directory or a part of it is missing.
@@ -53,11 +72,10 @@ def load(directory: Path) -> Source:
       ImportError: the `hf` extra is not installed.
     """
     given = huggingface.read_config(directory)
-    if given.get("model_type") not in KNOWN:
+    if is_decoder(directory):
         raise ValueError(
-            f"{directory}: model_type={given.get('model_type')!r} is not supported on"
-            f" the command line; supported: {', '.join(KNOWN)}. The library prunes any"
-            " pure function: see flexhinm_jax.prune"
+            f"{directory}: model_type={given['model_type']!r} is a decoder; this needs"
+            f" an encoder: {', '.join(ENCODERS)}"
         )
     try:
         config = encoder.EncoderConfig.from_dict(given)
@@ -81,18 +99,74 @@ def read_text(path: Path, limit: int | None = None) -> list[str]:
       FileNotFoundError: there is no such file.
       ValueError: the file is not UTF-8 or has no text.
     """
+    lines = read_whole(path).splitlines()
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{path} has no text; give one sentence a line")
+    return found[:limit]
+
+
+def read_whole(path: Path) -> str:
+    """Reads a text file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not UTF-8.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not a file; give calibration text, one sentence a line"
         )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise ValueError(f"{path} has no text; give one sentence a line")
-    return found[:limit]
+
+
+def samples(
+    directory: Path,
+    text: str,
+    length: int,
+    count: int | None,
+    most: int,
+    vocab_size: int,
+) -> np.ndarray:
+    """Text as pieces of equal length, tokenized as the model directory says.
+
+    The whole text is one sequence, cut every `length` tokens; what is left is dropped.
+
+    Args:
+      directory: model directory.
+      text: anything.
+      length: tokens of a piece.
+      count: pieces; None for all, at most `most`.
+      most: see `count`.
+      vocab_size: tokens that the model knows.
+
+    Returns:
+      i32[pieces, length].
+
+    Raises:
+      FileNotFoundError: the directory has no tokenizer.json.
+      ValueError: the text is too short, or the tokenizer is damaged or belongs to
+        another model.
+      ImportError: the `hf` extra is not installed.
+    """
+    tokenizer = _tokenizer(directory / TOKENIZER)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = np.asarray(tokenizer.encode(text).ids, np.int64)
+    wanted = count or 1
+    if len(ids) < wanted * length:
+        raise ValueError(
+            f"the calibration text has {len(ids)} tokens, {wanted} samples of {length}"
+            f" need {wanted * length}; give more text, fewer --samples or a shorter"
+            " --length"
+        )
+    pieces = min(count or most, len(ids) // length)
+    ids = ids[: pieces * length]
+    _check_known(int(ids.max()), vocab_size)
+    return ids.astype(np.int32).reshape(pieces, length)
 
 
 def tokenize(
@@ -126,14 +200,18 @@ def tokenize(
     tokenizer.no_padding()
     ids = [encoded.ids for encoded in tokenizer.encode_batch(text)]
     largest = max((max(tokens, default=0) for tokens in ids), default=0)
-    if largest >= source.config.vocab_size:
-        raise ValueError(
-            f"{TOKENIZER} gives token {largest}, but the model has"
-            f" vocab_size={source.config.vocab_size}; they belong to different models"
-        )
+    _check_known(largest, source.config.vocab_size)
     ids = [tokens for tokens in ids if tokens]
     pad = source.checkpoint.config.get("pad_token_id") or 0
     return list(batches.batches(ids, batch_size, max_length, pad))
+
+
+def _check_known(largest: int, vocab_size: int) -> None:
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{TOKENIZER} gives token {largest}, but the model has"
+            f" vocab_size={vocab_size}; they belong to different models"
+        )
 
 
 def _tokenizer(path: Path) -> Any:

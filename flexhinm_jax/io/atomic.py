@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["check_directory", "directory", "file", "os_error"]
+__all__ = ["check_directory", "directory", "file", "flush", "os_error", "swap"]
 
 
 @contextlib.contextmanager
@@ -64,16 +64,19 @@ def directory(
     with _sibling(target) as temporary:
         temporary.mkdir()
         yield temporary
-        for inner in temporary.rglob("*"):
-            if inner.is_file():
-                _flush(inner)
-        _swap(temporary, target)
+        flush(temporary)
+        swap(temporary, target)
 
 
 def check_directory(
     path: str | os.PathLike, *, overwrite: bool = False, marker: str = "config.json"
 ) -> None:
     """Raises what `directory` would raise, for asking before a long computation.
+
+    Args:
+      path: the directory that is going to be written.
+      overwrite: an earlier output there may be replaced.
+      marker: file by which an earlier output is known.
 
     Raises:
       FileExistsError: `path` exists and may not be replaced.
@@ -121,8 +124,20 @@ def _sibling(target: Path) -> Iterator[Path]:
         raise
 
 
-def _swap(temporary: Path, target: Path) -> None:
-    """Renames `temporary` to `target`; an old directory returns if that fails."""
+def flush(folder: Path) -> None:
+    """Brings all files of a folder to the disk."""
+    for inner in folder.rglob("*"):
+        if inner.is_file():
+            _flush(inner)
+
+
+def swap(temporary: Path, target: Path) -> None:
+    """Renames `temporary` to `target`; an old directory returns if that fails.
+
+    Args:
+      temporary: on the same disk as `target`.
+      target: as `check_directory` accepts it.
+    """
     if not target.exists():
         os.rename(temporary, target)
         return

@@ -13,7 +13,6 @@ would still hold the unpruned model.
 """
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,13 +22,18 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax import types
-from flexhinm_jax.io import atomic, tensors
+from flexhinm_jax.io import atomic, shards, tensors
 
-__all__ = ["Checkpoint", "read", "read_config", "write"]
+__all__ = [
+    "Checkpoint",
+    "check_apart",
+    "copy_others",
+    "read",
+    "read_config",
+    "write",
+]
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 WEIGHT_SUFFIXES = (
     ".safetensors .bin .bin.index.json .pt .pth .ckpt .h5 .msgpack .msgpack.index.json"
@@ -62,23 +66,6 @@ class Checkpoint:
     directory: Path
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Which file of a directory holds which array, from the headers alone."""
-
-    files: dict[str, str]
-    headers: dict[str, tensors.Header]
-
-    def keys_of(self, file: str) -> list[str]:
-        return [key for key, at in self.files.items() if at == file]
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self.headers[self.files[key]].shapes[key]
-
-    def dtype(self, key: str) -> str:
-        return self.headers[self.files[key]].dtypes[key]
-
-
 def read(directory: str | os.PathLike) -> Checkpoint:
     """Reads a model directory.
 
@@ -96,7 +83,7 @@ def read(directory: str | os.PathLike) -> Checkpoint:
     """
     directory = Path(directory)
     config = read_config(directory)
-    layout = _read_layout(directory)
+    layout = shards.read_index(directory)
     params = {}
     for file in layout.headers:
         params.update(tensors.read(directory / file, layout.keys_of(file)))
@@ -120,9 +107,9 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{directory} is not a directory; give the folder that holds {CONFIG} and"
-            f" {SINGLE}"
+            f" {shards.SINGLE}"
         )
-    return _read_json(directory / CONFIG)
+    return shards.read_json(directory / CONFIG)
 
 
 def write(
@@ -163,13 +150,13 @@ def write(
             " its config, tokenizer and shards"
         )
     source = Path(source.directory if isinstance(source, Checkpoint) else source)
-    _check_apart(source, Path(directory))
+    check_apart(source, Path(directory))
     config = read_config(source)
-    layout = _read_layout(source)
+    layout = shards.read_index(source)
     arrays = _as_stored(params, layout)
     _check_tied(arrays, config)
     with atomic.directory(directory, overwrite=overwrite) as temporary:
-        _copy_others(source, temporary)
+        copy_others(source, temporary)
         for file, header in layout.headers.items():
             held = {key: arrays[key] for key in layout.keys_of(file)}
             # transformers refuses a file whose metadata does not name its framework.
@@ -179,59 +166,9 @@ def write(
     return Path(directory)
 
 
-def _read_layout(directory: Path) -> _Layout:
-    """Finds the file of every key."""
-    if (directory / SINGLE).is_file():
-        header = tensors.read_header(directory / SINGLE)
-        return _Layout(dict.fromkeys(header.shapes, SINGLE), {SINGLE: header})
-    if not (directory / INDEX).is_file():
-        raise FileNotFoundError(
-            f"{directory} has neither {SINGLE} nor {INDEX}; if it has weights in"
-            " another format, save them as safetensors first"
-        )
-    files = _read_json(directory / INDEX).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise ValueError(f"{directory / INDEX} has no weight_map of key to file name")
-    headers = {}
-    for file in dict.fromkeys(files.values()):
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(
-                f"{directory / INDEX} names {file!r}, which is not the name of a file"
-                " beside it"
-            )
-        if not (directory / file).is_file():
-            raise FileNotFoundError(
-                f"{directory / file} is missing, but {INDEX} names it; copy or download"
-                " this shard again"
-            )
-        headers[file] = tensors.read_header(directory / file)
-    for key, file in files.items():
-        if key not in headers[file].shapes:
-            raise ValueError(
-                f"{directory / INDEX} places {key} in {file}, which does not hold it;"
-                " the index and the shards belong to different checkpoints"
-            )
-    # A key that only its shard knows is loaded by other readers too.
-    for file, header in headers.items():
-        files |= {key: file for key in header.shapes if key not in files}
-    return _Layout(files, headers)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing; give a complete Hugging Face model directory"
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
-
-
-def _as_stored(params: Mapping[str, Any], layout: _Layout) -> dict[str, np.ndarray]:
+def _as_stored(
+    params: Mapping[str, Any], layout: shards.Index
+) -> dict[str, np.ndarray]:
     """Returns host arrays with exactly the keys, shapes and dtypes of the source."""
     missing = [key for key in layout.files if key not in params]
     extra = [key for key in params if key not in layout.files]
@@ -278,7 +215,8 @@ def _check_tied(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> 
             )
 
 
-def _check_apart(source: Path, output: Path) -> None:
+def check_apart(source: Path, output: Path) -> None:
+    """Raises ValueError where one directory is the other or lies inside it."""
     a, b = Path(os.path.realpath(source)), Path(os.path.realpath(output))
     if a.is_relative_to(b) or b.is_relative_to(a):
         raise ValueError(
@@ -287,7 +225,7 @@ def _check_apart(source: Path, output: Path) -> None:
         )
 
 
-def _copy_others(source: Path, output: Path) -> None:
+def copy_others(source: Path, output: Path) -> None:
     """Copies every file that is not a weight file, with its folders."""
     for folder, folders, names in os.walk(source):
         folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
@@ -299,9 +237,9 @@ def _copy_others(source: Path, output: Path) -> None:
                 shutil.copyfile(Path(folder) / name, here / name)
 
 
-def _check_written(directory: Path, wanted: _Layout) -> None:
+def _check_written(directory: Path, wanted: shards.Index) -> None:
     """Reads back the headers of what was written."""
-    found = _read_layout(directory)
+    found = shards.read_index(directory)
     for key, file in wanted.files.items():
         if (
             found.files.get(key) != file

@@ -134,7 +134,9 @@ def read_packed(path: str | os.PathLike, like: Any = None) -> Any:
             keys = {f: f"{name}#{f}" for f in _field_names(name, fields)}
             for key in keys.values():
                 if key not in unread:
-                    raise ValueError(f"{name}: the array {key} is missing")
+                    raise ValueError(
+                        f"{name}: the array {key} is missing; write the file again"
+                    )
                 del unread[key]
             stored = tensors.read(path, keys.values())
             stored = {field: stored[key] for field, key in keys.items()}

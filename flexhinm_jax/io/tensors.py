@@ -9,6 +9,8 @@ owner only).
 
 import contextlib
 import dataclasses
+import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 
 from flexhinm_jax.io import atomic
 
-__all__ = ["DTYPES", "Header", "read", "read_header", "write"]
+__all__ = ["DTYPES", "Header", "mapped", "read", "read_header", "write"]
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -47,11 +49,18 @@ class Header:
       shapes: key -> shape.
       dtypes: key -> name of the dtype in the format ("BF16").
       metadata: the free-form strings of the file.
+      places: key -> (first byte, one behind the last) of the values in the file.
     """
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     metadata: dict[str, str]
+    places: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all values."""
+        return sum(end - start for start, end in self.places.values())
 
 
 def read_header(path: str | os.PathLike) -> Header:
@@ -61,13 +70,66 @@ def read_header(path: str | os.PathLike) -> Header:
       FileNotFoundError: there is no such file.
       ValueError: the file is truncated or is not safetensors.
     """
-    with _opened(path) as f:
-        slices = {key: f.get_slice(key) for key in f.keys()}
-        return Header(
-            shapes={k: tuple(s.get_shape()) for k, s in slices.items()},
-            dtypes={k: str(s.get_dtype()) for k, s in slices.items()},
-            metadata=dict(f.metadata() or {}),
-        )
+    package = _package()
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise _damaged(path, f"{size} bytes are less than its header alone")
+        text = f.read(length)
+    try:
+        fields = json.loads(text)
+        metadata = fields.pop("__metadata__", {})
+        start = 8 + length
+        places = {
+            key: (start + x["data_offsets"][0], start + x["data_offsets"][1])
+            for key, x in fields.items()
+        }
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise _damaged(path, error) from error
+    promised = max((end for _, end in places.values()), default=start)
+    if size != promised:
+        raise _damaged(path, f"it has {size} bytes, its header promises {promised}")
+    try:
+        with package.safe_open(os.fspath(path), framework="numpy"):
+            pass  # checks what is left: overlaps, sizes, dtypes
+    except package.SafetensorError as error:
+        raise _damaged(path, error) from error
+    keys = sorted(places, key=places.__getitem__)
+    return Header(
+        shapes={key: tuple(fields[key]["shape"]) for key in keys},
+        dtypes={key: fields[key]["dtype"] for key in keys},
+        metadata=dict(metadata),
+        places={key: places[key] for key in keys},
+    )
+
+
+def mapped(path: str | os.PathLike, header: Header, key: str) -> np.ndarray:
+    """One array of a file, read-only and mapped: its pages are read when looked at.
+
+    Args:
+      path: a safetensors file.
+      header: from `read_header`.
+      key: which array.
+
+    Returns:
+      The array; it must not be written to.
+
+    Raises:
+      ValueError: a dtype that is not in `DTYPES`.
+    """
+    dtype, shape = _dtype(path, header, key), header.shapes[key]
+    if not math.prod(shape):
+        return np.zeros(shape, dtype)
+    start = header.places[key][0]
+    # numpy maps its own dtypes only: the bytes first, then what they mean.
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.memmap(path, np.uint8, "r", offset=start, shape=(size,))
+    if start % dtype.itemsize:  # a writer may leave values unaligned
+        raw = np.array(raw)
+    return raw.view(dtype).reshape(shape)
 
 
 def read(
@@ -86,11 +148,7 @@ def read(
     header = read_header(path)
     keys = list(header.shapes) if keys is None else list(keys)
     for key in keys:
-        if header.dtypes[key] not in DTYPES:
-            raise ValueError(
-                f"{path}: {key} has dtype {header.dtypes[key]}; supported are"
-                f" {', '.join(DTYPES)}. Convert it to one of them first"
-            )
+        _dtype(path, header, key)
     with _opened(path) as f:
         return {key: f.get_tensor(key) for key in keys}
 
@@ -101,6 +159,11 @@ def write(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a file at once; see `io.atomic` for making that all or nothing.
+
+    Args:
+      path: file to write.
+      arrays: key -> array, in any memory order.
+      metadata: strings kept in the header.
 
     Raises:
       OSError: the file could not be written (disk full, permissions).
@@ -128,6 +191,22 @@ def write(
     os.chmod(path, 0o666 & ~umask)
 
 
+def _dtype(path: str | os.PathLike, header: Header, key: str) -> np.dtype:
+    if header.dtypes[key] not in DTYPES:
+        raise ValueError(
+            f"{path}: {key} has dtype {header.dtypes[key]}; supported are"
+            f" {', '.join(DTYPES)}. Convert it to one of them first"
+        )
+    return DTYPES[header.dtypes[key]]
+
+
+def _damaged(path: str | os.PathLike, why: object) -> ValueError:
+    return ValueError(
+        f"{path} is truncated or not a safetensors file ({why}); copy or download it"
+        " again"
+    )
+
+
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Any]:
     """Opens a file; every error of the format names it."""
@@ -138,10 +217,7 @@ def _opened(path: str | os.PathLike) -> Iterator[Any]:
         with package.safe_open(os.fspath(path), framework="numpy") as f:
             yield f
     except package.SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); copy or download"
-            " it again"
-        ) from error
+        raise _damaged(path, error) from error
 
 
 def _package() -> Any:

@@ -95,7 +95,22 @@ def calibrate(
 
 
 def statistics_bytes(uses: Uses, gram: bool = True) -> int:
-    """Bytes that the statistics of `uses` take; shared statistics count once."""
+    """Bytes that the statistics of `uses` take; shared statistics count once.
+
+    Args:
+      uses: from `discover`.
+      gram: with the Gram matrices, which take nearly all of it.
+
+    Returns:
+      Bytes of float32 sums on the device, known before anything is computed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flexhinm_jax.transforms.discover import discover
+      >>> params, x = {"w": jnp.ones((8, 4))}, jnp.ones((2, 8))
+      >>> statistics_bytes(discover(lambda p, x: x @ p["w"], params, x))
+      292
+    """
     owners = share(uses)
     total = 0
     for path, use in uses.leaves.items():

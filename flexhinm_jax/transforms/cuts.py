@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,22 @@ from flexhinm_jax.transforms.straight import Cut, straighten
 from flexhinm_jax.types import Plan, Uses
 
 logger = logging.getLogger("flexhinm_jax")
+
+
+class Programs:
+    """What was compiled for one walk and serves the next over an equal function.
+
+    Attributes:
+      compiler: the segments.
+      solver: solves stacks of matrices.
+      measured: program, or its text -> what the compiler says about its memory.
+    """
+
+    def __init__(self, solver: Callable[..., Any] = solver.solve_stack):
+        """Starts with nothing compiled."""
+        self.compiler = segments.Compiler()
+        self.solver = solver
+        self.measured: dict[Any, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +72,39 @@ class Layer:
 
 
 class Walk:
-    """The batches on their way from cut to cut."""
+    """The batches on their way from cut to cut.
 
-    def __init__(self, job: Job, target: str, shelf: segments.Shelf):
-        """Traces the function once per shape of a batch."""
+    Attributes:
+      runners: one per batch.
+      masks: per batch, which tokens count; None for all.
+      lines: per shape of a batch, the program and its segments.
+      cuts: those of the first shape.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        target: str,
+        shelf: segments.Shelf,
+        *,
+        twins: Sequence[Sequence[Any]] | None = None,
+        programs: Programs | None = None,
+        to_end: bool = False,
+    ):
+        """Traces the function once per shape of a batch.
+
+        Args:
+          job: what to do.
+          target: what to fit to.
+          shelf: where values of the batches are kept.
+          twins: per batch its arrays as the dense model has them, where they differ.
+          programs: compiled before, in a walk of an equal function.
+          to_end: goes on behind the last cut, for `outputs`.
+        """
         self.job, self.target, self.shelf = job, target, shelf
-        self.compiler = segments.Compiler()
+        self.programs = programs or Programs()
+        self.compiler = segments.Compiler(self.programs.compiler)
+        self.to_end = to_end
         layouts = {path: use.layout for path, use in job.uses.leaves.items()}
         moved = {*layouts, *job.bias.values()}
         names = [p for p in job.paths if is_array(job.leaves[p])]
@@ -69,7 +112,7 @@ class Walk:
         self.runners: list[segments.Runner] = []
         self.masks: list[np.ndarray | None] = []
         params = job.tree(job.leaves)
-        for batch in job.batches:
+        for n, batch in enumerate(job.batches):
             arrays, skeleton = split(batch)
             shapes = tuple((x.shape, str(x.dtype)) for x in arrays)
             if (shapes, skeleton) not in lines:
@@ -77,8 +120,12 @@ class Walk:
                 line = straighten(program, params, job.paths, layouts)
                 pairs = zip(names, line.params, strict=True)
                 sources = [v for name, v in pairs if name in moved]
+                if twins is not None:
+                    given = zip(line.inputs, twins[n], strict=True)
+                    sources += [v for v, x in given if x is not None]
                 changing = segments.changing(line, sources)
-                lines[shapes, skeleton] = line, segments.cut(line), changing
+                parts = segments.cut(line, line.outputs if to_end else ())
+                lines[shapes, skeleton] = line, parts, changing
             line, parts, changing = lines[shapes, skeleton]
             self.runners.append(
                 segments.Runner(
@@ -88,6 +135,7 @@ class Walk:
                     None if target == "seq" else changing,
                     shelf,
                     self.compiler,
+                    None if twins is None else twins[n],
                 )
             )
             mask = None if job.token_mask is None else job.token_mask(*batch)
@@ -113,23 +161,31 @@ class Walk:
                 "with rules={...: 'skip'}"
             )
 
-    def run(self, progress: Callable[[Layer], None] | None) -> dict[str, Plan]:
-        """Solves everything: path -> plan."""
+    def run(
+        self,
+        progress: Callable[[Layer], None] | None,
+        taken: Callable[[str, Plan], None] | None = None,
+    ) -> dict[str, Plan]:
+        """Solves everything: path -> plan.
+
+        Args:
+          progress: called with every matrix that is done.
+          taken: called with every leaf that is done and its plan, which is then
+            forgotten and missing in the result.
+        """
         job, first = self.job, self.cuts
         total = sum(len(cut.members) + len(cut.plain) for cut in first)
         done, started = 0, time.perf_counter()
         try:
             for k, cut in enumerate(first):
-                now, before = job.arrays(job.current), job.arrays(job.leaves)
-                fixed = {
-                    id(line): [segments.fixed(line, parts[k], x) for x in (now, before)]
-                    for line, parts in self.lines
-                }
-                for runner in self.runners:
-                    runner.advance(k, *fixed[id(runner.line)])
+                self.advance(k)
                 solved = self.members(k) if cut.members else self.plain(cut)
-                for (path, at), found in solved.items():
+                for path, at in list(solved):
+                    found = solved.pop((path, at))
                     job.apply(path, at, found.plan)
+                    if taken is not None and job.complete(path):
+                        taken(path, job.assembled(path))
+                        del job.plans[path]
                     done += 1
                     seconds, started = since(started)
                     numbers = worst(found.facts)
@@ -149,11 +205,46 @@ class Walk:
                         logger.warning("%s: %s", path, layer.note)
                     if progress is not None:
                         progress(layer)
-        finally:
-            for runner in self.runners:
-                runner.release()
-            self.shelf.close()
-        return job.assembled()
+            if self.to_end:
+                self.advance(len(first))
+        except BaseException:
+            self.close()
+            raise
+        if not self.to_end:
+            self.close()
+        return {path: job.assembled(path) for path in job.plans}
+
+    def advance(self, k: int) -> None:
+        """All batches to cut `k`, or to the end behind the last."""
+        job = self.job
+        trees = [job.current] if self.target == "seq" else [job.current, job.leaves]
+        fixed = {
+            id(line): [segments.fixed(line, parts[k], job.arrays(x)) for x in trees]
+            for line, parts in self.lines
+        }
+        for runner in self.runners:
+            runner.advance(k, *fixed[id(runner.line)])
+
+    def outputs(self) -> Iterator[tuple[list[Any], list[Any] | None]]:
+        """Per batch what the pruned model and the dense one return, freed behind.
+
+        The second is None where no dense model runs beside.
+        """
+        for runner in self.runners:
+            wanted = runner.line.outputs
+            now = [runner.value(v) for v in wanted]
+            dense = None
+            if self.target != "seq":
+                dense = [runner.dense_value(v) for v in wanted]
+            runner.release()
+            yield now, dense
+        self.close()
+
+    def close(self) -> None:
+        """Frees all values."""
+        for runner in self.runners:
+            runner.release()
+        self.shelf.close()
 
     def note(self, path: str, cut: Cut, numbers: Mapping[str, Any]) -> str:
         """What a person should know about a leaf of a cut."""
@@ -172,44 +263,34 @@ class Walk:
         for runner, mask in zip(self.runners, self.masks, strict=True):
             sums = self.add(k, sums, runner, mask)
         stats = moments.finish(self.job, self.cuts[k], sums)
+        del sums
+        self.shelf.trim()
         if self.target != "seq":
             # Explicit targets everywhere: one program per shape instead of two.
             stats = {
                 n: moments.with_targets(self.job.weight(*n), s)
                 for n, s in stats.items()
             }
-        return solver.solve(self.job, stats)
+        return solver.solve(self.job, stats, self.programs.solver)
 
     def add(
         self, k: int, sums: Any, runner: segments.Runner, mask: np.ndarray | None
     ) -> Any:
         """Adds the tokens of one batch to the sums of cut `k`."""
-        job, cut = self.job, runner.line.cuts[k]
-        differs = cut.operand in runner.dense
-        streams = {}
-        for n, m in enumerate(cut.members):
-            if self.target == "resid" and m.stream and m.stream.var in runner.dense:
-                streams[n] = (
-                    runner.dense_value(m.stream.var),
-                    runner.value(m.stream.var),
-                )
-        o = sum(m.product.layout.matrix_shape[0] for m in cut.members)
-        i = cut.members[0].product.layout.matrix_shape[1]
-        direct = {n: job.weight(m.path, m.at) for n, m in enumerate(cut.members)}
-        if not (differs and 2 * o < i):
-            direct = {n: w for n, w in direct.items() if n in streams}
-        inputs = {
-            "x": runner.value(cut.operand),
-            "dense": runner.dense_value(cut.operand) if differs else None,
-            "streams": streams,
-            "direct": direct,
-            "rows": moments.rows(mask, cut.members[0].product.free),
-        }
+        cut = runner.line.cuts[k]
+        inputs = moments.inputs(
+            cut,
+            runner.changed,
+            self.target == "resid",
+            runner.value,
+            runner.dense_value,
+            self.job.weight,
+            mask,
+        )
         if sums is None:
-            sums = jax.tree.map(
-                lambda s: jnp.zeros(s.shape, s.dtype),
-                jax.eval_shape(functools.partial(moments.tokens_of, cut), inputs),
-            )
+            like = jax.eval_shape(functools.partial(moments.tokens_of, cut), inputs)
+            sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
+        count = len(jax.tree.leaves(sums))
         leaves, structure = jax.tree.flatten((sums, inputs))
         memo = k, id(runner.line), structure, tuple(x.shape for x in leaves)
 
@@ -219,7 +300,8 @@ class Walk:
                 jax.tree.map(jnp.add, sums, moments.tokens_of(cut, inputs))
             )
 
-        outs = self.compiler.memo(memo, flat, *leaves)
+        outs = self.compiler.memo(memo, flat, *leaves, donate=count)
+        self.shelf.wait(outs)
         return jax.tree.unflatten(jax.tree.structure(sums), outs)
 
     def plain(self, cut: Cut) -> dict[tuple, solver.Solved]:
@@ -239,7 +321,8 @@ class Walk:
         )
         solved: dict[tuple, solver.Solved] = {}
         for path in cut.plain:
-            solved |= solver.solve(job, {(path, at[path]): stats[path]})
+            given = {(path, at[path]): stats[path]}
+            solved |= solver.solve(job, given, self.programs.solver)
         return solved
 
 

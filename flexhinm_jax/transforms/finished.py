@@ -1,6 +1,6 @@
 """Finished matrices on disk, so that a long run survives being killed.
 
-A folder holds `config.json`, a fingerprint of everything that the result depends on,
+A folder holds `job.json`, a fingerprint of everything that the result depends on,
 and one file per finished matrix. A file appears complete or not at all.
 """
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-CONFIG = "config.json"
+CONFIG = "job.json"
 
 
 class Finished:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,7 +27,8 @@ class Job:
     """What to prune with what, and the plans so far.
 
     Attributes:
-      leaves: path -> array of the dense model.
+      leaves: path -> array of the dense model; where no dense model runs beside, the
+        pruned one takes the place of what is solved.
       current: path -> array now, pruned as far as the walk has come.
       plans: path -> {at: plan on the host}.
       finished: plans on disk, or None.
@@ -43,12 +45,29 @@ class Job:
         key: Array,
         center: bool,
         token_mask: Callable[..., Array] | None,
+        beside: bool = True,
     ):
-        """Checks every leaf before anything is computed."""
-        self.apply_fn, self.params, self.batches = apply_fn, params, batches
+        """Checks every leaf before anything is computed.
+
+        Args:
+          apply_fn: as in `prune_sequential`.
+          params: its parameters, dense; the leaves may be abstract.
+          batches: tuples of the other arguments.
+          uses: what to prune.
+          method: what to prune with.
+          sparsity: fraction of weights removed, one for all or one per path.
+          key: PRNG key.
+          center: as in `prune_sequential`.
+          token_mask: as in `prune_sequential`.
+          beside: keeps dense weights after they were solved, for the dense model that
+            runs beside the pruned one.
+        """
+        self.beside = beside
+        self.apply_fn, self.batches = apply_fn, batches
+        self.structure = jax.tree.structure(params)
         self.uses, self.method, self.sparsity = uses, method, sparsity
         self.key, self.token_mask = key, token_mask
-        values = jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, params)
+        values = jax.tree.map(on_device, params)
         self.paths = leaf_paths(params)
         self.leaves = dict(zip(self.paths, jax.tree.leaves(values), strict=True))
         self.current = dict(self.leaves)
@@ -68,8 +87,7 @@ class Job:
 
     def tree(self, leaves: Mapping[str, Any]) -> Any:
         """The tree of parameters with these leaves."""
-        structure = jax.tree.structure(self.params)
-        return jax.tree.unflatten(structure, [leaves[p] for p in self.paths])
+        return jax.tree.unflatten(self.structure, [leaves[p] for p in self.paths])
 
     def arrays(self, leaves: Mapping[str, Any]) -> list[Any]:
         """The array leaves in order."""
@@ -79,13 +97,25 @@ class Job:
         """The dense matrices of a leaf, [*rest of the stack, o, i]."""
         return matrix(self.leaves[path], self.uses.leaves[path].layout)[select(at)]
 
+    def like(self, path: str, at: tuple) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of `weight`."""
+        layout = self.uses.leaves[path].layout
+        rest = [f.size for f, i in zip(layout.stack, at, strict=True) if i is None]
+        shape = *rest, *layout.matrix_shape
+        return jax.ShapeDtypeStruct(shape, self.leaves[path].dtype)
+
     def apply(self, path: str, at: tuple, plan: Plan) -> None:
         """Takes a plan over: the walk goes on with it."""
         layout = self.uses.leaves[path].layout
         self.plans[path][at] = plan
-        whole = matrix(self.current[path], layout)
-        whole = whole.at[select(at)].set(tree.dense_weight(plan))
+        before, new = matrix(self.current[path], layout), tree.dense_weight(plan)
+        if all(i is None for i in at):
+            whole = jax.device_put(new, before.sharding)
+        else:
+            whole = before.at[select(at)].set(new)
         self.current[path] = to_leaf(whole, layout)
+        if not self.beside:
+            self.leaves[path] = self.current[path]
         if plan.bias is not None:
             name = self.bias[path]
             old = self.current[name]
@@ -94,22 +124,36 @@ class Job:
             new = old.reshape(shape).at[select(at)].add(shift)
             self.current[name] = new.reshape(old.shape)
 
-    def assembled(self) -> dict[str, Plan]:
-        """One plan per leaf, its pieces put back into the stack."""
-        out = {}
-        for path, use in self.uses.leaves.items():
-            pieces = self.plans[path]
-            stack = use.layout.stack_shape
+    def complete(self, path: str) -> bool:
+        """Whether every matrix of a leaf has its plan."""
+        stack = self.uses.leaves[path].layout.stack_shape
+        pieces = [
+            math.prod(n for n, i in zip(stack, at, strict=True) if i is None)
+            for at in self.plans[path]
+        ]
+        return sum(pieces) == math.prod(stack)
 
-            def join(*arrays: Any, keys=tuple(pieces), stack=stack) -> Array:  # noqa: B008
-                rest = sum(i is None for i in keys[0])
-                whole = np.zeros((*stack, *arrays[0].shape[rest:]), arrays[0].dtype)
-                for at, x in zip(keys, arrays, strict=True):
-                    whole[select(at)] = x
-                return jnp.asarray(whole)
+    def assembled(self, path: str) -> Plan:
+        """The plan of a leaf, its pieces put back into the stack."""
+        pieces = self.plans[path]
+        stack, keys = self.uses.leaves[path].layout.stack_shape, tuple(pieces)
 
-            out[path] = jax.tree.map(join, *pieces.values())
-        return out
+        def join(*arrays: Any) -> Array:
+            if len(keys) == 1 and all(i is None for i in keys[0]):
+                return jnp.asarray(arrays[0])
+            rest = sum(i is None for i in keys[0])
+            whole = np.zeros((*stack, *arrays[0].shape[rest:]), arrays[0].dtype)
+            for at, x in zip(keys, arrays, strict=True):
+                whole[select(at)] = x
+            return jnp.asarray(whole)
+
+        return jax.tree.map(join, *pieces.values())
+
+
+def on_device(x: Any) -> Any:
+    """An array on the device; anything else, abstract arrays too, as it is."""
+    concrete = is_array(x) and not isinstance(x, jax.ShapeDtypeStruct)
+    return jnp.asarray(x) if concrete else x
 
 
 def select(at: tuple[int | None, ...]) -> tuple:
@@ -117,14 +161,14 @@ def select(at: tuple[int | None, ...]) -> tuple:
     return tuple(slice(None) if i is None else i for i in at)
 
 
-def blank(size: int) -> Stats:
+def blank(size: int, stack: tuple[int, ...] = ()) -> Stats:
     """Shapes of the statistics that every product gets."""
     made: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     return Stats(
-        sq_norm=made((size,)),
-        mean=made((size,)),
-        count=made(()),
-        gram=made((size, size)),
+        sq_norm=made((*stack, size)),
+        mean=made((*stack, size)),
+        count=made(stack),
+        gram=made((*stack, size, size)),
     )
 
 
@@ -165,7 +209,7 @@ def fingerprint(job: Job, target: str) -> dict[str, str]:
         "target": target,
         "center": repr(job.center),
         "key": str(np.asarray(jax.random.key_data(job.key)).tolist()),
-        "params": digest(job.params),
+        "params": digest(job.tree(job.leaves)),
         "batches": digest(job.batches),
         "token_mask": digest(masks),
         "leaves": digest([repr(use) for use in job.uses]),

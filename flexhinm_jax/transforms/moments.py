@@ -5,7 +5,8 @@ members of a cut share what does not depend on their weights.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,50 @@ HIGHEST: dict[str, Any] = {
     "precision": lax.Precision.HIGHEST,
     "preferred_element_type": jnp.float32,
 }
+
+
+def inputs(
+    cut: Cut,
+    changed: Callable[[Any], bool],
+    resid: bool,
+    now: Callable[[Any], Any],
+    dense: Callable[[Any], Any],
+    weight: Callable[[str, tuple], Any],
+    mask: np.ndarray | None,
+) -> dict[str, Any]:
+    """What `tokens_of` needs of one batch.
+
+    Args:
+      cut: the cut.
+      changed: of a variable, whether the dense model has another value.
+      resid: whether targets contain what the stream lacks.
+      now: value of a variable in the pruned model.
+      dense: the same in the dense model.
+      weight: (path, at) -> dense weight.
+      mask: tokens that count, or None.
+    """
+    differs = changed(cut.operand)
+    streams = {
+        n: (dense(m.stream.var), now(m.stream.var))
+        for n, m in enumerate(cut.members)
+        if resid and m.stream and changed(m.stream.var)
+    }
+    o = sum(m.product.layout.matrix_shape[0] for m in cut.members)
+    i = cut.members[0].product.layout.matrix_shape[1]
+    # Target by target where X_dense^T X would be the larger product.
+    written = differs and 2 * o < i
+    direct = {
+        n: weight(m.path, m.at)
+        for n, m in enumerate(cut.members)
+        if written or n in streams
+    }
+    return {
+        "x": now(cut.operand),
+        "dense": dense(cut.operand) if differs else None,
+        "streams": streams,
+        "direct": direct,
+        "rows": rows(mask, cut.members[0].product.free),
+    }
 
 
 def tokens_of(cut: Cut, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,15 +155,17 @@ def upper(x: Array) -> Array:
 
 
 def finish(job: Job, cut: Cut, sums: dict[str, Any]) -> dict[tuple, Stats]:
-    """(path, at) -> statistics of the members of a cut; shared arrays are the same."""
+    """(path, at) -> statistics of the members of a cut; shared arrays are the same.
+
+    `sums` are used up.
+    """
     finite = jax.device_get(jnp.isfinite(sums["upper"].sum()))
     if not finite:
         raise ValueError(
             f"the inputs of {cut.members[0].path!r} contain NaN or Inf, or overflow; "
             "check the calibration batches and the activations before this leaf"
         )
-    half = sums["upper"]
-    gram = jnp.triu(half) + jnp.swapaxes(jnp.triu(half, 1), -1, -2)
+    gram = symmetric(sums.pop("upper"))
     count = jnp.maximum(sums["count"], 1.0)
     shared = Stats(
         sq_norm=jnp.diagonal(gram, axis1=-2, axis2=-1),
@@ -146,6 +193,12 @@ def finish(job: Job, cut: Cut, sums: dict[str, Any]) -> dict[tuple, Stats]:
             )
         out[m.path, m.at] = stats
     return out
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def symmetric(upper: Array) -> Array:
+    """The matrix of which only the part on and above the diagonal is right."""
+    return jnp.triu(upper) + jnp.swapaxes(jnp.triu(upper, 1), -1, -2)
 
 
 def with_targets(w: Array, stats: Stats) -> Stats:

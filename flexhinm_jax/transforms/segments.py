@@ -9,8 +9,11 @@ Equal segments (the layers of a network) are compiled once: a segment is known b
 equations with the variables numbered.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import itertools
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +25,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from flexhinm_jax.transforms import compat
-from flexhinm_jax.transforms.straight import Line, dependent, variables
+from flexhinm_jax.transforms.straight import Cut, Line, dependent, variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +49,20 @@ class Segment:
     alive: set[Any]
 
 
-def cut(line: Line) -> list[Segment]:
-    """The segment before every cut."""
+def cut(line: Line, outputs: Iterable[Any] = ()) -> list[Segment]:
+    """The segment before every cut, and one from the last cut to the end.
+
+    Args:
+      line: the program.
+      outputs: variables of the batch that are wanted at the end.
+    """
     maker = {v: eqn for eqn in line.eqns if eqn is not None for v in eqn.outvars}
     given = {*line.params, *line.consts}
-    starts = [0, *(c.position for c in line.cuts)]
+    starts = [0, *(c.position for c in line.cuts), len(line.eqns)]
     found: list[Segment] = []
     later: set[Any] = set()
-    for k in reversed(range(len(line.cuts))):
-        members = line.cuts[k].members
-        streams = [m.stream.var for m in members if m.stream is not None]
-        alive = later | {m_var for m_var in streams}
-        if members:
-            alive.add(line.cuts[k].operand)
+    for k in reversed(range(len(starts) - 1)):
+        alive = later | (read_at(line.cuts[k]) if k < len(line.cuts) else {*outputs})
         wanted, eqns = set(alive), []
         for eqn in reversed(line.eqns[starts[k] : starts[k + 1]]):
             if eqn is None or not any(v in wanted for v in eqn.outvars):
@@ -77,6 +81,12 @@ def cut(line: Line) -> list[Segment]:
         found.insert(0, Segment(static, eqns, statics, inputs, outputs, alive))
         later = wanted
     return found
+
+
+def read_at(cut: Cut) -> set[Any]:
+    """The values that are read at a cut."""
+    streams = {m.stream.var for m in cut.members if m.stream is not None}
+    return streams | {cut.operand} if cut.members else streams
 
 
 def static_part(
@@ -114,14 +124,19 @@ def ordered(values: Iterable[Any]) -> list[Any]:
 
 
 class Compiler:
-    """Jits functions given as equations; equal ones share one function."""
+    """Jits functions given as equations; equal ones share one function.
 
-    def __init__(self):
-        """Starts without functions."""
-        self.known: dict[Any, Callable] = {}
+    Attributes:
+      known: signature -> function.
+    """
+
+    def __init__(self, before: "Compiler | None" = None):
+        """Starts with the functions of an earlier one, which has them in common."""
+        self.known: dict[Any, Callable] = {} if before is None else before.known
+        # Signatures name objects by id, so these must stay alive.
+        self.kept: list[Any] = [] if before is None else before.kept
         self.segments: dict[int, tuple[Segment, Callable]] = {}
         self.traced: dict[Any, tuple[Callable, Any]] = {}
-        self.kept: list[Any] = []
 
     def segment(self, segment: Segment) -> Callable:
         """(statics, inputs) -> outputs."""
@@ -132,27 +147,34 @@ class Compiler:
         run = self.segments[id(segment)][1]
         return lambda statics, values: run(*statics, *values)
 
-    def memo(self, name: Any, f: Callable, *args: Any) -> list[Any]:
+    def memo(self, name: Any, f: Callable, *args: Any, donate: int = 0) -> list[Any]:
         """f(*args), where equal names mean equal functions and shapes.
 
         Args:
           name: hashable.
           f: function of arrays that returns a list of arrays.
           *args: arrays.
+          donate: the first so many arguments may be overwritten.
         """
         if name not in self.traced:
             body, consts = compat.opened(jax.make_jaxpr(f)(*args))
             inputs = [*body.constvars, *body.invars]
-            run = self.function(body.eqns, inputs, body.outvars)
+            given = range(len(consts), len(consts) + donate)
+            run = self.function(body.eqns, inputs, body.outvars, tuple(given))
             self.traced[name] = run, consts
         run, consts = self.traced[name]
         return run(*consts, *args)
 
-    def function(self, eqns: Any, inputs: list[Any], outputs: list[Any]) -> Callable:
-        """A jitted function of the values of `inputs`."""
-        key = signature(eqns, inputs, outputs)
+    def function(
+        self,
+        eqns: Any,
+        inputs: list[Any],
+        outputs: list[Any],
+        donated: tuple[int, ...] = (),
+    ) -> Callable:
+        """A jitted function of the values of `inputs`, some of them donated."""
+        key = signature(eqns, inputs, outputs), donated
         if key not in self.known:
-            # Signatures name objects by id, so these must stay alive.
             self.kept.append((eqns, inputs, outputs))
 
             def run(*values: Any) -> list[Any]:
@@ -163,7 +185,13 @@ class Compiler:
                     env.update(zip(eqn.outvars, results, strict=True))
                 return [read(v) for v in outputs]
 
-            self.known[key] = jax.jit(run)
+            # What is rounded to bfloat16 is so wherever programs begin and end: a
+            # model cut into blocks gives the same as a whole one.
+            self.known[key] = jax.jit(
+                run,
+                donate_argnums=donated,
+                compiler_options={"xla_allow_excess_precision": False},
+            )
         return self.known[key]
 
 
@@ -219,16 +247,27 @@ class Shelf:
       peak: the most there ever were.
     """
 
-    def __init__(self, limit: int | None):
-        """Keeps `limit` bytes in memory; any number for None."""
-        self.limit = limit
+    def __init__(self, limit: int | None, folder: Path | None = None):
+        """Keeps `limit` bytes in memory; any number for None.
+
+        Args:
+          limit: bytes.
+          folder: exists; where the rest goes, in a folder of its own that is removed
+            at the end. None for the system's place for temporary files.
+        """
+        self.limit, self.where = limit, folder
         self.held = self.peak = 0
         self.folder: Any = None
         self.number = itertools.count()
         self.on_host = jax.default_backend() == "cpu"
 
     def put(self, x: Any) -> Any:
-        """Takes an array; the result is for `get` and `drop`."""
+        """Takes an array; the result is for `get` and `drop`.
+
+        An array that is mapped from a file is on disk already and stays there.
+        """
+        if isinstance(x, np.memmap):
+            return x
         if jnp.issubdtype(x.dtype, jax.dtypes.extended):
             self.held += x.nbytes
             return x
@@ -237,7 +276,9 @@ class Shelf:
             self.peak = max(self.peak, self.held)
             return x if self.on_host else np.asarray(x)
         if self.folder is None:
-            self.folder = tempfile.TemporaryDirectory(prefix="flexhinm-")
+            self.folder = tempfile.TemporaryDirectory(
+                prefix="flexhinm-", dir=self.where
+            )
         path = Path(self.folder.name, f"{next(self.number)}.bin")
         np.asarray(x).tofile(path)
         return path, x.shape, x.dtype
@@ -253,8 +294,22 @@ class Shelf:
         """Forgets an array."""
         if isinstance(kept, tuple):
             kept[0].unlink()
-        else:
+        elif not isinstance(kept, np.memmap):
             self.held -= kept.nbytes
+
+    def wait(self, made: Any) -> None:
+        """Lets a step end before the next begins, where memory is limited.
+
+        A step that is only dispatched holds its scratch already, one per batch.
+        """
+        if self.limit is not None:
+            jax.block_until_ready(made)
+
+    def trim(self) -> None:
+        """Gives what the C library keeps of freed memory back, where it is limited."""
+        if self.limit is not None and sys.platform == "linux":
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
 
     def close(self) -> None:
         """Removes what is on disk."""
@@ -273,6 +328,7 @@ class Runner:
         changing: set[Any] | None,
         shelf: Shelf,
         compiler: Compiler,
+        twins: Sequence[Any] | None = None,
     ):
         """Places a batch at the start.
 
@@ -284,19 +340,24 @@ class Runner:
             beside the pruned ones; None keeps no dense values.
           shelf: where values are kept.
           compiler: compiles segments.
+          twins: the batch as the dense model has it where that differs, None for an
+            array that is the same; None for all the same.
         """
         self.line, self.segments, self.compiler = line, segments, compiler
         self.changing, self.shelf = changing, shelf
         self.values = dict(zip(line.inputs, map(shelf.put, batch), strict=True))
-        self.dense: dict[Any, Any] = {}
+        pairs = () if twins is None else zip(line.inputs, twins, strict=True)
+        self.dense = {v: shelf.put(x) for v, x in pairs if x is not None}
 
-    def advance(self, k: int, now: Sequence[Any], dense: Sequence[Any]) -> None:
-        """Runs the segment before cut `k`.
+    def advance(
+        self, k: int, now: Sequence[Any], dense: Sequence[Any] | None = None
+    ) -> None:
+        """Runs the segment before cut `k`; one behind the last cut runs to the end.
 
         Args:
           k: the cut; every cut is reached once, in order.
           now: what `fixed` gives for the parameters now.
-          dense: the same for those of the dense model.
+          dense: the same for those of the dense model, where that is kept.
         """
         segment = self.segments[k]
         if segment.eqns:
@@ -305,7 +366,7 @@ class Runner:
             if self.changing is not None and not self.changing.isdisjoint(
                 segment.outputs
             ):
-                before = self.run(segment, dense, self.dense_value)
+                before = self.run(segment, dense or (), self.dense_value)
                 moved = {v: x for v, x in before.items() if v in self.changing}
             self.values.update((v, self.shelf.put(x)) for v, x in made.items())
             self.dense.update((v, self.shelf.put(x)) for v, x in moved.items())
@@ -319,6 +380,7 @@ class Runner:
         """The outputs of a segment for these parameters."""
         f = self.compiler.segment(segment)
         outs = f(statics, [read(v) for v in segment.inputs])
+        self.shelf.wait(outs)
         return dict(zip(segment.outputs, outs, strict=True))
 
     def value(self, v: Any) -> Any:
@@ -328,6 +390,10 @@ class Runner:
     def dense_value(self, v: Any) -> Any:
         """The same value of the dense model."""
         return self.shelf.get(self.dense[v] if v in self.dense else self.values[v])
+
+    def changed(self, v: Any) -> bool:
+        """Whether the dense model may have another value than the pruned one."""
+        return self.changing is not None and v in self.changing
 
     def release(self) -> None:
         """Frees all values."""

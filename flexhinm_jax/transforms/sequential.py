@@ -98,6 +98,32 @@ def prune_sequential(
       >>> int((result.params["a"] == 0).sum())
       32
     """
+    check_target(target, method)
+    given = [b if isinstance(b, tuple) else (b,) for b in batches]
+    if not given:
+        raise ValueError("batches is empty; calibration needs at least one batch")
+    uses = discover(apply_fn, params, *given[0], rules=rules)  # type: ignore[arg-type]
+    job = Job(
+        apply_fn,
+        params,
+        given,
+        uses,
+        method,
+        sparsity,
+        key,
+        center,
+        token_mask,
+        beside=target != "seq",
+    )
+    if resume is not None:
+        job.finished = Finished(resume, fingerprint(job, target))
+    walk = Walk(job, target, segments.Shelf(memory_limit))
+    plans = walk.run(progress)
+    return oneshot.applied(plans, params, uses)
+
+
+def check_target(target: str, method: Method) -> None:
+    """Raises ValueError for an unknown target or a method that needs gradients."""
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: choose one of {', '.join(TARGETS)}")
     if method.needs == "gradients":
@@ -105,13 +131,3 @@ def prune_sequential(
             f"{type(method).__name__} needs gradients, which one pass forward does not "
             "give; use accumulate_gradients and solve"
         )
-    given = [b if isinstance(b, tuple) else (b,) for b in batches]
-    if not given:
-        raise ValueError("batches is empty; calibration needs at least one batch")
-    uses = discover(apply_fn, params, *given[0], rules=rules)  # type: ignore[arg-type]
-    job = Job(apply_fn, params, given, uses, method, sparsity, key, center, token_mask)
-    if resume is not None:
-        job.finished = Finished(resume, fingerprint(job, target))
-    walk = Walk(job, target, segments.Shelf(memory_limit))
-    plans = walk.run(progress)
-    return oneshot.applied(plans, params, uses)

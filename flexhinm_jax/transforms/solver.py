@@ -5,8 +5,9 @@ Statistics arrive per (path, at); plans, errors and facts leave on the host.
 
 import dataclasses
 import functools
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from flexhinm_jax import checks
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.reconstruction import Reconstruction
 from flexhinm_jax.transforms import tree
-from flexhinm_jax.transforms.job import Job, select
+from flexhinm_jax.transforms.job import Job, blank, select
 from flexhinm_jax.types import Plan, Stats
 
 
@@ -36,25 +37,44 @@ class Solved(NamedTuple):
     facts: dict[str, Array]
 
 
-def solve(job: Job, stats: Mapping[tuple, Stats]) -> dict[tuple, Solved]:
-    """Solves matrices whose statistics, but for the targets, are the same."""
-    groups: dict[Any, list[tuple]] = defaultdict(list)
-    weights = {name: job.weight(*name) for name in stats}
-    for name, w in weights.items():
-        like = w.shape, str(w.dtype), jax.tree.structure(stats[name])
-        choice = job.methods[name[0]], job.targets[name[0]] is None
-        groups[like, choice].append(name)
+def solve(
+    job: Job, stats: Mapping[tuple, Stats], run: Callable[..., Any]
+) -> dict[tuple, Solved]:
+    """Solves matrices whose statistics, but for the targets, are the same.
+
+    Args:
+      job: what to do.
+      stats: (path, at) -> statistics.
+      run: `solve_stack`, or the same compiled before.
+    """
     out: dict[tuple, Solved] = {}
-    for names in groups.values():
+    for names in groups(job, stats):
+        weights = {name: job.weight(*name) for name in names}
         for name in names:
             checks.finite(weights[name], "weight", name[0])
         given = {name: stats[name] for name in names}
-        found = solve_equal(job, given, {name: weights[name] for name in names})
+        found = solve_equal(job, given, weights, run)
         for name, result in found.items():
             out[name] = jax.tree.map(np.asarray, result)
             if job.finished is not None:
                 job.finished.save(f"{name[0]} {name[1]}", out[name])
     return {name: out[name] for name in stats}
+
+
+def groups(job: Job, stats: Mapping[tuple, Stats]) -> list[list[tuple]]:
+    """What is solved together: equal shapes and methods, up to a number of weights."""
+    found: dict[Any, list[tuple]] = defaultdict(list)
+    for name in stats:
+        w = job.like(*name)
+        like = w.shape, str(w.dtype), jax.tree.structure(stats[name])
+        choice = job.methods[name[0]], job.targets[name[0]] is None
+        size = max(1, tree.STACK_LIMIT // math.prod(w.shape))
+        found[like, choice, size].append(name)
+    return [
+        names[k : k + key[-1]]
+        for key, names in found.items()
+        for k in range(0, len(names), key[-1])
+    ]
 
 
 def restore(job: Job, names: Sequence[tuple]) -> dict[tuple, Solved] | None:
@@ -63,23 +83,11 @@ def restore(job: Job, names: Sequence[tuple]) -> dict[tuple, Solved] | None:
         return None
     found = {}
     for path, at in names:
-        use = job.uses.leaves[path]
-        stack = tuple(
-            f.size for f, i in zip(use.layout.stack, at, strict=True) if i is None
-        )
-        o, i = use.layout.matrix_shape
-        made: Any = jax.ShapeDtypeStruct
-        f32 = jnp.float32
-        stats = Stats(
-            sq_norm=made((*stack, i), f32),
-            mean=made((*stack, i), f32),
-            count=made(stack, f32),
-            gram=made((*stack, i, i), f32),
-        )
-        w = made((*stack, o, i), job.leaves[path].dtype)
+        w = job.like(path, at)
+        stats = blank(w.shape[-1], w.shape[:-2])
         like = jax.eval_shape(
             lambda w, stats, path=path, at=at: solve_equal(
-                job, {(path, at): stats}, {(path, at): w}
+                job, {(path, at): stats}, {(path, at): w}, solve_stack
             )[path, at],
             w,
             stats,
@@ -92,7 +100,10 @@ def restore(job: Job, names: Sequence[tuple]) -> dict[tuple, Solved] | None:
 
 
 def solve_equal(
-    job: Job, stats: Mapping[tuple, Stats], weights: Mapping[tuple, Array]
+    job: Job,
+    stats: Mapping[tuple, Stats],
+    weights: Mapping[tuple, Array],
+    run: Callable[..., Any],
 ) -> dict[tuple, Solved]:
     """`solve` for matrices of one shape and method."""
     names = list(weights)
@@ -113,11 +124,11 @@ def solve_equal(
         targets.append(full)
     first = stats[names[0]]
     shared = dataclasses.replace(first, cross=None, target_mean=None)
-    plans, errors, facts = solve_stack(
+    plans, errors, facts = run(
         job.methods[names[0][0]],
         stacked(keys),
         stacked([weights[name] for name in names]),
-        jax.tree.map(flat, shared),
+        shared,
         stacked([stats[name].cross for name in names]),
         stacked([stats[name].target_mean for name in names]),
         stacked(targets),
@@ -148,11 +159,14 @@ def solve_stack(
       method: static.
       keys: [members, stack].
       w: [members, stack, o, i].
-      stats: [stack, ...], shared by the members.
+      stats: [*axes of the stack, ...], shared by the members.
       cross: f32[members, stack, o, i] or None.
       target_mean: f32[members, stack, o] or None.
       sparsity: f32[members, stack] or None.
     """
+    # Here it costs no copy of the Gram matrices.
+    axes = stats.mean.ndim - 1
+    stats = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), stats)
 
     def one(key, w, stats, cross, mean, sparsity):
         mine = dataclasses.replace(stats, cross=cross, target_mean=mean)
@@ -168,6 +182,49 @@ def solve_stack(
     return jax.vmap(over, in_axes=(0, 0, None, 0, 0, 0))(
         keys, w, stats, cross, target_mean, sparsity
     )
+
+
+class Ahead:
+    """`solve_stack`, compiled before it runs, so that its memory is known."""
+
+    def __init__(self):
+        """Starts with nothing compiled."""
+        self.known: dict[Any, Any] = {}
+
+    def compiled(self, method: Method, *args: Any) -> Any:
+        """The program for arrays, concrete or abstract, of these shapes."""
+        leaves, structure = jax.tree.flatten(args)
+        key = method, structure, tuple((x.shape, str(x.dtype)) for x in leaves)
+        if key not in self.known:
+            like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+            given = jax.tree.unflatten(structure, like)
+            self.known[key] = solve_stack.lower(method, *given).compile()
+        return self.known[key]
+
+    def __call__(self, method: Method, *args: Any) -> Any:
+        """What `solve_stack` returns."""
+        return self.compiled(method, *args)(*args)
+
+    def bytes_for(
+        self, job: Job, names: Sequence[tuple], stats: Mapping[tuple, Stats]
+    ) -> int:
+        """Bytes that solving these matrices together takes, results included."""
+        found = []
+
+        def measure(method: Method, *args: Any) -> Any:
+            memory = self.compiled(method, *args).memory_analysis()
+            # Without the statistics, which are counted where they are made.
+            found.append(
+                memory.temp_size_in_bytes
+                + memory.output_size_in_bytes
+                + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args[1]))
+            )
+            return solve_stack(method, *args)
+
+        given = {name: stats[name] for name in names}
+        weights = {name: job.like(*name) for name in names}
+        jax.eval_shape(lambda s, w: solve_equal(job, s, w, measure), given, weights)
+        return found[0]
 
 
 def squared(w: Array, gram: Array) -> Array:

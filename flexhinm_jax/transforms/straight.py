@@ -99,6 +99,7 @@ class Line:
       made: variable -> position of its equation, -1 for the batch.
       users: variable -> the equations that read it.
       cuts: where to cut, in order.
+      outputs: what the program returns, one variable (or literal) per array.
     """
 
     eqns: list[Any]
@@ -109,6 +110,7 @@ class Line:
     made: dict[Any, int]
     users: dict[Any, list[Any]]
     cuts: list[Cut]
+    outputs: list[Any]
 
 
 def straighten(
@@ -153,6 +155,7 @@ def straighten(
         made,
         users,
         [],
+        list(body.outvars),
     )
     line.cuts.extend(find_cuts(line, marker, places))
     return line

@@ -263,9 +263,9 @@ def test_the_output_must_lie_beside_the_model(
 
 def test_another_kind_of_model_is_refused_by_name(prune, model_dir, capsys):
     config = json.loads((model_dir / "config.json").read_text())
-    (model_dir / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    (model_dir / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     assert prune() == 2
-    assert "'llama' is not supported" in error_line(capsys)
+    assert "'mamba' is not supported" in error_line(capsys)
 
 
 def test_a_missing_tokenizer_is_named(prune, model_dir, capsys):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.transforms import moments, segments, solver
+from flexhinm_jax.transforms import cuts, memory, moments, segments, solver
+from flexhinm_jax.transforms.job import Job
 from flexhinm_jax.types import Stats
 
 KEY = jax.random.key(5)
@@ -51,9 +52,9 @@ def seen(monkeypatch):
     found: dict[tuple, Stats] = {}
     original = solver.solve
 
-    def solve(job, stats):
+    def solve(job, stats, run):
         found.update(stats)
-        return original(job, stats)
+        return original(job, stats, run)
 
     monkeypatch.setattr(solver, "solve", solve)
     return found
@@ -375,8 +376,8 @@ def test_batches_of_several_shapes_compile_equal_layers_once(monkeypatch):
     compilers = []
     original = segments.Compiler
 
-    def compiler():
-        compilers.append(original())
+    def compiler(*before):
+        compilers.append(original(*before))
         return compilers[-1]
 
     monkeypatch.setattr(segments, "Compiler", compiler)
@@ -416,3 +417,70 @@ def test_progress_says_what_was_done():
         ("second", 2, 2),
     ]
     assert all(0 < r.error < 1 and r.seconds >= 0 and r.held > 0 for r in records)
+
+
+def half(params, h):
+    """One half of a model, as a streamed run has it."""
+    (name,) = params
+    return h + jnp.tanh(h @ params[name])
+
+
+@pytest.mark.parametrize("target", ["seq", "resid"])
+def test_a_walk_in_two_halves_is_the_walk_of_the_whole(target):
+    params = {"a": normal(0, 8, 8), "b": normal(1, 8, 8)}
+    batches, method = [X[:32], X[32:]], fh.Wanda(NM)
+
+    def whole(p, x):
+        return half({"b": p["b"]}, half({"a": p["a"]}, x))
+
+    want = fh.prune_sequential(whole, params, batches, method, key=KEY, target=target)
+    now, dense, programs, leaves = [(x,) for x in batches], None, cuts.Programs(), {}
+    for name in ("a", "b"):
+        mine = {name: params[name]}
+        uses = fh.discover(half, mine, *now[0])
+        beside = target != "seq"
+        job = Job(half, mine, now, uses, method, None, KEY, True, None, beside)
+        walk = cuts.Walk(
+            job,
+            target,
+            segments.Shelf(None),
+            twins=dense,
+            programs=programs,
+            to_end=True,
+        )
+        taken = {}
+        assert walk.run(None, taken.__setitem__) == {}
+        assert taken.keys() == {name}
+        leaves |= job.current
+        pairs = list(walk.outputs())
+        now, dense = [p[0] for p in pairs], [p[1] for p in pairs] if beside else None
+        assert walk.shelf.held == 0
+    for name in params:
+        np.testing.assert_array_equal(leaves[name], want.params[name])
+    for x, (y,) in zip(batches, now, strict=True):
+        np.testing.assert_allclose(y, whole(want.params, x), atol=1e-5)
+    if dense is not None:
+        for x, (y,) in zip(batches, dense, strict=True):
+            np.testing.assert_allclose(y, whole(params, x), atol=1e-5)
+
+
+def test_memory_is_known_before_the_walk():
+    uses = fh.discover(chain, CHAIN, X)
+    like = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in CHAIN.items()}
+    batch = (jax.ShapeDtypeStruct((32, 8), jnp.float32),)
+    job = Job(
+        chain, like, [batch] * 2, uses, fh.Wanda(NM), None, KEY, True, None, False
+    )
+    ahead = solver.Ahead()
+    walk = cuts.Walk(job, "seq", memory.Ledger(), to_end=True)
+    first, second, end = memory.stages(walk, ahead)
+    assert [s.paths for s in (first, second, end)] == [("first",), ("second",), ()]
+    # The input, then what lies between the layers, then the result: of two batches.
+    assert [s.held for s in (first, second, end)] == [
+        2 * 32 * 4 * n for n in (8, 16, 8)
+    ]
+    assert [s.stats for s in (first, second)] == [4 * 8 * 8, 4 * 16 * 16]
+    assert first.step == 0 and second.step >= 32 * 4 * (8 + 16)
+    assert second.solver >= 2 * 4 * 16 * 8  # the weight and its plan
+    assert len(ahead.known) == 2
+    assert memory.resident_peak() > 1 << 20

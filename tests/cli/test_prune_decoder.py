@@ -1,0 +1,187 @@
+"""`flexhinm prune` and `inspect` of decoder directories."""
+
+import collections
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from flexhinm_jax.cli import stream
+from flexhinm_jax.cli.main import main
+from flexhinm_jax.io import huggingface, tensors
+from flexhinm_jax.models import streaming
+from flexhinm_jax.transforms.cuts import Programs
+from flexhinm_jax.transforms.solver import Ahead
+from tests.models.directories import QWEN3, make_decoder_directory
+
+CONFIG = QWEN3 | {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
+TEXT = "the cat sat on the mat, a dog ran under a tree. " * 6
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoder") / "model"
+    make_decoder_directory(folder, CONFIG, 0, 2)
+    return folder
+
+
+@pytest.fixture
+def model_dir(stored, tmp_path):
+    shutil.copytree(stored, tmp_path / "model")
+    return tmp_path / "model"
+
+
+PROGRAMS = Programs(Ahead())
+
+
+@pytest.fixture
+def prune(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "Programs", lambda solver: PROGRAMS)
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def run(*extra, sequential=True):
+        args = ["prune", model_dir, "--pattern", "2:4", "--out", tmp_path / "out"]
+        args += ["--calibration", tmp_path / "text.txt"]
+        args += ["--sequential"] if sequential else []
+        return main([str(arg) for arg in (*args, *extra)])
+
+    return run
+
+
+def test_the_plan_comes_first_then_a_line_per_block(prune, model_dir, tmp_path, capsys):
+    options = "--memory 4GiB --length 16 --samples 8 --target asym".split()
+    assert prune(*options) == 0
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert lines[0] == "planned memory for 8 samples of 16 tokens:"
+    for part in ("block weights", "statistics", "solver", "hidden states", "limit"):
+        assert any(part in line for line in lines)
+    assert lines[-2].startswith("block 1/2: error 0.") and lines[-2].endswith("left")
+    assert lines[-1].startswith("block 2/2: ") and "peak" in lines[-1]
+    assert "model.layers.1.mlp.down_proj.weight" in out
+    before = huggingface.read(model_dir).params
+    after = huggingface.read(tmp_path / "out").params
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    pruned = {row["path"] for row in report["weights"]}
+    assert len(pruned) == 2 * 7 and report["errors"].keys() == pruned
+    assert (report["samples"], report["length"]) == (8, 16)
+    for key, x in after.items():
+        assert np.mean(x == 0) == 0.5 if key in pruned else (x == before[key]).all()
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
+def test_inspect_reads_headers_only(model_dir, capsys, monkeypatch):
+    def read(*args):
+        raise AssertionError("values were read")
+
+    monkeypatch.setattr(tensors, "read", read)
+    monkeypatch.setattr(tensors, "mapped", read)
+    assert main(["inspect", str(model_dir), "--json"]) == 0
+    leaves = json.loads(capsys.readouterr().out)["leaves"]
+    prunable = {x["path"]: x for x in leaves if x["prunable"]}
+    assert len(prunable) == 14 and all(
+        bool(x["reason"]) != x["prunable"] for x in leaves
+    )
+    assert prunable["model.layers.0.mlp.down_proj.weight"]["matrix"] == [16, 32]
+    assert all(x["zeros"] is None for x in leaves)
+    assert main(["inspect", str(model_dir)]) == 0
+    assert "14 of" in capsys.readouterr().out
+
+
+def edit_config(**fields):
+    def edit(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return edit
+
+
+def edit_weights(change):
+    def edit(folder):
+        path = sorted(folder.glob("*.safetensors"))[0]
+        arrays = safetensors.numpy.load_file(path)
+        change(arrays)
+        safetensors.numpy.save_file(arrays, path, {"format": "pt"})
+
+    return edit
+
+
+def half_downloaded(folder):
+    path = sorted(folder.glob("*.safetensors"))[1]
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "options", "match"),
+    [
+        (edit_config(model_type="mamba"), "", "model_type='mamba' is not supported"),
+        (
+            edit_config(num_hidden_layers=3),
+            "",
+            "missing model.layers.2.input_layernorm",
+        ),
+        (edit_config(num_hidden_layers=1), "", "not known model.layers.1."),
+        (edit_config(intermediate_size=48), "", "(32, 16), the configuration gives"),
+        (edit_weights(lambda x: x.pop(NORM)), "", NORM),
+        (edit_weights(lambda x: x.update(odd=x[NORM])), "", "not known odd"),
+        (half_downloaded, "", "-00002-of-00002.safetensors is truncated"),
+        (without("tokenizer.json"), "", "tokenizer.json is missing"),
+        (None, "--samples 40 --length 16", "need 640; give more text, fewer --samples"),
+        (None, "--length 999", "--length 999 is more than this model reads"),
+        (None, "--resume x", "--resume is for encoders; a decoder goes on by itself"),
+        (None, "--length 16 --target asym --memory 1kB", "the limit is 0.00 GiB"),
+        (None, "--pattern 2:5", "multiple of m=5"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    prune, model_dir, tmp_path, capsys, edit, options, match
+):
+    if edit is not None:
+        edit(model_dir)
+    assert prune("--method", "wanda", *options.split()) == 2
+    out, err = capsys.readouterr()
+    last = err.splitlines()[-1]
+    assert out == "" and last.startswith("flexhinm: error: ") and match in last
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_a_full_disk_is_known_before(prune, monkeypatch, capsys):
+    usage = collections.namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10))
+    assert prune("--length", "16") == 2
+    assert "0.00 GB are free on its disk" in capsys.readouterr().err
+
+
+def test_a_decoder_is_pruned_in_order_only(prune, capsys):
+    assert prune(sequential=False) == 2
+    assert "add --sequential" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8GiB", 8 << 30), ("1.5 G", 3 << 29), ("800MB", 8 * 10**8), ("77", 77)],
+)
+def test_sizes_are_read(text, value):
+    assert stream.size(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1G", "8 gigs", "0"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(stream.argparse.ArgumentTypeError, match="8GiB"):
+        stream.size(text)
