@@ -59,10 +59,14 @@ test: $(STAMP) ## Run the tests, the slow ones left out
 test-all: $(STAMP) ## Run every test
 	$(TEST) $(ARGS)
 
-test-next: ## Run the tests on a newer Python and the newest jax (.venv-next)
+# What depends on the versions of Python and jax: tracing, kernels, devices, files. The
+# mathematics of single matrices, methods and programs run on the older Python alone.
+NEXT := $(addprefix tests/,kernels transforms training io models test_methods.py)
+
+test-next: ## Run what depends on versions on a newer Python and the newest jax (.venv-next)
 	@python=$$(.ci/newer-python $(PYTHON)) || exit 1; \
 	$(MAKE) test PYTHON="$$python" VENV=.venv-next EXTRAS=test,hf,plot,equinox \
-	  MARKS="not slow and not once"
+	  MARKS="not slow and not once" ARGS="$(NEXT) $(ARGS)"
 
 bench: $(STAMP) ## Run every benchmark this machine can run (ARGS=--list shows them)
 	$(PY) -m bench.run $(ARGS)

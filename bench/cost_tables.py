@@ -33,6 +33,35 @@ def overhead(found: Any) -> Iterator[Table]:
     )
 
 
+def scale(found: Any) -> Iterator[Table]:
+    """Peak memory and time of streamed decoders."""
+    rows = []
+    for name, run in found.items():
+        if not isinstance(run, dict) or "peak" not in run:
+            continue
+        goal = run.get("goal_peak")
+        rows.append(
+            Row(
+                name,
+                run["peak"] / 2**30,
+                None if goal is None else goal / 2**30,
+                None,
+                f'make bench-scale ARGS="--only {name}"',
+                {
+                    "planned GiB": run["plan"]["planned peak"] / 2**30,
+                    "seconds of all blocks": sum(run["blocks_s"]),
+                    "CPU s": run["cpu_seconds"],
+                    "load of the machine": run.get("load"),
+                },
+            )
+        )
+    yield Table(
+        "Peak resident memory in GiB, interpreter included",
+        "The anchor is the goal; a ratio below 1 meets it. Seconds are wall time.",
+        rows,
+    )
+
+
 def peers(found: Any) -> Iterator[Table]:
     """The same formulas in PyTorch."""
     command = "make bench-peers"

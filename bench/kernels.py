@@ -7,7 +7,8 @@ A layer is timed as x @ W.T with W [out, in], as x @ Wt with Wt [in, out], packe
 files hold it, and packed and prepared (`kernels.prepare`). Repetitions are interleaved,
 so other work on the machine meets all programs alike; a ratio is that of the faster
 dense median to the packed median, and of the minima. CPU ratios compare process time,
-which other processes disturb least but which does not see idle cores.
+which other processes disturb least but which does not see idle cores. Every row names
+the form that the product takes (`kernels.xla`).
 """
 
 import argparse
@@ -27,6 +28,7 @@ from rich.table import Table
 
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
+from flexhinm_jax.kernels import xla
 from flexhinm_jax.patterns import FlexHiNM
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
@@ -106,6 +108,7 @@ def layers(
                     "batch": batch,
                     "bytes": packed.nbytes / w.nbytes,
                     "prepared_bytes": ready.nbytes / w.nbytes,
+                    "forms": {"packed": form(packed, batch), "prepared": "terms"},
                     "times": found,
                     "packed": ratios(found, "packed"),
                     "prepared": ratios(found, "prepared"),
@@ -113,6 +116,11 @@ def layers(
             )
             show_layer(rows[-1])
     return rows
+
+
+def form(packed: Any, batch: int) -> str:
+    """Name of the form of a product that is not prepared."""
+    return xla.form_of(batch, jax.eval_shape(xla.slots_of, packed))
 
 
 def check(programs: dict[str, Any], x: jax.Array) -> None:
@@ -200,14 +208,15 @@ CONSOLE = Console(width=110)
 
 def show_layer(row: dict[str, Any]) -> None:
     parts = [
-        f"{k} {row[k]['median_ms']:.2f} (min {row[k]['min_ms']:.2f}, "
-        f"cpu {row[k]['cpu_ms']:.2f})"
+        f"{k} as {row['forms'][k]} {row[k]['median_ms']:.2f} "
+        f"(min {row[k]['min_ms']:.2f}, cpu {row[k]['cpu_ms']:.2f})"
         for k in ("packed", "prepared")
     ]
     best = min(v["min_ms"] for k, v in row["times"].items() if k.startswith("dense"))
     CONSOLE.print(
         f"{row['shape']} V={row['vector_size']} batch {row['batch']}: "
-        f"dense {best:.2f} ms | " + " | ".join(parts)
+        f"dense {best:.2f} ms | " + " | ".join(parts),
+        soft_wrap=True,
     )
 
 

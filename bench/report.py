@@ -63,6 +63,7 @@ RENDERERS = {
         "Peers", cost.peers, {"layers", "masks", "torch", "torch default threads"}
     ),
     "overhead": Renderer("Cost of training", cost.overhead, None),
+    "scale": Renderer("Decoders in bounded memory", cost.scale, None),
     "training": Renderer(
         "Quality of training",
         quality.training,

@@ -15,7 +15,7 @@ def test_the_page_is_what_the_files_of_the_repository_give():
     assert want == report.PAGE.read_text(), "run: make bench-report"
 
 
-@pytest.mark.parametrize("name", RESULTS.keys() & report.RENDERERS.keys())
+@pytest.mark.parametrize("name", sorted(RESULTS.keys() & report.RENDERERS.keys()))
 def test_every_known_file_has_the_form_that_its_renderer_expects(name):
     page = report.render({name: RESULTS[name]}, [])
     assert "another form than expected" not in page

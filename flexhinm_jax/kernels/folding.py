@@ -227,6 +227,7 @@ def _rows_in_order(packed: PackedWeight) -> PackedWeight:
         nm_values=take(packed.nm_values),
         nm_positions=take(packed.nm_positions),
         out_order=jnp.broadcast_to(identity, packed.out_order.shape),
+        layouts={},
     )
 
 

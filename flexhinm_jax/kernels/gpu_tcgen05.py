@@ -13,9 +13,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from flexhinm_jax.kernels import gpu_layouts as layouts
-from flexhinm_jax.kernels import gpu_selfcheck as selfcheck
 from flexhinm_jax.kernels import gpu_support as support
 from flexhinm_jax.kernels.gpu_layouts import BLACKWELL_ROWS, STEP
+from flexhinm_jax.kernels.gpu_refusal import refusal
 from flexhinm_jax.types import PackedWeight
 
 NAME = "tcgen05"
@@ -38,17 +38,7 @@ def reason(
       capability: compute capability of the chip.
     """
     del capability
-    tiles = packed.dense_values.shape[-3]
-    if tiles != 1:
-        return f"it serves weights of one tile, this one has {tiles}"
-    return (
-        support.old_jax()
-        or layouts.two_of_four(packed)
-        or support.not_half(x.dtype)
-        or support.not_half(packed.dtype)
-        or support.no_layout(packed, NAME)
-        or selfcheck.failure(sys.modules[__name__])
-    )
+    return refusal(sys.modules[__name__], x, packed, one_tile=True)
 
 
 def prepare(packed: PackedWeight) -> dict[str, Array]:

@@ -20,8 +20,8 @@ from jax.typing import DTypeLike
 
 from flexhinm_jax.kernels import gpu_hopper as hopper
 from flexhinm_jax.kernels import gpu_layouts as layouts
-from flexhinm_jax.kernels import gpu_selfcheck as selfcheck
 from flexhinm_jax.kernels import gpu_support as support
+from flexhinm_jax.kernels.gpu_refusal import refusal
 from flexhinm_jax.types import PackedWeight
 
 NAME = "wgmma_sp"
@@ -53,14 +53,7 @@ def reason(
       capability: compute capability of the chip.
     """
     del capability
-    return (
-        support.old_jax()
-        or layouts.two_of_four(packed)
-        or support.not_half(x.dtype)
-        or support.not_half(packed.dtype)
-        or support.no_layout(packed, NAME)
-        or selfcheck.failure(sys.modules[__name__])
-    )
+    return refusal(sys.modules[__name__], x, packed, one_tile=False)
 
 
 def prepare(packed: PackedWeight) -> dict[str, Array]:

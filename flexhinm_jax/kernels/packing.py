@@ -26,6 +26,9 @@ def sizes(regions: Regions) -> tuple[int, int]:
     Args:
       regions: concrete regions, with any leading stack axes.
 
+    Returns:
+      D and H of `PackedWeight`, Python integers: they are its static shape.
+
     Raises:
       ValueError: under jit, where the counts are not known.
     """
@@ -132,7 +135,14 @@ def pack_to(
 
 
 def block_columns(packed: PackedWeight) -> Array:
-    """The N:M block of every tile with its zeros, [t, v, H]."""
+    """The N:M block of every tile with its zeros.
+
+    Args:
+      packed: one packed matrix.
+
+    Returns:
+      [t, v, H] in the dtype of the packed weight, columns in packed order.
+    """
     count = packed.nm_values.shape[-1]
     position = from_words(packed.nm_positions, count, position_bits(packed.m))
     shape = (*packed.nm_values.shape[:-1], count // packed.n, packed.n, 1)

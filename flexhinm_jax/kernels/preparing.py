@@ -31,9 +31,9 @@ def prepare(tree: Any, backend: str = "auto") -> Any:
         are any and "xla" elsewhere; "gpu" or the name of a backend takes that.
 
     Returns:
-      The same tree with `layouts` filled. The layout of "xla" holds as many bytes as
-      the canonical N:M block, or that block expanded where n * m > 32;
-      `packed.nbytes` counts all of it.
+      The same tree with `layouts` filled. The layout of "xla" holds every stored value
+      and 2 bytes for its column beside the canonical arrays; `packed.nbytes` counts
+      all of it.
 
     Raises:
       ValueError: an unknown backend.
@@ -56,7 +56,14 @@ def prepare(tree: Any, backend: str = "auto") -> Any:
 
 
 def strip(tree: Any) -> Any:
-    """The same tree without any layouts: what files and training want."""
+    """The same tree without any layouts: what files and training want.
+
+    Args:
+      tree: any tree; leaves that are no `PackedWeight` stay.
+
+    Returns:
+      The tree as it was before `prepare`.
+    """
 
     def one(leaf: Any) -> Any:
         bare = isinstance(leaf, PackedWeight)

@@ -41,23 +41,32 @@ def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
         for index, values in parts(packed)
     )
     y = jnp.asarray(y).reshape(x.shape[0], packed.shape[0])
-    return y[:, jnp.argsort(packed.out_order)].astype(dtype)
+    return spread_nan(x, y[:, jnp.argsort(packed.out_order)].astype(dtype))
 
 
 def matmul_transposed(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
     """Sparse core: x [N, o] @ S -> [N, i], accumulated in float32."""
     t = packed.dense_index.shape[0]
-    x = x[:, packed.out_order].reshape(x.shape[0], t, -1)
+    stored = x[:, packed.out_order].reshape(x.shape[0], t, -1)
     y = jnp.zeros((x.shape[0], packed.shape[1]), jnp.float32)
     for index, values in parts(packed):
         part = jnp.einsum(
             "ntv,tvc->ntc",
-            x,
+            stored,
             values.astype(x.dtype),
             preferred_element_type=jnp.float32,
         )
         y = y.at[:, index].add(part)
-    return y.astype(dtype)
+    return spread_nan(x, y.astype(dtype))
+
+
+def spread_nan(x: Array, y: Array) -> Array:
+    """The product y, NaN in all rows where x has one, as in a dense product.
+
+    Columns that no tile keeps are never read, so the NaN would be lost.
+    """
+    unknown = jnp.isnan(x).any(axis=1, keepdims=True)
+    return jnp.where(unknown, jnp.full((), jnp.nan, y.dtype), y)
 
 
 def parts(packed: PackedWeight) -> tuple[tuple[Array, Array], ...]:

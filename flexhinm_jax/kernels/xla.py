@@ -1,25 +1,24 @@
 """The product in plain XLA, in the forms that were fastest on CPUs.
 
-Two things decide the speed of a packed product in XLA. Weights must expand by
-elementwise operations on long contiguous rows, which a loop vectorises: so the groups
-are read slot-major, all first columns of the groups of a tile, then all second ones,
-and slot j is `where(position == j, values, 0)`, without a scatter or a shuffle. The
-order of columns is free, because x is gathered anyway. And both factors of a dot must
-stay in cache: so a loop runs over the tiles, expands one, gathers its rows of x^T and
-multiplies, at most `CHUNK` rows of x at a time. One gather for all tiles and one
-batched dot was 2 to 4 times slower from 64 rows on.
+A prepared weight runs as `terms`, at any number of rows of x. Without `prepare` the
+canonical arrays are read, in forms that need little reordering per call.
+
+Two things decide their speed. Weights must expand by elementwise operations on long
+contiguous rows, which a loop vectorises: so the groups are read slot-major, all first
+columns of the groups of a tile, then all second ones, and slot j is
+`where(position == j, values, 0)`, without a scatter or a shuffle. The order of columns
+is free, because x is gathered anyway. And both factors of a dot must stay in cache: so
+a loop runs over the tiles, expands one, gathers its rows of x^T and multiplies, at most
+`CHUNK` rows of x at a time. One gather for all tiles and one batched dot was 2 to 4
+times slower from 64 rows on.
 
 The form follows from the number of rows of x (`form_of`; `bench/kernels.py` measures):
 
-    1, 2     select: each stored value times the input that its position selects;
-             nothing is expanded, each value is read once
-    3 .. 63  slots: a dot per tile and slot, so the expanded tile is never joined
-    64 ..    tiles: the expanded tile is joined and multiplied with chunks of rows
-
-`prepare` keeps the slot-major form in as many bytes as the canonical one; without it
-every call reorders the values again. A matrix below `SMALL` weights, whose loop costs
-as much as its arithmetic, is kept expanded instead (twice the bytes of its N:M block
-for 2:4), and so is one with more than `MOST` selections per group.
+    prepared terms    each stored value times a row of x^T; nothing is expanded
+    1, 2     select   each stored value times the input that its position selects;
+                      nothing is expanded, each value is read once
+    3 .. 63  slots    a dot per tile and slot, so the expanded tile is never joined
+    64 ..    tiles    the expanded tile is joined and multiplied with chunks of rows
 """
 
 import dataclasses
@@ -30,15 +29,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from flexhinm_jax.kernels import words
+from flexhinm_jax.kernels import terms, words
 from flexhinm_jax.kernels.packing import block_columns
+from flexhinm_jax.kernels.reference import spread_nan
+from flexhinm_jax.kernels.terms import rows_of
 from flexhinm_jax.types import PackedWeight
 
 NAME = "xla"
 FEW = 2
 MOST = 32
 JOIN = 64
-SMALL = 1 << 20
 CHUNK = 128
 
 
@@ -57,11 +57,12 @@ class Slots:
 
     Attributes:
       values: n times [t, v, G], the k-th kept value of every group; or once
-        [t, v, D + m * G], all columns with their zeros, when stored expanded.
+        [t, v, D + m * G], all columns with their zeros, for more than `MOST`
+        selections per group.
       positions: u8[t, v, G], all positions of a group in one byte where they fit, as
         the nibble of a 2:4 group does; n times that otherwise; () when expanded.
-      index: i32[t, D + m * G], original input of each column.
-      inverse: i32[o], storage row of each original row.
+      index: u32[t, D + m * G], original input of each column.
+      inverse: u32[o], storage row of each original row.
     """
 
     values: tuple[Array, ...]
@@ -70,25 +71,22 @@ class Slots:
     inverse: Array
 
 
-def prepare(packed: PackedWeight) -> Slots:
-    """Orders one matrix once instead of in every product; expands a small one."""
-    return _slots_of(packed, expanded=packed.shape[0] * packed.shape[1] < SMALL)
+def prepare(packed: PackedWeight) -> terms.Terms:
+    """Lists the terms of one matrix once instead of in every product."""
+    return terms.terms_of(packed)
 
 
 def slots_of(packed: PackedWeight) -> Slots:
-    """The slot-major form: prepared, or derived in the traced program."""
-    return packed.layouts.get(NAME) or _slots_of(packed, expanded=False)
-
-
-def _slots_of(packed: PackedWeight, expanded: bool) -> Slots:
+    """The slot-major form, derived in the traced program."""
     t, v, _ = packed.nm_values.shape
     n, m, o = packed.n, packed.m, packed.shape[0]
     groups = packed.nm_index.shape[-1] // m
     by_slot = jnp.swapaxes(packed.nm_index.reshape(t, groups, m), 1, 2)
     index = jnp.concatenate([packed.dense_index, by_slot.reshape(t, -1)], axis=1)
-    stored = jnp.arange(o, dtype=jnp.int32)
+    index = index.astype(jnp.uint32)
+    stored = jnp.arange(o, dtype=jnp.uint32)
     inverse = jnp.zeros_like(stored).at[packed.out_order].set(stored)
-    if expanded or n * m > MOST:
+    if n * m > MOST:
         slots = block_columns(packed).reshape(t, v, groups, m)
         slots = jnp.swapaxes(slots, -1, -2).reshape(t, v, -1)
         whole = jnp.concatenate([packed.dense_values, slots], axis=-1)
@@ -105,21 +103,21 @@ def _slots_of(packed: PackedWeight, expanded: bool) -> Slots:
 
 def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
     """Sparse core: x [N, i] @ S^T -> [N, o], accumulated in float32."""
-    slots = slots_of(packed)
-    form = FORMS[form_of(x.shape[0], slots)]
     # Otherwise what makes x and what reads y would be fused with the gathers and
     # computed once for every time that they read an element.
     x = lax.optimization_barrier(x)
-    return lax.optimization_barrier(form(x, packed, slots).astype(dtype))
+    if (ready := packed.layouts.get(NAME)) is not None:
+        return terms.matmul(x, ready, dtype)
+    slots = slots_of(packed)
+    y = FORMS[form_of(x.shape[0], slots)](x, packed, slots)
+    return lax.optimization_barrier(spread_nan(x, y.astype(dtype)))
 
 
 def form_of(rows: int, slots: Slots) -> str:
-    """Name of the form that was fastest for so many rows of x."""
-    if not slots.positions:
-        return "whole" if rows < FEW else "tiles"
-    if rows <= FEW:
-        return "select"
-    return "slots" if rows < JOIN else "tiles"
+    """Name of the form that was fastest for so many rows of x without `prepare`."""
+    if rows < JOIN and slots.positions:
+        return "select" if rows <= FEW else "slots"
+    return "tiles"
 
 
 def _tiles(x: Array, packed: PackedWeight, slots: Slots) -> Array:
@@ -131,7 +129,7 @@ def _tiles(x: Array, packed: PackedWeight, slots: Slots) -> Array:
 
     def step(_: None, tile: tuple) -> tuple[None, Array]:
         whole = _joined(packed, *tile[1:]).astype(x.dtype)
-        return None, lax.map(lambda c: _dot(whole, c[tile[0]]), columns)
+        return None, lax.map(lambda c: _dot(whole, rows_of(c, tile[0])), columns)
 
     y = lax.scan(step, None, _stored(packed, slots))[1]  # [t, chunks, v, chunk]
 
@@ -139,7 +137,7 @@ def _tiles(x: Array, packed: PackedWeight, slots: Slots) -> Array:
     # for every read.
     def place(k: Array) -> Array:
         part = lax.dynamic_index_in_dim(y, k, 1, keepdims=False)
-        return part.reshape(-1, chunk)[slots.inverse].T
+        return rows_of(part.reshape(-1, chunk), slots.inverse).T
 
     chunks = jnp.arange(columns.shape[0], dtype=jnp.int32)
     return lax.map(place, chunks).reshape(-1, y.shape[0] * v)[:rows]
@@ -154,7 +152,7 @@ def _slots(x: Array, packed: PackedWeight, slots: Slots) -> Array:
 
     def step(_: None, tile: tuple) -> tuple[None, Array]:
         index, dense, values, positions = tile
-        gathered = columns[index]
+        gathered = rows_of(columns, index)
         parts = zip(
             [dense, *expand(values, positions, n, m)], ends, ends[1:], strict=False
         )
@@ -169,19 +167,7 @@ def _slots(x: Array, packed: PackedWeight, slots: Slots) -> Array:
         return None, y
 
     y = lax.scan(step, None, _stored(packed, slots))[1]
-    return y.reshape(packed.shape[0], -1)[slots.inverse].T
-
-
-def _whole(x: Array, packed: PackedWeight, slots: Slots) -> Array:
-    """One batched dot over all tiles of an expanded weight."""
-    del packed
-    y = jnp.einsum(
-        "tvc,tcn->tvn",
-        slots.values[0].astype(x.dtype),
-        x.T[slots.index],
-        preferred_element_type=jnp.float32,
-    )
-    return y.reshape(-1, x.shape[0])[slots.inverse].T
+    return rows_of(y.reshape(packed.shape[0], -1), slots.inverse).T
 
 
 def _joined(
@@ -256,7 +242,7 @@ def _select(x: Array, packed: PackedWeight, slots: Slots) -> Array:
     return jnp.stack([row(x[k]) for k in range(x.shape[0])])
 
 
-FORMS = {"select": _select, "whole": _whole, "slots": _slots, "tiles": _tiles}
+FORMS = {"select": _select, "slots": _slots, "tiles": _tiles}
 
 
 def multiply(
@@ -284,7 +270,8 @@ def matmul_transposed(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array
     start = jnp.zeros((packed.shape[1], x.shape[0]), jnp.float32)
     if axes := tuple(sorted(varying(x))):  # inside a shard_map
         start = lax.pcast(start, axes, to="varying")
-    return lax.scan(step, start, stored)[0].T.astype(dtype)
+    y = lax.scan(step, start, stored)[0].T.astype(dtype)
+    return spread_nan(x, y)
 
 
 def varying(x: Any) -> frozenset[str]:

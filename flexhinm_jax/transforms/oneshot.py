@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 
 from flexhinm_jax.methods import Method
@@ -120,12 +121,21 @@ def applied(plans: dict[str, Plan], params: Any, uses: Uses) -> Pruned:
     """The plans in every form that `prune` returns: dense, packed, reported."""
     packed = pack(plans, params, uses)
     return Pruned(
-        params=densify(plans, params, uses),
+        params=jax.tree.map(_beside, densify(plans, params, uses), params),
         packed=packed,
         plans=plans,
         uses=uses,
         report=report(plans, packed, uses),
     )
+
+
+def _beside(new: Any, old: Any) -> Any:
+    """The new leaf where the old one lives, if that is on several devices."""
+    if not isinstance(old, jax.Array) or len(old.sharding.device_set) == 1:
+        return new
+    if new.sharding.is_equivalent_to(old.sharding, old.ndim):
+        return new
+    return jax.device_put(np.asarray(new), old.sharding)
 
 
 def _chain(first: Any, rest: Iterable[Any]) -> Iterable[Any]:

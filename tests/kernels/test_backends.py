@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
-from flexhinm_jax.kernels import backends, gpu_backends, xla
+from flexhinm_jax.kernels import backends, gpu_backends, reference, terms, xla
 from tests.cases import MORE_PATTERNS, PATTERNS, targets
 
 ALL = {
@@ -30,12 +30,8 @@ def normal(*shape, seed=3, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
-def expanded(packed):
-    return dataclasses.replace(packed, layouts={"xla": xla._slots_of(packed, True)})
-
-
-def compact(packed):
-    return dataclasses.replace(packed, layouts={"xla": xla._slots_of(packed, False)})
+def ready(packed):
+    return kernels.prepare(packed, "xla")
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +39,27 @@ def weights():
     return {name: pack(pattern) for name, pattern in ALL.items()}
 
 
+@jax.jit
+def in_every_form(x, packed):
+    slots = xla.slots_of(packed)
+    names = xla.FORMS if slots.positions else ["tiles"]
+    return {
+        **{name: xla.FORMS[name](x, packed, slots) for name in names},
+        "terms": terms.matmul(x, terms.terms_of(packed), jnp.float32),
+        "reference": reference.matmul(x, packed, jnp.float32),
+    }
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_form_computes_the_product_of_every_pattern(weights, name):
     packed, w = weights[name]
-    slots = jax.jit(xla._slots_of, static_argnums=1)
-    whole, apart = slots(packed, True), slots(packed, False)
     x = normal(5, 32)
-    want = x @ w.T
-    forms = [(xla._whole, whole), (xla._tiles, whole), (xla._tiles, apart)]
-    if apart.positions:
-        forms += [(xla._slots, apart), (xla._select, apart)]
-    for form, given in forms:
-        got = form(x, packed, given)
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-    got = kernels.sparse_dot(x, packed, backend="reference")
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    for form, got in in_every_form(x, packed).items():
+        np.testing.assert_allclose(got, x @ w.T, rtol=1e-4, atol=1e-4, err_msg=form)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 63, 64, 129, 300])
-@pytest.mark.parametrize("form", [kernels.strip, compact, expanded])
+@pytest.mark.parametrize("form", [kernels.strip, ready])
 def test_any_number_of_rows_gives_the_dense_product(weights, rows, form):
     packed, w = weights["flexhinm"]
     x = normal(rows, 32)
@@ -69,7 +67,7 @@ def test_any_number_of_rows_gives_the_dense_product(weights, rows, form):
     np.testing.assert_allclose(got, x @ w.T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", [kernels.strip, compact, expanded])
+@pytest.mark.parametrize("form", [kernels.strip, ready])
 def test_tiles_with_different_regions_give_the_dense_product(form):
     from tests.kernels.test_packing import ragged_plan
 
@@ -167,7 +165,7 @@ def test_forward_mode_works_on_the_reference_alone():
     np.testing.assert_allclose(jax.jvp(f, (x,), (x,))[1], x @ w.T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("prepare", [kernels.strip, compact])
+@pytest.mark.parametrize("prepare", [kernels.strip, ready])
 def test_vmap_over_inputs_weights_both_and_gradients(prepare):
     pairs = [pack(fh.FlexHiNM(8), seed=s, sparsity=0.6) for s in (0, 1)]
     size = max(p.dense_index.shape[1] for p, _ in pairs)
@@ -223,6 +221,13 @@ def test_shard_map_over_the_batch_sums_the_gradients_of_the_weights():
         p = dataclasses.replace(packed, nm_values=values)
         return jax.lax.psum(jnp.sin(fh.sparse_dot(x, p)).sum(), "data")
 
+    f = jax.shard_map(
+        lambda x: fh.sparse_dot(x, ready(packed)),
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P("data"),
+    )
+    np.testing.assert_allclose(jax.jit(f)(x), x @ w.T, rtol=1e-4, atol=1e-4)
     f = jax.shard_map(loss, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
     dx, dv = jax.jit(jax.grad(f, (0, 1)))(x, packed.nm_values)
     want = jax.grad(lambda x, w: jnp.sin(x @ w.T).sum())(x, w)
@@ -235,8 +240,10 @@ def test_shard_map_over_the_batch_sums_the_gradients_of_the_weights():
     np.testing.assert_allclose(dv, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_an_exported_product_computes_the_same():
+@pytest.mark.parametrize("prepare", [kernels.strip, ready])
+def test_an_exported_product_computes_the_same(prepare):
     packed, w = pack(fh.FlexHiNM(8))
+    packed = prepare(packed)
     x = normal(4, 32)
     arrays, structure = jax.tree.flatten(packed)
     f = lambda x, *arrays: fh.sparse_dot(x, jax.tree.unflatten(structure, arrays))  # noqa: E731
@@ -263,9 +270,12 @@ def test_the_compact_layout_takes_no_more_bytes_than_the_canonical_one():
     packed, _ = pack(fh.FlexHiNM(64, permute=None), (128, 1024), sparsity=0.75)
     dense = 128 * 1024 * 4
     assert packed.nbytes <= 0.32 * dense
-    slots = xla._slots_of(packed, False)
+    slots = xla.slots_of(packed)
     layout = sum(a.nbytes for a in jax.tree.leaves(slots))
     assert layout + packed.dense_values.nbytes <= 0.32 * dense
+    # A value and a column of 2 bytes for every fourth weight.
+    added = kernels.prepare(packed, "xla").nbytes - packed.nbytes
+    assert added <= 0.377 * dense
 
 
 def test_values_of_a_prepared_weight_are_not_differentiated():

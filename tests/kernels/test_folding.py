@@ -71,3 +71,14 @@ def test_pairs_that_do_not_allow_it_are_refused():
         kernels.fold(dataclasses.replace(first, left=mixed), second)
     with pytest.raises(ValueError, match="on its inputs"):
         kernels.fold(first, dataclasses.replace(second, right=mixed))
+
+
+def test_folded_weights_lose_the_layouts_of_their_old_order():
+    w = jax.random.normal(KEY, (8, 8))
+    method = fh.Magnitude(fh.NM(2, 4))
+    one = kernels.pack(method.decide(method.solve(KEY, w, None), w))
+    ready = kernels.prepare(one, "xla")
+    first, readers, _ = kernels.fold(ready, ready)
+    assert not any(p.layouts for p in (first, *readers))
+    first, readers, _ = kernels.fold_inputs(ready, ready)
+    assert not any(p.layouts for p in (first, *readers))

@@ -48,6 +48,7 @@ def test_the_parts_of_a_matrix_add_up_to_it(name):
     np.testing.assert_allclose(every[0]["outlier"], share, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_on_the_published_layer_it_is_between_wanda_and_coordinate_descent():
     w, s = layer()
     found = {}

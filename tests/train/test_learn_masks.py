@@ -98,6 +98,7 @@ def test_mlp_only_comes_as_near_to_the_target_as_whole_matrices_do(problem):
     assert not any(mask_rows.is_attention(path) for path in chosen)
 
 
+@pytest.mark.slow
 def test_every_kind_of_row_keeps_the_weights_and_the_sparsity(problem, tmp_path):
     rows = (
         "wanda",

@@ -89,6 +89,7 @@ def test_without_embeddings_the_net_does_not_know_where_it_is(task):
     assert errors(one) == errors(two)
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_stack_are_visited_in_turn():
     params = {n: jax.random.normal(KEY, (3, 8, 8)) for n in ("a", "b")}
     x = jax.random.normal(jax.random.key(1), (32, 8))

@@ -12,7 +12,8 @@ KEY = jax.random.key(0)
 
 
 def apply_fn(params, x):
-    return jnp.einsum("bi,sio->bso", x @ params["a"] + params["bias"], params["s"])
+    hidden = x @ params["a"] + params["bias"]
+    return jnp.einsum("sbi,sio->sbo", jnp.stack([hidden, -hidden]), params["s"])
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import flexhinm_jax as fh
 from flexhinm_jax.transforms.calibrate import calibrate
 from flexhinm_jax.transforms.discover import discover
 from flexhinm_jax.transforms.paths import leaf_paths
@@ -223,7 +224,25 @@ def shard_map_without_check_vma():
     assert_close(got, mlp(dense_tree(packed), X))
 
 
+def pruning():
+    """Rows of a weight stay where they live, and masks are those of one device."""
+    specs = {"up": P(None, "model"), "b": P("model"), "down": P(), "stack": P()}
+    batches = [normal(8, 3, 8), normal(8, 3, 8)]
+    method, key = fh.SparseGPT(fh.NM(2, 4)), jax.random.key(0)
+    params = {k: put(v, AUTO, specs[k]) for k, v in MLP.items()}
+    placed = [put(b, AUTO, P("data")) for b in batches]
+    for prune in (fh.prune, fh.prune_sequential):
+        want = prune(mlp, MLP, batches, method, key=key)
+        got = prune(mlp, params, placed, method, key=key)
+        for name, leaf in got.params.items():
+            np.testing.assert_array_equal(leaf != 0, want.params[name] != 0)
+            assert_close(leaf, want.params[name], 1e-4)
+        same = got.params["up"].sharding.is_equivalent_to(params["up"].sharding, 2)
+        assert same, (prune.__name__, got.params["up"].sharding)
+
+
 CHECKS = [
+    pruning,
     explicit,
     explicit_with_set_mesh,
     explicit_with_sharded_weights,

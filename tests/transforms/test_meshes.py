@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 NAMES = (
+    "pruning",
     "explicit",
     "explicit_with_set_mesh",
     "explicit_with_sharded_weights",
