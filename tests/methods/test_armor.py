@@ -236,7 +236,7 @@ def test_dead_inputs_empty_weights_and_ties_give_finite_plans():
         ({"weighting": "full"}, "choose diagonal or gram"),
         ({"steps": -1}, "counts of 0 or more"),
         ({"start": "alps"}, "need a method"),
-        ({"start": fh.ARMOR()}, "cannot start"),
+        ({"start": fh.ARMOR()}, "no factors"),
         ({"pattern": fh.NM(8, 16)}, "12870 patterns per group"),
         ({"precision": "float64"}, "float32"),
     ],
