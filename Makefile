@@ -60,8 +60,8 @@ test-all: $(STAMP) ## Run every test
 	$(TEST) $(ARGS)
 
 # What depends on the versions of Python and jax: tracing, kernels, devices, files. The
-# mathematics of single matrices, methods and programs run on the older Python alone.
-NEXT := $(addprefix tests/,kernels transforms training io models test_methods.py)
+# mathematics of single matrices, methods, models and programs run on the older Python.
+NEXT := $(addprefix tests/,kernels transforms training io)
 
 test-next: ## Run what depends on versions on a newer Python and the newest jax (.venv-next)
 	@python=$$(.ci/newer-python $(PYTHON)) || exit 1; \
