@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 TEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help parity bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-masks bench-scale bench-training install demo distill bench-distill learn-masks train-digits train-bytes test test-all test-next notebooks gpu-compile bench-gpu lint format build clean bench bench-report docs
+.PHONY: help parity bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-masks bench-scale bench-training install demo distill bench-distill learn-masks train-digits train-bytes test test-all install-next test-next notebooks install-gpu gpu-compile bench-gpu lint format build clean bench bench-report docs
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -61,12 +61,15 @@ test-all: $(STAMP) ## Run every test
 
 # What depends on the versions of Python and jax: tracing, kernels, devices, files. The
 # mathematics of single matrices, methods, models and programs run on the older Python.
-NEXT := $(addprefix tests/,kernels transforms training io)
+NEXT := $(addprefix tests/,kernels transforms io training/test_sharding.py training/test_step.py)
+NEXT_ENV = PYTHON="$$python" VENV=.venv-next EXTRAS=test,hf,plot,equinox
+
+install-next: ## Make .venv-next, of a newer Python with the newest jax
+	@python=$$(.ci/newer-python $(PYTHON)) || exit 1; $(MAKE) install $(NEXT_ENV)
 
 test-next: ## Run what depends on versions on a newer Python and the newest jax (.venv-next)
 	@python=$$(.ci/newer-python $(PYTHON)) || exit 1; \
-	$(MAKE) test PYTHON="$$python" VENV=.venv-next EXTRAS=test,hf,plot,equinox \
-	  MARKS="not slow and not once" ARGS="$(NEXT) $(ARGS)"
+	$(MAKE) test $(NEXT_ENV) MARKS="not slow and not once" ARGS="$(NEXT) $(ARGS)"
 
 bench: $(STAMP) ## Run every benchmark this machine can run (ARGS=--list shows them)
 	$(PY) -m bench.run $(ARGS)
@@ -145,6 +148,8 @@ $(GPU_VENV)/.installed: pyproject.toml
 	$(GPU_PIP) nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-nvdisasm
 	@touch $@
 
+install-gpu: $(GPU_VENV)/.installed ## Make .venv-gpu, in which GPU kernels compile offline
+
 gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline for four chips (.venv-gpu)
 	JAX_PLATFORMS=cpu $(GPU_PY) -m bench.gpu_compile $(ARGS)
 
@@ -154,6 +159,8 @@ bench-gpu: $(STAMP) ## GPU kernels: numerics, then times where there is a GPU
 bench-kernels: $(STAMP) ## Packed products on the CPU beside dense ones (ARGS=--only layers)
 	$(PY) -m bench.kernels $(ARGS)
 
+# As for the tests: they compile much and compute little.
+notebooks: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 notebooks: $(STAMP) ## Execute the notebooks of colab/
 	$(PY) -m pytest --nbmake --nbmake-timeout=600 -n 2 colab $(ARGS)
 
