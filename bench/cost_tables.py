@@ -34,7 +34,7 @@ def overhead(found: Any) -> Iterator[Table]:
 
 
 def scale(found: Any) -> Iterator[Table]:
-    """Peak memory and time of streamed decoders."""
+    """Peak memory and time of streamed decoders, and growth with the width."""
     rows = []
     for name, run in found.items():
         if not isinstance(run, dict) or "peak" not in run:
@@ -60,6 +60,23 @@ def scale(found: Any) -> Iterator[Table]:
         "The anchor is the goal; a ratio below 1 meets it. Seconds are wall time.",
         rows,
     )
+    grown = found.get("growth", {}).get("rows", [])
+    before: dict[str, float] = {}
+    rows = []
+    for r in grown:
+        name, taken = r["method"], r["cpu_s"]
+        ratio = {"times half the width": taken / before[name]} if name in before else {}
+        before[name] = taken
+        what = f"{name}, {r['width']} x {r['width']}"
+        command = 'make bench-scale ARGS="--only growth --wide"'
+        rows.append(Row(what, taken, None, None, command, ratio))
+    if rows:
+        yield Table(
+            "Growth with the width",
+            "CPU seconds of a second solve of one square matrix, 2:4, compilation not "
+            "included (`bench/results/scale.png`).",
+            rows,
+        )
 
 
 def peers(found: Any) -> Iterator[Table]:

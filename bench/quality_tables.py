@@ -106,18 +106,53 @@ def masks(found: Any) -> Iterator[Table]:
     ]
     note = "Bytes per weight while learning."
     yield Table("Learned masks: memory", note, rows)
+    for part, title, note in (
+        ("model", "Learned masks on all-MiniLM-L6-v2", "Mean cosine."),
+        ("longer", "Learned masks on all-MiniLM-L6-v2, longer", "Mean cosine."),
+        (
+            "bytes",
+            "Learned masks of the byte decoder",
+            "Bits per byte, less is better.",
+        ),
+    ):
+        rows = [
+            Row(
+                r["row"],
+                scored(r).get("cosine", r.get("bits_per_byte")),
+                None,
+                r.get("cpu_seconds"),
+                f'make bench-masks ARGS="--part {part}"',
+                {"5 % quantile": scored(r)["quantile"]} if scored(r) else {},
+            )
+            for r in found.get(part, {}).get("rows", [])
+        ]
+        yield Table(title, note, rows)
     rows = [
         Row(
             r["row"],
-            scored(r).get("cosine"),
+            r["error"],
             None,
-            r.get("cpu_seconds"),
-            'make bench-masks ARGS="--part model"',
-            {"5 % quantile": scored(r).get("quantile")},
+            r["cpu_seconds"],
+            'make bench-masks ARGS="--part hyper"',
+            {"matrices worse than the prior": r["worse_than_prior"]},
         )
-        for r in found.get("model", {}).get("rows", [])
+        for r in found.get("hyper", [])
     ]
-    yield Table("Learned masks on all-MiniLM-L6-v2", "Mean cosine.", rows)
+    note = "Relative squared output error, mean over 8 attention matrices of MiniLM."
+    yield Table("HyperPrune and its parts", note, rows)
+    rows = [
+        Row(
+            r["row"],
+            r["noise"] / r["signal"] if r["signal"] > 0 else None,
+            None,
+            r["cpu_seconds_per_sample"],
+            'make bench-masks ARGS="--part noise"',
+            {k: r[k] for k in ("weights_changed", "gap", "gap_deviation", "better")},
+        )
+        for r in found.get("noise", [])
+    ]
+    note = "Samples on one batch whose mean gradient has as much signal as noise."
+    yield Table("Noise of MaskPro's gradient on the byte decoder", note, rows)
 
 
 def scored(row: Any) -> Any:

@@ -47,7 +47,9 @@ RENDERERS = {
     "minilm": Renderer("Sentence encoder", quality.minilm, {"rows"}),
     "distill": Renderer("Distillation", quality.distill, None),
     "masks": Renderer(
-        "Learned masks", quality.masks, {"figures", "layer", "memory", "model", "rows"}
+        "Learned masks",
+        quality.masks,
+        {"figures", "layer", "memory", "model", "longer", "bytes", "hyper", "noise"},
     ),
     "armor": Renderer("ARMOR", quality.armor, {"layers", "model"}),
     "permutation": Renderer("Input orders", quality.permutation, {"layers", "model"}),

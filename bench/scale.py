@@ -21,6 +21,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -83,7 +84,7 @@ SMALL_LLAMA = LLAMA_200M | {
 
 BLOCK_METHODS = {
     "block-sparsegpt": (fh.SparseGPT(fh.NM(2, 4)), None),
-    "block-wanda": (fh.Wanda(fh.FlexHiNM(64)), 0.75),
+    "block-wanda": (fh.Wanda(fh.FlexHiNM(64, permute=fh.Gyro())), 0.75),
 }
 GROWTH = {
     "magnitude": fh.Magnitude(fh.NM(2, 4)),
@@ -266,49 +267,53 @@ def growth(options: dict[str, Any]) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def run_block(part: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    config = SMALL_SEVEN if args.small else SEVEN
-    options = {
+def asked(
+    args: argparse.Namespace, config: dict[str, Any], method: str, length: int, gib: int
+) -> dict[str, Any]:
+    """The options of a measurement: 32 samples under a limit."""
+    return {
         "config": config,
-        "method": part,
+        "method": method,
         "samples": 32,
-        "length": 64 if args.small else 512,
+        "length": 64 if args.small else length,
         "batch": 4,
-        "memory": size(args.memory or "6GiB"),
+        "memory": size(args.memory or f"{gib}GiB"),
     }
+
+
+def judged(found: dict[str, Any], goal: int) -> dict[str, Any]:
+    """Whether the peak keeps its goal."""
+    return {"goal_peak": goal, "within_goal": found["peak"] <= goal}
+
+
+def run_block(part: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One block of the shape of LLaMA-2-7B."""
+    options = asked(args, SMALL_SEVEN if args.small else SEVEN, part, 512, 6)
     measured("make", folder / "model", options)
     found = measured("stream", folder, options)
-    solving = sum(found["blocks_s"])
-    return found | {
+    return {
+        **found,
+        **judged(found, 7 << 30),
         "options": options,
-        "hours_of_32_blocks_extrapolated": BLOCKS * solving / 3600,
-        "goal_peak": 7 << 30,
-        "within_goal": found["peak"] <= 7 << 30,
+        "hours_of_32_blocks_extrapolated": BLOCKS * sum(found["blocks_s"]) / 3600,
     }
 
 
 def run_stream(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A whole model, streamed and in memory."""
     config = SMALL_LLAMA if args.small else LLAMA_200M
-    known = decoder.DecoderConfig.from_dict(config)
-    options = {
-        "config": config,
-        "method": "block-sparsegpt",
-        "samples": 32,
-        "length": 64 if args.small else 256,
-        "batch": 4,
-        "memory": size(args.memory or "2GiB"),
-    }
+    options = asked(args, config, "block-sparsegpt", 256, 2)
     measured("make32", folder / "model", options)
     streamed = measured("stream", folder, options)
     beside = measured("whole", folder, options)
-    counts = [int(np.prod(shape)) for shape in decoder.shapes(known).values()]
-    return streamed | {
+    shapes = decoder.shapes(decoder.DecoderConfig.from_dict(config)).values()
+    return {
+        **streamed,
+        **judged(streamed, options["memory"] + streamed["baseline"]),
         "options": options,
-        "parameters": sum(counts),
+        "parameters": sum(math.prod(shape) for shape in shapes),
         "whole": beside,
         "identical": streamed["digest"] == beside["digest"],
-        "goal_peak": options["memory"] + streamed["baseline"],
-        "within_goal": streamed["peak"] <= options["memory"] + streamed["baseline"],
     }
 
 
@@ -379,6 +384,8 @@ def show(part: str, found: dict[str, Any]) -> None:
     else:
         hours = found["hours_of_32_blocks_extrapolated"]
         table.add_row("32 blocks, extrapolated", f"{hours:.1f} h")
+        hours = BLOCKS * found["cpu_seconds"] / 3600
+        table.add_row("the same in CPU time", f"{hours:.1f} h")
         for row in found["matrices"]:
             error = f"{row['s']:.1f} s, error {row['error']:.4f}"
             table.add_row(row["path"].removeprefix("model.layers."), error)

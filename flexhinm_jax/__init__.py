@@ -56,6 +56,7 @@ from flexhinm_jax.transforms.allocate import allocate, budgets
 from flexhinm_jax.transforms.calibrate import calibrate, statistics_bytes
 from flexhinm_jax.transforms.discover import describe, discover
 from flexhinm_jax.transforms.oneshot import Pruned, prune
+from flexhinm_jax.transforms.outliers import OWL
 from flexhinm_jax.transforms.report import Report, report
 from flexhinm_jax.transforms.sequential import Layer, prune_sequential
 from flexhinm_jax.transforms.sharing import share_orders
@@ -75,6 +76,7 @@ __all__ = [
     "ALPS",
     "ARMOR",
     "NM",
+    "OWL",
     "RIA",
     "ChannelSearch",
     "Fisher",

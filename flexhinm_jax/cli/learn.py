@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-import os
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import numpy as np
 import optax
 
 from flexhinm_jax import __version__, checks, methods, patterns
-from flexhinm_jax.cli import prune, source
+from flexhinm_jax.cli import options, output, source
 from flexhinm_jax.cli.console import Console
-from flexhinm_jax.io import atomic
 from flexhinm_jax.methods import LearnedMethod, RefineMask
 from flexhinm_jax.methods.gated import Gated
 from flexhinm_jax.training import objectives
@@ -83,7 +81,7 @@ def add_parser(commands: Any) -> None:
             Learns which weights of the model in MODEL_DIR stay and leaves the weights
             as they are: the outputs on the calibration text are to be those of the
             dense model. Writes DIR as 'flexhinm prune' does: zeros in place,
-            {prune.PACKED} and {prune.REPORT}.
+            {output.PACKED} and {output.REPORT}.
             """),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -111,7 +109,7 @@ def add_parser(commands: Any) -> None:
         required=True,
         help="UTF-8 text, one sentence a line; an eighth of it validates the masks",
     )
-    add("--steps", type=prune._positive, default=300, metavar="N", help="default: 300")
+    add("--steps", type=options.positive, default=300, metavar="N", help="default: 300")
     add("--rate", type=float, metavar="R", help="learning rate; default by method")
     add(
         "--start",
@@ -133,23 +131,21 @@ def add_parser(commands: Any) -> None:
         help="as in 'flexhinm prune'",
     )
     add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
-    add("--limit", type=prune._positive, metavar="N", help="first N sentences only")
+    add("--limit", type=options.positive, metavar="N", help="first N sentences only")
     add(
         "--batch-size",
-        type=prune._positive,
+        type=options.positive,
         default=16,
         metavar="N",
         help="sentences of a step (default: 16)",
     )
     add(
         "--max-length",
-        type=prune._positive,
+        type=options.positive,
         metavar="N",
         help="cut sentences to N tokens (default: 128, or what the model reads)",
     )
-    add("--force", action="store_true", help="replace DIR if it is a model directory")
-    add("-q", "--quiet", action="store_true", help="show errors only")
-    add("--json", action="store_true", help="print the report as one JSON document")
+    options.add_writing(parser)
     parser.set_defaults(run=run)
 
 
@@ -185,9 +181,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
         **result.report.to_dict(),
     }
     with console.step(f"writing {args.out}"):
-        prune._write(args, result, model, document)
+        output.write(args, result, model, document)
     told = f"loss on held-back text: {first:.4f} of the first masks, {best:.4f} now"
-    console.result(document, *prune._summary(args.out, result.report, {}), told)
+    console.result(document, *output.summary(args.out, result.report, {}), told)
 
 
 def _check(args: argparse.Namespace) -> Job:
@@ -199,16 +195,10 @@ def _check(args: argparse.Namespace) -> Job:
     rate = RATES[args.method] if args.rate is None else args.rate
     if not 0 < rate < math.inf:
         raise ValueError(f"--rate {rate}: need a positive number")
-    here, there = (os.path.realpath(p) for p in (args.model, args.out))
-    if os.path.commonpath([here, there]) in (here, there):
-        raise ValueError(
-            f"--out {args.out} is {args.model}, or one lies inside the other; choose a"
-            " directory beside it"
-        )
-    atomic.check_directory(args.out, overwrite=args.force)
+    options.check_out(args)
     start = _start(args.start, method)
     text = source.read_text(args.calibration, args.limit)
-    return Job(method, start, rate, dict(map(prune._rule, args.rule)), text)
+    return Job(method, start, rate, options.rules(args.rule), text)
 
 
 def _start(name: str | None, method: LearnedMethod) -> methods.Method | None:

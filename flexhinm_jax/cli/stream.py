@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 import jax
 
 from flexhinm_jax import __version__, methods
-from flexhinm_jax.cli import source
+from flexhinm_jax.cli import allocation, source
 from flexhinm_jax.cli.console import Console, bytes_text, table
-from flexhinm_jax.models import streaming, work
-from flexhinm_jax.models.blocks import open_blocks
+from flexhinm_jax.models import decoder, streaming, work
+from flexhinm_jax.models.blocks import Blocks, open_blocks
 from flexhinm_jax.models.budget import Budget
 from flexhinm_jax.transforms.sequential import Layer
 
 REPORT = "report.json"
 BATCH = 4
+OPTIONS = ("memory", "length", "samples", "dtype", "pack", "first_last")
 SAMPLES = 128
 LENGTH = 512
 
@@ -60,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also write the weights as the sparse kernels read them, one file per"
         f" block in {streaming.PACKED}/",
     )
+    add(
+        "--first-last",
+        metavar="WHAT",
+        help="what the first and the last block get, before all rules: dense, a"
+        " sparsity or a pattern",
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -92,9 +100,15 @@ def run(
     method: methods.Method,
     sparsity: float | None,
     rules: Mapping[str, Any],
+    exceptions: Mapping[str, float],
 ) -> None:
     """Prunes the decoder."""
     blocks = open_blocks(args.model)
+    if args.first_last:
+        first, last = map(decoder.block_prefix, (0, blocks.count - 1))
+        regex = f"^({re.escape(first)}|{re.escape(last)})"
+        own, numbers = allocation.split([f"{regex}={args.first_last}"])
+        rules, exceptions = {**own, **rules}, {**numbers, **exceptions}
     longest = blocks.config.max_position_embeddings or LENGTH
     length = args.length or min(LENGTH, longest)
     if length > longest:
@@ -115,11 +129,16 @@ def run(
     def planned(plan: Budget) -> None:
         console.note(plan_text(plan, tokens.shape))
 
-    def progress(done: Layer | streaming.Block) -> None:
+    def progress(done: Layer | streaming.Told) -> None:
         if isinstance(done, Layer):
             console.progress(layer_text(done))
             if done.note:
                 notes[done.path] = done.note
+        elif isinstance(done, streaming.Surveyed):
+            seconds = f"{done.seconds:.1f} s"
+            console.progress(f"block {done.layer + 1}/{done.total} read, {seconds}")
+        elif isinstance(done, streaming.Allocated):
+            console.note(budgets_text(done, blocks))
         else:
             console.note(block_text(done))
 
@@ -130,6 +149,9 @@ def run(
             "method": repr(method),
             "sparsity": sparsity,
             "rules": {regex: str(value) for regex, value in rules.items()},
+            "allocate": str(args.allocate),
+            "exceptions": dict(exceptions),
+            "budgets": dict(result.targets),
             "seed": args.seed,
             "target": args.target or "seq",
             "samples": tokens.shape[0],
@@ -149,6 +171,8 @@ def run(
             tokens,
             method,
             sparsity=sparsity,
+            allocate=args.allocate,
+            exceptions=exceptions,
             key=jax.random.key(args.seed),
             target=args.target or "seq",
             rules=rules,
@@ -186,6 +210,18 @@ def plan_text(plan: Budget, shape: tuple[int, ...]) -> str:
     if plan.limit is not None:
         lines.append(f"  {'limit':<28}{bytes_text(plan.limit):>10}")
     return "\n".join(lines)
+
+
+def budgets_text(made: streaming.Allocated, blocks: Blocks) -> str:
+    """The sparsity of every block, in one paragraph."""
+    found = []
+    for layer in range(blocks.count):
+        mine = [key for key in blocks.keys(layer) if key in made.sparsity]
+        sizes = [math.prod(blocks.index.shape(key)) for key in mine]
+        pairs = zip(mine, sizes, strict=True)
+        removed = sum(made.sparsity[key] * size for key, size in pairs)
+        found.append(f"{removed / sum(sizes):.3f}" if mine else "dense")
+    return f"sparsity of the blocks: {' '.join(found)}"
 
 
 def layer_text(layer: Layer) -> str:

@@ -175,7 +175,8 @@ def _as_stored(
     if missing or extra:
         raise ValueError(
             "the keys differ from the source:"
-            f" missing {_some(missing)}, not in the source {_some(extra)}"
+            f" missing {_some(missing)}, not in the source {_some(extra)};"
+            " write the whole tree, as it was read"
         )
     arrays = {}
     for key in layout.files:
@@ -187,7 +188,8 @@ def _as_stored(
         array, name = np.asarray(params[key]), layout.dtype(key)
         if array.shape != layout.shape(key):
             raise ValueError(
-                f"{key} has shape {array.shape}, the source has {layout.shape(key)}"
+                f"{key} has shape {array.shape}, the source has {layout.shape(key)};"
+                " write what was read from it"
             )
         wanted = tensors.DTYPES.get(name)
         if wanted is not None and array.dtype != wanted:

@@ -169,7 +169,7 @@ def _restore(path: str | os.PathLike, leaves: dict[str, Any], like: Any) -> Any:
         raise ValueError(
             f"{path}: the leaves are not those of `like`:"
             f" missing in the file {missing[:3] or 'none'},"
-            f" not in `like` {extra[:3] or 'none'}"
+            f" not in `like` {extra[:3] or 'none'}; give the tree that was written"
         )
     return jax.tree.unflatten(structure, [leaves[name] for name in names])
 

@@ -203,7 +203,7 @@ class Writer:
         if array.shape != self.index.shape(key) or array.dtype != wanted:
             raise ValueError(
                 f"{key} is {array.dtype}{list(array.shape)}, the source has"
-                f" {wanted}{list(self.index.shape(key))}"
+                f" {wanted}{list(self.index.shape(key))}; write what was read from it"
             )
         path, start = self.places[key]
         with open(path, "r+b") as f:

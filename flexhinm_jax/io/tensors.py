@@ -72,7 +72,7 @@ def read_header(path: str | os.PathLike) -> Header:
     """
     package = _package()
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} does not exist; check the name")
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -212,7 +212,7 @@ def _opened(path: str | os.PathLike) -> Iterator[Any]:
     """Opens a file; every error of the format names it."""
     package = _package()
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} does not exist; check the name")
     try:
         with package.safe_open(os.fspath(path), framework="numpy") as f:
             yield f

@@ -66,7 +66,7 @@ def fold(
         if reader.shape[1] != first.shape[0]:
             raise ValueError(
                 f"fold: a reader with in={reader.shape[1]} does not contract the "
-                f"out={first.shape[0]} of the producer"
+                f"out={first.shape[0]} of the producer; give the weights that read it"
             )
         if reader.right is not None:
             raise ValueError(
@@ -76,7 +76,7 @@ def fold(
         if reader.out_order.shape[:-1] != first.out_order.shape[:-1]:
             raise ValueError(
                 f"fold: stacks of {reader.out_order.shape[:-1]} and "
-                f"{first.out_order.shape[:-1]} matrices do not chain"
+                f"{first.out_order.shape[:-1]} matrices do not chain; fold one by one"
             )
     order = first.out_order
     inverse = jnp.argsort(order, axis=-1).astype(jnp.int32)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flexhinm_jax import checks
+from flexhinm_jax import arguments, checks
 from flexhinm_jax.kernels.validation import verify_packed, verify_plan
 from flexhinm_jax.kernels.words import from_words, position_bits, to_words
 from flexhinm_jax.types import BlockDiagonal, Layout, PackedWeight, Plan, Regions
@@ -64,6 +64,11 @@ def pack(plan: Plan, layout: Layout | None = None) -> PackedWeight:
       >>> fh.kernels.pack(plan).nm_values[0].tolist()
       [[4.0, 3.0], [2.0, 5.0]]
     """
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"kernels.pack got {arguments.shown(plan)}: need the Plan of one weight, "
+            "as decide(...)[path]; pack(plans, params, uses) packs a tree"
+        )
     regions = plan.support.regions
     if regions is None:
         raise ValueError(
@@ -195,6 +200,11 @@ def unpack(packed: PackedWeight) -> Array:
     Raises:
       ValueError: outside of a trace, arrays that break a promise of `PackedWeight`.
     """
+    if not isinstance(packed, PackedWeight):
+        raise ValueError(
+            f"kernels.unpack got {arguments.shown(packed)}: need one PackedWeight, a "
+            "leaf of what pack() returned"
+        )
     if all(map(checks.is_concrete, jax.tree.leaves(packed))):
         verify_packed(packed)
     return _unpack(dataclasses.replace(packed, layouts={}))

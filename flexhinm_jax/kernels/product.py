@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from flexhinm_jax import arguments
 from flexhinm_jax.kernels import backends, reference, xla
 from flexhinm_jax.kernels.backends import Choice
 from flexhinm_jax.kernels.packing import block_product
@@ -76,6 +77,15 @@ def sparse_dot(
 
 
 def _check(x: Array, packed: PackedWeight, transposed: bool) -> None:
+    if not isinstance(packed, PackedWeight):
+        raise ValueError(
+            f"sparse_dot: packed is {arguments.shown(packed)}: need the PackedWeight "
+            "that pack() returned, after x"
+        )
+    if not hasattr(x, "dtype"):
+        raise ValueError(
+            f"sparse_dot: x is {arguments.shown(x)}: need an array; use jnp.asarray"
+        )
     if packed.out_order.ndim != 1:
         raise ValueError(
             f"sparse_dot takes one matrix, got a stack {packed.out_order.shape[:-1]}; "

@@ -5,6 +5,7 @@ Wrappers take another method: `Refit(Wanda(NM(2, 4)))`, in text form "refit(wand
 
 import re
 
+from flexhinm_jax import arguments
 from flexhinm_jax.methods.alps import ALPS
 from flexhinm_jax.methods.armor import ARMOR
 from flexhinm_jax.methods.base import Method, ScoreMethod
@@ -102,12 +103,17 @@ def parse(name: str, pattern: Pattern) -> Method:
       >>> parse("refit(ria)", NM(2, 4)).inner.a
       0.5
     """
+    if not isinstance(name, str):
+        raise ValueError(
+            f"method {arguments.shown(name)}: parse reads text such as 'wanda'; a "
+            "method can be used as it is"
+        )
     form = re.fullmatch(r"(\w+)(?:\((.*)\))?", name.strip())
     if form is None or form[1] not in METHODS:
         wrappers = [k for k, v in METHODS.items() if issubclass(v, Wrapper)]
         raise ValueError(
             f"unknown method {name!r}; known: {', '.join(METHODS)}; "
-            f"{' and '.join(wrappers)} take another one, as in refit(wanda)"
+            f"{', '.join(wrappers)} wrap another one, as in refit(wanda)"
         )
     method, inner = METHODS[form[1]], form[2]
     if issubclass(method, Wrapper):

@@ -7,12 +7,12 @@ frozen, hashable configuration and travels as a static argument.
 
 import abc
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jax import Array
 
-from flexhinm_jax import checks
+from flexhinm_jax import arguments, checks
 from flexhinm_jax.ops import masks
 from flexhinm_jax.patterns import NM, Pattern
 from flexhinm_jax.types import Plan, State, Stats
@@ -36,9 +36,11 @@ class Method(abc.ABC):
 
     def __post_init__(self):
         """Validates the configuration."""
+        arguments.configuration(self)
         if not isinstance(self.pattern, Pattern):
             raise ValueError(
-                f"pattern={self.pattern!r}: need a Pattern such as NM(2, 4), or "
+                f"pattern={arguments.shown(self.pattern)}: need a Pattern such as "
+                "NM(2, 4), or "
                 'patterns.parse("2:4") for its text form'
             )
         if not self.fits(self.pattern):
@@ -112,10 +114,21 @@ class Method(abc.ABC):
           sparsity: the target or None.
           path: leaf path for the message.
         """
-        if not jnp.issubdtype(w.dtype, jnp.floating):
-            raise ValueError(f"{path}: dtype {w.dtype} cannot be pruned; need floating")
+        if not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
+            raise ValueError(
+                f"{path}: {arguments.shown(w)} cannot be pruned; need a floating array"
+            )
         self.pattern.check(w.shape, sparsity, path)
         checks.stats(stats, w.shape, self.needs, path)
+
+
+def check_method(method: Any) -> None:
+    """Raises ValueError unless the argument is a configured method."""
+    if not isinstance(method, Method):
+        raise ValueError(
+            f"method={arguments.shown(method)}: need a method with its pattern, such "
+            'as Wanda(NM(2, 4)), or methods.parse("wanda", pattern) for its text form'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +150,7 @@ class ScoreMethod(Method):
     ) -> State:
         """Projects the scores onto the pattern; see `Method.solve`."""
         self.check(w, stats, sparsity)
+        checks.finite(w, "weight")
         scores = self.score(w, stats)
         before = None if prev is None else prev.fixed["support"]
         support = self.pattern.project(key, scores, sparsity, before)

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 from jax import Array
 
+from flexhinm_jax import arguments, checks
 from flexhinm_jax.methods.base import ScoreMethod
 from flexhinm_jax.ops import masks, saliency, subsets
 from flexhinm_jax.types import State, Stats
@@ -111,6 +112,10 @@ def accumulate_gradients(stats: Stats, grad: Array, block: int | None = None) ->
       The statistics with `sq_grad`, and `fisher` if `block` was given. Pure; works
       under jit and scan once both fields are there.
 
+    Raises:
+      ValueError: statistics or a gradient of another kind or size, a block that does
+        not divide the inputs.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from flexhinm_jax.types import Stats
@@ -121,6 +126,19 @@ def accumulate_gradients(stats: Stats, grad: Array, block: int | None = None) ->
       >>> float(stats.sq_grad[0, 0])
       5.0
     """
+    if not isinstance(stats, Stats):
+        raise ValueError(
+            f"accumulate_gradients: stats is {arguments.shown(stats)}: need the Stats "
+            "of one weight, as calibrate(...)[path]"
+        )
+    inputs = stats.sq_norm.shape[-1]
+    if not hasattr(grad, "dtype") or grad.ndim < 2 or grad.shape[-1] != inputs:
+        raise ValueError(
+            f"accumulate_gradients: grad is {arguments.shown(grad)}: need the gradient "
+            f"of one matrix [out, {inputs}], inputs last"
+        )
+    if block is not None:
+        checks.divisible(inputs, block, "in", "block")
     g = grad.astype("float32")
     sq_grad = saliency.summed(stats.sq_grad, g * g)
     if block is None:

@@ -58,7 +58,7 @@ def batches(
     """
     if batch_size < 1 or max_length < 1:
         raise ValueError(
-            f"batch_size={batch_size} and max_length={max_length} must be at least 1"
+            f"batch_size={batch_size}, max_length={max_length}: need at least 1 each"
         )
     for row, tokens in enumerate(token_lists):
         if not 1 <= len(tokens) <= max_length:

@@ -2,18 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
-from flexhinm_jax.methods import Method
-from flexhinm_jax.models.blocks import TABLE, Blocks, BlockUses
+from flexhinm_jax.models.blocks import TABLE
+from flexhinm_jax.models.work import Setting
 from flexhinm_jax.transforms import memory
-from flexhinm_jax.transforms.cuts import Programs, Walk
-from flexhinm_jax.transforms.job import Job
+from flexhinm_jax.transforms.cuts import Walk
+from flexhinm_jax.transforms.increments import scoring_bytes
 
 GIB = 1 << 30
 
@@ -107,72 +105,51 @@ class Budget:
         ]
 
 
-def budget(
-    blocks: Blocks,
-    uses: BlockUses,
-    batches: tuple[int, int, int],
-    method: Method,
-    sparsity: float | Mapping[str, float] | None,
-    key: Array,
-    target: Any,
-    center: bool,
-    limit: int | None,
-    programs: Programs,
-) -> Budget:
+def budget(setting: Setting, limit: int | None) -> Budget:
     """Plans a run; compiles its solvers.
 
     Args:
-      blocks: the model.
-      uses: what is pruned.
-      batches: (how many, samples in one, tokens in a sample).
-      method: what to prune with.
-      sparsity: fraction of weights removed, as in `prune_sequential`.
-      key: PRNG key; only its shape matters.
-      target: what to fit to.
-      center: as in `prune_sequential`.
+      setting: what to do; its programs take the compiled solvers, so their solver is a
+        `solver.Ahead`.
       limit: bytes.
-      programs: takes the compiled solvers; its solver is a `solver.Ahead`.
 
     Raises:
       ValueError: a leaf that does not fit the method.
     """
-    count, samples, length = batches
+    blocks, uses, method = setting.blocks, setting.uses, setting.method
+    count, (samples, length) = len(setting.batches), setting.batches[0].shape
     width, dtype = blocks.config.hidden_size, blocks.computed(TABLE)
     h = jax.ShapeDtypeStruct((samples, length, width), dtype)
     states = count * samples * length * width * dtype.itemsize
-    beside = target != "seq"
+    beside, programs = setting.beside, setting.programs
     found: list[tuple[int, Budget]] = []
     ahead: Any = programs.solver
     for layer in uses.kinds().values():
         # The first block has no dense twin of its input yet; others need more.
-        job = Job(
-            blocks.apply(layer),
-            blocks.like(layer),
-            [(h,)] * count,
-            uses.of(layer),
-            method,
-            sparsity,
-            key,
-            center,
-            None,
-            beside,
-        )
+        job = setting.job(layer, blocks.like(layer), [h] * count)
         twins = [(h,)] * count if beside else None
         ledger: Any = memory.Ledger()
-        walk = Walk(job, target, ledger, twins=twins, programs=programs, to_end=True)
+        walk = Walk(
+            job, setting.target, ledger, twins=twins, programs=programs, to_end=True
+        )
         stages = memory.stages(walk, ahead)
         sizes = [math.prod(x.shape) * x.dtype.itemsize for x in job.leaves.values()]
         # A finished matrix is on the device and on the host for a moment.
         weights = sum(sizes) * (2 if beside else 1) + 2 * max(sizes)
         most = max(stages, key=lambda stage: stage.working)
         solving = max(stages, key=lambda stage: stage.stats + stage.solver)
+        scoring = 0
+        if setting.allocate == "global":
+            mine = job.uses.leaves.items()
+            each = [scoring_bytes(method, u, job.leaves[p].dtype) for p, u in mine]
+            scoring = max(each, default=0)
         made = Budget(
             limit=limit,
             weights=weights,
             gram=max(solving.stats, most.gram if most.gram == most.working else 0),
-            solver=solving.solver,
+            solver=max(solving.solver, scoring),
             step=max(stage.step for stage in stages),
-            working=most.working,
+            working=max(most.working, scoring),
             hidden=max([states * (1 + beside), *(stage.held for stage in stages)]),
             files=2 * states * (1 + beside),
             leaf=(most.paths or ("the end of the block",))[-1],
@@ -181,35 +158,16 @@ def budget(
     return max(found, key=lambda pair: pair[0])[1]
 
 
-def check_all(
-    blocks: Blocks,
-    uses: BlockUses,
-    method: Method,
-    sparsity: float | Mapping[str, float] | None,
-    key: Array,
-    center: bool,
-) -> int:
-    """Checks every leaf of every block; returns the number of leaves to prune.
+def check_all(setting: Setting) -> None:
+    """Checks every leaf of every block.
 
     Raises:
       ValueError: a leaf that does not fit, or nothing to prune.
     """
     total = 0
-    for layer in range(blocks.count):
-        mine = uses.of(layer)
+    for layer in range(setting.blocks.count):
         h = np.zeros((), np.float32)
-        Job(
-            blocks.apply(layer),
-            blocks.like(layer),
-            [(h,)],
-            mine,
-            method,
-            sparsity,
-            key,
-            center,
-            None,
-        )
-        total += len(mine.leaves)
+        job = setting.job(layer, setting.blocks.like(layer), [h])
+        total += len(job.uses.leaves)
     if not total:
         raise ValueError("no weight is left to prune; the rules skip too many")
-    return total

@@ -6,11 +6,10 @@ positions and in what a missing field means.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from flexhinm_jax.models import rope
+from flexhinm_jax.models import fields, rope
 
 __all__ = ["FAMILIES", "DecoderConfig"]
 
@@ -103,21 +102,7 @@ class DecoderConfig:
 
     def __post_init__(self):
         """Validates types, ranges and what must divide what."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            whole = field.type is int or (
-                field.type == int | None and value is not None
-            )
-            if whole and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be an integer > 0, got {value!r}")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{field.name} must be true or false, got {value!r}")
-            if field.type is float and (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not 0 < value < math.inf
-            ):
-                raise ValueError(f"{field.name} must be a number > 0, got {value!r}")
+        fields.check(self)
         if not isinstance(self.rope_scaling, rope.Scaling | None):
             raise ValueError(
                 f"rope_scaling must be a scaling of models.rope or None, got"

@@ -13,13 +13,14 @@ accumulate in float32.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from flexhinm_jax.models import fields
 
 __all__ = ["EncoderConfig", "embed", "encode", "init", "pool", "shapes"]
 
@@ -61,16 +62,7 @@ class EncoderConfig:
 
     def __post_init__(self):
         """Validates types, ranges and the activation."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be an integer > 0, got {value!r}")
-            if field.type is float and (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not 0 < value < math.inf
-            ):
-                raise ValueError(f"{field.name} must be a number > 0, got {value!r}")
+        fields.check(self)
         if self.hidden_act not in list(ACTIVATIONS):
             raise ValueError(
                 f"hidden_act={self.hidden_act!r} is not supported; supported are"

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from flexhinm_jax.models import fields
+
 __all__ = ["Dynamic", "Linear", "Llama3", "Scaling", "Yarn", "from_dict", "rotate"]
 
 
@@ -282,17 +284,6 @@ def _sharpening(factor: float, scale: float = 1.0) -> float:
 
 
 def _check_numbers(config: Any) -> None:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type is bool:
-            ok, need = type(value) is bool, "true or false"
-        elif field.type is int:
-            ok, need = type(value) is int and value > 0, "an integer > 0"
-        else:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            least = 1.0 if field.name == "factor" else 0.0
-            ok = number and least <= value < math.inf and value > 0
-            ok = ok or (value is None and field.default is None)
-            need = "a number >= 1" if least else "a number > 0"
-        if not ok:
-            raise ValueError(f"{field.name} must be {need}, got {value!r}")
+    fields.check(config)
+    if config.factor < 1:
+        raise ValueError(f"factor must be a number >= 1, got {config.factor!r}")

@@ -19,14 +19,15 @@ class States:
     to a limit they are in memory too.
     """
 
-    def __init__(self, folder: Path, limit: int | None):
+    def __init__(self, folder: Path, limit: int | None, durable: bool = True):
         """Starts with none.
 
         Args:
           folder: where to keep them; made when needed.
           limit: bytes in memory; None for all.
+          durable: False keeps on disk only what does not fit in memory.
         """
-        self.folder, self.limit = folder, limit
+        self.folder, self.limit, self.durable = folder, limit, durable
         self.held = 0
         self.now: Arrays = []
         self.dense: Arrays | None = None
@@ -36,7 +37,7 @@ class States:
         scratch = self.folder / "00000"
         shutil.rmtree(scratch, ignore_errors=True)
         for n, x in enumerate(made):
-            self.now.append(self.kept(scratch / f"now-{n:05d}", x, always=False))
+            self.now.append(self.kept(scratch / f"now-{n:05d}", x, False))
 
     def next(
         self,
@@ -49,12 +50,14 @@ class States:
         folder = self.folder / f"{layer:05d}"
         shutil.rmtree(folder, ignore_errors=True)
         for n, (now, dense) in enumerate(made):
-            self.now.append(self.kept(folder / f"now-{n:05d}", np.asarray(now[0])))
+            x = np.asarray(now[0])
+            self.now.append(self.kept(folder / f"now-{n:05d}", x, self.durable))
             if dense is not None and self.dense is not None:
                 x = np.asarray(dense[0])
-                self.dense.append(self.kept(folder / f"dense-{n:05d}", x))
+                path = folder / f"dense-{n:05d}"
+                self.dense.append(self.kept(path, x, self.durable))
 
-    def kept(self, path: Path, x: np.ndarray, always: bool = True) -> np.ndarray:
+    def kept(self, path: Path, x: np.ndarray, always: bool) -> np.ndarray:
         """The array, in memory or mapped from a file that holds it."""
         fits = self.limit is None or self.held + x.nbytes <= self.limit
         if always or not fits:

@@ -29,16 +29,17 @@ from flexhinm_jax.methods import Method
 from flexhinm_jax.models.blocks import Blocks, Dtype, open_blocks
 from flexhinm_jax.models.budget import Budget, budget, check_all
 from flexhinm_jax.models.states import States
+from flexhinm_jax.models.survey import Allocated, Surveyed, first_targets, survey
 from flexhinm_jax.models.work import Setting, Work
 from flexhinm_jax.transforms import memory, segments, solver
+from flexhinm_jax.transforms.allocate import Mode, check_mode
 from flexhinm_jax.transforms.cuts import Layer, Programs, Walk
 from flexhinm_jax.transforms.finished import Finished
-from flexhinm_jax.transforms.job import Job
 from flexhinm_jax.transforms.report import Report, Row, report
 from flexhinm_jax.transforms.sequential import Target, check_target
 from flexhinm_jax.types import Plan
 
-__all__ = ["Block", "Streamed", "stream"]
+__all__ = ["Allocated", "Block", "Streamed", "Surveyed", "stream"]
 
 PACKED = "packed"
 
@@ -64,6 +65,9 @@ class Block:
     left: float
 
 
+Told = Block | Surveyed | Allocated
+
+
 @dataclasses.dataclass(frozen=True)
 class Streamed:
     """What `stream` returns.
@@ -71,10 +75,12 @@ class Streamed:
     Attributes:
       report: rows of all pruned leaves.
       errors: key -> || X (W' - W) ||^2 / || X W ||^2 on the inputs of the pruned model.
+      targets: key -> sparsity that was allocated; empty where none was.
     """
 
     report: Report
     errors: dict[str, float]
+    targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def stream(
@@ -84,6 +90,8 @@ def stream(
     method: Method,
     *,
     sparsity: float | Mapping[str, float] | None = None,
+    allocate: Mode = "uniform",
+    exceptions: Mapping[str, float] | None = None,
     key: Array,
     target: Target = "seq",
     center: bool = True,
@@ -94,7 +102,7 @@ def stream(
     pack: bool = False,
     overwrite: bool = False,
     planned: Callable[[Budget], None] | None = None,
-    progress: Callable[[Layer | Block], None] | None = None,
+    progress: Callable[[Layer | Told], None] | None = None,
     extra: Callable[[Streamed], Mapping[str, str]] | None = None,
 ) -> Streamed:
     """Prunes a decoder directory block by block.
@@ -106,6 +114,10 @@ def stream(
       method: what to prune with, such as `SparseGPT(NM(2, 4))`.
       sparsity: fraction of weights removed, one for all or one per key of the
         checkpoint; None for a pattern that has only one.
+      allocate: how one sparsity is spread over the matrices, see
+        `transforms.allocate`: "global" and "owl" begin with a pass of the dense model.
+      exceptions: {regex: sparsity} on keys of the checkpoint, the first match wins;
+        the other matrices make up for them.
       key: PRNG key, consumed; a leaf uses the same as in `prune_sequential`.
       target: what to fit to, as in `prune_sequential`.
       center: as in `prune_sequential`.
@@ -117,7 +129,9 @@ def stream(
       pack: writes the packed form too, one file per block in the folder `packed`.
       overwrite: replaces `out` if it is a model directory.
       planned: called with the plan of memory before anything is computed.
-      progress: called with a `Layer` for every matrix and a `Block` for every block.
+      progress: called with a `Surveyed` for every block of the pass of the dense
+        model, an `Allocated` behind it, a `Layer` for every matrix and a `Block` for
+        every block.
       extra: file name -> text to write beside the model, given the result.
 
     Returns:
@@ -127,40 +141,43 @@ def stream(
       FileNotFoundError: a part of the directory is missing.
       FileExistsError: `out` exists and may not be replaced.
       ValueError: a directory that is not a supported decoder or is damaged, tokens out
-        of range, a plan over the limit, NaN (the leaf is named), or an `OUT.partial`
-        of another run.
+        of range, budgets out of reach, a plan over the limit, NaN (the leaf is named),
+        or an `OUT.partial` of another run.
       OSError: no space.
     """
     check_target(target, method)
+    check_mode(allocate)
     atomic.check_directory(out, overwrite=overwrite)
     huggingface.check_apart(Path(directory), Path(out))
     blocks = open_blocks(Path(directory), dtype)
     shards.check_space(Path(out), blocks.index.size - Work.taken(Path(out)))
-    uses = blocks.uses(rules)
-    check_all(blocks, uses, method, sparsity, key, center)
-    batches = split(tokens, batch, blocks)
-    programs = Programs(solver.Ahead())
-    sizes = len(batches), *batches[0].shape
-    plan = budget(
+    setting = Setting(
         blocks,
-        uses,
-        sizes,
+        blocks.uses(rules),
+        split(tokens, batch, blocks),
         method,
         sparsity,
+        allocate,
+        dict(exceptions or {}),
         key,
         target,
         center,
-        memory_limit,
-        programs,
+        pack,
+        Programs(solver.Ahead()),
     )
+    setting = dataclasses.replace(setting, targets=first_targets(setting))
+    check_all(setting)
+    plan = budget(setting, memory_limit)
     if planned is not None:
         planned(plan)
     plan.check()
-    setting = Setting(
-        blocks, uses, batches, method, sparsity, key, target, center, pack, programs
-    )
     work = Work(Path(out), setting)
     with work.kept(blocks.index.size + plan.on_disk):
+        if allocate != "uniform":
+            found = survey(setting, work, plan.shelf, progress)
+            setting = dataclasses.replace(setting, targets=found)
+        if progress is not None and isinstance(setting.targets, dict):
+            progress(Allocated(setting.targets))
         rows: list[Row] = []
         errors: dict[str, float] = {}
         states = States(work.states, plan.shelf)
@@ -172,7 +189,7 @@ def stream(
             if first:
                 states.load(first)
             else:
-                states.begin(blocks.embedded(batches))
+                states.begin(blocks.embedded(setting.batches))
         began = time.perf_counter()
         for layer in range(first, blocks.count):
             memory.reset_peak()
@@ -194,7 +211,8 @@ def stream(
                         pace * (blocks.count - 1 - layer),
                     )
                 )
-        result = Streamed(total(setting, rows), errors)
+        targets = setting.targets if isinstance(setting.targets, dict) else {}
+        result = Streamed(total(setting, rows), errors, targets)
         work.finish({} if extra is None else extra(result))
     return result
 
@@ -228,24 +246,12 @@ def prune_block(
     work: Work,
     states: States,
     plan: Budget,
-    progress: Callable[[Layer | Block], None] | None,
+    progress: Callable[[Layer | Told], None] | None,
 ) -> tuple[list[Row], dict[str, float]]:
     """Prunes and writes a block; `states` are then those behind it."""
-    blocks, beside = setting.blocks, setting.target != "seq"
-    uses = setting.uses.of(layer)
+    blocks, uses = setting.blocks, setting.uses.of(layer)
     now, twins = states.take()
-    job = Job(
-        blocks.apply(layer),
-        blocks.load(layer),
-        [(h,) for h in now],
-        uses,
-        setting.method,
-        setting.sparsity,
-        setting.key,
-        setting.center,
-        None,
-        beside,
-    )
+    job = setting.job(layer, blocks.load(layer), now)
     job.finished = Finished(work.solved(layer), {"layer": str(layer)})
     walk = Walk(
         job,
@@ -283,7 +289,7 @@ def prune_block(
         path = folder / f"block-{layer:05d}.safetensors"
         packed.write_packed(path, {**others, **leaves}, overwrite=True)
     del job
-    states.next(layer + 1, walk.outputs(), beside)
+    states.next(layer + 1, walk.outputs(), setting.beside)
     return rows, errors
 
 

@@ -1,9 +1,10 @@
 """The folder in which a streamed pruning run keeps its state until it is finished.
 
-`OUT.partial` holds `job.json` (a fingerprint of what was asked), `model` (the files of
-the output, under names that no reader takes for complete), `states` (hidden states
-before the next block), `solved` (finished matrices of that block) and one
-`block-NNNNN.json` per finished block, which is written last.
+`OUT.partial` holds `job.json` (a fingerprint of what was asked), `budgets.json` (the
+sparsity of every matrix, where that was allocated), `model` (the files of the output,
+under names that no reader takes for complete), `states` (hidden states before the next
+block), `solved` (finished matrices of that block) and one `block-NNNNN.json` per
+finished block, which is written last.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ import flexhinm_jax
 from flexhinm_jax.io import atomic, huggingface, shards
 from flexhinm_jax.methods import Method
 from flexhinm_jax.models.blocks import Blocks, BlockUses
+from flexhinm_jax.transforms.allocate import Mode
 from flexhinm_jax.transforms.cuts import Programs
 from flexhinm_jax.transforms.finished import Finished, digest
+from flexhinm_jax.transforms.job import Job
 from flexhinm_jax.transforms.report import Row
 from flexhinm_jax.transforms.sequential import Target
 
@@ -33,18 +36,52 @@ PARTIAL = ".partial"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a run is asked to do."""
+    """What a run is asked to do.
+
+    Attributes:
+      targets: sparsity of every leaf, or one for all: what `sparsity`, `allocate` and
+        `exceptions` come to.
+    """
 
     blocks: Blocks
     uses: BlockUses
     batches: list[np.ndarray]
     method: Method
-    sparsity: Any
+    sparsity: float | Mapping[str, float] | None
+    allocate: Mode
+    exceptions: Mapping[str, float]
     key: Array
     target: Target
     center: bool
     pack: bool
     programs: Programs
+    targets: float | Mapping[str, float] | None = None
+
+    @property
+    def beside(self) -> bool:
+        """Whether a dense model runs beside the pruned one."""
+        return self.target != "seq"
+
+    def job(self, layer: int, params: Mapping[str, Any], hidden: Sequence[Any]) -> Job:
+        """Checks a block and says how to prune it.
+
+        Args:
+          layer: which.
+          params: its parameters; may be abstract.
+          hidden: hidden states before it, one array per batch; may be abstract.
+        """
+        return Job(
+            self.blocks.apply(layer),
+            params,
+            [(h,) for h in hidden],
+            self.uses.of(layer),
+            self.method,
+            self.targets,
+            self.key,
+            self.center,
+            None,
+            self.beside,
+        )
 
 
 class Work:
@@ -54,6 +91,7 @@ class Work:
       folder: `OUT.partial`.
       model: what becomes OUT.
       states: hidden states on disk.
+      budgets: file with the sparsity of every matrix, once that is known.
       writer: writes the weights.
     """
 
@@ -66,6 +104,7 @@ class Work:
         self.folder = self.out.with_name(self.out.name + PARTIAL)
         self.model = self.folder / "model"
         self.states = self.folder / "states"
+        self.budgets = self.folder / "budgets.json"
 
     @staticmethod
     def taken(out: Path) -> int:
@@ -95,6 +134,7 @@ class Work:
         """Keeps the folder of a run that failed, if it holds anything of value."""
         del rest
         worth = [*self.folder.glob("block-*.json"), *self.folder.rglob("*.npz")]
+        worth += [self.budgets] if self.budgets.exists() else []
         if kind is not None and not worth:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -161,6 +201,8 @@ def fingerprint(setting: Setting) -> dict[str, str]:
         "tokens": digest(setting.batches),
         "method": repr(setting.method),
         "sparsity": repr(setting.sparsity),
+        "allocate": repr(setting.allocate),
+        "exceptions": repr(setting.exceptions),
         "rules": repr(setting.uses.actions),
         "key": str(np.asarray(jax.random.key_data(setting.key)).tolist()),
         "target": setting.target,

@@ -8,6 +8,7 @@ import dataclasses
 import re
 from typing import Any
 
+from flexhinm_jax import arguments
 from flexhinm_jax.patterns.base import Pattern
 from flexhinm_jax.patterns.flexhinm import FlexHiNM
 from flexhinm_jax.patterns.hinm import HiNM
@@ -64,6 +65,11 @@ def parse(text: str) -> Pattern:
       HiNM(vector_size=64, n=2, m=4, permute=None, hardware=False)
     """
     known = "n:m such as 2:4, " + ", ".join(PATTERNS)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"pattern {arguments.shown(text)}: parse reads text such as '2:4'; a "
+            "pattern can be used as it is"
+        )
     if group := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(int(group[1]), int(group[2]))
     name, _, options = text.partition(":")
@@ -76,7 +82,7 @@ def parse(text: str) -> Pattern:
         letter, equals, value = option.partition("=")
         field = cls.letters.get(letter, letter)
         if not equals or field not in fields:
-            names = ", ".join(f"{k}=" for k in cls.letters) or "none"
+            names = ", ".join(f"{k}=" for k in cls.letters) or "no options"
             raise ValueError(
                 f"pattern {text!r}: unknown option {option!r}; {name} takes {names}"
             )
@@ -89,7 +95,10 @@ def parse(text: str) -> Pattern:
             chosen[field] = cls.choices[field][value]
         elif isinstance(fields[field].default, int):
             if not value.isdigit():
-                raise ValueError(f"pattern {text!r}: {letter}={value} is no integer")
+                raise ValueError(
+                    f"pattern {text!r}: {letter}={value}: need digits, such as "
+                    f"{letter}={fields[field].default}"
+                )
             chosen[field] = int(value)
         else:
             chosen[field] = value

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from jax import Array
 
-from flexhinm_jax import checks
+from flexhinm_jax import arguments, checks
 from flexhinm_jax.ops import masks, regions
 from flexhinm_jax.types import Support
 
@@ -26,6 +26,21 @@ class Pattern(abc.ABC):
     #: Values of fields that are no numbers, by the name `parse` knows them by:
     #: {"permute": {"none": None, "gyro": Gyro()}}.
     choices: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __post_init__(self):
+        """Validates the types of the fields."""
+        arguments.configuration(self)
+
+    def __str__(self) -> str:
+        """The class with its numbers, and other fields that are not the default."""
+        shown = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in dataclasses.fields(self)
+            if isinstance(f.default, int)
+            and not isinstance(f.default, bool)
+            or getattr(self, f.name) != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @abc.abstractmethod
     def project(
@@ -123,4 +138,6 @@ class Pattern(abc.ABC):
 def check_n_of_m(n: int, m: int) -> None:
     """Raises ValueError unless 0 < n <= m, both integers."""
     if not (isinstance(n, int) and isinstance(m, int) and 0 < n <= m):
-        raise ValueError(f"n={n}, m={m}: need integers with 0 < n <= m (n stay of m)")
+        raise ValueError(
+            f"n={n!r}, m={m!r}: need integers with 0 < n <= m (n stay of m)"
+        )

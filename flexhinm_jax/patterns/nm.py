@@ -40,10 +40,11 @@ class NM(Pattern):
 
     def __post_init__(self):
         """Validates the configuration."""
+        super().__post_init__()
         check_n_of_m(self.n, self.m)
         if self.permute is not None and type(self.permute) is not ChannelSearch:
             raise ValueError(
-                f"permute={self.permute!r}: N:M has no row tiles, so only "
+                f"permute={self.permute!r}: N:M has no row tiles to search; need "
                 "ChannelSearch() or None"
             )
 
@@ -60,10 +61,10 @@ class NM(Pattern):
         `prev`: there is no smaller one of the same pattern.
         """
         del sparsity
+        self.check_shape(jnp.shape(scores))
         if prev is not None:
             return prev
         if self.permute is not None:
-            self.check_shape(scores.shape)
             checks.finite(scores, "scores")
             return self._search(key, jnp.asarray(scores, jnp.float32))
         o, i = scores.shape

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from flexhinm_jax import arguments
 from flexhinm_jax.ops import channels, gyro
 
 
@@ -34,6 +35,7 @@ class ChannelSearch:
 
     def __post_init__(self):
         """Validates the configuration."""
+        arguments.configuration(self)
         if self.sweeps < 0 or self.block < 2:
             raise ValueError(
                 f"sweeps={self.sweeps}, block={self.block}: need sweeps >= 0 and a "
@@ -135,9 +137,9 @@ class Gyro(ChannelSearch):
                 f"rounds={self.rounds}, exchanges={self.exchanges}, patience="
                 f"{self.patience}: need rounds >= 0, exchanges >= 0, patience >= 1"
             )
-        if any(size < 1 for size in self.schedule):
+        if not all(isinstance(size, int) and size >= 1 for size in self.schedule):
             raise ValueError(
-                f"schedule={self.schedule}: rows per tile, at least 1 each"
+                f"schedule={self.schedule}: need rows per tile, integers from 1"
             )
 
     @classmethod

@@ -62,13 +62,16 @@ class Tiled(Pattern):
         """Validates the configuration."""
         if not isinstance(self.vector_size, int) or self.vector_size < 1:
             raise ValueError(
-                f"vector_size={self.vector_size}: need a positive integer, the rows "
+                f"vector_size={self.vector_size!r}: need a positive integer, the rows "
                 "of a tile"
             )
+        super().__post_init__()
         n, m = self.n_of_m
         check_n_of_m(n, m)
         if self.has_groups and n == m:
-            raise ValueError(f"n=m={m}: an N:M region must remove something")
+            raise ValueError(
+                f"n=m={m}: an N:M region must remove something; give n < m"
+            )
         if not isinstance(self.permute, ChannelSearch | None):
             raise ValueError(
                 f"permute={self.permute!r}: need Gyro(), ChannelSearch(), RandomRows() "

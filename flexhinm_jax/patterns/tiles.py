@@ -43,6 +43,7 @@ class Tiles(Pattern):
 
     def __post_init__(self):
         """Validates the configuration."""
+        super().__post_init__()
         sides = self.tile if isinstance(self.tile, tuple) else (self.tile,) * 2
         if len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
             raise ValueError(
@@ -151,8 +152,8 @@ class Tiles(Pattern):
         """Raises ValueError unless the tile divides the weight."""
         super().check_shape(shape, path)
         rows, columns = self.sides
-        checks.divisible(shape[0], rows, "out", "rows of a tile", path)
-        checks.divisible(shape[1], columns, "in", "columns of a tile", path)
+        checks.divisible(shape[0], rows, "out", "tile rows", path)
+        checks.divisible(shape[1], columns, "in", "tile columns", path)
 
     def sparsity_range(self) -> tuple[float, float]:
         """From dense to N:M everywhere."""

@@ -40,13 +40,18 @@ class Transposable(Pattern):
 
     def __post_init__(self):
         """Validates the configuration."""
+        super().__post_init__()
         whole = isinstance(self.n, int) and isinstance(self.m, int)
         if not (whole and 0 < self.n < self.m):
             raise ValueError(
-                f"n={self.n}, m={self.m}: need integers with 0 < n < m (n stay of m in "
-                "every row and column)"
+                f"n={self.n!r}, m={self.m!r}: need integers with 0 < n < m (n stay of "
+                "m in every row and column)"
             )
-        pairs = isinstance(self.stages, tuple) and self.stages
+        if self.exchanges < 0:
+            raise ValueError(f"exchanges={self.exchanges}: need 0 or more")
+        pairs = self.stages and all(
+            isinstance(stage, tuple) and len(stage) == 2 for stage in self.stages
+        )
         if not pairs or any(k <= 0 or sweeps < 1 for k, sweeps in self.stages):
             raise ValueError(
                 f"stages={self.stages}: need (k, sweeps) pairs with k > 0, sweeps >= 1"
@@ -64,6 +69,7 @@ class Transposable(Pattern):
         With `prev` the support is `prev`: there is no smaller one of the same pattern.
         """
         del key, sparsity
+        self.check_shape(jnp.shape(scores))
         if prev is not None:
             return prev
         o, i = scores.shape

@@ -25,6 +25,7 @@ class Unstructured(Pattern):
 
     def __post_init__(self):
         """Validates the configuration."""
+        super().__post_init__()
         if self.scope not in ("layer", "row"):
             raise ValueError(f"scope={self.scope!r}: choose 'layer' or 'row'")
 
@@ -37,8 +38,7 @@ class Unstructured(Pattern):
     ) -> Support:
         """Keeps round(count * (1 - sparsity)) scores per scope; `key` is not used."""
         del key
-        if sparsity is None:
-            self.check(scores.shape, None)
+        self.check(scores.shape, sparsity)
         if prev is not None:
             scores = jnp.where(prev.keep, scores, -jnp.inf)
         rows = scores if self.scope == "row" else scores.reshape(1, -1)

@@ -10,10 +10,10 @@ import numpy as np
 from jax import Array
 
 from flexhinm_jax import checks
+from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.gated import Gated
 from flexhinm_jax.patterns import NM, FlexHiNM, HiNM
 from flexhinm_jax.transforms import tree
-from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.transforms.views import matrix
 from flexhinm_jax.types import Plan, State, Use, Uses
 
@@ -39,7 +39,14 @@ def adopt(
       ValueError: a plan with block-diagonal factors, or one that has not n of m in
         every group that the gates of the method are for.
     """
-    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    check_method(method)
+    if not isinstance(method, Gated):
+        raise ValueError(
+            f"adopt: {type(method).__name__} has no gates; give HardConcrete, "
+            "GumbelPatterns or MaskLLM"
+        )
+    tree.check_plans(plans, uses)
+    leaves = tree.leaves_for(params, uses)
     states, filled = {}, {}
     for path, plan in plans.items():
         use = uses.leaves[path]

@@ -18,12 +18,14 @@ import numpy as np
 import optax
 from jax import Array
 
+from flexhinm_jax import arguments
+from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.training import relax, sharding
 from flexhinm_jax.training import resume as saved
 from flexhinm_jax.training.stages import NotFinite
 from flexhinm_jax.training.state import Training, init_training
-from flexhinm_jax.training.step import make_step
+from flexhinm_jax.training.step import LOSS, loss_of, make_step
 from flexhinm_jax.training.ties import check_ties, tied
 from flexhinm_jax.transforms import tree
 from flexhinm_jax.types import State, Uses
@@ -114,20 +116,31 @@ def fit(
       Stopped: loss or gradient is NaN or infinite; it names the step and holds the
         best states. Noticed at the next evaluation or checkpoint.
     """
+    check_method(method)
     if not isinstance(method, LearnedMethod) or not method.frozen_weights:
         raise ValueError(
-            f"fit: {type(method).__name__} does not learn with frozen weights; use "
-            "make_step, or apply its plans"
+            f"fit: {type(method).__name__} does not learn with frozen weights; train "
+            "it with gradual or make_step, or apply its plans"
         )
-    if not batches or steps < 0 or every < 1:
+    _check_batches(batches)
+    arguments.key(key)
+    arguments.optimiser(tx, "tx")
+    arguments.function(loss_fn, "loss_fn", LOSS)
+    if evaluate is not None:
+        arguments.function(evaluate, "evaluate", "evaluate(params)")
+    for count, name in ((every, "every"), (save_every, "save_every")):
+        arguments.count(count, f"fit: {name}", 1)
+    arguments.count(keep_last, "fit: keep_last", 1)
+    arguments.count(steps, "fit: steps", 0)
+    arguments.found(uses)
+    arguments.by_path(states, State, "states", "solve()", uses.leaves)
+    if not states:
+        raise ValueError("fit: states is empty; solve at least one leaf")
+    if ties is not None and not isinstance(ties, Mapping):
         raise ValueError(
-            f"fit: {len(batches)} batches, steps={steps}, every={every}: need at least "
-            "1, 0 and 1"
+            f"fit: ties is {arguments.shown(ties)}: need {{path: path of its leader}}"
         )
-    if save_every < 1 or keep_last < 1:
-        raise ValueError(
-            f"fit: save_every={save_every}, keep_last={keep_last}: need at least 1"
-        )
+    saved.check_resume(resume)
     if resume and checkpoints is None:
         raise ValueError(f"fit: resume={resume!r} needs the folder: checkpoints=")
     if ties:
@@ -147,13 +160,17 @@ def fit(
 
     @jax.jit
     def value_of(params, *batch):
-        out = loss_fn(params, *batch)
-        return out[0] if isinstance(out, tuple) else out
+        return loss_of(loss_fn, params, batch)[0]
 
     def measure(states):
         sparse = hard(sharding.gather(states), whole)
         if evaluate is not None:
-            return float(evaluate(sparse))
+            value = evaluate(sparse)
+            if np.shape(value) != () or value is None:
+                raise ValueError(
+                    f"fit: evaluate returned {arguments.shown(value)}: need one number"
+                )
+            return float(value)
         return float(np.mean([value_of(sparse, *batch) for batch in batches]))
 
     def hardened(states):
@@ -161,9 +178,12 @@ def fit(
         found = relax.harden(method, sharding.gather(states), whole, uses)
         return jax.tree.map(lambda x: jnp.array(x, copy=True), found)
 
-    figures = jax.eval_shape(lambda s: relax.metrics(method, s, uses), now.states)
+    with tree.states_of(method):
+        figures = jax.eval_shape(lambda s: relax.metrics(method, s, uses), now.states)
     names = (*ENTRY, *sorted(figures))
-    run = _Run(now, hardened(now.states), steps, every, names)
+    with tree.states_of(method):
+        first = hardened(now.states)
+    run = _Run(now, first, steps, every, names)
     folder = None
     if checkpoints is not None:
         setting = {"steps": steps, "every": every, "batches": len(batches)}
@@ -177,6 +197,7 @@ def fit(
     while run.done < steps:
         k = run.done
         batch = batches[k % len(batches)]
+        arguments.batch(batch, f"fit: batches[{k % len(batches)}]")
         now, metrics = step(run.now.at(k / max(steps - 1, 1)), *batch)
         run.took(now, metrics)
         last = run.done == steps
@@ -193,6 +214,22 @@ def fit(
         if evaluates and progress is not None:
             progress(run.history[-1])
     return run.best, run.history
+
+
+def _check_batches(batches: Any) -> None:
+    """Raises ValueError unless there are batches, and the first is a tuple.
+
+    The others are looked at when it is their turn: a sequence may load them.
+    """
+    listed = hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
+    if not listed or hasattr(batches, "shape") or isinstance(batches, Mapping | str):
+        raise ValueError(
+            f"fit: batches is {arguments.shown(batches)}: need a list of tuples, the "
+            "arguments after params, such as [(x,)]; it is gone through several times"
+        )
+    if not len(batches):
+        raise ValueError("fit: batches is empty; give at least one")
+    arguments.batch(batches[0], "fit: batches[0]")
 
 
 @dataclasses.dataclass

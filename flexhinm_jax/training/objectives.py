@@ -18,11 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax import arguments
+from flexhinm_jax.transforms.tree import leaves_for
 from flexhinm_jax.transforms.views import matrix
 from flexhinm_jax.types import Stats, Uses
 
 KINDS = ("cosine", "kl")
+
+APPLY = "apply_fn(params, *batch)"
 
 #: path -> {"weight": f32[*stack, o, i], "gram": f32[*stack, i, i], "total":
 #: f32[*stack]}: what `layer_error` compares with.
@@ -54,6 +57,8 @@ def taught(
     Returns:
       Batches for `fit` that end in a `Teacher`; all outputs stay in memory.
     """
+    arguments.function(apply_fn, "apply_fn", APPLY)
+    arguments.batches(batches)
     run = jax.jit(apply_fn)
     given = [b if isinstance(b, tuple) else (b,) for b in batches]
     return [(*batch, Teacher(run(params, *batch))) for batch in given]
@@ -70,7 +75,8 @@ def layer_task(params: Any, uses: Uses, stats: Mapping[str, Stats]) -> Task:
     Raises:
       ValueError: a prunable leaf without a Gram.
     """
-    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    leaves = leaves_for(params, uses)
+    arguments.by_path(stats, Stats, "stats", "calibrate()")
     task: Task = {}
     for path, use in uses.leaves.items():
         given = stats.get(path)
@@ -119,7 +125,7 @@ def layer_error(
 
     def loss_fn(params: Any, task: Task | None = None) -> Array:
         task = own if task is None else task
-        leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+        leaves = leaves_for(params, uses)
         total, count = jnp.zeros((), jnp.float32), 0
         for path, mine in task.items():
             w = matrix(leaves[path], uses.leaves[path].layout).astype(jnp.float32)
@@ -152,6 +158,7 @@ def output_error(
       >>> float(loss_fn(jnp.array([0.0, 3.0]), jnp.ones(2)))
       0.10000000149011612
     """
+    arguments.function(apply_fn, "apply_fn", APPLY)
 
     def loss_fn(now: Any, *batch: Any) -> Array:
         batch, wanted = _wanted(apply_fn, params, batch)
@@ -196,13 +203,21 @@ def distillation(
       >>> float(loss_fn(turned, jnp.ones((3, 2))))
       1.0
     """
+    arguments.function(apply_fn, "apply_fn", APPLY)
+    if token_mask is not None:
+        arguments.function(token_mask, "token_mask", "token_mask(*batch)")
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: need a number above 0")
+    if not isinstance(temperature, int | float) or not temperature > 0:
+        raise ValueError(f"temperature={temperature!r}: need a number above 0")
 
     def loss_fn(now: Any, *batch: Any) -> Array:
         batch, wanted = _wanted(apply_fn, params, batch)
+        if jax.tree.structure(wanted) != jax.tree.structure(0):
+            raise ValueError(
+                "distillation: apply_fn returns a tree; let it return the one array "
+                "to compare, or use output_error"
+            )
         found, wanted = _f32(apply_fn(now, *batch)), _f32(wanted)
         if kind == "cosine":
             each = 1 - _cosine(found, wanted)
@@ -213,6 +228,11 @@ def distillation(
         if token_mask is None:
             return jnp.mean(each, dtype=jnp.float32)
         counts = token_mask(*batch)
+        if counts.shape != each.shape[: counts.ndim]:
+            raise ValueError(
+                f"distillation: token_mask gave {list(counts.shape)} for outputs whose "
+                f"positions are {list(each.shape)}; need that shape or a prefix of it"
+            )
         counts = counts.reshape(counts.shape + (1,) * (each.ndim - counts.ndim))
         counts = jnp.broadcast_to(counts, each.shape)
         number = jnp.sum(counts, dtype=jnp.float32)

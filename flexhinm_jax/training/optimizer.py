@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
+from flexhinm_jax import arguments
+from flexhinm_jax.transforms import tree
 from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.types import Uses
 
@@ -61,6 +64,7 @@ def keep_sparse(
       >>> optax.apply_updates(params, updates)["w"].tolist()
       [0.5, 0.0]
     """
+    arguments.optimiser(tx, "tx")
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> KeepSparseState:
@@ -74,6 +78,7 @@ def keep_sparse(
             raise ValueError(
                 "keep_sparse needs the parameters: tx.update(grads, state, params)"
             )
+        _check_like(updates, params, state.keep)
         zeroed = _where(state.keep, updates, jax.tree.map(jnp.zeros_like, updates))
         moved, after = inner.update(zeroed, state.inner, params, **extra)
         back = jax.tree.map(jnp.negative, params)
@@ -93,6 +98,7 @@ def keep_from_zeros(params: Any, uses: Uses) -> Any:
     Returns:
       A tree like `params`: bool where a prunable leaf has a zero, None elsewhere.
     """
+    tree.leaves_for(params, uses)
     prunable = uses.leaves
 
     def mask(path: str, leaf: Any) -> Array | None:
@@ -130,8 +136,23 @@ def _check(keep: Any, params: Any) -> None:
     for path, mask, leaf in zip(leaf_paths(params), masks, leaves, strict=True):
         if mask is None:
             continue
-        if mask.shape != leaf.shape or mask.dtype != bool:
+        shape, dtype = np.shape(mask), getattr(mask, "dtype", type(mask).__name__)
+        if shape != leaf.shape or str(dtype) != "bool":
             raise ValueError(
-                f"{path}: keep is {mask.dtype}{list(mask.shape)}, expected "
-                f"bool{list(leaf.shape)}, True where a weight stays"
+                f"{path}: keep is {dtype}{list(shape)}, expected "
+                f"bool{list(leaf.shape)}, True where a weight stays; build it with "
+                "keep_tree or keep_from_zeros"
+            )
+
+
+def _check_like(updates: Any, params: Any, keep: Any) -> None:
+    wanted = jax.tree.structure(params)
+    for name, found in (
+        ("gradients", jax.tree.structure(updates)),
+        ("state", jax.tree.structure(keep, is_leaf=_is_none)),
+    ):
+        if found != wanted:
+            raise ValueError(
+                f"keep_sparse: the {name} have another tree structure than the "
+                f"parameters\n{name}: {found}\nparameters: {wanted}"
             )

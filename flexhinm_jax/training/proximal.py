@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from flexhinm_jax import checks
+from flexhinm_jax import arguments, checks
 from flexhinm_jax.ops import masks, prox
 from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax.transforms.tree import leaves_for
 from flexhinm_jax.transforms.views import leaf as to_leaf
 from flexhinm_jax.transforms.views import matrix
 from flexhinm_jax.types import Use, Uses
@@ -71,11 +72,11 @@ def prox_sparse(
       >>> original_under_2_4(moved, params, uses)["w"].T.tolist()
       [[1.0, 0.75, 0.0, 0.0], [0.0, 0.0, 3.0, 4.0]]
     """
-    if not strength >= 0 or sweeps < 1:
-        raise ValueError(
-            f"strength={strength}, sweeps={sweeps}: need a number >= 0 and at least "
-            "one sweep"
-        )
+    arguments.optimiser(tx, "tx")
+    arguments.found(uses)
+    arguments.count(sweeps, "sweeps", 1)
+    if not isinstance(strength, int | float) or not strength >= 0:
+        raise ValueError(f"strength={strength!r}: need a number >= 0")
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> ProxSparseState:
@@ -132,5 +133,5 @@ def original_under_2_4(moved: Any, original: Any, uses: Uses) -> Any:
 
 def _prunable(params: Any, uses: Uses) -> list[tuple[str, Array, Use]]:
     """(path, matrix [*stack, o, i], use) of every prunable leaf."""
-    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    leaves = leaves_for(params, uses)
     return [(p, matrix(leaves[p], use.layout), use) for p, use in uses.leaves.items()]

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from flexhinm_jax import arguments
 from flexhinm_jax.methods.hard_concrete import HardConcrete
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.patterns import FlexHiNM
@@ -58,8 +59,15 @@ def flexhinm_gp(
       >>> [s.sparsity for s in recipe.stages]
       [0.505859, 0.765625, 0.861328, 0.875]
     """
-    if steps < count or count < 1:
+    arguments.count(count, "count", 1)
+    arguments.count(steps, "steps", 1)
+    if steps < count:
         raise ValueError(f"steps={steps} for {count} stages: need one step per stage")
+    if pattern is not None and not isinstance(pattern, dict):
+        raise ValueError(
+            f"pattern={arguments.shown(pattern)}: need options of FlexHiNM as a dict, "
+            "such as {'n': 1}"
+        )
     each = steps // count
     method = HardConcrete(FlexHiNM(vector_size, **(pattern or {})), **options)
     schedule = cubic(0.0, sparsity, each * count)

@@ -35,8 +35,8 @@ def relative(decay: float = 0.95) -> optax.GradientTransformation:
       >>> [round(float(u) * 1e4, 3) for u in updates["logits"]]
       [-4.0, -0.0, -0.0, -0.0]
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay={decay}: need a number in [0, 1)")
+    if not isinstance(decay, int | float) or not 0 <= decay < 1:
+        raise ValueError(f"decay={decay!r}: need a number in [0, 1)")
 
     def scale(updates: Any, _: Any) -> Any:
         def one(x: Any) -> Any:

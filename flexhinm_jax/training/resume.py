@@ -104,6 +104,12 @@ def load(
     return None
 
 
+def check_resume(resume: Any) -> None:
+    """Raises ValueError unless the value is one that `Resume` lists."""
+    if resume not in (False, True, "auto", "older"):
+        raise ValueError(f"resume={resume!r}: choose False, True, 'auto' or 'older'")
+
+
 def key_words(key: Any) -> list[int]:
     """A PRNG key as numbers for a configuration."""
     if jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):

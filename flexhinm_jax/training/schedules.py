@@ -8,14 +8,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
+from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.transforms import tree
-from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.types import Uses
 
 
@@ -57,11 +57,12 @@ def staged(sparsities: Sequence[float], every: int) -> optax.Schedule:
       sparsities: one per stage; must not fall.
       every: steps of a stage.
     """
-    if not sparsities or every < 1:
+    if not isinstance(sparsities, Sequence) or not sparsities:
         raise ValueError(
-            f"sparsities={list(sparsities)}, every={every}: need at least one sparsity "
-            "and one step"
+            f"sparsities={arguments.shown(sparsities)}: need a list with at least one"
         )
+    arguments.count(every, "every", 1)
+    _check_growth(sparsities[0], sparsities[0], every)
     for before, after in zip(sparsities, sparsities[1:], strict=False):
         _check_growth(before, after, every)
     constants = [optax.constant_schedule(s) for s in sparsities]
@@ -87,10 +88,9 @@ class Stage:
 
     def __post_init__(self):
         """Validates the configuration."""
-        if self.steps < 0:
-            raise ValueError(f"steps={self.steps}: need a number >= 0")
-        if self.anneals is not None and self.anneals < 1:
-            raise ValueError(f"anneals={self.anneals}: need at least 1, or None")
+        arguments.count(self.steps, "steps", 0)
+        if self.anneals is not None:
+            arguments.count(self.anneals, "anneals", 1)
 
     def progress(self, step: int) -> float:
         """Progress of schedules in step 0 .. steps - 1, in [0, 1]; 1 in the last."""
@@ -121,6 +121,8 @@ def stages(
       >>> [s.sparsity for s in stages(linear(0.0, 0.8, 40), 4, 10)]
       [0.2, 0.4, 0.6, 0.8]
     """
+    arguments.function(schedule, "schedule", "schedule(step), as linear() returns")
+    arguments.count(count, "count", 1)
     ends = [float(np.asarray(schedule(steps * (k + 1)))) for k in range(count)]
     return tuple(Stage(round(s, 6), steps, anneals) for s in ends)
 
@@ -140,18 +142,26 @@ def check_stages(
       ValueError: no stage, a sparsity that falls, or one that a leaf's pattern cannot
         express; the message names the stage and the leaf.
     """
+    check_method(method)
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise ValueError(
+            f"stages is {arguments.shown(given)}: need a list of Stage(sparsity, "
+            "steps); a recipe has it as recipe.stages"
+        )
+    for number, stage in enumerate(given):
+        if not isinstance(stage, Stage):
+            raise ValueError(
+                f"stages[{number}] is {arguments.shown(stage)}: need "
+                "Stage(sparsity, steps), such as Stage(0.5, 1000)"
+            )
     if not given:
         raise ValueError("stages is empty: give at least one Stage(sparsity, steps)")
-    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    tree.leaves_for(params, uses)
     before: dict[str, float] = {}
     for number, stage in enumerate(given):
         for path, use in uses.leaves.items():
             mine = tree.method_for(method, use)
             target = tree.target_for(mine, use, stage.sparsity)
-            if path not in leaves:
-                raise ValueError(
-                    f"{path}: in uses but not in params; pass the uses of these params"
-                )
             name = f"stage {number}, {path}"
             mine.pattern.check(use.layout.matrix_shape, target, name)
             if target is None:
@@ -166,10 +176,10 @@ def check_stages(
 
 
 def _check_growth(start: float, end: float, steps: int) -> None:
-    if not 0 <= start <= end <= 1:
+    numbers = all(isinstance(x, int | float | np.floating) for x in (start, end))
+    if not numbers or not 0 <= start <= end <= 1:
         raise ValueError(
-            f"sparsity from {start:g} to {end:g}: need 0 <= start <= end <= 1; a "
-            "weight that was removed cannot come back"
+            f"sparsity from {start!r} to {end!r}: need fractions removed, 0 <= start "
+            "<= end <= 1; a weight that was removed cannot come back"
         )
-    if steps < 1:
-        raise ValueError(f"steps={steps}: need at least 1")
+    arguments.count(steps, "steps", 1)

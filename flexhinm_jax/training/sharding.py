@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
+from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.patterns import NM, Pattern, Transposable, Unstructured
 from flexhinm_jax.patterns.tiled import Tiled
 from flexhinm_jax.transforms import tree
-from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.types import AxisFactor, Use, Uses
 
 
@@ -38,8 +39,10 @@ def make_mesh(
     Raises:
       ValueError: fewer devices than asked for.
     """
+    arguments.count(data, "data", 1)
+    arguments.count(model, "model", 1)
     devices = jax.devices() if devices is None else list(devices)
-    if min(data, model) < 1 or data * model > len(devices):
+    if data * model > len(devices):
         raise ValueError(
             f"data={data}, model={model}: need {data * model} devices and there are "
             f"{len(devices)}; ask for fewer, or start with XLA_FLAGS="
@@ -62,6 +65,10 @@ def shard_batch(batch: Any, mesh: Mesh, axis: str = "data") -> Any:
     Raises:
       ValueError: a leaf whose first axis the devices do not divide.
     """
+    if axis not in mesh.shape:
+        raise ValueError(
+            f"axis={axis!r}: the mesh has the axes {', '.join(mesh.axis_names)}"
+        )
     count = mesh.shape[axis] // jax.process_count()
     sharding = NamedSharding(mesh, P(axis))
 
@@ -81,6 +88,7 @@ def split_batch(batch: Any, devices: int) -> Any:
     Raises:
       ValueError: a leaf whose first axis the devices do not divide.
     """
+    arguments.count(devices, "devices", 1)
 
     def split(path: tuple, x: Any) -> Any:
         rows = np.shape(x)[0] if np.ndim(x) else 0
@@ -101,7 +109,8 @@ def check_sharding(params: Any, uses: Uses, method: Method) -> None:
     Raises:
       ValueError: naming the leaf, what is split, and a legal sharding.
     """
-    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    check_method(method)
+    leaves = tree.leaves_for(params, uses)
     for path, use in uses.leaves.items():
         found = getattr(leaves[path], "sharding", None)
         if isinstance(found, NamedSharding):

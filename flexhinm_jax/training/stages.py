@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.training import resume as saved
 from flexhinm_jax.training import sharding
@@ -27,7 +28,7 @@ from flexhinm_jax.training.state import (
     init_training,
     next_stage,
 )
-from flexhinm_jax.training.step import make_step
+from flexhinm_jax.training.step import LOSS, make_step
 from flexhinm_jax.transforms import tree
 from flexhinm_jax.types import Plan, Stats, Uses
 
@@ -113,13 +114,22 @@ def gradual(
       0.75
     """
     check_stages(stages, method, params, uses)
-    for name, value in (("log_every", log_every), ("save_every", save_every)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: need at least 1")
-    if keep_last < 1 or max_skipped < 0:
+    arguments.key(key)
+    arguments.function(batch_at, "batch_at", "batch_at(step)")
+    arguments.function(loss_fn, "loss_fn", LOSS)
+    if stats_fn is not None:
+        arguments.function(stats_fn, "stats_fn", "stats_fn(params)")
+    elif method.needs != "nothing":
         raise ValueError(
-            f"keep_last={keep_last}, max_skipped={max_skipped}: need at least 1 and 0"
+            f"gradual: {type(method).__name__} needs input statistics "
+            f"({method.needs}); pass "
+            "stats_fn=lambda params: calibrate(apply_fn, params, uses, batches)"
         )
+    arguments.count(log_every, "log_every", 1)
+    arguments.count(save_every, "save_every", 1)
+    arguments.count(keep_last, "keep_last", 1)
+    arguments.count(max_skipped, "max_skipped", 0)
+    saved.check_resume(resume)
     if resume and checkpoints is None:
         raise ValueError(f"resume={resume!r} needs the folder: checkpoints=")
     return Gradual(
@@ -214,6 +224,7 @@ class Gradual:
             training = self._now()
             number = int(training.step)
             batch = self.batch_at(number)
+            arguments.batch(batch, f"batch_at({number})")
             training = training.at(stage.progress(self.done))
             self.training, metrics = step(training, *batch)
             self.done += 1

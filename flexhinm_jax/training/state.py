@@ -14,7 +14,9 @@ import optax
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
+from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
+from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.training import relax, sharding
 from flexhinm_jax.training.optimizer import KeepSparseState, keep_sparse
@@ -94,11 +96,14 @@ def init_training(
       ValueError: `tx` is missing, or states do not belong to `uses`.
     """
     mesh = sharding.mesh_of(params)
-    unknown = [path for path in states if path not in uses.leaves]
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]}: in states but not in uses; solve with the same uses"
-        )
+    check_method(method)
+    arguments.key(key)
+    tree.leaves_for(params, uses)
+    arguments.by_path(states, State, "states", "solve()", uses.leaves)
+    if tx is not None:
+        arguments.optimiser(tx, "tx")
+    if isinstance(method, LearnedMethod):
+        arguments.optimiser(mask_tx, "mask_tx")
     if tx is None and not frozen(method):
         raise ValueError(
             f"tx=None: {type(method).__name__} trains the weights; give an optax "
@@ -144,11 +149,14 @@ def harden(method: Method, training: Training, uses: Uses) -> Training:
       The training with hard states. For a method that learns nothing it is the given
       one.
     """
+    check_method(method)
+    check_training(training)
     if not isinstance(method, LearnedMethod):
         return training
     like = training.params
     whole, before = sharding.gather(like), sharding.gather(training.states)
-    states = relax.harden(method, before, whole, uses)
+    with tree.states_of(method):
+        states = relax.harden(method, before, whole, uses)
     params, keep = _pruned(method, states, whole, uses)
     opt = training.opt_state
     if not frozen(method):
@@ -185,6 +193,7 @@ def next_stage(
     Returns:
       The training at the start of the stage. The optimiser of the weights goes on.
     """
+    check_training(training)
     like = training.params
     whole, before = sharding.gather(like), sharding.gather(training.states)
     found = tree.solve(method, key, whole, uses, stats, sparsity, before)
@@ -202,6 +211,15 @@ def next_stage(
         params=_as_params(params, like),
         opt_state=KeepSparseState(keep, training.opt_state.inner),
     )
+
+
+def check_training(training: Any) -> None:
+    """Raises ValueError unless the argument is a training."""
+    if not isinstance(training, Training):
+        raise ValueError(
+            f"training is {arguments.shown(training)}: need what init_training(...) "
+            "or the step returned"
+        )
 
 
 def frozen(method: Method) -> bool:

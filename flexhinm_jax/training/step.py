@@ -14,15 +14,26 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
+from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod, ScoreFunction
 from flexhinm_jax.training import relax
 from flexhinm_jax.training.optimizer import keep_sparse
-from flexhinm_jax.training.state import MASK_TX, Training, frozen, learned_trees
+from flexhinm_jax.training.state import (
+    MASK_TX,
+    Training,
+    check_training,
+    frozen,
+    learned_trees,
+)
+from flexhinm_jax.transforms.tree import states_of
 from flexhinm_jax.types import State, Uses
 
 #: Weight of the past in the moving average of a score function's baseline.
 MEMORY = 0.99
+
+LOSS = "loss_fn(params, *batch)"
 
 Step = Callable[..., tuple[Training, dict[str, Array]]]
 
@@ -62,6 +73,10 @@ def make_step(
       and of the method (`LearnedMethod.metrics`), such as "expected_sparsity" and
       "temperature".
 
+    Raises:
+      ValueError: no method or loss function, `tx` is missing; in the first step, a loss
+        that is no floating scalar or a training of another method.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import flexhinm_jax as fh
@@ -81,6 +96,15 @@ def make_step(
       >>> int((training.params["w"] == 0).sum())
       16
     """
+    check_method(method)
+    arguments.function(loss_fn, "loss_fn", LOSS)
+    if tx is not None:
+        arguments.optimiser(tx, "tx")
+    elif not frozen(method):
+        raise ValueError(
+            f"tx=None: {type(method).__name__} trains the weights; give the optax "
+            "optimiser that init_training got"
+        )
     learner = method if isinstance(method, LearnedMethod) else None
     wrapped = None if tx is None else keep_sparse(tx, None)
 
@@ -90,7 +114,7 @@ def make_step(
         if learner is not None:
             states = _with_learned(training.states, moving["learned"])
             params, terms = relax.sample(learner, states, params, uses, key)
-        loss, extra = _loss(loss_fn(params, *batch))
+        loss, extra = loss_of(loss_fn, params, batch)
         total = sum(terms.values(), loss)
         return total, (loss, terms, extra)
 
@@ -101,8 +125,8 @@ def make_step(
         params = training.params
         sampled, terms = relax.sample(learner, training.states, params, uses, key)
         first = relax.baseline(learner, training.states, params, uses)
-        loss, extra = _loss(loss_fn(sampled, *batch))
-        gap = loss - _loss(loss_fn(first, *batch))[0]
+        loss, extra = loss_of(loss_fn, sampled, batch)
+        gap = loss - loss_of(loss_fn, first, batch)[0]
         advantage = lax.stop_gradient(gap - training.gap)
         total = advantage * relax.log_prob(learner, states, uses, key)
         return total, (loss, terms, dict(extra) | {"gap": gap})
@@ -110,12 +134,15 @@ def make_step(
     scored = isinstance(method, ScoreFunction)
 
     def step(training: Training, *batch: Any) -> tuple[Training, dict[str, Array]]:
+        check_training(training)
         key, sample_key = jax.random.split(training.key)
         moving = {}
         if not frozen(method):
             moving["params"] = training.params
         if learner is not None:
-            states = relax.anneal(learner, training.states, uses, training.progress)
+            with states_of(learner):
+                progress = training.progress
+                states = relax.anneal(learner, training.states, uses, progress)
             training = dataclasses.replace(training, states=states)
             moving["learned"] = learned_trees(states)
         grad_fn = jax.value_and_grad(score if scored else objective, has_aux=True)
@@ -167,9 +194,28 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _loss(out: Any) -> tuple[Array, Mapping[str, Array]]:
-    """Loss f32[] and further metrics of what a loss function returned."""
-    loss, extra = out if isinstance(out, tuple) else (out, {})
+def loss_of(
+    loss_fn: Callable[..., Any], params: Any, batch: Any
+) -> tuple[Array, Mapping[str, Array]]:
+    """Loss f32[] and further metrics of a loss function.
+
+    Raises:
+      ValueError: what it returned is neither f[] nor (f[], metrics).
+    """
+    with arguments.calling(LOSS, batch):
+        out = loss_fn(params, *batch)
+    loss: Any
+    loss, extra = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
+    scalar = isinstance(loss, jax.Array) and loss.shape == ()
+    if not (scalar and jnp.issubdtype(loss.dtype, jnp.floating)):
+        raise ValueError(
+            f"loss_fn returned {arguments.shown(out)}: need one floating number f[] "
+            "computed from params, or (f[], {name: metric})"
+        )
+    if not isinstance(extra, Mapping):
+        raise ValueError(
+            f"loss_fn returned metrics as {arguments.shown(extra)}: need {{name: f[]}}"
+        )
     return loss.astype(jnp.float32), extra
 
 

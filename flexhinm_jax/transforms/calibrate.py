@@ -18,11 +18,12 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flexhinm_jax import arguments, checks
 from flexhinm_jax.transforms import compat
 from flexhinm_jax.transforms.finder import find
 from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.transforms.products import Product
-from flexhinm_jax.transforms.programs import Skeleton, run, split, trace
+from flexhinm_jax.transforms.programs import Skeleton, is_array, run, split, trace
 from flexhinm_jax.transforms.walker import Visitor, Where
 from flexhinm_jax.types import Stats, Use, Uses
 
@@ -69,6 +70,13 @@ def calibrate(
       ValueError: no batches, more memory than the limit, a batch whose program lacks a
         use, or statistics that are not finite.
     """
+    arguments.found(uses)
+    arguments.batches(batches)
+    arguments.concrete(params)
+    if token_mask is not None:
+        arguments.function(token_mask, "token_mask", "token_mask(*batch)")
+    if memory_limit is not None:
+        arguments.count(memory_limit, "memory_limit", 0)
     owners = share(uses)
     need = statistics_bytes(uses, gram=gram)
     logger.info("statistics of %d leaves take %d bytes", len(owners), need)
@@ -90,8 +98,16 @@ def calibrate(
         )
         sums, empty = step(sums, arrays, skeleton), False
     if empty:
-        raise ValueError("batches is empty; calibration needs at least one batch")
-    return finish(sums, uses, owners)
+        raise ValueError("batches is empty: give at least one batch to run")
+    return finish(sums, uses, owners, params)
+
+
+def finite_parameters(params: Any) -> None:
+    """Raises ValueError for the first leaf that has a NaN or an infinity."""
+    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
+        floating = is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if floating and getattr(leaf, "is_fully_addressable", True):
+            checks.finite(leaf, "the parameter", path)
 
 
 def statistics_bytes(uses: Uses, gram: bool = True) -> int:
@@ -111,6 +127,7 @@ def statistics_bytes(uses: Uses, gram: bool = True) -> int:
       >>> statistics_bytes(discover(lambda p, x: x @ p["w"], params, x))
       292
     """
+    arguments.found(uses)
     owners = share(uses)
     total = 0
     for path, use in uses.leaves.items():
@@ -271,11 +288,13 @@ def read(product: Product, operand: Array, mask: Array | None) -> tuple[Array, A
     return jnp.where(keep[:, None], x, 0.0), keep.sum(dtype=jnp.float32)
 
 
-def finish(sums: Sums, uses: Uses, owners: dict[str, str]) -> dict[str, Stats]:
+def finish(
+    sums: Sums, uses: Uses, owners: dict[str, str], params: Any = ()
+) -> dict[str, Stats]:
     """The sums as statistics.
 
     Raises:
-      ValueError: a statistic that is not finite, by leaf.
+      ValueError: a statistic that is not finite, by the parameter or the leaf.
     """
     done: dict[str, Stats] = {}
     for path in dict.fromkeys(owners.values()):
@@ -283,9 +302,11 @@ def finish(sums: Sums, uses: Uses, owners: dict[str, str]) -> dict[str, Stats]:
         if not np.isfinite(jax.device_get(sum(x.sum() for x in own.values()))):
             bad = [name for name, x in own.items() if not bool(jnp.isfinite(x).all())]
             if bad:
+                finite_parameters(params)
                 raise ValueError(
-                    f"the inputs of {path!r} contain NaN or Inf, or overflow ({bad}); "
-                    "check the calibration batches and the activations before this leaf"
+                    f"the inputs of {path!r} contain NaN or Inf, or overflow in "
+                    f"{', '.join(bad)}; look at the calibration batches and at the "
+                    "activations before this leaf (the parameters are finite)"
                 )
         gram = own.get("gram")
         diagonal = None if gram is None else jnp.diagonal(gram, axis1=-2, axis2=-1)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from flexhinm_jax.transforms import moments, segments, solver
+from flexhinm_jax.transforms import compat, meshes, moments, segments, solver
 from flexhinm_jax.transforms.calibrate import calibrate
 from flexhinm_jax.transforms.facts import note, worst
 from flexhinm_jax.transforms.job import Job
@@ -182,7 +182,8 @@ class Walk:
                 solved = self.members(k) if cut.members else self.plain(cut)
                 for path, at in list(solved):
                     found = solved.pop((path, at))
-                    job.apply(path, at, found.plan)
+                    with meshes.automatic():
+                        job.apply(path, at, found.plan)
                     if taken is not None and job.complete(path):
                         taken(path, job.assembled(path))
                         del job.plans[path]
@@ -262,16 +263,17 @@ class Walk:
         sums: Any = None
         for runner, mask in zip(self.runners, self.masks, strict=True):
             sums = self.add(k, sums, runner, mask)
-        stats = moments.finish(self.job, self.cuts[k], sums)
-        del sums
-        self.shelf.trim()
-        if self.target != "seq":
-            # Explicit targets everywhere: one program per shape instead of two.
-            stats = {
-                n: moments.with_targets(self.job.weight(*n), s)
-                for n, s in stats.items()
-            }
-        return solver.solve(self.job, stats, self.programs.solver)
+        sums, job = meshes.released(sums), self.job.released()
+        with meshes.automatic():
+            stats = moments.finish(job, self.cuts[k], sums)
+            del sums
+            self.shelf.trim()
+            if self.target != "seq":
+                # Explicit targets everywhere: one program per shape instead of two.
+                stats = {
+                    n: moments.with_targets(job.weight(*n), s) for n, s in stats.items()
+                }
+            return solver.solve(job, stats, self.programs.solver)
 
     def add(
         self, k: int, sums: Any, runner: segments.Runner, mask: np.ndarray | None
@@ -287,8 +289,10 @@ class Walk:
             self.job.weight,
             mask,
         )
+        tokens = functools.partial(moments.tokens_of, cut)
+        made = functools.partial(compat.automatic, tokens, None)
         if sums is None:
-            like = jax.eval_shape(functools.partial(moments.tokens_of, cut), inputs)
+            like = jax.eval_shape(made, inputs)
             sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
         count = len(jax.tree.leaves(sums))
         leaves, structure = jax.tree.flatten((sums, inputs))
@@ -296,9 +300,7 @@ class Walk:
 
         def flat(*leaves: Any) -> list[Any]:
             sums, inputs = jax.tree.unflatten(structure, leaves)
-            return jax.tree.leaves(
-                jax.tree.map(jnp.add, sums, moments.tokens_of(cut, inputs))
-            )
+            return jax.tree.leaves(jax.tree.map(jnp.add, sums, made(inputs)))
 
         outs = self.compiler.memo(memo, flat, *leaves, donate=count)
         self.shelf.wait(outs)
@@ -320,9 +322,11 @@ class Walk:
             token_mask=job.token_mask,
         )
         solved: dict[tuple, solver.Solved] = {}
-        for path in cut.plain:
-            given = {(path, at[path]): stats[path]}
-            solved |= solver.solve(job, given, self.programs.solver)
+        stats, free = meshes.released(stats), job.released()
+        with meshes.automatic():
+            for path in cut.plain:
+                given = {(path, at[path]): stats[path]}
+                solved |= solver.solve(free, given, self.programs.solver)
         return solved
 
 

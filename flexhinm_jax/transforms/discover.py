@@ -8,11 +8,12 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
+from flexhinm_jax import arguments
 from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.transforms.finder import find
 from flexhinm_jax.transforms.paths import leaf_paths
@@ -54,6 +55,7 @@ def discover(
       ValueError: a rule that matches no leaf, is neither a pattern nor a known word, or
         whose leaves can all not be pruned.
     """
+    arguments.parameters(params)
     paths = leaf_paths(params)
     leaves = dict(zip(paths, jax.tree.leaves(params, is_leaf=is_packed), strict=True))
     found = find(trace(apply_fn, params, batch, {}), params, paths)
@@ -99,7 +101,17 @@ def choose(
     Raises:
       ValueError: a rule that matches no path, or an unknown action.
     """
+    if not isinstance(rules, Mapping):
+        raise ValueError(
+            f"rules is {arguments.shown(rules)}: need {{regex on leaf paths: pattern, "
+            '"skip" or "prune"}'
+        )
     for rule, action in rules.items():
+        if not isinstance(rule, str):
+            raise ValueError(
+                f"rules: {arguments.shown(rule)} is no regular expression on leaf "
+                "paths; write it as text"
+            )
         if not isinstance(action, Pattern) and action not in ("skip", "prune"):
             raise ValueError(
                 f'rule {rule!r}: expected a pattern, "skip" or "prune", got {action!r};'
@@ -152,6 +164,7 @@ def describe(uses: Uses) -> str:
       >>> [line.split() for line in text.splitlines()][2]
       ['w', '8x4', '1', '0', 'pruned']
     """
+    arguments.found(uses)
     rows: list[tuple[str, ...]] = []
     counts: dict[str, int] = {}
     for use in uses:

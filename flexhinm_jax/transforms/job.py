@@ -1,5 +1,6 @@
 """What `prune_sequential` has to do, checked before it begins, and the plans so far."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -14,7 +15,7 @@ from jax import numpy as jnp
 
 from flexhinm_jax.methods import Method, Wrapper
 from flexhinm_jax.methods.reconstruction import Reconstruction
-from flexhinm_jax.transforms import tree
+from flexhinm_jax.transforms import meshes, tree
 from flexhinm_jax.transforms.finished import Finished, digest
 from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.transforms.programs import is_array
@@ -69,7 +70,7 @@ class Job:
         self.key, self.token_mask = key, token_mask
         values = jax.tree.map(on_device, params)
         self.paths = leaf_paths(params)
-        self.leaves = dict(zip(self.paths, jax.tree.leaves(values), strict=True))
+        self.leaves = tree.leaves_for(values, uses)
         self.current = dict(self.leaves)
         self.plans: dict[str, dict[tuple, Plan]] = defaultdict(dict)
         self.finished: Finished | None = None
@@ -78,7 +79,12 @@ class Job:
         self.methods, self.targets = {}, {}
         for path, use in uses.leaves.items():
             mine = tree.method_for(method, use)
-            self.targets[path] = tree.target_for(mine, use, sparsity)
+            self.targets[path] = target = tree.target_for(mine, use, sparsity)
+            if np.shape(target):
+                raise ValueError(
+                    f"{path}: sparsity of shape {np.shape(target)}; give one number, "
+                    "or {leaf path: number}"
+                )
             shape, dtype = use.layout.matrix_shape, self.leaves[path].dtype
             mine.pattern.check(shape, self.targets[path], path)
             self.methods[path] = centred(mine, center, path in self.bias)
@@ -92,6 +98,12 @@ class Job:
     def arrays(self, leaves: Mapping[str, Any]) -> list[Any]:
         """The array leaves in order."""
         return [leaves[p] for p in self.paths if is_array(leaves[p])]
+
+    def released(self) -> "Job":
+        """The same job with weights under automatic axes, for solving."""
+        made = copy.copy(self)
+        made.leaves, made.key = meshes.released((self.leaves, self.key))
+        return made
 
     def weight(self, path: str, at: tuple) -> Array:
         """The dense matrices of a leaf, [*rest of the stack, o, i]."""
@@ -108,21 +120,23 @@ class Job:
         """Takes a plan over: the walk goes on with it."""
         layout = self.uses.leaves[path].layout
         self.plans[path][at] = plan
-        before, new = matrix(self.current[path], layout), tree.dense_weight(plan)
+        old, new = self.current[path], tree.dense_weight(plan)
         if all(i is None for i in at):
-            whole = jax.device_put(new, before.sharding)
+            leaf = to_leaf(new, layout)
         else:
-            whole = before.at[select(at)].set(new)
-        self.current[path] = to_leaf(whole, layout)
+            before = matrix(meshes.released(old), layout)
+            leaf = to_leaf(before.at[select(at)].set(new), layout)
+        self.current[path] = meshes.placed(leaf, old.sharding)
         if not self.beside:
             self.leaves[path] = self.current[path]
         if plan.bias is not None:
             name = self.bias[path]
-            old = self.current[name]
+            bias = self.current[name]
+            old = meshes.released(bias)
             shape = (*layout.stack_shape, layout.matrix_shape[0])
             shift = plan.bias.astype(old.dtype)
             new = old.reshape(shape).at[select(at)].add(shift)
-            self.current[name] = new.reshape(old.shape)
+            self.current[name] = meshes.placed(new.reshape(old.shape), bias.sharding)
 
     def complete(self, path: str) -> bool:
         """Whether every matrix of a leaf has its plan."""

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
+from flexhinm_jax.transforms.calibrate import finite_parameters
 from flexhinm_jax.transforms.job import Job
 from flexhinm_jax.transforms.straight import Cut
 from flexhinm_jax.types import Stats
@@ -161,9 +162,11 @@ def finish(job: Job, cut: Cut, sums: dict[str, Any]) -> dict[tuple, Stats]:
     """
     finite = jax.device_get(jnp.isfinite(sums["upper"].sum()))
     if not finite:
+        finite_parameters(job.tree(job.leaves))
         raise ValueError(
             f"the inputs of {cut.members[0].path!r} contain NaN or Inf, or overflow; "
-            "check the calibration batches and the activations before this leaf"
+            "look at the calibration batches and at the activations before this leaf "
+            "(the parameters are finite)"
         )
     gram = symmetric(sums.pop("upper"))
     count = jnp.maximum(sums["count"], 1.0)

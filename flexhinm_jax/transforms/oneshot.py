@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax import Array
 
+from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
+from flexhinm_jax.methods.base import check_method
+from flexhinm_jax.transforms import meshes
 from flexhinm_jax.transforms.calibrate import calibrate
 from flexhinm_jax.transforms.discover import discover
 from flexhinm_jax.transforms.facts import notes
@@ -88,11 +90,9 @@ def prune(
       >>> int((result.params["w"] == 0).sum())
       16
     """
-    if not isinstance(method, Method):
-        raise ValueError(
-            f"method={method!r}: need a method with its pattern, such as "
-            'Wanda(NM(2, 4)), or methods.parse("wanda", pattern) for its text form'
-        )
+    check_method(method)
+    arguments.key(key)
+    arguments.batches(batches)
     batches = iter(batches)
     try:
         first = next(batches)
@@ -103,6 +103,7 @@ def prune(
         ) from None
     example = first if isinstance(first, tuple) else (first,)
     uses = discover(apply_fn, params, *example, rules=rules)
+    check_found(uses)
     stats = None
     if method.needs != "nothing":
         calibration.setdefault("gram", method.needs == "gram")
@@ -117,8 +118,19 @@ def prune(
     return applied(plans, params, uses)
 
 
+def check_found(uses: Uses) -> None:
+    """Raises ValueError when there is nothing to prune."""
+    if not uses.leaves:
+        first = "; ".join(f"{p}: {why}" for p, why in list(uses.skipped.items())[:3])
+        raise ValueError(
+            f"none of the {len(uses.skipped)} leaves can be pruned ({first}); "
+            "discover() and describe() show all"
+        )
+
+
 def applied(plans: dict[str, Plan], params: Any, uses: Uses) -> Pruned:
     """The plans in every form that `prune` returns: dense, packed, reported."""
+    plans = meshes.whole(plans)
     packed = pack(plans, params, uses)
     return Pruned(
         params=jax.tree.map(_beside, densify(plans, params, uses), params),
@@ -135,7 +147,7 @@ def _beside(new: Any, old: Any) -> Any:
         return new
     if new.sharding.is_equivalent_to(old.sharding, old.ndim):
         return new
-    return jax.device_put(np.asarray(new), old.sharding)
+    return jax.device_put(meshes.host(new), old.sharding)
 
 
 def _chain(first: Any, rest: Iterable[Any]) -> Iterable[Any]:

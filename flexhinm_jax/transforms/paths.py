@@ -9,6 +9,11 @@ from jax.tree_util import GetAttrKey, keystr
 from flexhinm_jax.types import PackedWeight
 
 
+def is_packed(x: Any) -> bool:
+    """Whether a node of a tree of parameters is a packed weight."""
+    return isinstance(x, PackedWeight)
+
+
 def leaf_paths(params: Any) -> list[str]:
     """The normalised path of every leaf, in the order of `jax.tree.leaves`.
 
@@ -26,10 +31,6 @@ def leaf_paths(params: Any) -> list[str]:
     Raises:
       ValueError: two leaves get the same path.
     """
-
-    def is_packed(x: Any) -> bool:
-        return isinstance(x, PackedWeight)
-
     paths = []
     for keys, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)[0]:
         if len(keys) > 1 and keystr(keys[:1], simple=True) == "params":

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from flexhinm_jax import arguments
 from flexhinm_jax.kernels import unpack
 from flexhinm_jax.transforms import compat, views
+from flexhinm_jax.transforms.paths import is_packed
 from flexhinm_jax.transforms.products import Tracked, plain
 from flexhinm_jax.transforms.walker import Visitor, walk
 from flexhinm_jax.types import Layout, PackedWeight
@@ -32,11 +34,6 @@ ARRAY = type("Array", (), {"__repr__": lambda self: "<array>"})()
 def is_array(x: Any) -> bool:
     """Whether a leaf is data rather than configuration."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
-
-
-def is_packed(x: Any) -> bool:
-    """Whether a node of a tree of parameters is a packed weight."""
-    return isinstance(x, PackedWeight)
 
 
 def split(tree: Any) -> tuple[list[Any], Skeleton]:
@@ -65,12 +62,14 @@ class Program(NamedTuple):
 
 def trace(apply_fn: Callable, params: Any, args: tuple, kwargs: dict) -> Program:
     """Traces apply_fn(params, *args, **kwargs) with packed leaves made abstract."""
+    arguments.function(apply_fn, "apply_fn", "apply_fn(params, *batch)")
     params = jax.tree.map(abstract, params, is_leaf=is_packed)
     arrays, skeleton = split((params, args, kwargs))
 
     def flat_fn(*arrays: Any) -> Any:
         params, args, kwargs = skeleton.fill(arrays)
-        return apply_fn(params, *args, **kwargs)
+        with arguments.calling("apply_fn(params, *batch)", args):
+            return apply_fn(params, *args, **kwargs)
 
     jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(*arrays)
     return Program(jaxpr, jax.tree.structure(out), arrays)

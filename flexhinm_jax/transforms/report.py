@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax import arguments
+from flexhinm_jax.transforms.paths import is_packed, leaf_paths
+from flexhinm_jax.transforms.programs import is_array
 from flexhinm_jax.transforms.tables import aligned
 from flexhinm_jax.types import PackedWeight, Plan, Regions, Uses
 
@@ -215,8 +217,11 @@ def report(plans: Mapping[str, Plan], packed: Any, uses: Uses | None = None) -> 
 
     Returns:
       The report; print it, or use `to_json` and `figure`.
+
+    Raises:
+      ValueError: a plan whose leaf is not in the packed tree, or no plans.
     """
-    is_packed = lambda x: isinstance(x, PackedWeight)  # noqa: E731
+    arguments.by_path(plans, Plan, "plans", "decide()")
     leaves = dict(
         zip(
             leaf_paths(packed),
@@ -224,6 +229,10 @@ def report(plans: Mapping[str, Plan], packed: Any, uses: Uses | None = None) -> 
             strict=True,
         )
     )
+    for path in plans:
+        if path not in leaves:
+            near = arguments.nearest(path, leaves)
+            raise ValueError(f"{path}: in plans but not in the packed tree; {near}")
     rows = tuple(_row(path, plan, leaves[path]) for path, plan in plans.items())
     tree = sum(_nbytes(x) for x in leaves.values())
     saved = sum(r.dense_bytes - r.packed_bytes for r in rows)
@@ -233,7 +242,7 @@ def report(plans: Mapping[str, Plan], packed: Any, uses: Uses | None = None) -> 
 def _nbytes(leaf: Any) -> int:
     if isinstance(leaf, PackedWeight):
         return leaf.nbytes
-    return int(leaf.size) * leaf.dtype.itemsize
+    return int(leaf.size) * leaf.dtype.itemsize if is_array(leaf) else 0
 
 
 def _row(path: str, plan: Plan, leaf: Any) -> Row:
@@ -244,7 +253,6 @@ def _row(path: str, plan: Plan, leaf: Any) -> Row:
     columns = (0.0, 0.0, 0.0) if regions is None else _columns(regions)
     natural = nonzero[..., : weight.shape[-1] // 4 * 4]
     natural = natural.reshape(*natural.shape[:-1], -1, 4).sum(-1) <= 2
-    is_packed = isinstance(leaf, PackedWeight)
     return Row(
         path=path,
         shape=tuple(weight.shape),
@@ -259,7 +267,7 @@ def _row(path: str, plan: Plan, leaf: Any) -> Row:
         overhead=_factors(plan) / weight.size,
         dense_bytes=weight.size * plan.weight.dtype.itemsize,
         packed_bytes=_nbytes(leaf),
-        note="" if is_packed else "stays dense: no regions to pack",
+        note="" if is_packed(leaf) else "stays dense: no regions to pack",
     )
 
 

@@ -23,8 +23,10 @@ from typing import Any, Literal
 
 from jax import Array
 
+from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
-from flexhinm_jax.transforms import oneshot, segments
+from flexhinm_jax.methods.base import check_method
+from flexhinm_jax.transforms import oneshot, segments, tree
 from flexhinm_jax.transforms.cuts import Layer, Walk
 from flexhinm_jax.transforms.discover import discover
 from flexhinm_jax.transforms.finished import Finished
@@ -99,10 +101,23 @@ def prune_sequential(
       32
     """
     check_target(target, method)
+    arguments.key(key)
+    arguments.batches(batches)
+    arguments.concrete(params)
+    for given, name in (
+        (token_mask, "token_mask(*batch)"),
+        (progress, "progress(layer)"),
+    ):
+        if given is not None:
+            arguments.function(given, name.partition("(")[0], name)
+    if memory_limit is not None:
+        arguments.count(memory_limit, "memory_limit", 0)
     given = [b if isinstance(b, tuple) else (b,) for b in batches]
     if not given:
-        raise ValueError("batches is empty; calibration needs at least one batch")
+        raise ValueError("batches is empty: give at least one batch to run")
     uses = discover(apply_fn, params, *given[0], rules=rules)  # type: ignore[arg-type]
+    oneshot.check_found(uses)
+    tree.check_targets(sparsity, uses)
     job = Job(
         apply_fn,
         params,
@@ -124,6 +139,7 @@ def prune_sequential(
 
 def check_target(target: str, method: Method) -> None:
     """Raises ValueError for an unknown target or a method that needs gradients."""
+    check_method(method)
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: choose one of {', '.join(TARGETS)}")
     if method.needs == "gradients":

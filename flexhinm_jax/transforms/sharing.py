@@ -18,12 +18,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from flexhinm_jax import checks
-from flexhinm_jax.methods import Method, PermLLM, ScoreMethod, Wrapper
+from flexhinm_jax import arguments, checks
+from flexhinm_jax.methods import (
+    LearnedMethod,
+    Method,
+    PermLLM,
+    ScoreMethod,
+    Wrapper,
+)
+from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.ordered import Ordered
 from flexhinm_jax.ops import saliency
 from flexhinm_jax.patterns import NM, ChannelSearch
-from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax.transforms.tree import leaves_for
 from flexhinm_jax.transforms.views import matrix
 from flexhinm_jax.types import Stats, Use, Uses
 
@@ -78,6 +85,23 @@ def share_orders(
       >>> bool((one == other).all())
       True
     """
+    check_method(method)
+    arguments.key(key)
+    if isinstance(method, LearnedMethod) and not isinstance(method, PermLLM):
+        raise ValueError(
+            f"share_orders: {type(method).__name__} learns; give a method that solves, "
+            "such as Wanda(NM(2, 4)), or PermLLM"
+        )
+    if not isinstance(method.pattern, NM):
+        raise ValueError(
+            f"share_orders: {method.pattern} has no one order for all rows; give a "
+            "method with an N:M pattern, such as NM(2, 4)"
+        )
+    if search is not None and type(search) is not ChannelSearch:
+        raise ValueError(
+            f"share_orders: search={arguments.shown(search)}: need ChannelSearch(), "
+            "or None"
+        )
     knows = isinstance(method, Ordered | PermLLM)
     ordered = method if knows else Ordered(method)
     inner = ordered.inner if isinstance(ordered, Ordered) else ordered
@@ -105,7 +129,7 @@ def shared_orders(
     within: Mapping[str, int] | None = None,
 ) -> dict[str, Array]:
     """Path -> i32[*stack, i], the order of its group; see `share_orders`."""
-    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    leaves = leaves_for(params, uses)
     patterns: dict[str, Any] = {
         path: use.pattern or method.pattern
         for path, use in uses.leaves.items()
@@ -186,10 +210,11 @@ def _blocks(within: Mapping[str, int], paths: list[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for regex, size in within.items():
         hits = [p for p in paths if re.search(regex, p)]
-        if not hits or size < 1:
+        arguments.count(size, f"share_orders: within[{regex!r}]", 1)
+        if not hits:
             raise ValueError(
-                f"share_orders: within={{{regex!r}: {size}}} matches {len(hits)} "
-                "leaves; need a positive size and a regex that matches"
+                f"share_orders: within={{{regex!r}: {size}}} matches no leaf; "
+                f"{arguments.nearest(regex, paths)}"
             )
         found = dict.fromkeys(hits, size) | found
     return found

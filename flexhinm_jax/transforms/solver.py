@@ -11,14 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from flexhinm_jax import checks
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.reconstruction import Reconstruction
-from flexhinm_jax.transforms import tree
+from flexhinm_jax.transforms import meshes, tree
 from flexhinm_jax.transforms.job import Job, blank, select
 from flexhinm_jax.types import Plan, Stats
 
@@ -51,11 +49,11 @@ def solve(
     for names in groups(job, stats):
         weights = {name: job.weight(*name) for name in names}
         for name in names:
-            checks.finite(weights[name], "weight", name[0])
+            meshes.check_finite(weights[name], name[0])
         given = {name: stats[name] for name in names}
         found = solve_equal(job, given, weights, run)
         for name, result in found.items():
-            out[name] = jax.tree.map(np.asarray, result)
+            out[name] = meshes.host(result)
             if job.finished is not None:
                 job.finished.save(f"{name[0]} {name[1]}", out[name])
     return {name: out[name] for name in stats}

@@ -8,10 +8,11 @@ Everything is keyed by leaf path: `states` and `plans` are dicts path -> pytree 
 arrays have the leading stack axes of the leaf.
 """
 
+import contextlib
 import functools
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flexhinm_jax import checks, kernels
+from flexhinm_jax import arguments, kernels
 from flexhinm_jax.methods import Method
-from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax.methods.base import check_method
+from flexhinm_jax.transforms import meshes
+from flexhinm_jax.transforms.paths import is_packed, leaf_paths
 from flexhinm_jax.transforms.views import leaf as to_leaf
 from flexhinm_jax.transforms.views import matrix
 from flexhinm_jax.types import BlockDiagonal, Plan, State, Stats, Use, Uses
@@ -32,18 +35,31 @@ STACK_LIMIT = 1 << 24
 Progress = Callable[[int, int], None]
 
 
-def _leaves(params: Any, uses: Uses) -> dict[str, Any]:
-    """Path -> leaf, after checking that every prunable leaf is there."""
-    found = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+def leaves_for(params: Any, uses: Uses) -> dict[str, Any]:
+    """Path -> leaf, after checking that every prunable leaf is there.
+
+    Raises:
+      ValueError: params or uses of another kind, a leaf that is missing, packed or of
+        another shape; the message names it.
+    """
+    arguments.found(uses)
+    leaves = jax.tree.leaves(params, is_leaf=is_packed)
+    found = dict(zip(leaf_paths(params), leaves, strict=True))
+    for path, leaf in found.items():
+        if is_packed(leaf):
+            raise ValueError(
+                f"{path}: is packed; pass the dense parameters, such as result.params"
+            )
     for path, use in uses.leaves.items():
         if path not in found:
             raise ValueError(
                 f"{path}: in uses but not in params; pass the uses that discover() "
                 "returned for these params"
             )
-        if tuple(found[path].shape) != use.layout.shape:
+        shape = tuple(np.shape(found[path]))
+        if shape != use.layout.shape:
             raise ValueError(
-                f"{path}: shape {tuple(found[path].shape)}, but uses were discovered "
+                f"{path}: shape {shape}, but uses were discovered "
                 f"for {use.layout.shape}; run discover() again"
             )
     return found
@@ -58,9 +74,10 @@ def target_for(method: Method, use: Use, sparsity: Any) -> Any:
     """The sparsity of one leaf: its own, the common, or none if a rule decides it."""
     if isinstance(sparsity, Mapping):
         if use.path not in sparsity:
+            given = ", ".join(map(repr, list(sparsity)[:3])) or "nothing"
             raise ValueError(
-                f"{use.path}: no sparsity given; the mapping has {len(sparsity)} paths "
-                "and needs one for every prunable leaf"
+                f"{use.path}: no sparsity given; the mapping needs every prunable leaf "
+                f"by its path, and has {given} ({len(sparsity)} in all)"
             )
         return sparsity[use.path]
     low, high = method.pattern.sparsity_range()
@@ -163,6 +180,7 @@ def keys_for(key: Array, use: Use) -> Array:
     return jax.random.split(mine, int(np.prod(shape))).reshape(shape)
 
 
+@meshes.under_automatic_axes
 def solve(
     method: Method,
     key: Array,
@@ -193,18 +211,28 @@ def solve(
       ValueError: a leaf that the pattern refuses, missing or bad statistics, NaN
         weights, a target out of range; the message names the leaf.
     """
-    leaves = _leaves(params, uses)
+    check_method(method)
+    arguments.key(key)
+    leaves = leaves_for(params, uses)
+    arguments.concrete(params)
+    check_targets(sparsity, uses)
+    stats = {} if stats is None else stats
+    arguments.by_path(stats, Stats, "stats", "calibrate()")
+    if prev is not None:
+        arguments.by_path(prev, State, "prev", "solve()")
     inputs = {}
     for path, use in uses.leaves.items():
-        mine, given = method_for(method, use), (stats or {}).get(path)
+        mine, given = method_for(method, use), stats.get(path)
         target = target_for(mine, use, sparsity)
         w = matrix(leaves[path], use.layout)
         one: Any = jax.ShapeDtypeStruct(w.shape[-2:], w.dtype)
         mine.check(one, given, target, path)
-        checks.finite(w, "weight", path)
+        meshes.check_finite(w, path)
         if target is not None:
-            target = jnp.broadcast_to(
-                jnp.asarray(target, jnp.float32), use.layout.stack_shape
+            target = _spread(target, use)
+        if prev is not None and path not in prev:
+            raise ValueError(
+                f"{path}: in uses but not in prev; pass the states of all leaves"
             )
         before = None if prev is None else prev[path]
         if mine.needs == "nothing":
@@ -213,6 +241,7 @@ def solve(
     return _over_stacks(_solve, uses, inputs, progress)
 
 
+@meshes.under_automatic_axes
 def decide(
     method: Method,
     states: Mapping[str, State],
@@ -232,14 +261,69 @@ def decide(
     Returns:
       path -> Plan, arrays with the leading stack axes of the leaf.
     """
-    leaves = _leaves(params, uses)
+    check_method(method)
+    leaves = leaves_for(params, uses)
+    arguments.by_path(states, State, "states", "solve()", uses.leaves)
+    if key is not None:
+        arguments.key(key)
     inputs = {}
     for path, state in states.items():
         use = uses.leaves[path]
         w = matrix(leaves[path], use.layout)
         keys = None if key is None else keys_for(key, use)
         inputs[path] = method_for(method, use), (keys, w, state)
-    return _over_stacks(_decide, uses, inputs, None)
+    with states_of(method):
+        return _over_stacks(_decide, uses, inputs, None)
+
+
+@contextlib.contextmanager
+def states_of(method: Method) -> Iterator[None]:
+    """Turns the failure of a method on states of another one into a ValueError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{type(method).__name__} cannot read these states "
+            f"({type(error).__name__}: {error}); pass those that solve() returned for "
+            "this method"
+        ) from error
+
+
+def check_targets(sparsity: Any, uses: Uses) -> None:
+    """Raises ValueError for a mapping that names a leaf which does not exist."""
+    if not isinstance(sparsity, Mapping):
+        return
+    leaves = uses.leaves
+    for path in sparsity:
+        if path not in leaves and path not in uses.skipped:
+            near = arguments.nearest(path, leaves)
+            raise ValueError(f"sparsity[{path!r}]: there is no such leaf; {near}")
+
+
+def _spread(target: Any, use: Use) -> Array:
+    """The target of every matrix of a leaf."""
+    target, shape = jnp.asarray(target, jnp.float32), use.layout.stack_shape
+    if target.shape not in ((), shape):
+        raise ValueError(
+            f"{use.path}: sparsity of shape {target.shape}; give one number, {{leaf "
+            f"path: number}}, or one per matrix of its stack, shape {shape}"
+        )
+    return jnp.broadcast_to(target, shape)
+
+
+def check_plans(plans: Any, uses: Uses) -> None:
+    """Raises ValueError unless every plan belongs to a prunable leaf of its shape."""
+    arguments.found(uses)
+    leaves = uses.leaves
+    arguments.by_path(plans, Plan, "plans", "decide()", leaves)
+    for path, plan in plans.items():
+        layout = leaves[path].layout
+        shape = (*layout.stack_shape, *layout.matrix_shape)
+        if plan.weight.shape != shape:
+            raise ValueError(
+                f"{path}: its plan is for a weight {list(plan.weight.shape)}, the leaf "
+                f"is {list(shape)} as [*stack, out, in]; pass the plans of these params"
+            )
 
 
 def dense_weight(plan: Plan) -> Array:
@@ -266,7 +350,8 @@ def _replace(
     weight: Callable[[Plan, Use], Any],
 ) -> Any:
     """The tree with `weight(plan, use)` on planned leaves and refitted biases."""
-    leaves = _leaves(params, uses)
+    check_plans(plans, uses)
+    leaves = leaves_for(params, uses)
     new = dict(leaves)
     for path, plan in plans.items():
         use = uses.leaves[path]
@@ -284,6 +369,7 @@ def _replace(
     return jax.tree.unflatten(jax.tree.structure(params), [new[p] for p in leaves])
 
 
+@meshes.under_automatic_axes
 def densify(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
     """The same tree with zeros in place: works in every JAX program.
 
@@ -302,6 +388,7 @@ def densify(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
     return _replace(params, plans, uses, weight)
 
 
+@meshes.under_automatic_axes
 def pack(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
     """The same tree with `PackedWeight` leaves, for `sparsify`.
 
@@ -324,6 +411,7 @@ def pack(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
     return _replace(params, plans, uses, weight)
 
 
+@meshes.under_automatic_axes
 def keep_tree(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
     """The supports as a tree like `params`: bool leaves, None where nothing is pruned.
 
@@ -338,6 +426,7 @@ def keep_tree(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
     Raises:
       ValueError: a plan with block-diagonal factors, whose product has no zeros.
     """
+    check_plans(plans, uses)
     for path, plan in plans.items():
         if plan.left is not None or plan.right is not None:
             raise ValueError(
@@ -346,6 +435,6 @@ def keep_tree(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
             )
     masks = [
         to_leaf(plans[p].support.keep, uses.leaves[p].layout) if p in plans else None
-        for p in _leaves(params, uses)
+        for p in leaves_for(params, uses)
     ]
     return jax.tree.unflatten(jax.tree.structure(params), masks)

@@ -1,3 +1,4 @@
+import argparse
 import json
 import re
 
@@ -7,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 from flexhinm_jax import NM, SparseGPT, Wanda, methods
-from flexhinm_jax.cli import source
+from flexhinm_jax.cli import allocation, source
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, packed
 from flexhinm_jax.kernels import unpack
@@ -322,9 +323,25 @@ def test_a_global_budget_keeps_the_total_and_spreads_it(prune, capsys):
 def test_a_global_budget_is_refused_where_there_is_nothing_to_spread(prune, capsys):
     assert prune("--allocate", "global", pattern="2:4") == 2
     assert "2:4 has only one sparsity, 0.5" in error_line(capsys)
-    sequential = ("--allocate", "global", "--sequential")
-    assert prune(*sequential, pattern="vector:v=8", sparsity="0.5") == 2
-    assert "is not for --sequential" in error_line(capsys)
+    for text, match in (("owl:lambda=2", "owl takes multiple="), ("x", "uniform, gl")):
+        with pytest.raises(argparse.ArgumentTypeError, match=match):
+            allocation.mode(text)
+
+
+def test_exceptions_and_owl_in_order(prune, capsys):
+    options = {"pattern": "vector:v=8", "sparsity": "0.5"}
+    rules = ("--rule", r"0\.attention=0.25", "--rule", "1.*query=dense")
+    owl = ("--allocate", "owl", "--sequential")
+    assert prune("--json", *owl, *rules, **options) == 0
+    report = json.loads(capsys.readouterr().out)
+    zeros = {row["path"]: row["zeros"] for row in report["weights"]}
+    assert len(zeros) == 11 and report["exceptions"] == {r"0\.attention": 0.25}
+    assert {x for path, x in zeros.items() if "0.attention" in path} == {0.25}
+    assert abs(report["total"]["zeros"] - 0.5) < 0.02
+    options["calibration"] = None
+    owl = ("--allocate", "owl", "--method", "magnitude", "--force")
+    assert prune(*owl, **options) == 2
+    assert "--allocate owl needs --calibration" in error_line(capsys)
 
 
 def test_a_weight_that_needed_more_damping_is_named(prune, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, tensors
 from flexhinm_jax.models import streaming
 from flexhinm_jax.transforms.cuts import Programs
+from flexhinm_jax.transforms.outliers import OWL
 from flexhinm_jax.transforms.solver import Ahead
 from tests.models.directories import QWEN3, make_decoder_directory
 
@@ -77,6 +78,27 @@ def test_the_plan_comes_first_then_a_line_per_block(prune, model_dir, tmp_path, 
         assert np.mean(x == 0) == 0.5 if key in pruned else (x == before[key]).all()
     assert (tmp_path / "out" / "generation_config.json").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
+def test_budgets_of_blocks_with_exceptions(prune, model_dir, tmp_path, capsys):
+    make_decoder_directory(tmp_path / "deep", CONFIG | {"num_hidden_layers": 4}, 0, 1)
+    shutil.rmtree(model_dir)
+    (tmp_path / "deep").rename(model_dir)
+    options = "--method magnitude --pattern vector:v=4 --sparsity 0.5 --length 16"
+    options += " --allocate owl:multiple=2,spread=0.1 --first-last 0.25"
+    assert prune(*options.split(), "--rule", r"\.1\..*up_proj=dense") == 0
+    err = capsys.readouterr().err
+    (line,) = (x for x in err.splitlines() if x.startswith("sparsity of the blocks:"))
+    blocks = [float(x) for x in line.split()[4:]]
+    assert blocks[0] == blocks[3] == 0.25 and 0.5 < min(blocks[1:3])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["allocate"] == repr(OWL(2.0, 0.1))
+    zeros = {row["path"]: row["zeros"] for row in report["weights"]}
+    assert report["budgets"].keys() == zeros.keys()
+    assert "model.layers.1.mlp.up_proj.weight" not in zeros
+    for path, target in report["budgets"].items():
+        assert abs(zeros[path] - target) <= 1 / 16
+    assert abs(report["total"]["zeros"] - 0.5) < 0.02
 
 
 def test_inspect_reads_headers_only(model_dir, capsys, monkeypatch):
@@ -147,6 +169,9 @@ NORM = "model.layers.0.input_layernorm.weight"
         (None, "--resume x", "--resume is for encoders; a decoder goes on by itself"),
         (None, "--length 16 --target asym --memory 1kB", "the limit is 0.00 GiB"),
         (None, "--pattern 2:5", "multiple of m=5"),
+        (None, "--allocate owl", "2:4 has only one sparsity"),
+        (None, "--first-last dense", "no weight is left"),
+        (None, "--first-last 0.9", "need one sparsity"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

@@ -249,6 +249,70 @@ def test_rules_and_packed_files(model, stream, tmp_path):
     assert packed_bytes < result.report.total["dense_bytes"]
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [
+        fh.OWL(multiple=3, spread=0.2),
+        pytest.param("global", marks=pytest.mark.slow),
+    ],
+)
+def test_budgets_are_those_of_the_whole_model_and_outlive_a_kill(
+    model, stream, tmp_path, mode
+):
+    method = fh.Wanda(fh.Unstructured())
+    asked = {"allocate": mode, "exceptions": {r"\.1\..*down": 0.2}, "sparsity": 0.5}
+    options = {"method": method, "target": "seq", "rules": {"0.mlp.gate": "skip"}}
+
+    def kill(done):
+        if isinstance(done, Layer):
+            raise Killed
+
+    with pytest.raises(Killed):
+        stream(progress=kill, **options, **asked)
+    assert (tmp_path / "out.partial" / "budgets.json").is_file()
+    told = []
+    result = stream(progress=told.append, **options, **asked)
+    assert isinstance(told[0], streaming.Allocated)  # and no block was surveyed again
+    assert told[0].sparsity == result.targets
+
+    checkpoint = huggingface.read(model)
+    config = decoder.DecoderConfig.from_dict(checkpoint.config)
+    apply_fn, params = (
+        functools.partial(decoder.apply, config=config),
+        checkpoint.params,
+    )
+    batch = jnp.asarray(TOKENS, jnp.int32)
+    uses = fh.discover(apply_fn, params, batch, rules=options["rules"] | OUTSIDE)
+    stats = fh.calibrate(apply_fn, params, uses, [batch], gram=False)
+    asked = {"mode": mode, "exceptions": asked["exceptions"]}
+    want = fh.budgets(method, params, uses, stats, 0.5, **asked)
+    assert result.targets == pytest.approx(want, abs=1e-4)
+    assert len({*want.values()}) > 2
+    for row in result.report.rows:
+        assert row.zeros == pytest.approx(want[row.path], abs=4e-3)
+    assert result.report.total["zeros"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_exceptions_alone_need_no_pass(stream):
+    told = []
+    options = {"method": fh.Wanda(fh.Unstructured()), "target": "seq"}
+    rules = {"layers.[02]": "skip", "layers.1.mlp": fh.NM(2, 4)}
+    result = stream(
+        sparsity=0.6,
+        exceptions={"q_proj": 0.9},
+        rules=rules,
+        progress=told.append,
+        **options,
+    )
+    assert isinstance(told[0], streaming.Allocated)
+    assert not any(isinstance(x, streaming.Surveyed) for x in told)
+    zeros = {row.path.split(".")[-2]: row.zeros for row in result.report.rows}
+    assert zeros["q_proj"] == pytest.approx(0.9, abs=2e-3)
+    assert zeros["up_proj"] == 0.5
+    # (7 * .6 - .9 - 3 * .5) / 3: the others make up for it.
+    assert zeros["k_proj"] == pytest.approx(0.6, abs=2e-3)
+
+
 def spoiled(model, folder, key, change):
     """A copy of the model in which one array is another."""
     params = dict(huggingface.read(model).params)
@@ -281,6 +345,10 @@ def test_a_nan_is_named_with_its_leaf(model, stream, tmp_path):
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"method": fh.Fisher(fh.NM(2, 4))}, "needs gradients"),
         ({"method": fh.Wanda(fh.NM(2, 5))}, "multiple of m=5"),
+        ({"allocate": "best"}, "unknown mode 'best'"),
+        ({"allocate": "owl"}, "need one sparsity"),
+        ({"allocate": "owl", "sparsity": 0.5}, "nothing to allocate"),
+        ({"exceptions": {"x": 0.5}, "sparsity": 0.5}, "match no layer"),
     ],
 )
 def test_bad_input_is_refused_before_work_starts(stream, tmp_path, options, match):

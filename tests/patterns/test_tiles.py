@@ -79,7 +79,7 @@ def test_a_tile_that_cannot_be_is_refused(arguments, message):
 
 
 def test_a_weight_that_the_tile_does_not_divide_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"w: out=12 is not a multiple of rows"):
+    with pytest.raises(ValueError, match=r"w: out=12 is not a multiple of tile rows"):
         fh.Tiles(8).check((12, 16), 0.25, "w")
     with pytest.raises(ValueError, match=r"outside \[0, 0.5\]"):
         fh.Tiles(8).check((16, 16), 0.75, "w")

@@ -84,7 +84,7 @@ def test_without_embeddings_the_net_does_not_know_where_it_is(task):
     ways = (name, lambda path, at: (path, "one"))
     one, two = (hyper_prune(plain, KEY, *task, identify=way) for way in ways)
     assert set(one.theta) == {"dense"}
-    assert one.theta["dense"][0]["kernel"].shape == (12, 16)
+    assert one.theta["dense"][0]["kernel"].shape == (16, 16)
     jax.tree.map(np.testing.assert_array_equal, one.theta, two.theta)
     assert errors(one) == errors(two)
 

@@ -1,10 +1,11 @@
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_pair
 
 ROOT = Path(__file__).parents[2]
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -45,27 +46,4 @@ def test_every_check_is_listed(outcomes):
 
 
 def test_two_processes_agree_with_one():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-    command = [sys.executable, "-m", "tests.training.two_processes", str(port)]
-    pair = [
-        subprocess.Popen(
-            [*command, str(rank)],
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [p.communicate(timeout=600)[0] for p in pair]
-    finally:
-        for p in pair:
-            p.kill()
-    for p, text in zip(pair, outputs, strict=True):
-        assert p.returncode == 0 and "@ok" in text, text
+    run_pair("tests.training.two_processes")

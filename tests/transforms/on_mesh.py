@@ -224,25 +224,60 @@ def shard_map_without_check_vma():
     assert_close(got, mlp(dense_tree(packed), X))
 
 
-def pruning():
+def prunes(mesh, method, apply_fn=mlp):
     """Rows of a weight stay where they live, and masks are those of one device."""
     specs = {"up": P(None, "model"), "b": P("model"), "down": P(), "stack": P()}
-    batches = [normal(8, 3, 8), normal(8, 3, 8)]
-    method, key = fh.SparseGPT(fh.NM(2, 4)), jax.random.key(0)
-    params = {k: put(v, AUTO, specs[k]) for k, v in MLP.items()}
-    placed = [put(b, AUTO, P("data")) for b in batches]
+    batches, key = [normal(8, 3, 8), normal(8, 3, 8)], jax.random.key(0)
+    params = {k: put(v, mesh, specs[k]) for k, v in MLP.items()}
+    placed = [put(b, mesh, P("data")) for b in batches]
     for prune in (fh.prune, fh.prune_sequential):
         want = prune(mlp, MLP, batches, method, key=key)
-        got = prune(mlp, params, placed, method, key=key)
+        got = prune(apply_fn, params, placed, method, key=key)
         for name, leaf in got.params.items():
             np.testing.assert_array_equal(leaf != 0, want.params[name] != 0)
             assert_close(leaf, want.params[name], 1e-4)
-        same = got.params["up"].sharding.is_equivalent_to(params["up"].sharding, 2)
-        assert same, (prune.__name__, got.params["up"].sharding)
+            same = leaf.sharding.is_equivalent_to(params[name].sharding, leaf.ndim)
+            assert same, (prune.__name__, leaf.sharding)
+            kinds = leaf.sharding.mesh.axis_types
+            assert kinds == mesh.axis_types, (name, kinds)
+
+
+def pruning():
+    prunes(AUTO, fh.SparseGPT(fh.NM(2, 4)))
+
+
+def resharding_mlp(p, x):
+    """The function that explicit axes need where weights are sharded."""
+    h = jax.nn.relu(x @ p["up"] + p["b"])
+    h = jax.sharding.reshard(h, P("data")) @ p["down"]
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, p["stack"])[0]
+
+
+def explicit_pruning():
+    with jax.set_mesh(EXPLICIT):
+        prunes(EXPLICIT, fh.SparseGPT(fh.NM(2, 4)), resharding_mlp)
+
+
+def steps_on_an_explicit_mesh():
+    """Every verb takes and gives arrays of the mesh, set or not."""
+    params, x = put(MLP, EXPLICIT, P()), put(X, EXPLICIT, P("data"))
+    method, key = fh.Wanda(fh.NM(2, 4)), jax.random.key(0)
+    uses = discover(mlp, params, x)
+    stats = calibrate(mlp, params, uses, [(x,)])
+    plans = fh.decide(method, fh.solve(method, key, params, uses, stats), params, uses)
+    dense = fh.densify(plans, params, uses)
+    keep = fh.keep_tree(plans, params, uses)
+    for tree in (plans, dense, keep, fh.pack(plans, params, uses)):
+        for leaf in jax.tree.leaves(tree):
+            assert leaf.sharding.mesh == EXPLICIT, leaf.sharding
+    want = fh.prune(mlp, MLP, [X], method, key=key)
+    jax.tree.map(np.testing.assert_array_equal, dense, want.params)
 
 
 CHECKS = [
     pruning,
+    explicit_pruning,
+    steps_on_an_explicit_mesh,
     explicit,
     explicit_with_set_mesh,
     explicit_with_sharded_weights,

@@ -7,12 +7,16 @@ import sys
 
 import pytest
 
+from tests.processes import run_pair
+
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 NAMES = (
     "pruning",
+    "explicit_pruning",
+    "steps_on_an_explicit_mesh",
     "explicit",
     "explicit_with_set_mesh",
     "explicit_with_sharded_weights",
@@ -48,3 +52,7 @@ def test_a_mesh_changes_no_number(outcomes, name):
 
 def test_every_check_is_listed(outcomes):
     assert set(outcomes) == set(NAMES)
+
+
+def test_two_processes_choose_the_masks_of_one():
+    run_pair("tests.transforms.two_processes")

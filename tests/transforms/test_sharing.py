@@ -220,15 +220,15 @@ def test_orders_that_do_not_fit_are_refused(model):
     def ask(method=None, **options):
         return share_orders(method or fh.Wanda(NM), KEY, params, uses, s, **options)
 
-    with pytest.raises(ValueError, match="works with NM"):
+    with pytest.raises(ValueError, match="no one order for all rows"):
         ask(fh.Wanda(fh.HiNM(4)))
-    with pytest.raises(ValueError, match="matches 0 leaves"):
+    with pytest.raises(ValueError, match="matches no leaf"):
         ask(within={"value": 8})
     with pytest.raises(ValueError, match="give all of them the same"):
         ask(within={"^q$": 8})
     with pytest.raises(ValueError, match=r"in=16 is not a multiple of within=12"):
         ask(within={"^o$": 12})
-    with pytest.raises(ValueError, match="not one that learns"):
+    with pytest.raises(ValueError, match="HardConcrete learns"):
         ask(fh.HardConcrete(NM))
     with pytest.raises(ValueError, match="no leaf has an N:M pattern"):
         given = fh.discover(attention, params, x, rules={".": fh.Unstructured()})

@@ -1,0 +1,250 @@
+"""Every ValueError about what kind of thing a caller handed over.
+
+`checks` looks at shapes and values; here a string instead of a method, an integer
+instead of a PRNG key, or plans instead of states is refused by name at the door, before
+it fails deep inside as an AttributeError.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import numbers
+import types
+import typing
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexhinm_jax.types import PackedWeight, Uses
+
+
+def shown(value: Any) -> str:
+    """A value in a few words, for a message."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array {value.dtype}{list(value.shape)}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if value is None or isinstance(value, bool | int | float | str):
+        text = repr(value)
+        return text if len(text) <= 60 else text[:57] + "..."
+    if isinstance(value, list | tuple | dict) and not value:
+        return repr(value)
+    if isinstance(value, tuple) and len(value) < 5:
+        return f"({', '.join(shown(x) for x in value)}{',' * (len(value) == 1)})"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def key(value: Any, name: str = "key") -> None:
+    """Raises ValueError unless the value is one PRNG key, typed or raw."""
+    if isinstance(value, jax.Array | np.ndarray):
+        typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        if value.shape == () if typed else value.dtype == np.uint32 and value.ndim == 1:
+            return
+        if typed:
+            raise ValueError(
+                f"{name} holds {value.size} keys: pass one of them, such as {name}[0]"
+            )
+    raise ValueError(
+        f"{name}={shown(value)}: need a PRNG key, such as jax.random.key(0)"
+    )
+
+
+def function(value: Any, name: str, form: str) -> None:
+    """Raises ValueError unless the value can be called.
+
+    Args:
+      value: what was given.
+      name: of the argument.
+      form: how it is called, such as "apply_fn(params, *batch)".
+    """
+    if not callable(value) or isinstance(value, type):
+        raise ValueError(
+            f"{name} is {shown(value)}: need a function, called as {form}; look at the "
+            "order of the arguments"
+        )
+
+
+@contextlib.contextmanager
+def calling(form: str, arguments: Any) -> Iterator[None]:
+    """Adds a note about the arguments to an error of a function that the user wrote."""
+    try:
+        yield
+    except Exception as error:
+        given = ", ".join(shown(x) for x in arguments) or "nothing"
+        note = f"raised by {form} with batch: {given}"
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(
+                f"{note}\n(a batch is the tuple of the arguments after params)"
+            )
+        raise
+
+
+def parameters(params: Any) -> None:
+    """Raises ValueError for a tree that is empty, or that holds no array."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, PackedWeight))
+    if not leaves:
+        raise ValueError(
+            f"params={shown(params)} has no leaves: pass the tree of the model's arrays"
+        )
+    if not any(hasattr(x, "shape") or isinstance(x, PackedWeight) for x in leaves):
+        raise ValueError(
+            f"params holds {len(leaves)} leaves and no array; the first is "
+            f"{shown(leaves[0])}: convert them with jnp.asarray"
+        )
+
+
+def concrete(params: Any) -> None:
+    """Raises ValueError for a tree with shapes in place of arrays."""
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+        raise ValueError(
+            "params holds jax.ShapeDtypeStructs, which have no values; load the "
+            "parameters first"
+        )
+
+
+def found(value: Any) -> None:
+    """Raises ValueError unless the value is what `discover` returns."""
+    if not isinstance(value, Uses):
+        raise ValueError(
+            f"uses is {shown(value)}: need what discover(apply_fn, params, *batch) "
+            "returned; look at the order of the arguments"
+        )
+
+
+def by_path(
+    given: Any,
+    kind: type,
+    name: str,
+    source: str,
+    leaves: Collection[str] | None = None,
+) -> None:
+    """Raises ValueError unless `given` maps leaf paths to values of one kind.
+
+    Args:
+      given: what was given.
+      kind: `State`, `Plan` or `Stats`.
+      name: of the argument.
+      source: the call that returns such a mapping, such as "solve()".
+      leaves: the prunable leaves, if others are an error.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"{name} is {shown(given)}: need {{leaf path: {kind.__name__}}}, as "
+            f"{source} returns it"
+        )
+    for path, value in given.items():
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{name}[{path!r}] is {shown(value)}, not a {kind.__name__}; pass what "
+                f"{source} returned"
+            )
+        if leaves is not None and path not in leaves:
+            raise ValueError(
+                f"{path}: in {name} but not in uses; {nearest(path, leaves)}"
+            )
+
+
+def nearest(path: Any, leaves: Iterable[str]) -> str:
+    """Which leaves a mistaken path may mean."""
+    near = difflib.get_close_matches(str(path), list(leaves), n=3, cutoff=0.0)
+    if not near:
+        return "no leaf is prunable"
+    return f"the nearest prunable leaves are {', '.join(near)}"
+
+
+def batches(value: Any) -> None:
+    """Raises ValueError for one batch in place of an iterable of batches."""
+    one = hasattr(value, "shape") or isinstance(value, Mapping | str | bytes)
+    if one or not isinstance(value, Iterable):
+        raise ValueError(
+            f"batches is {shown(value)}: need an iterable of batches, each a tuple of "
+            "the arguments after params, such as [(x,)]"
+        )
+
+
+def batch(value: Any, name: str) -> None:
+    """Raises ValueError unless a batch is a tuple (or list) of arguments."""
+    if not isinstance(value, tuple | list):
+        raise ValueError(
+            f"{name} is {shown(value)}: need a tuple of the arguments after params, "
+            "such as (x,)"
+        )
+
+
+def optimiser(value: Any, name: str) -> None:
+    """Raises ValueError unless the value is an optax optimiser."""
+    if not callable(getattr(value, "init", None)):
+        raise ValueError(
+            f"{name}={shown(value)}: need an optax optimiser, such as optax.adam(1e-3)"
+        )
+
+
+def count(value: Any, name: str, least: int) -> None:
+    """Raises ValueError unless the value is an integer of at least `least`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least:
+        raise ValueError(f"{name}={value!r}: need an integer of at least {least}")
+
+
+def configuration(config: Any) -> None:
+    """Raises ValueError when a field of a configuration is not of its declared type.
+
+    Looks at booleans, integers, floats and tuples, and at unions with None; a method or
+    a pattern checks the other fields itself.
+
+    Args:
+      config: a frozen dataclass.
+    """
+    for name, hint in _hints(type(config)).items():
+        if not hasattr(config, name):
+            continue
+        value = getattr(config, name)
+        if not any(_is(value, one) for one in hint):
+            wanted = " or ".join(dict.fromkeys(_NAMES[one] for one in hint))
+            raise ValueError(
+                f"{type(config).__name__}: {name}={value!r}: need {wanted}"
+            )
+
+
+_NAMES = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    tuple: "a tuple",
+    type(None): "None",
+}
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is bool:
+        return isinstance(value, bool | np.bool_)
+    if isinstance(value, bool | np.bool_):
+        return False
+    if kind is int:
+        return isinstance(value, numbers.Integral)
+    if kind is float:
+        return isinstance(value, numbers.Real) and not np.isnan(float(value))
+    return isinstance(value, kind)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, tuple[type, ...]]:
+    """Field -> the types it may have, of the fields that `configuration` looks at."""
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError:  # names that only a type checker knows
+        return {}
+    known = {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        parts = typing.get_args(hint) if union else (hint,)
+        kinds = tuple(typing.get_origin(part) or part for part in parts)
+        if all(kind in _NAMES for kind in kinds):
+            known[field.name] = kinds
+    return known
