@@ -3,19 +3,21 @@
     make bench-masks                                   # all parts, MiniLM takes hours
     make bench-masks ARGS="--part figures,layer,memory"
     make bench-masks ARGS="--part model --only patch --cpu-seconds 300"
+    make bench-masks ARGS="--part bytes --only wanda,proxsparse --cpu-seconds 60"
+    make bench-masks ARGS="--part longer --cpu-seconds 300"
+    make bench-masks ARGS="--part hyper,noise"         # ablations; MaskPro's gradient
 
 Figures and layer are beside the anchors of the measurements that the methods were
 built to. The layer is that recipe with inputs of our own: W 64 x 64 and X = Z (I + M /
 4) e^(s / 2) with normal W, Z (512 x 64), M and s by `numpy.random.default_rng(seed)`,
 drawn in this order; relative squared error of the outputs. Relations carry over,
-absolute errors differ from layer to layer by a tenth. The model part is
-`train.learn_masks`. CPU seconds are process time.
+absolute errors differ from layer to layer by a tenth. Parts with models are in
+`bench.mask_models`. CPU seconds are process time.
 """
 
 import argparse
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 import flexhinm_jax as fh
+from bench import mask_models
 from flexhinm_jax.ops import gates, pattern_logits, plackett_luce, prox
 from flexhinm_jax.types import Stats
-from train import learn_masks, log, mask_rows
+from train import log, mask_rows
 from train.mask_learner import Learner
 
 NM = fh.NM(2, 4)
@@ -314,18 +317,6 @@ def size(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def model(args: argparse.Namespace) -> dict[str, Any]:
-    """The comparison on MiniLM: rows named by `--only`, or all that contain it."""
-    named = args.only.split(",")
-    rows = [row for row in mask_rows.DEFAULT if row in named]
-    rows = rows or [row for row in mask_rows.DEFAULT if args.only in row]
-    flags = ["--methods", ",".join(rows), "--out", str(args.work), "--resume"]
-    flags += ["--cpu-seconds", str(args.cpu_seconds)] if not args.minutes else []
-    flags += ["--minutes", str(args.minutes)] if args.minutes else []
-    learn_masks.main([*flags, *args.rest])
-    return json.loads((args.work / "summary.json").read_text())
-
-
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Prints rows as a table."""
     made = Table(title=title)
@@ -346,7 +337,14 @@ def text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-PARTS = ("figures", "layer", "memory", "model")
+RUNS: dict[str, Callable[[], Any]] = {
+    "figures": figures,
+    "layer": layer_table,
+    "memory": memory,
+    "hyper": mask_models.hyper,
+    "noise": mask_models.noise,
+}
+PARTS = (*RUNS, *mask_models.MODELS)
 
 
 def main() -> None:
@@ -354,7 +352,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--part", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
-    add("--only", default="", help="rows of the model, or a part of their text")
+    add("--only", default="", help="rows of the models, or a part of their text")
     add("--cpu-seconds", type=float, default=1000.0, help="per learned row")
     add("--minutes", type=float, help="wall time per learned row instead")
     add("--work", type=Path, default=Path("out/bench-masks"))
@@ -363,16 +361,10 @@ def main() -> None:
     for part in args.part.split(","):
         if part not in PARTS:
             raise SystemExit(f"--part {part}: choose from {', '.join(PARTS)}")
-        if part == "model":
-            found: Any = model(args)
-            known = json.loads(args.out.read_text()) if args.out.exists() else {}
-            before = {r["row"]: r for r in known.get("model", {}).get("rows", ())}
-            before |= {r["row"]: r for r in found["rows"]}
-            order = [r for r in mask_rows.DEFAULT if r in before]
-            found["rows"] = [before[r] for r in order]
+        if part in mask_models.MODELS:
+            found: Any = mask_models.rows(part, args)
         else:
-            run = {"figures": figures, "layer": layer_table, "memory": memory}[part]
-            found = run()
+            found = RUNS[part]()
             show(part, found)
         log.update(args.out, **{part: found, "jax": jax.__version__})
 

@@ -14,7 +14,7 @@ import numpy as np
 import flexhinm_jax as fh
 from flexhinm_jax.transforms.views import leaf as to_leaf
 from flexhinm_jax.types import Uses
-from train import log, mask_rows
+from train import log, mask_rows, mask_tiles
 from train.mask_learner import Learner, Learning, started_at
 from train.mask_rows import Keeps, Row
 from train.mask_tasks import Problem
@@ -86,7 +86,7 @@ class Comparison:
                 method = mask_rows.ONE_SHOT[row.name]
                 keeps = mask_rows.one_shot(method, key, problem, problem.uses)
             elif row.name in mask_rows.SHARED:
-                keeps = mask_rows.hyperprune(key, problem, lambda _: None)
+                keeps = mask_rows.hyperprune(key, problem, self._steps())
             elif row.name == "unstructured":
                 assert row.sparsity is not None
                 keeps = mask_rows.unstructured(key, problem, row.sparsity)
@@ -127,10 +127,23 @@ class Comparison:
         method: Any = learner.method
         params, uses = problem.params, problem.uses
         solve_key, run_key = jax.random.split(key)
+        tile_key = jax.random.fold_in(solve_key, 1)
         began = self.budget.clock()
         states = fh.solve(method, solve_key, params, uses, problem.stats, row.sparsity)
         if start is not None:
             states = started_at(method, states, start)
+            if getattr(method, "tile_prior", None) == "shares":
+                states = mask_tiles.dealt(
+                    method,
+                    states,
+                    start,
+                    params,
+                    uses,
+                    problem.stats,
+                    problem.loss_fn,
+                    problem.batch_at,
+                    key=tile_key,
+                )
         run = Learning(
             learner,
             states,
@@ -158,14 +171,18 @@ class Comparison:
 
     def _run(self, run: Learning, row: Row, folder: Path, told: dict) -> None:
         path = self.out / "metrics" / f"{_file(row.text)}.jsonl"
-        total = int(self.budget.amount) if self.budget.unit == "steps" else 0
-        total, saved = self.most or total, time.monotonic()
+        total, saved = self._steps() or 0, time.monotonic()
         with log.Log(path, total, row.text, run.step) as records:
             for figures in run.run():
                 records.write(run.step, spent=run.spent, **figures)
                 if time.monotonic() - saved >= self.every:
                     run.save(folder, told)
                     saved = time.monotonic()
+
+    def _steps(self) -> int | None:
+        """Steps at most, or None where time is the limit."""
+        total = int(self.budget.amount) if self.budget.unit == "steps" else None
+        return self.most or total
 
     def _read(self, row: Row) -> tuple[dict[str, Any], Keeps] | None:
         path = self.out / "rows" / f"{_file(row.text)}.json"
@@ -199,6 +216,8 @@ class Comparison:
         if row.name in self.learners:
             told |= {"budget": repr(self.budget), "most": self.most}
             told["learner"] = repr(self.learners[row.name])
+        if row.name in mask_rows.SHARED:
+            told |= {"method": repr(mask_rows.HYPER), "most": self._steps()}
         if row.start is not None:
             told["start"] = self._told(mask_rows.parse(row.start))
         return told

@@ -8,12 +8,13 @@ learned method whose first masks are those of another row: "refine_mask>maskllm"
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 import flexhinm_jax as fh
+from flexhinm_jax.training.hyper import hyper_prune
 from flexhinm_jax.types import Uses
 from train.mask_learner import Learner
 from train.mask_tasks import Problem
@@ -33,6 +34,7 @@ MOVED: dict[str, fh.Method] = {"alps": fh.ALPS(NM)}
 
 #: One net for all masks of the model.
 SHARED = ("hyperprune",)
+HYPER = fh.HyperPrune(fh.Wanda(NM))
 
 #: For a few hundred steps from good masks: the hard masks themselves are trained, with
 #: the gradient of the softmax, because sampling noise costs more than it finds; and the
@@ -44,10 +46,16 @@ MASKLLM = fh.MaskLLM(
     temperature=(1.0, 1.0),
     reward=0.0,
 )
+#: The tiles too, from logits that weights can be compared by; see `mask_tiles`.
 PATCH = fh.Patch(
     relaxation="decided",
     scale=(100.0, 100.0),
     temperature=(1.0, 1.0),
+    tile_prior="shares",
+    tile_start=1.0,
+    tile_scale=(2.5, 2.5),  # so few steps should not deal again
+    tile_temperature=(1.0, 1.0),
+    density_weight=0.0,
     reward=0.0,
 )
 SLOWLY = {"rate": 2e-4, "optimizer": "relative", "b1": 0.95}
@@ -58,7 +66,8 @@ LEARNERS: dict[str, Learner] = {
     ),
     "patch": Learner(PATCH, **SLOWLY),
     "patch_tile": Learner(dataclasses.replace(PATCH, mode="tile"), 2e-3),
-    "proxsparse": Learner(fh.ProxSparse(strength=0.01), 1e-4),
+    # ten times the published rate and four times the strength for a tenth of the steps
+    "proxsparse": Learner(fh.ProxSparse(strength=0.02), 1e-3),
     "maskpro": Learner(fh.MaskPro(NM), 50.0, "sgd"),
 }
 
@@ -223,12 +232,18 @@ def unstructured(key: Any, problem: Problem, sparsity: float) -> Keeps:
     return {path: plan.support.keep for path, plan in plans.items()}
 
 
-def hyperprune(key: Any, problem: Problem, progress: Callable[[Any], None]) -> Keeps:
-    """The supports of one net for the whole model."""
-    from flexhinm_jax.training.hyper import hyper_prune
+def hyperprune(key: Any, problem: Problem, steps: int | None) -> Keeps:
+    """The supports of one net for the whole model.
 
-    method = fh.HyperPrune(fh.Wanda(NM))
+    Args:
+      key: consumed.
+      problem: the model.
+      steps: updates per matrix at most; None for those of `HYPER`.
+    """
+    method = HYPER
+    if steps is not None:
+        method = dataclasses.replace(HYPER, steps=min(steps, HYPER.steps))
     uses, params = problem.uses, problem.params
-    found = hyper_prune(method, key, params, uses, problem.stats, progress=progress)
+    found = hyper_prune(method, key, params, uses, problem.stats)
     plans = fh.decide(method, found.states, params, uses)
     return {path: plan.support.keep for path, plan in plans.items()}

@@ -2,16 +2,18 @@
 
 HyperPrune, ICLR 2026 (openreview lqjQs2lVNm). The logits of a group are a prior from a
 one-shot mask plus the output of a small net on the group's weights, the energies of
-its inputs and embeddings of layer and component; see `ops.hypernet`. Layer by layer the
-net is fitted to the reconstruction of the outputs under Gumbel-softmax masks, rewarded
-for keeping weights of strong inputs, and held where it was on groups of earlier layers.
-Nothing is learned per weight.
+its inputs, the price of each weight and embeddings of layer and component; see
+`ops.hypernet`. Layer by layer the net is fitted to the reconstruction of the outputs
+under Gumbel-softmax masks, rewarded for keeping weights of strong inputs, and held
+where it was on groups of earlier layers. Nothing is learned per weight.
 
 Departures: the reconstruction is that of every projection by its Gram instead of that
-of the decoder layer; all terms are relative, so that their weights have no unit; the
-best hard mask seen is kept, the prior among them, so that no layer ends worse than its
-prior (the released code ends worse in deep layers). The paper leaves width, schedules
-and weights of the terms open: ours are in the arguments.
+of the decoder layer; the net also sees the price of each weight, what removing it adds
+to the error beside the prior's mask, because nothing else tells it about correlations
+between inputs; all terms are relative, so that their weights have no unit; the best
+hard mask seen is kept, the prior among them, so that no layer ends worse than its prior
+(the released code ends worse in deep layers). The paper leaves width, schedules and
+weights of the terms open: ours are in the arguments.
 """
 
 import dataclasses
@@ -81,11 +83,11 @@ class HyperPrune(Wrapper):
     embedding: int = 16
     steps: int = 300
     learning_rate: float = 2e-2
-    rows: int = 64
+    rows: int = 16
     temperature: tuple[float, float] = (4.0, 0.05)
     outlier: float = 0.05
     continual: float = 0.001
-    cache: int = 4096
+    cache: int = 1024
     checks: int = 6
 
     accepts: ClassVar[tuple[type[Pattern], ...]] = (NM, HiNM, FlexHiNM)
@@ -175,11 +177,7 @@ class HyperPrune(Wrapper):
           The state, and net and cache after it.
         """
         inner_key, learn_key, cache_key = jax.random.split(key, 3)
-        before = inner = None
-        if prev is not None:
-            before, inner = prev.fixed["support"], prev.fixed["inner"]
-            inner = dataclasses.replace(inner, fixed=inner.fixed | {"support": before})
-        inner = self.inner.solve(inner_key, w, stats, sparsity=sparsity, prev=inner)
+        before, inner = self._first(inner_key, w, stats, sparsity, prev)
         support = self.inner.decide(inner, w).support
         task = self.problem(w, stats)
         layer = grouped_layer.build(task, support, before)
@@ -315,7 +313,8 @@ class HyperPrune(Wrapper):
         )
         mean = jnp.mean(part.energy, axis=-1, keepdims=True)
         scale = jnp.log1p(part.energy / jnp.where(mean > 0, mean, 1))
-        x = hypernet.features(w, grouped_layer.grouped(scale[:, None], m))
+        price = grouped_layer.grouped(part.price, m)
+        x = hypernet.features(w, grouped_layer.grouped(scale[:, None], m), price)
         out = self.prior * pattern_logits.similarity(keep, **self.form)
         out += hypernet.logits(theta, x, place)
         if part.within is None:
@@ -373,7 +372,8 @@ class HyperPrune(Wrapper):
             mean = jnp.mean(layer.energy, axis=-1)[t]
             energy = grouped_layer.grouped(layer.energy, m)[t, g]
             mean = jnp.where(mean > 0, mean, 1)[:, None]
-            return hypernet.features(w, jnp.log1p(energy / mean))
+            price = grouped_layer.grouped(layer.price, m)[j, r, g]
+            return hypernet.features(w, jnp.log1p(energy / mean), price)
 
         flat = jnp.broadcast_to(live, shape).reshape(-1)
         return hypernet.remember(key, cache, x, flat, place)

@@ -12,6 +12,10 @@ the mean tile probability, and the term that pulls it to the target uses the
 probabilities instead of a sample; the reward for large kept weights is squared and
 normalised, as in the paper's text; hardening keeps exactly the number of dense tiles
 that the target asks for, ranked over the model or per weight, instead of all P > 0.
+
+Beyond the paper: `relaxation` "expected" and "decided" free patterns and tiles from
+noise, and `tile_prior` "shares" starts from logits that weights can be compared by,
+where the paper gives every weight the same share of dense tiles.
 """
 
 import dataclasses
@@ -48,14 +52,21 @@ class Patch(LearnedMethod):
       reward: weight of the share of squared weights kept, the paper's l2; fades to 0.
         The paper has 10 beside the loss of a language model; with a loss well below 1
         that hides it.
-      tile_start: first scale x initial logit of a tile; at 1.05 the prior's tiles begin
-        with probability .74.
+      tile_prior: "signs" as in the paper: logits +-start, plus for the tiles that
+        are dense in the support of the scores. "shares": start times the logarithm of
+        the share of its weight's scores that a tile loses under n:m; with a global
+        target `settle` then deals the tiles by relative losses of the layers.
+      tile_start: first scale x initial logit of a tile; with "signs" at 1.05 the
+        prior's tiles begin with probability .74.
       tile_temperature: first and last temperature of the tiles, linear.
       tile_scale: first and last factor on the tile logits, linear.
       start: first scale x initial logit of the prior's pattern.
       temperature: first and last temperature of the patterns, linear.
       scale: first and last factor on the pattern logits, linear.
-      relaxation: what training sees of the patterns, see `ops.pattern_logits.mask`.
+      relaxation: what training sees of the patterns, see `ops.pattern_logits.mask`, and
+        of the tiles: gates under noise with "soft" and "straight_through", their
+        probabilities with "expected", and with "decided" the dense tiles themselves,
+        with the gradient of the gates.
     """
 
     pattern: Pattern = Tiles(128)
@@ -65,6 +76,7 @@ class Patch(LearnedMethod):
     target: Literal["global", "layer"] = "global"
     density_weight: float = 7.0
     reward: float = 0.1
+    tile_prior: Literal["signs", "shares"] = "signs"
     tile_start: float = 1.05
     tile_temperature: tuple[float, float] = (2.0, 0.05)
     tile_scale: tuple[float, float] = (25.0, 350.0)
@@ -84,6 +96,10 @@ class Patch(LearnedMethod):
         pattern_logits.check_relaxation(self.relaxation)
         if self.target not in ("global", "layer"):
             raise ValueError(f"target={self.target!r}: choose 'global' or 'layer'")
+        if self.tile_prior not in ("signs", "shares"):
+            raise ValueError(
+                f"tile_prior={self.tile_prior!r}: choose 'signs' or 'shares'"
+            )
         for name in ("tile_temperature", "tile_scale", "temperature", "scale"):
             ends = getattr(self, name)
             if len(ends) != 2 or min(ends) <= 0:
@@ -128,19 +144,20 @@ class Patch(LearnedMethod):
         n, m = self.tiles.n, self.tiles.m
         inner = masks.n_of_m(jnp.where(within, scores, -1.0), n=n, m=m)
         dense = self.tiles.tiles(support.keep).all(-1)
-        sign = jnp.where(dense, 1.0, -1.0).astype(jnp.float32)
-        learned = {"tiles": self.tile_start / self.tile_scale[0] * sign}
+        prior = jnp.where(dense, 1.0, -1.0).astype(jnp.float32)
+        if self.tile_prior == "shares":
+            prior = self._shares(scores, inner)
+        learned = {"tiles": self.tile_start / self.tile_scale[0] * prior}
         if self.mode == "joint":
             prior = self.start / self.scale[0]
             learned["logits"] = pattern_logits.initial(
                 _grouped(inner, m), n=n, m=m, prior=prior
             )
-        count = self.tiles.dense_tiles(w.shape, sparsity)
         fixed = {
             "inner": inner,
             "may": self.tiles.tiles(within).all(-1),
             "dense_tiles": jnp.sum(dense, dtype=jnp.int32),
-            "target": self._density(count / dense.size).astype(jnp.float32),
+            "target": 1 - jnp.asarray(sparsity, jnp.float32),
         }
         return self.anneal(State(learned, fixed), 0.0)
 
@@ -183,8 +200,8 @@ class Patch(LearnedMethod):
     def settle(self, states: Mapping[str, State]) -> dict[str, State]:
         """Deals the dense tiles of all weights to the largest logits of the model.
 
-        Their number stays the one that the targets ask for. With a layer target, or one
-        tile size per weight, nothing changes.
+        Their number is the one that the targets ask for, rounded once for the model.
+        With a layer target nothing changes.
 
         Args:
           states: path -> state, arrays with leading stack axes.
@@ -193,7 +210,12 @@ class Patch(LearnedMethod):
             return dict(states)
         ranked = [self._ranked(state) for state in states.values()]
         flat = jnp.concatenate([x.reshape(-1) for x in ranked])
-        total = sum(jnp.sum(s.fixed["dense_tiles"]) for s in states.values())
+        inner, total = self.tiles.n / self.tiles.m, jnp.zeros((), jnp.float32)
+        for state, x in zip(states.values(), ranked, strict=True):
+            share = (state.fixed["target"] - inner) / (1 - inner)
+            total += jnp.sum(share) * (x.shape[-2] * x.shape[-1])
+        may = jnp.sum(flat > -jnp.inf, dtype=jnp.int32)
+        total = jnp.minimum(jnp.round(total).astype(jnp.int32), may)
         dense, start, settled = masks.top_k(flat, total), 0, {}
         for (path, state), x in zip(states.items(), ranked, strict=True):
             mine = dense[start : start + x.size].reshape(x.shape)
@@ -205,24 +227,19 @@ class Patch(LearnedMethod):
 
     def choice(self, state: State) -> Support:
         """The dense tiles with the largest logits, and the patterns on top."""
-        ranked = self._ranked(state)
-        dense = masks.top_k(ranked.reshape(-1), state.fixed["dense_tiles"])
-        inner = state.fixed["inner"]
+        dense, inner = self._dense(state), state.fixed["inner"]
         if self.mode == "joint":
             n, m = self.tiles.n, self.tiles.m
             best = gates.best_pattern(state.learned["logits"], n, m)
             free = self.tiles.spread(state.fixed["may"])
             inner = jnp.where(free, best.reshape(inner.shape), inner)
-        return self.tiles.support(dense.reshape(ranked.shape), inner)
+        return self.tiles.support(dense, inner)
 
     def mask(self, state: State, key: Array) -> Array:
         """A relaxed mask, f32[o, i]; differentiable in `learned`."""
         tile_key, group_key = jax.random.split(key)
         fixed, learned = state.fixed, state.learned
-        noise = gates.logistic(tile_key, learned["tiles"].shape)
-        scaled = fixed["tile_scale"] * learned["tiles"] + noise
-        gate = jax.nn.sigmoid(scaled / fixed["tile_temperature"])
-        gate = self.tiles.spread(jnp.where(fixed["may"], gate, 0.0))
+        gate = self.tiles.spread(self._gates(tile_key, state))
         inner = fixed["inner"].astype(jnp.float32)
         if self.mode == "joint":
             mixed = pattern_logits.mask(
@@ -270,6 +287,31 @@ class Patch(LearnedMethod):
             "tile_confidence": jnp.mean(jnp.maximum(p, 1 - p)),
         }
 
+    def _gates(self, key: Array, state: State) -> Array:
+        """How dense every tile is under the relaxation, f32[...] in [0, 1]."""
+        fixed = state.fixed
+        scaled = fixed["tile_scale"] * state.learned["tiles"]
+        if self.relaxation in ("soft", "straight_through"):
+            scaled += gates.logistic(key, scaled.shape)
+        gate = jax.nn.sigmoid(scaled / fixed["tile_temperature"])
+        if self.relaxation == "decided":
+            gate = gates.straight_through(gate, self._dense(state))
+        return jnp.where(fixed["may"], gate, 0.0)
+
+    def _shares(self, scores: Array, inner: Array) -> Array:
+        """Logarithm of the share of all scores that each tile drops."""
+        scores = scores.astype(jnp.float32)
+        dropped = jnp.sum(self.tiles.tiles(jnp.where(inner, 0.0, scores)), axis=-1)
+        tiny = jnp.finfo(jnp.float32).tiny
+        share = dropped / jnp.maximum(jnp.sum(scores), tiny)
+        return jnp.log(jnp.maximum(share, LEAST))
+
+    def _dense(self, state: State) -> Array:
+        """The tiles that are dense now, bool[o / rows, i / columns]."""
+        ranked = self._ranked(state)
+        dense = masks.top_k(ranked.reshape(-1), state.fixed["dense_tiles"])
+        return dense.reshape(ranked.shape)
+
     def _density(self, dense: Array) -> Array:
         """Kept fraction for a fraction of dense tiles."""
         inner = self.tiles.n / self.tiles.m
@@ -282,6 +324,9 @@ class Patch(LearnedMethod):
 
 #: Logit of a choice that is made: with any scale it leaves the others no probability.
 CERTAIN = 1e4
+
+#: Smallest share that a prior tells from none.
+LEAST = 1e-12
 
 
 def _grouped(x: Array, m: int) -> Array:

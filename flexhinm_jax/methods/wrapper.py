@@ -106,12 +106,7 @@ class Wrapper(Reconstruction):
     @functools.partial(jax.jit, static_argnums=0)
     def _solve(self, key, w, stats, sparsity, prev):
         """Solves with the inner method and improves its plan."""
-        before = inner = None
-        if prev is not None:
-            # The inner method continues from the support that the wrapper ended with.
-            before, inner = prev.fixed["support"], prev.fixed["inner"]
-            inner = dataclasses.replace(inner, fixed=inner.fixed | {"support": before})
-        state = self.inner.solve(key, w, stats, sparsity=sparsity, prev=inner)
+        before, state = self._first(key, w, stats, sparsity, prev)
         plan = self.inner.decide(state, w)
         self._check_factors(plan)
         task = self.problem(w, stats)
@@ -119,6 +114,16 @@ class Wrapper(Reconstruction):
         found = self.improve(task, start, plan.support, before)
         mine = self.state(w, stats, task, found)
         return State(learned=(), fixed=mine.fixed | {"inner": state})
+
+    def _first(self, key, w, stats, sparsity, prev):
+        """An earlier support or None, and the state of the inner method within it."""
+        before = inner = None
+        if prev is not None:
+            # The inner method continues from the support that the wrapper ended with.
+            before, inner = prev.fixed["support"], prev.fixed["inner"]
+            inner = dataclasses.replace(inner, fixed=inner.fixed | {"support": before})
+        state = self.inner.solve(key, w, stats, sparsity=sparsity, prev=inner)
+        return before, state
 
     def _check_factors(self, plan: Plan) -> None:
         if plan.left is not None or plan.right is not None:

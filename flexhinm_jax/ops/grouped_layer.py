@@ -23,6 +23,7 @@ class Layer(NamedTuple):
       weight: f32[k, c, i], the dense weight.
       target: f32[k, c, i], the weight with the least error: mostly the same.
       keep: bool[k, c, i], the prior.
+      price: f32[k, c, i], what removing a weight costs, see `prices`.
       within: bool[k, c, i], what an earlier stage kept, or None.
       live: bool[t, i], columns in an N:M group; t is k, or 1 for all parts.
       energy: f32[t, i], of every input.
@@ -37,6 +38,7 @@ class Layer(NamedTuple):
     weight: Array
     target: Array
     keep: Array
+    price: Array
     within: Array | None
     live: Array
     energy: Array
@@ -63,8 +65,10 @@ def build(task: gram.Problem, support: Support, before: Support | None = None) -
     w = task.weight.astype(jnp.float32)
     target = gram.solve(task).astype(jnp.float32) if task.has_targets else w
     missed = target - jnp.where(support.keep, w, 0)
-    total, missed = (jnp.sum(gram.dot(d, h) * d) for d in (w, missed))
-    energy = jnp.diag(h)[order]
+    pull, diagonal = gram.dot(missed, h), jnp.diag(h)
+    price = prices(w, target, missed, pull, diagonal)
+    total, missed = jnp.sum(gram.dot(w, h) * w), jnp.sum(pull * missed)
+    energy = diagonal[order]
     if tiles == 1:
         h = h[order[0]][:, order[0]]
     shape = (tiles if tiles > 1 else w.shape[0], -1, columns)
@@ -75,6 +79,7 @@ def build(task: gram.Problem, support: Support, before: Support | None = None) -
         weight=store(w),
         target=store(target),
         keep=store(support.keep),
+        price=store(price),
         within=None if before is None else store(before.keep),
         live=jnp.pad(live, ((0, 0), (0, columns - live.shape[1]))),
         energy=energy,
@@ -84,6 +89,27 @@ def build(task: gram.Problem, support: Support, before: Support | None = None) -
         total=jnp.where(total > 0, total, 1),
         lost=missed,
     )
+
+
+def prices(w: Array, target: Array, missed: Array, pull: Array, energy: Array) -> Array:
+    """What removing each weight adds to the error while all others stay as they are.
+
+    For an input without correlation it is the square of the Wanda score.
+
+    Args:
+      w: f32[o, i], the weight.
+      target: f32[o, i], the weight with the least error.
+      missed: f32[o, i], target minus the weight under the prior.
+      pull: f32[o, i], missed times the Gram.
+      energy: f32[i], diagonal of the Gram.
+
+    Returns:
+      f32[o, i], negative where the error falls, relative to the mean of w^2 energy.
+    """
+    others = pull - missed * energy
+    cost = 2 * w * others + energy * w * (2 * target - w)
+    mean = jnp.mean(jnp.square(w) * energy)
+    return cost / jnp.where(mean > 0, mean, 1)
 
 
 def take(layer: Layer, index: Array) -> Layer:
@@ -104,6 +130,7 @@ def take(layer: Layer, index: Array) -> Layer:
         weight=layer.weight[index],
         target=layer.target[index],
         keep=layer.keep[index],
+        price=layer.price[index],
         within=None if layer.within is None else layer.within[index],
         live=pick(layer.live),
         energy=pick(layer.energy),

@@ -8,7 +8,7 @@ and a prior is added outside, so the start is the prior.
 What it said about earlier layers is held by a replay cache, a uniform sample of all
 groups seen so far.
 
-Letters: `s` groups of the cache, `f = 3 m` features, `K = C(m, n)` patterns.
+Letters: `s` groups of the cache, `f = 4 m` features, `K = C(m, n)` patterns.
 """
 
 from typing import Any, NamedTuple
@@ -70,7 +70,7 @@ def initial(
       The net.
     """
     keys = jax.random.split(key, DEPTH + 2)
-    widths = [3 * m + 2 * embedding, *[hidden] * (DEPTH - 1), patterns]
+    widths = [4 * m + 2 * embedding, *[hidden] * (DEPTH - 1), patterns]
     dense = []
     for j, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
         scale = 0.0 if j == DEPTH - 1 else a**-0.5
@@ -85,18 +85,19 @@ def initial(
     return theta
 
 
-def features(w: Array, scale: Array) -> Array:
+def features(w: Array, scale: Array, price: Array) -> Array:
     """What the net sees of a group.
 
     Args:
       w: f32[..., m], weights relative to the rms of their matrix.
       scale: f32[..., m], log(1 + mean square of the input / that of all inputs).
+      price: f32[..., m], see `grouped_layer.prices`.
 
     Returns:
-      f32[..., 3 m]: w, |w| and scale.
+      f32[..., 4 m]: w, |w|, scale and asinh of the price.
     """
     scale = jnp.broadcast_to(scale, w.shape)
-    return jnp.concatenate([w, jnp.abs(w), scale], axis=-1)
+    return jnp.concatenate([w, jnp.abs(w), scale, jnp.arcsinh(price)], axis=-1)
 
 
 def logits(theta: Theta, x: Array, place: Place | None = None) -> Array:
@@ -131,7 +132,7 @@ def logits(theta: Theta, x: Array, place: Place | None = None) -> Array:
 def empty(size: int, m: int) -> Cache:
     """A cache without groups."""
     none = jnp.zeros((size,), jnp.int32)
-    x = jnp.zeros((size, 3 * m), jnp.float32)
+    x = jnp.zeros((size, 4 * m), jnp.float32)
     return Cache(x, Place(none, none), jnp.full((size,), -1, jnp.float32))
 
 

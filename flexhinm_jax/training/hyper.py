@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flexhinm_jax import checks
+from flexhinm_jax import arguments, checks
 from flexhinm_jax.methods.hyperprune import HyperPrune
 from flexhinm_jax.ops import hypernet
 from flexhinm_jax.training.stages import NotFinite
 from flexhinm_jax.transforms import tree
-from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.transforms.views import matrix
 from flexhinm_jax.types import State, Stats, Uses
 
@@ -125,9 +124,25 @@ def hyper_prune(
       >>> all(row["error"] <= row["prior"] for row in found.rows), found.layers
       (True, ((0,), (1,)))
     """
-    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    if not isinstance(method, HyperPrune):
+        raise ValueError(
+            f"method={arguments.shown(method)}: need HyperPrune(inner), such as "
+            "HyperPrune(Wanda(NM(2, 4)))"
+        )
+    arguments.key(key)
+    leaves = tree.leaves_for(params, uses)
+    tree.check_targets(sparsity, uses)
+    arguments.by_path(stats, Stats, "stats", "calibrate()")
+    if not uses.leaves:
+        raise ValueError("uses holds no prunable leaf; describe(uses) says why")
     items = _items(uses)
     names = [identify(path, at) for path, at in items]
+    for (path, at), found_name in zip(items, names, strict=True):
+        if not isinstance(found_name, tuple) or len(found_name) != 2:
+            raise ValueError(
+                f"identify({path!r}, {at}) gave {arguments.shown(found_name)}: need a "
+                "pair (layer, component)"
+            )
     layers, components = (tuple(dict.fromkeys(x)) for x in zip(*names, strict=True))
     targets = {}
     for path, use in uses.leaves.items():

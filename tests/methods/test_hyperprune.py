@@ -48,6 +48,19 @@ def test_the_parts_of_a_matrix_add_up_to_it(name):
     np.testing.assert_allclose(every[0]["outlier"], share, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_price_of_a_weight_is_what_removing_it_adds_to_the_error(name):
+    _, task, support, seen = prepared(PATTERNS[name])
+    kept = jnp.where(support.keep, task.weight, 0)
+    price = grouped_layer.original(seen.price, support.regions)
+    own = jnp.square(task.weight) * jnp.diag(task.gram)
+    for at in ((0, 1), (3, 6), (7, 2)):
+        ends = [kept.at[at].set(x) for x in (task.weight[at], 0)]
+        kept_error, removed = (float(gram.error(x, task)) for x in ends)
+        want = (removed - kept_error) * float(seen.total) / float(jnp.mean(own))
+        np.testing.assert_allclose(price[at], want, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_on_the_published_layer_it_is_between_wanda_and_coordinate_descent():
     w, s = layer()

@@ -113,11 +113,51 @@ def test_in_tile_mode_the_patterns_stay_those_of_the_scores():
     np.testing.assert_array_equal(keep, dense | want)
 
 
+def test_without_noise_the_gates_are_their_probabilities_or_the_dense_tiles():
+    state = moved(solved(fh.Patch(TILES)), size=0.05)
+    ones = jnp.ones_like(weight())
+    even = fh.Patch(TILES, relaxation="expected", tile_temperature=(1.0, 1.0))
+    expected = even.decide(even.anneal(state, 0.0), ones, key=KEY).weight.mean()
+    np.testing.assert_allclose(expected, even.density(state), atol=1e-6)
+    decided = fh.Patch(TILES, relaxation="decided")
+    hard = decided.decide(state, ones).weight
+    np.testing.assert_array_equal(decided.decide(state, ones, key=KEY).weight, hard)
+
+    def kept(tiles):
+        now = dataclasses.replace(state, learned=state.learned | {"tiles": tiles})
+        return decided.decide(now, ones, key=KEY).weight.sum()
+
+    assert bool(jnp.all(jax.grad(kept)(state.learned["tiles"]) > 0))
+
+
+def test_a_prior_of_shares_ranks_tiles_as_the_scores_do_whatever_their_unit():
+    method = fh.Patch(TILES, tile_prior="shares", tile_start=1.0)
+    state = solved(method)
+    scores = np.asarray(method.scores.score(weight(), stats()), np.float64)
+    dropped = np.where(state.fixed["inner"], 0, scores)
+    dropped = dropped.reshape(4, 4, -1, 8).sum((1, 3))
+    logits = np.log(dropped / scores.sum()) / method.tile_scale[0]
+    np.testing.assert_allclose(state.learned["tiles"], logits, rtol=1e-5)
+    double = method.solve(KEY, 2 * weight(), stats(), sparsity=0.25)
+    tiles = double.learned["tiles"]
+    np.testing.assert_allclose(tiles, state.learned["tiles"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.3, 0.45])
+def test_a_global_budget_is_rounded_once_for_the_model(sparsity):
+    method = fh.Patch(fh.Tiles((8, 8)), tile_prior="shares")
+    states = {name: solved(method, sparsity, k) for k, name in enumerate("abc")}
+    each = states["a"].learned["tiles"].size
+    dense = sum(int(s.fixed["dense_tiles"]) for s in method.settle(states).values())
+    assert dense == round(3 * each * (1 - 2 * sparsity))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"mode": "both"}, "mode='both'"),
         ({"target": "model"}, "target='model'"),
+        ({"tile_prior": "wanda"}, "tile_prior='wanda'"),
         ({"tile_temperature": (2.0, 0.0)}, "above 0"),
         ({"reward": -1.0}, "numbers >= 0"),
     ],

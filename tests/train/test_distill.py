@@ -8,56 +8,22 @@ import time
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
-import tokenizers
 
 import flexhinm_jax as fh
 from flexhinm_jax.io import checkpoints, huggingface, packed
-from flexhinm_jax.models import encoder
 from train import corpus, distill, log, prose
 from train.distill import Config
 from train.recovery import Budget
 from train.teacher import Recipe
 
-WORDS = "[PAD] [UNK] [CLS] [SEP] the a of is and cat dog sat ran on under mat".split()
-SIZES = {
-    "model_type": "bert",
-    "vocab_size": len(WORDS),
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.2,
-}
 RECIPE = Recipe(learning_rate=1e-3, rows=2, length=16, precision="float32")
 FLAGS = "--rows 2 --length 16 --calibration 8 --evaluation 8 --precision float32"
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps(SIZES))
-    known = {word: k for k, word in enumerate(WORDS)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, "[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = encoder.EncoderConfig.from_dict(SIZES)
-    params = encoder.init(jax.random.key(0), config)
-    arrays = {name: np.asarray(leaf) for name, leaf in params.items()}
-    safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
+def text_file(tmp_path_factory, sentences):
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    generator = np.random.default_rng(0)
-    lines = [" ".join(generator.choice(WORDS[4:], 6)) for _ in range(40)]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(sentences) + "\n")
     return path
 
 
