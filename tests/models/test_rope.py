@@ -75,8 +75,8 @@ def test_rotated_products_depend_on_distances_only():
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (rope.Linear, {"factor": math.inf}, "factor must be a number >= 1, got inf"),
-        (rope.Linear, {"factor": True}, "factor must be a number >= 1, got True"),
+        (rope.Linear, {"factor": math.inf}, "factor must be a number > 0, got inf"),
+        (rope.Linear, {"factor": True}, "factor must be a number > 0, got True"),
         (rope.Dynamic, {"trained": 0}, "trained must be an integer > 0"),
         (rope.Yarn, {"trained": 8, "beta_fast": 0.5}, "beta_slow=1.0 must not"),
         (rope.Yarn, {"trained": 8, "truncate": 1}, "truncate must be true"),
