@@ -94,6 +94,10 @@ class Patch(LearnedMethod):
         if self.mode not in ("joint", "tile"):
             raise ValueError(f"mode={self.mode!r}: choose 'joint' or 'tile'")
         pattern_logits.check_relaxation(self.relaxation)
+        if not isinstance(self.scores, ScoreMethod):
+            raise ValueError(
+                f"scores={self.scores!r}: need a method that scores, such as Wanda"
+            )
         if self.target not in ("global", "layer"):
             raise ValueError(f"target={self.target!r}: choose 'global' or 'layer'")
         if self.tile_prior not in ("signs", "shares"):

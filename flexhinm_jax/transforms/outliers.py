@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from flexhinm_jax import arguments
 from flexhinm_jax.ops import saliency
 from flexhinm_jax.transforms.paths import leaf_paths
 from flexhinm_jax.transforms.views import matrix
@@ -51,6 +52,9 @@ class OWL:
 
     def __post_init__(self):
         """Validates the configuration."""
+        arguments.configuration(self)
+        if not isinstance(self.block, str):
+            raise ValueError(f"block={self.block!r}: need a regular expression")
         if not self.multiple > 0:
             raise ValueError(f"multiple={self.multiple}: need a positive number")
         if not 0 <= self.spread <= 0.5:

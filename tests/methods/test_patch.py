@@ -160,6 +160,7 @@ def test_a_global_budget_is_rounded_once_for_the_model(sparsity):
         ({"tile_prior": "wanda"}, "tile_prior='wanda'"),
         ({"tile_temperature": (2.0, 0.0)}, "above 0"),
         ({"reward": -1.0}, "numbers >= 0"),
+        ({"scores": "wanda"}, "need a method that scores"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

@@ -291,7 +291,9 @@ def test_a_block_ends_with_the_first_number_of_a_path(path, block):
     [
         ({"multiple": 0}, "multiple=0"),
         ({"spread": 0.7}, r"spread=0\.7"),
+        ({"spread": "wide"}, "spread='wide': need a number"),
         ({"block": "("}, "no regular expression"),
+        ({"block": 3}, "block=3: need a regular expression"),
     ],
 )
 def test_bad_owl_options_are_named(options, match):
