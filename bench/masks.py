@@ -3,6 +3,7 @@
     make bench-masks                                   # all parts, MiniLM takes hours
     make bench-masks ARGS="--part figures,layer,memory"
     make bench-masks ARGS="--part model --only patch --cpu-seconds 300"
+    make bench-masks ARGS="--part model --only 'refine_mask>maskllm'"  # > in quotes
     make bench-masks ARGS="--part bytes --only wanda,proxsparse --cpu-seconds 60"
     make bench-masks ARGS="--part longer --cpu-seconds 300"
     make bench-masks ARGS="--part hyper,noise"         # ablations; MaskPro's gradient

@@ -228,11 +228,7 @@ def _learn(
     """The result, and the validations on the way."""
     params: Any = jax.tree.map(jnp.asarray, model.params)
     uses = discover(model.apply_fn, params, *model.sample(), rules=job.rules)
-    if not uses.leaves:
-        raise ValueError(
-            f"{args.model}: no weight is left to prune; 'flexhinm inspect' lists them"
-            " all, and --rule may skip too many"
-        )
+    source.check_found(args.model, uses)
     given = source.tokenize(model, job.text, args.batch_size, args.max_length)
     steps = [(jnp.asarray(b.tokens), jnp.asarray(b.mask)) for b in given]
     stats = calibrate(
@@ -240,7 +236,7 @@ def _learn(
         params,
         uses,
         console.track(steps, "calibrating", len(steps)),
-        token_mask=_real,
+        token_mask=source.real,
     )
     key, fit_key, mix_key = jax.random.split(jax.random.key(args.seed), 3)
     with console.step(f"solving {len(uses.leaves)} weights"):
@@ -250,7 +246,7 @@ def _learn(
     held = math.ceil(HELD * len(steps)) if len(steps) > 1 else 0
     # every dense output is computed once
     learned_from = objectives.taught(model.apply_fn, params, steps)
-    loss_fn = objectives.distillation(model.apply_fn, token_mask=_real)
+    loss_fn = objectives.distillation(model.apply_fn, token_mask=source.real)
     value = jax.jit(loss_fn)
 
     def evaluate(now: Any) -> float:
@@ -290,12 +286,6 @@ def _learn(
         plans = tree.decide(job.method, states, params, uses)
         result = oneshot.applied(plans, params, uses)
     return result, history
-
-
-def _real(tokens: Any, mask: Any) -> Any:
-    """Which tokens count."""
-    del tokens
-    return mask != 0
 
 
 def _states(

@@ -251,11 +251,7 @@ def _prune(
 ) -> tuple[oneshot.Pruned, dict[str, str]]:
     """The result, and what a person should know about single weights."""
     uses = discover(model.apply_fn, model.params, *model.sample(), rules=job.rules)
-    if not uses.leaves:
-        raise ValueError(
-            f"{args.model}: no weight is left to prune; 'flexhinm inspect' lists them"
-            " all, and --rule may skip too many"
-        )
+    source.check_found(args.model, uses)
     steps: list[Any] = []
     if job.text:
         size = args.batch_size or BATCH
@@ -269,7 +265,7 @@ def _prune(
             uses,
             console.track(steps, "calibrating", len(steps)),
             gram=job.method.needs == "gram" and not args.sequential,
-            token_mask=_real,
+            token_mask=source.real,
         )
     sparsity: Any = job.sparsity
     if args.allocate != "uniform" or job.exceptions:
@@ -322,17 +318,11 @@ def _in_order(
             key=jax.random.key(args.seed),
             target=args.target or "seq",
             rules=job.rules,
-            token_mask=_real,
+            token_mask=source.real,
             progress=progress,
             resume=args.resume,
         )
     return result, notes
-
-
-def _real(tokens: Any, mask: Any) -> Any:
-    """Which tokens are no padding."""
-    del tokens
-    return mask != 0
 
 
 def _line(layer: Layer) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from flexhinm_jax.io import huggingface
 from flexhinm_jax.models import batches, decoder_config, encoder
+from flexhinm_jax.types import Uses
 
 TOKENIZER = "tokenizer.json"
 ENCODERS = ("bert",)
@@ -230,3 +231,18 @@ def _tokenizer(path: Path) -> Any:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
+
+
+def real(tokens: Any, mask: Any) -> Any:
+    """Which tokens of a batch count: the token mask of calibration."""
+    del tokens
+    return mask != 0
+
+
+def check_found(model: Path, uses: Uses) -> None:
+    """Refuses a model in which the rules leave nothing to prune."""
+    if not uses.leaves:
+        raise ValueError(
+            f"{model}: no weight is left to prune; 'flexhinm inspect' lists them"
+            " all, and --rule may skip too many"
+        )

@@ -16,8 +16,7 @@ from flexhinm_jax.ops import masks, regions, saliency
 from flexhinm_jax.patterns import Pattern, Unstructured
 from flexhinm_jax.patterns.tiled import Tiled
 from flexhinm_jax.transforms.job import blank
-from flexhinm_jax.transforms.paths import leaf_paths
-from flexhinm_jax.transforms.tree import method_for
+from flexhinm_jax.transforms.tree import leaves_for, method_for
 from flexhinm_jax.transforms.views import matrix
 from flexhinm_jax.types import Stats, Use, Uses
 
@@ -178,7 +177,7 @@ def offered(
     Raises:
       ValueError: a pattern whose increments are not known; NaN.
     """
-    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    leaves = leaves_for(params, uses)
     found = plain(method, uses)
     for path, use in uses.leaves.items():
         mine = method_for(method, use)

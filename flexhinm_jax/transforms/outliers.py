@@ -21,7 +21,7 @@ from jax import Array
 
 from flexhinm_jax import arguments
 from flexhinm_jax.ops import saliency
-from flexhinm_jax.transforms.paths import leaf_paths
+from flexhinm_jax.transforms.tree import leaves_for
 from flexhinm_jax.transforms.views import matrix
 from flexhinm_jax.types import Stats, Uses
 
@@ -89,7 +89,7 @@ def outlier_shares(
     Returns:
       path -> fraction in [0, 1], the same for all leaves of a block.
     """
-    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    leaves = leaves_for(params, uses)
     blocks = defaultdict(list)
     for path in uses.leaves:
         blocks[owl.name(path)].append(path)
