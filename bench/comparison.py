@@ -70,7 +70,7 @@ def rivals(vector_size: int) -> dict[str, Recipe]:
     fixed = fh.Magnitude(flex)
     soft = fh.HardConcrete(flex)
     free = fh.HardConcrete(flex, start=0.5, temperature=(0.3, 0.05))
-    hard = fh.HardConcrete(flex, start=0.5, straight_through=True)
+    hard = fh.HardConcrete(flex, start=0.5, relaxation="straight_through")
     return {
         "fixed": Recipe("fixed masks", fixed),
         "fixed_staged": Recipe("fixed masks, 4 stages", fixed, stages=4, pruning=0.3),

@@ -41,6 +41,16 @@ def rows() -> dict[str, Config]:
         found[f"{title}-gates"] = dataclasses.replace(fixed, gates=Gates())
         moving = Gates(share=0.3, rate=0.02, start=0.5)
         found[f"{title}-moving"] = dataclasses.replace(fixed, gates=moving)
+        decided = Gates(
+            share=0.3,
+            rate=0.003,
+            optimizer="relative",
+            start=0.5,
+            temperature=(0.5, 0.5),
+            sparsity_weight=0.0,
+            relaxation="decided",
+        )
+        found[f"{title}-decided"] = dataclasses.replace(fixed, gates=decided)
     return found
 
 

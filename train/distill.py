@@ -87,8 +87,8 @@ def recover(
       start: what `prune` returned.
       lists: token ids of the training sentences.
       config: recipe, budget and gates.
-      out: folder for metrics.jsonl and checkpoints, where a run without gates also goes
-        on if it was killed; None keeps nothing.
+      out: folder for metrics.jsonl and checkpoints, where a run goes on if it was
+        killed; None keeps nothing.
       every: seconds between checkpoints.
 
     Returns:
@@ -101,7 +101,7 @@ def recover(
     cpu = time.process_time()
     run = _recovery(made, start, lists, config)
     folder = None
-    if out is not None and config.gates is None:
+    if out is not None:
         folder = out / "checkpoints"
         _resume(run, folder, config)
     total = int(config.budget.amount) if config.budget.unit == "steps" else 0
@@ -154,7 +154,7 @@ def _recovery(
 def _save(run: Recovery, folder: Path, config: Config) -> None:
     """Adds a checkpoint and drops all but the one before."""
     name = f"step-{run.progress.step:07d}"
-    checkpoints.save(folder / name, run.progress.tree(), config, overwrite=True)
+    checkpoints.save(folder / name, run.tree(), config, overwrite=True)
     for old in sorted(folder.glob("step-*"))[:-2]:
         shutil.rmtree(old)
 
@@ -164,7 +164,7 @@ def _resume(run: Recovery, folder: Path, config: Config) -> None:
     found = sorted(folder.glob("step-*"), reverse=True)
     for number, path in enumerate(found):
         try:
-            run.restore(checkpoints.restore(path, run.progress.tree(), config))
+            run.restore(checkpoints.restore(path, run.tree(), config))
             return
         except ValueError as error:
             if "damaged" not in str(error) or number + 1 == len(found):
@@ -243,9 +243,9 @@ def parser() -> argparse.ArgumentParser:
     add("--gates", action="store_true", help="Hard Concrete gates move the masks first")
     for field in dataclasses.fields(Gates):
         kind = type(field.default)
-        if kind is float:
+        if kind in (float, str):
             name = f"--gate-{field.name.replace('_', '-')}"
-            add(name, type=float, default=field.default)
+            add(name, type=kind, default=field.default)
     add("--model", type=Path, help="model directory; default: all-MiniLM-L6-v2")
     add("--start", type=Path, help="folder for the pruned matrices, used again later")
     add("--out", type=Path, default=Path("out/distill"))

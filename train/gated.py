@@ -17,8 +17,9 @@ from jax import Array
 
 import flexhinm_jax as fh
 from flexhinm_jax.models.encoder import EncoderConfig
+from flexhinm_jax.ops.gates import Relaxation, check_relaxation
 from flexhinm_jax.transforms import oneshot
-from train import recovery
+from train import mask_optimizers, recovery
 from train.packing import Rows
 from train.recovery import Budget, Recovery
 from train.teacher import Recipe, Targets, loss_of
@@ -30,26 +31,35 @@ class Gates:
 
     Attributes:
       share: fraction of the budget in which gates move, in (0, 1].
-      rate: learning rate of log_alpha (Adam).
+      rate: learning rate of log_alpha.
+      optimizer: of log_alpha.
       start: log_alpha of kept weights at the beginning, minus that of pruned ones.
       temperature: first and last.
       count_weight: weight of the count term at the end of the share.
       sparsity_weight: weight of the mean gate.
-      straight_through: forward through exactly n of m.
+      relaxation: what training sees, see `fh.HardConcrete`.
     """
 
     share: float = 0.5
     rate: float = 1e-2
+    optimizer: mask_optimizers.Name = "adam"
     start: float = 1.0
     temperature: tuple[float, float] = (2 / 3, 0.1)
     count_weight: float = 1.0
     sparsity_weight: float = 0.01
-    straight_through: bool = False
+    relaxation: Relaxation = "soft"
 
     def __post_init__(self):
         """Validates the fields."""
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} must be in (0, 1]")
+        mask_optimizers.check(self.optimizer)
+        check_relaxation(self.relaxation)
+
+    def tx(self) -> optax.GradientTransformation:
+        """The optimiser of log_alpha."""
+        scale = mask_optimizers.scale(self.optimizer)
+        return optax.chain(scale, optax.scale_by_learning_rate(self.rate))
 
     def method(self, pattern: fh.Pattern) -> fh.HardConcrete:
         """The method for a pattern."""
@@ -59,7 +69,7 @@ class Gates:
             start=self.start,
             count_weight=self.count_weight,
             sparsity_weight=self.sparsity_weight,
-            straight_through=self.straight_through,
+            relaxation=self.relaxation,
         )
 
 
@@ -90,7 +100,7 @@ class GatedRecovery(Recovery):
         self._uses = start.uses
         moving = {name: dense[name] for name in self.progress.student}
         states, student = fh.adopt(self._method, start.plans, moving, self._uses)
-        tx, mask_tx = recovery.optimizer(recipe), optax.adam(gates.rate)
+        tx, mask_tx = recovery.optimizer(recipe), gates.tx()
 
         def loss_fn(student: Any, fixed: Any, rows: Rows, targets: Targets) -> Any:
             params = {**fixed, **student}
@@ -109,6 +119,29 @@ class GatedRecovery(Recovery):
             self._method, loss_fn, tx, self._uses, mask_tx=mask_tx
         )
         self.moved: float | None = None
+
+    def tree(self) -> dict[str, Any]:
+        """The gates too; `moved` is -1 while they are open."""
+        training = self.training
+        if self.moved is not None:
+            now = self.progress
+            training = dataclasses.replace(
+                training, params=now.student, opt_state=now.opt_state
+            )
+        return {
+            "training": training,
+            "step": np.asarray(self.progress.step, np.int64),
+            "spent": np.asarray(self.progress.spent, np.float64),
+            "moved": np.asarray(-1.0 if self.moved is None else self.moved, np.float64),
+        }
+
+    def restore(self, tree: Mapping[str, Any]) -> None:
+        """Continues where `tree` was taken."""
+        self.training = tree["training"]
+        moved = float(tree["moved"])
+        self.moved = None if moved < 0 else moved
+        params, opt_state = self.training.params, self.training.opt_state
+        super().restore({**tree, "student": params, "opt_state": opt_state})
 
     def plans(self) -> dict[str, Any]:
         """The hard plans with the weights as they are now."""

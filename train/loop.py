@@ -275,8 +275,8 @@ class Trainer:
     def _prune_learned(self, recipe, sparsity, params, key, title, path, kept):
         task, config, method = self.task, self.config, recipe.method
         schedule = recipe.schedule(config.steps, sparsity)
-        mask_tx = optax.adam(recipe.mask_rate)
-        step = self._learned_step(method, recipe.mask_rate)
+        mask_tx = recipe.mask_tx()
+        step = self._learned_step(recipe)
         target = schedule.pop(0)
         run_key, first_key = jax.random.fold_in(key, config.steps), _key_at(key, 0)
         if isinstance(method, Gated):
@@ -369,13 +369,18 @@ class Trainer:
             self._learned["masked"] = jax.jit(step, donate_argnums=0)
         return self._learned["masked"]
 
-    def _learned_step(self, method, rate):
-        if (method, rate) not in self._learned:
-            loss_fn = self.task.loss_fn
-            self._learned[method, rate] = fh.make_step(
-                method, loss_fn, self.tx, self.task.uses, mask_tx=optax.adam(rate)
+    def _learned_step(self, recipe):
+        # Recipes that differ in their schedule alone share a step.
+        same = dataclasses.replace(recipe, title="", stages=1, pruning=1.0)
+        if same not in self._learned:
+            self._learned[same] = fh.make_step(
+                recipe.method,
+                self.task.loss_fn,
+                self.tx,
+                self.task.uses,
+                mask_tx=recipe.mask_tx(),
             )
-        return self._learned[method, rate]
+        return self._learned[same]
 
 
 def _key_at(key: jax.Array, step: int) -> jax.Array:

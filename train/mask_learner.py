@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,9 @@ import optax
 import flexhinm_jax as fh
 from flexhinm_jax.ops import pattern_logits
 from flexhinm_jax.training import relax, resume
-from flexhinm_jax.training.relative import relative
 from flexhinm_jax.types import State, Uses
+from train import mask_optimizers
 from train.recovery import Budget, at_rate
-
-Optimizer = Literal["adam", "relative", "sgd"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Learner:
     Attributes:
       method: the method; its pattern is that of the row.
       rate: peak of the learning rate: linear warm-up, then cosine to `last` of it.
-      optimizer: of what is learned; see `relative`.
+      optimizer: of what is learned.
       b1: decay of the first moment, not for "sgd".
       b2: decay of Adam's second moment.
       warmup: fraction of the budget.
@@ -44,7 +42,7 @@ class Learner:
 
     method: fh.Method
     rate: float
-    optimizer: Optimizer = "adam"
+    optimizer: mask_optimizers.Name = "adam"
     b1: float = 0.9
     b2: float = 0.95
     warmup: float = 0.02
@@ -53,9 +51,7 @@ class Learner:
 
     def __post_init__(self):
         """Validates the fields."""
-        if self.optimizer not in get_args(Optimizer):
-            known = ", ".join(get_args(Optimizer))
-            raise ValueError(f"optimizer={self.optimizer!r}; known: {known}")
+        mask_optimizers.check(self.optimizer)
         if not 0 < self.rate < math.inf or self.looks < 1:
             raise ValueError(
                 f"rate={self.rate}, looks={self.looks}: need a positive rate and at "
@@ -67,11 +63,8 @@ class Learner:
 
         @optax.inject_hyperparams
         def made(learning_rate: Any) -> optax.GradientTransformation:
-            if self.optimizer == "sgd":
-                return optax.sgd(learning_rate)
-            if self.optimizer == "relative":
-                return optax.chain(relative(self.b1), optax.sgd(learning_rate))
-            return optax.adam(learning_rate, b1=self.b1, b2=self.b2)
+            scale = mask_optimizers.scale(self.optimizer, self.b1, self.b2)
+            return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
 
         return made(learning_rate=0.0)
 

@@ -6,8 +6,13 @@ whether the masks are learned.
 """
 
 import dataclasses
+from typing import Any
+
+import jax
+import optax
 
 import flexhinm_jax as fh
+from train import mask_optimizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Recipe:
       pruning: fraction of the steps until the last choice is made: the last stage ends
         there, open gates harden, and the rest trains under fixed masks.
       mask_rate: learning rate of what the method learns.
+      mask_optimizer: of what the method learns.
     """
 
     title: str
@@ -29,6 +35,7 @@ class Recipe:
     stages: int = 1
     pruning: float = 0.7
     mask_rate: float = 0.02
+    mask_optimizer: mask_optimizers.Name = "adam"
 
     def __post_init__(self):
         """Validates the schedule."""
@@ -37,6 +44,18 @@ class Recipe:
                 f"stages={self.stages}, pruning={self.pruning}: need at least one "
                 "stage and a fraction of the steps in (0, 1]"
             )
+        mask_optimizers.check(self.mask_optimizer)
+
+    def mask_tx(self) -> optax.GradientTransformation:
+        """The optimiser of what the method learns; its first axis is the lanes."""
+        single = mask_optimizers.scale(self.mask_optimizer)
+
+        # `relative` would scale the lanes by each other's gradients.
+        def update(updates: Any, state: Any, _: Any = None) -> tuple[Any, Any]:
+            return jax.vmap(lambda u, s: single.update(u, s))(updates, state)
+
+        lanes = optax.GradientTransformation(jax.vmap(single.init), update)
+        return optax.chain(lanes, optax.scale_by_learning_rate(self.mask_rate))
 
     def schedule(self, steps: int, target: float) -> dict[int, float]:
         """Step -> sparsity from then on.

@@ -186,8 +186,12 @@ class Recovery:
         self.progress = Progress(student, tx.init(student))
         self._step = make_step(tx, config, recipe)
 
+    def tree(self) -> dict[str, Any]:
+        """What a checkpoint holds; its structure stays the same through the run."""
+        return self.progress.tree()
+
     def restore(self, tree: Mapping[str, Any]) -> None:
-        """Continues where `Progress.tree` was taken."""
+        """Continues where `tree` was taken."""
         self.progress = Progress(
             tree["student"], tree["opt_state"], int(tree["step"]), float(tree["spent"])
         )

@@ -35,8 +35,11 @@ class HardConcrete(Gated):
       sparsity_weight: weight of mean(z), the paper's lambda_s.
       count_weight: weight of mean |sum z - n| at the end of a stage, lambda_c.
       limit: |log_alpha| stays below it.
-      straight_through: forward exactly n of m, those with the largest noisy log_alpha,
-        backward through the soft gates.
+      relaxation: what training sees. "soft" samples gates, as the paper does;
+        "straight_through" forwards exactly n of m, those with the largest noisy
+        log_alpha, with the gradient of the samples. "expected" and "decided" are the
+        same without noise: gates at log_alpha / temperature, and the hard mask with
+        their gradient, which is zero from about 2.4 temperatures on.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -51,11 +54,12 @@ class HardConcrete(Gated):
     sparsity_weight: float = 0.01
     count_weight: float = 1.0
     limit: float = 5.0
-    straight_through: bool = False
+    relaxation: gates.Relaxation = "soft"
 
     def __post_init__(self):
         """Validates the configuration."""
         super().__post_init__()
+        gates.check_relaxation(self.relaxation)
         if min(self.sparsity_weight, self.count_weight) < 0:
             raise ValueError(
                 f"sparsity_weight={self.sparsity_weight}, count_weight="
@@ -94,13 +98,15 @@ class HardConcrete(Gated):
     def gates(
         self, state: State, shape: tuple[int, ...], key: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """Sampled gates and the two loss terms."""
+        """The relaxed gates and the two loss terms."""
         support, free = state.fixed["support"], state.fixed["open"]
         if support.regions is None:
             return jnp.zeros(shape, jnp.float32), {}
-        logits = state.learned["log_alpha"] + gates.logistic(key, shape)
+        logits = state.learned["log_alpha"]
+        if self.relaxation in gates.NOISY:
+            logits += gates.logistic(key, shape)
         z = gates.stretch(logits / state.fixed["temperature"])
-        if self.straight_through:
+        if self.relaxation in gates.HARD:
             z = gates.straight_through(z, self._n_best(logits, support))
         regions = support.regions
         totals = jnp.sum(groups.to_groups(z, regions), axis=-1)

@@ -49,7 +49,7 @@ class MaskLLM(Gated):
     temperature: tuple[float, float] = (4.0, 0.05)
     start: float = 3.0
     parameters: pattern_logits.Parameters = "patterns"
-    relaxation: pattern_logits.Relaxation = "soft"
+    relaxation: gates.Relaxation = "soft"
     scale: tuple[float, float] = (100.0, 500.0)
     reward: float = 0.1
 
@@ -63,7 +63,7 @@ class MaskLLM(Gated):
             raise ValueError(
                 f"parameters={self.parameters!r}: choose 'patterns' or 'weights'"
             )
-        pattern_logits.check_relaxation(self.relaxation)
+        gates.check_relaxation(self.relaxation)
         if len(self.scale) != 2 or min(self.scale) <= 0:
             raise ValueError(f"scale={self.scale}: need (first, last), both above 0")
 

@@ -83,7 +83,7 @@ class Patch(LearnedMethod):
     start: float = 3.0
     temperature: tuple[float, float] = (4.0, 0.05)
     scale: tuple[float, float] = (100.0, 500.0)
-    relaxation: pattern_logits.Relaxation = "soft"
+    relaxation: gates.Relaxation = "soft"
 
     accepts: ClassVar[tuple[type[Pattern], ...]] = (Tiles,)
     frozen_weights: ClassVar[bool] = True
@@ -93,7 +93,7 @@ class Patch(LearnedMethod):
         super().__post_init__()
         if self.mode not in ("joint", "tile"):
             raise ValueError(f"mode={self.mode!r}: choose 'joint' or 'tile'")
-        pattern_logits.check_relaxation(self.relaxation)
+        gates.check_relaxation(self.relaxation)
         if not isinstance(self.scores, ScoreMethod):
             raise ValueError(
                 f"scores={self.scores!r}: need a method that scores, such as Wanda"

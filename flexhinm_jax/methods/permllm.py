@@ -23,7 +23,7 @@ import optax
 from jax import Array, lax
 
 from flexhinm_jax.methods.learned import LearnedMethod
-from flexhinm_jax.ops import masks, saliency, sinkhorn
+from flexhinm_jax.ops import gates, masks, saliency, sinkhorn
 from flexhinm_jax.patterns import NM, ChannelSearch, Pattern
 from flexhinm_jax.types import Plan, Regions, State, Stats, Support
 
@@ -241,7 +241,7 @@ class PermLLM(LearnedMethod):
             logits = logits / lax.stop_gradient(top)
         soft = sinkhorn.sinkhorn(logits / state.fixed["temperature"], self.rounds)
         choice = sinkhorn.nearest(soft)
-        p = sinkhorn.straight_through(sinkhorn.one_hot(choice), soft)
+        p = gates.straight_through(soft, sinkhorn.one_hot(choice))
         if self.variant == "cost":
             p = jnp.where(state.fixed["hard"] > 0, p, soft)
         order = state.fixed["order"]
@@ -252,9 +252,8 @@ class PermLLM(LearnedMethod):
         mean = lax.stop_gradient(jnp.mean(groups, axis=-1, keepdims=True))
         scaled = groups / jnp.where(mean > 0, mean, 1)
         hard = masks.group_ranks(groups) < pattern.n
-        mask = sinkhorn.straight_through(
-            hard.astype(jnp.float32),
-            pattern.n * jax.nn.softmax(scaled / self.mask_temperature, axis=-1),
+        mask = gates.straight_through(
+            pattern.n * jax.nn.softmax(scaled / self.mask_temperature, axis=-1), hard
         )
         keep = exact("okc,kbc->okb", mask.reshape(-1, k, b), p)
         return keep.reshape(-1, k * b)[:, jnp.argsort(order)], choice

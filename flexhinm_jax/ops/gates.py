@@ -11,6 +11,7 @@ shrinks the noise. Everything is float32 and finite for |log_alpha| up to 80.
 
 import itertools
 import math
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,21 @@ from flexhinm_jax.ops import masks
 
 GAMMA, ZETA = -0.1, 1.1
 TINY = 1e-6  # the uniform draws are this far from 0 and 1
+
+Relaxation = Literal["soft", "straight_through", "expected", "decided"]
+NOISY = ("soft", "straight_through")
+HARD = ("straight_through", "decided")
+
+
+def check_relaxation(relaxation: str) -> None:
+    """Refuses an unknown relaxation.
+
+    Raises:
+      ValueError: it is none of `Relaxation`.
+    """
+    known = get_args(Relaxation)
+    if relaxation not in known:
+        raise ValueError(f"relaxation={relaxation!r}: choose one of {', '.join(known)}")
 
 
 def logistic(key: Array, shape: tuple[int, ...]) -> Array:
@@ -136,8 +152,9 @@ def harden(log_alpha: Array, n: int) -> Array:
 
 def straight_through(soft: Array, hard: Array) -> Array:
     """The value of `hard` with the gradient of `soft` (arXiv:1308.3432)."""
+    hard = jax.lax.stop_gradient(hard.astype(soft.dtype))
     # In this order the value is exactly that of `hard`.
-    return hard.astype(soft.dtype) + (soft - jax.lax.stop_gradient(soft))
+    return hard + (soft - jax.lax.stop_gradient(soft))
 
 
 def pattern_table(n: int, m: int) -> np.ndarray:

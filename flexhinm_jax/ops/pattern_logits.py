@@ -5,7 +5,7 @@ weight ("weights") is smaller, takes any n:m without C(m, n) numbers, and repres
 sums of weight logits only: for 2:4 three of five degrees of freedom.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,6 @@ from jax import Array
 from flexhinm_jax.ops import gates
 
 Parameters = Literal["patterns", "weights"]
-Relaxation = Literal["soft", "straight_through", "expected", "decided"]
-
-
-def check_relaxation(relaxation: str) -> None:
-    """Refuses an unknown relaxation.
-
-    Raises:
-      ValueError: it is none of `Relaxation`.
-    """
-    known = get_args(Relaxation)
-    if relaxation not in known:
-        raise ValueError(f"relaxation={relaxation!r}: choose one of {', '.join(known)}")
 
 
 def similarity(keep: Array, *, n: int, m: int) -> Array:
@@ -101,7 +89,7 @@ def mask(
     *,
     n: int,
     m: int,
-    relaxation: Relaxation = "soft",
+    relaxation: gates.Relaxation = "soft",
 ) -> Array:
     """A relaxed mask of every group.
 

@@ -63,8 +63,3 @@ def one_hot(order: Array) -> Array:
     b = order.shape[-1]
     channel = jnp.arange(b, dtype=jnp.int32)[:, None]
     return (order[..., None, :] == channel).astype(jnp.float32)
-
-
-def straight_through(hard: Array, soft: Array) -> Array:
-    """The value of `hard`, to the last bit, with the gradient of `soft`."""
-    return lax.stop_gradient(hard) + (soft - lax.stop_gradient(soft))

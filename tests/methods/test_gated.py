@@ -163,19 +163,48 @@ def test_gates_learn_only_where_they_are_open():
     assert not np.asarray(w_grads)[pruned].any()
 
 
-def test_straight_through_forwards_exactly_n_of_m():
-    method = fh.HardConcrete(PATTERNS["hinm"], straight_through=True)
+def gate_gradient(method, state, key=KEY):
+    """Of the sum of the relaxed weights."""
+
+    def total(learned):
+        now = dataclasses.replace(state, learned=learned)
+        return method.decide(now, weight(), key=key).weight.sum()
+
+    return jax.grad(total)(state.learned)["log_alpha"]
+
+
+@pytest.mark.parametrize("relaxation", ["straight_through", "decided"])
+def test_hard_relaxations_forward_exactly_n_of_m(relaxation):
+    method = fh.HardConcrete(PATTERNS["hinm"], relaxation=relaxation, start=0.5)
     state = solve(method, KEY, weight(), jnp.float32(0.75), None)
     plan = decide(method, state, weight(), KEY)
     kept = groups.to_groups((plan.weight != 0) * 1.0, state.fixed["support"].regions)
     live = np.asarray(groups.live_groups(state.fixed["support"].regions))
     np.testing.assert_array_equal(np.asarray(kept.sum(-1)).transpose(0, 2, 1)[live], 2)
-    grad = jax.grad(
-        lambda x: method.decide(
-            dataclasses.replace(state, learned={"log_alpha": x}), weight(), key=KEY
-        ).weight.sum()
-    )(state.learned["log_alpha"])
-    assert np.count_nonzero(grad) > 10
+    assert np.count_nonzero(gate_gradient(method, state)) > 10
+
+
+def test_without_noise_gates_are_the_stretched_log_alpha_and_decide_as_without_a_key():
+    options = {"start": 0.5, "temperature": (0.5, 0.5), "count_weight": 0.0}
+    soft, hard = (
+        fh.HardConcrete(PATTERNS["hinm"], relaxation=relaxation, **options)
+        for relaxation in ("expected", "decided")
+    )
+    state = solve(soft, KEY, weight(), jnp.float32(0.75), None)
+    free = np.asarray(state.fixed["open"])
+    # 1.2 sigmoid(+-1) - 0.1, by hand
+    want = np.where(state.fixed["support"].keep, 0.7772703, 0.2227297)
+    got = np.asarray(decide(soft, state, weight(), KEY).weight) / np.asarray(weight())
+    np.testing.assert_allclose(got[free], want[free], rtol=1e-5)
+    closed = decide(hard, state, weight(), None)
+    other = jax.random.key(99)
+    for key in (KEY, other):
+        np.testing.assert_array_equal(
+            decide(hard, state, weight(), key).weight, closed.weight
+        )
+    np.testing.assert_array_equal(
+        gate_gradient(soft, state), gate_gradient(hard, state, other)
+    )
 
 
 def test_scores_decide_the_start_and_what_is_needed():
@@ -197,6 +226,7 @@ def test_scores_decide_the_start_and_what_is_needed():
         ({"temperature": (0.1, 0.5)}, "first >= last"),
         ({"start": 6.0}, "limit=5.0"),
         ({"count_weight": -1.0}, "need numbers >= 0"),
+        ({"relaxation": "hard"}, "choose one of soft, straight_through"),
         ({"scores": fh.ALPS()}, "training.adopt"),
     ],
 )

@@ -13,6 +13,7 @@ import flexhinm_jax as fh
 from flexhinm_jax.io import checkpoints, huggingface, packed
 from train import corpus, distill, log, prose
 from train.distill import Config
+from train.gated import Gates
 from train.recovery import Budget
 from train.teacher import Recipe
 
@@ -42,15 +43,31 @@ def case(model_dir, text_file):
     return made, start, lists
 
 
-def recover(case, out, recipe=RECIPE, steps=6, **options):
-    config = Config(budget=Budget(steps, "steps"), recipe=recipe, evaluation=8)
+def recover(case, out, recipe=RECIPE, steps=6, gates=None, **options):
+    config = Config(
+        budget=Budget(steps, "steps"), recipe=recipe, evaluation=8, gates=gates
+    )
     made, start, lists = case
     return distill.recover(made, start, lists, config, out, **options)
 
 
-def test_a_run_that_died_goes_on_as_if_it_had_not(case, tmp_path, monkeypatch):
-    whole, plans, figures = recover(case, None)
-    assert figures["steps"] == 6
+# Open for three of six steps: from the third checkpoint on the masks are fixed.
+GATES = Gates(share=0.5, rate=0.3, start=0.5)
+
+
+@pytest.mark.parametrize(
+    ("gates", "damaged"),
+    [
+        (None, True),
+        pytest.param(GATES, True, marks=pytest.mark.slow),
+        pytest.param(GATES, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_died_goes_on_as_if_it_had_not(
+    case, tmp_path, monkeypatch, gates, damaged
+):
+    whole, plans, expected = recover(case, None, gates=gates)
+    assert expected["steps"] == 6
     for path, plan in plans.items():
         fh.verify(plan, path=path)
 
@@ -63,15 +80,21 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(case, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(log.Log, "write", dying)
-        recover(case, tmp_path, every=0.0)
+        recover(case, tmp_path, gates=gates, every=0.0)
     kept = sorted((tmp_path / "checkpoints").iterdir())
     assert [path.name for path in kept] == ["step-0000003", "step-0000004"]
-    # The last checkpoint lost a file: the one before serves.
-    (kept[1] / checkpoints.ARRAYS / "manifest.ocdbt").unlink()
-    again, _, figures = recover(case, tmp_path)
-    assert figures["steps"] == 6
+    if damaged:
+        # The last checkpoint lost a file: the one before serves.
+        (kept[1] / checkpoints.ARRAYS / "manifest.ocdbt").unlink()
+    again, plans_again, figures = recover(case, tmp_path, gates=gates)
+    assert figures["steps"] == 6 and figures["moved"] == expected["moved"]
+    assert gates is None or figures["moved"] > 0
     for name in whole:
         np.testing.assert_array_equal(np.asarray(whole[name]), np.asarray(again[name]))
+    for path, plan in plans.items():
+        np.testing.assert_array_equal(
+            plan.support.keep, plans_again[path].support.keep, err_msg=path
+        )
     steps = [record["step"] for record in log.read(tmp_path / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4, 5, 6]
 
@@ -79,7 +102,7 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(case, tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="recipe.learning_rate: saved 0.001, now 0.002"
     ):
-        recover(case, tmp_path, other)
+        recover(case, tmp_path, other, gates=gates)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(case):
