@@ -12,6 +12,7 @@ figures into `--out`.
 """
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import jax
 
 import flexhinm_jax as fh
 from train import compare, language, log, programs, vision
-from train.recipes import Recipe, recipes
+from train.recipes import Recipe, noiseless, recipes
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 SEEDS = tuple(range(8))
@@ -70,15 +71,24 @@ def rivals(vector_size: int) -> dict[str, Recipe]:
     fixed = fh.Magnitude(flex)
     soft = fh.HardConcrete(flex)
     free = fh.HardConcrete(flex, start=0.5, temperature=(0.3, 0.05))
-    hard = fh.HardConcrete(flex, start=0.5, relaxation="straight_through")
+    hard = dataclasses.replace(free, relaxation="straight_through")
+    still = Recipe("gates without noise, closed", noiseless(flex).method, pruning=0.5)
     return {
         "fixed": Recipe("fixed masks", fixed),
         "fixed_staged": Recipe("fixed masks, 4 stages", fixed, stages=4, pruning=0.3),
-        "sure": Recipe("gates, as in the comparison", soft, pruning=0.3),
-        "fast": Recipe("gates, rate .1", soft, pruning=0.3, mask_rate=0.1),
-        "long": Recipe("gates, rate .1, 70 %", soft, pruning=0.7, mask_rate=0.1),
-        "free": Recipe("gates, start .5, rate .1", free, pruning=0.3, mask_rate=0.1),
-        "hard": Recipe("gates, straight through", hard, pruning=0.3, mask_rate=0.1),
+        "sure": Recipe("sampled gates, start 2", soft, pruning=0.3),
+        "fast": Recipe("sampled gates, rate .1", soft, pruning=0.3, mask_rate=0.1),
+        "free": Recipe("sampled, start .5, rate .1", free, pruning=0.3, mask_rate=0.1),
+        "relative": Recipe(
+            "sampled, start .5, relative",
+            free,
+            pruning=0.3,
+            mask_rate=0.003,
+            mask_optimizer="relative",
+        ),
+        "hard": Recipe("straight through, rate .1", hard, pruning=0.3, mask_rate=0.1),
+        "still": dataclasses.replace(still, mask_rate=0.0),
+        "expected": dataclasses.replace(noiseless(flex), title="gates without noise"),
     }
 
 
@@ -98,9 +108,10 @@ def run_byte_masks(folder: Path) -> dict[str, Any]:
     config = programs.config("bytes", language.Config)
     task = language.task(config, None, (0,))
     known = rivals(config.vector_size)
-    chosen = {k: known[k] for k in ("fixed", "fast", "long", "free", "hard")}
-    targets = compare.SPARSITIES[:2]
-    rows = compare.compare(task, config, chosen, targets, folder, jax.random.key(1))
+    chosen = {k: known[k] for k in ("fixed", "free", "still", "expected")}
+    rows = compare.compare(
+        task, config, chosen, compare.SPARSITIES, folder, jax.random.key(1)
+    )
     return compare.write(folder, rows, ["bits_per_byte"], "fixed")
 
 

@@ -76,6 +76,27 @@ class Recipe:
         return found
 
 
+def noiseless(pattern: fh.Pattern) -> Recipe:
+    """Gates that are not sampled, and move where their gradient is large.
+
+    Source: train/LOG.md, where they are the first gates to beat fixed masks.
+    """
+    method = fh.HardConcrete(
+        pattern,
+        start=0.5,
+        temperature=(0.5, 0.1),
+        sparsity_weight=0.0,
+        relaxation="expected",
+    )
+    return Recipe(
+        "FlexHiNM-GP without noise",
+        method,
+        pruning=0.5,
+        mask_rate=0.003,
+        mask_optimizer="relative",
+    )
+
+
 def recipes(vector_size: int = 32) -> dict[str, Recipe]:
     """All recipes by name.
 
@@ -99,6 +120,7 @@ def recipes(vector_size: int = 32) -> dict[str, Recipe]:
         "flexhinm_gp": Recipe(
             "FlexHiNM-GP (Hard Concrete)", fh.HardConcrete(flex), pruning=0.3
         ),
+        "flexhinm_noiseless": noiseless(flex),
         "flexhinm_gumbel": Recipe(
             "FlexHiNM + Gumbel", fh.GumbelPatterns(flex), pruning=0.3
         ),
