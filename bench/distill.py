@@ -4,7 +4,8 @@
     make bench-distill ARGS="--rows 2:4,75%"             # the two of the goals
     make bench-distill ARGS="--quick"                    # the gates' question, shorter
 
-Gates of `-gates` rows start sure of their masks, those of `-moving` near the middle.
+Gates of `-gates` rows start sure of their masks, those of `-moving` near the middle;
+`-expected` and `-decided` have no noise, `-slow` is `-expected` for long budgets.
 Every row prunes one-shot (`train.distill`), trains for its budget on the docstrings of
 the installed packages, and is evaluated on sentences of `train.corpus` from other
 documents. Rows of the same sparsity start from the same pruned model. The budget counts
@@ -41,16 +42,25 @@ def rows() -> dict[str, Config]:
         found[f"{title}-gates"] = dataclasses.replace(fixed, gates=Gates())
         moving = Gates(share=0.3, rate=0.02, start=0.5)
         found[f"{title}-moving"] = dataclasses.replace(fixed, gates=moving)
-        decided = Gates(
+        expected = Gates(
             share=0.3,
             rate=0.003,
             optimizer="relative",
             start=0.5,
-            temperature=(0.5, 0.5),
+            temperature=(0.5, 0.1),
             sparsity_weight=0.0,
-            relaxation="decided",
+            relaxation="expected",
         )
-        found[f"{title}-decided"] = dataclasses.replace(fixed, gates=decided)
+        slow = dataclasses.replace(expected, rate=0.001)
+        decided = dataclasses.replace(
+            expected, temperature=(0.5, 0.5), relaxation="decided"
+        )
+        for name, gates in (
+            ("expected", expected),
+            ("slow", slow),
+            ("decided", decided),
+        ):
+            found[f"{title}-{name}"] = dataclasses.replace(fixed, gates=gates)
     return found
 
 

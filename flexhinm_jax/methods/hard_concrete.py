@@ -106,11 +106,14 @@ class HardConcrete(Gated):
         if self.relaxation in gates.NOISY:
             logits += gates.logistic(key, shape)
         z = gates.stretch(logits / state.fixed["temperature"])
-        if self.relaxation in gates.HARD:
-            z = gates.straight_through(z, self._n_best(logits, support))
         regions = support.regions
-        totals = jnp.sum(groups.to_groups(z, regions), axis=-1)
-        off = mean_where(jnp.abs(totals - regions.n), open_groups(state)[:, None])
+        off = jnp.zeros((), jnp.float32)
+        if self.relaxation in gates.HARD:  # every group has n
+            z = gates.straight_through(z, self._n_best(logits, support))
+        else:
+            totals = jnp.sum(groups.to_groups(z, regions), axis=-1)
+            wrong = jnp.abs(totals - regions.n)
+            off = mean_where(wrong, open_groups(state)[:, None])
         if not self.pattern.free_rows:
             o, i = shape
             columns = jnp.sum(z.reshape(o // regions.m, regions.m, i), axis=1)

@@ -175,8 +175,11 @@ def gate_gradient(method, state, key=KEY):
 
 @pytest.mark.parametrize("relaxation", ["straight_through", "decided"])
 def test_hard_relaxations_forward_exactly_n_of_m(relaxation):
-    method = fh.HardConcrete(PATTERNS["hinm"], relaxation=relaxation, start=0.5)
+    options = {"start": 0.5, "temperature": (0.5, 0.5)}
+    method = fh.HardConcrete(PATTERNS["hinm"], relaxation=relaxation, **options)
     state = solve(method, KEY, weight(), jnp.float32(0.75), None)
+    state = method.anneal(state, 1.0)
+    assert method.penalty(state, weight(), key=KEY)["count"] == 0
     plan = decide(method, state, weight(), KEY)
     kept = groups.to_groups((plan.weight != 0) * 1.0, state.fixed["support"].regions)
     live = np.asarray(groups.live_groups(state.fixed["support"].regions))
