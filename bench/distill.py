@@ -39,26 +39,21 @@ def rows() -> dict[str, Config]:
     for title, sparsity in (("75%", 0.75), ("87.5%", 0.875), ("93.75%", 0.9375)):
         fixed = dataclasses.replace(hinm, sparsity=sparsity)
         found[title] = fixed
-        found[f"{title}-gates"] = dataclasses.replace(fixed, gates=Gates())
-        moving = Gates(share=0.3, rate=0.02, start=0.5)
-        found[f"{title}-moving"] = dataclasses.replace(fixed, gates=moving)
-        expected = Gates(
-            share=0.3,
-            rate=0.003,
-            optimizer="relative",
-            start=0.5,
-            temperature=(0.5, 0.1),
-            sparsity_weight=0.0,
-            relaxation="expected",
-        )
-        slow = dataclasses.replace(expected, rate=0.001)
-        decided = dataclasses.replace(
-            expected, temperature=(0.5, 0.5), relaxation="decided"
+        sampled = Gates(
+            share=0.5,
+            rate=0.01,
+            optimizer="adam",
+            start=1.0,
+            temperature=(2 / 3, 0.1),
+            sparsity_weight=0.01,
+            relaxation="soft",
         )
         for name, gates in (
-            ("expected", expected),
-            ("slow", slow),
-            ("decided", decided),
+            ("gates", sampled),
+            ("moving", dataclasses.replace(sampled, share=0.3, rate=0.02, start=0.5)),
+            ("expected", Gates()),
+            ("slow", Gates(rate=0.001)),
+            ("decided", Gates(temperature=(0.5, 0.5), relaxation="decided")),
         ):
             found[f"{title}-{name}"] = dataclasses.replace(fixed, gates=gates)
     return found

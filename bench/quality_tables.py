@@ -423,11 +423,12 @@ def training(found: Any) -> Iterator[Table]:
                     None,
                     r.get("cpu_seconds"),
                     f"python -m bench.comparison --only {name}",
-                    {"seeds": len(r[figure])},
+                    {"seeds": len(r[figure]), "moved": mean(r.get("moved", [0.0]))},
                 )
                 for r in part["rows"]
             ]
-            yield Table(title, f"Mean {figure.replace('_', ' ')}.", rows)
+            note = "smaller is better; moved: share of the kept weights exchanged."
+            yield Table(title, f"Mean {figure.replace('_', ' ')}, {note}", rows)
 
 
 def is_base(row: Any, part: Any) -> bool:

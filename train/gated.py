@@ -27,7 +27,7 @@ from train.teacher import Recipe, Targets, loss_of
 
 @dataclasses.dataclass(frozen=True)
 class Gates:
-    """How gates are trained.
+    """How gates are trained; by default as did best, see train/LOG.md.
 
     Attributes:
       share: fraction of the budget in which gates move, in (0, 1].
@@ -40,14 +40,14 @@ class Gates:
       relaxation: what training sees, see `fh.HardConcrete`.
     """
 
-    share: float = 0.5
-    rate: float = 1e-2
-    optimizer: mask_optimizers.Name = "adam"
-    start: float = 1.0
-    temperature: tuple[float, float] = (2 / 3, 0.1)
+    share: float = 0.3
+    rate: float = 0.003
+    optimizer: mask_optimizers.Name = "relative"
+    start: float = 0.5
+    temperature: tuple[float, float] = (0.5, 0.1)
     count_weight: float = 1.0
-    sparsity_weight: float = 0.01
-    relaxation: Relaxation = "soft"
+    sparsity_weight: float = 0.0
+    relaxation: Relaxation = "expected"
 
     def __post_init__(self):
         """Validates the fields."""

@@ -39,7 +39,8 @@ class HardConcrete(Gated):
         "straight_through" forwards exactly n of m, those with the largest noisy
         log_alpha, with the gradient of the samples. "expected" and "decided" are the
         same without noise: gates at log_alpha / temperature, and the hard mask with
-        their gradient, which is zero from about 2.4 temperatures on.
+        their gradient, which is zero from 2.4 temperatures on. Together with
+        `relative` as their optimiser these beat the first two (train/LOG.md).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -64,6 +65,13 @@ class HardConcrete(Gated):
             raise ValueError(
                 f"sparsity_weight={self.sparsity_weight}, count_weight="
                 f"{self.count_weight}: need numbers >= 0"
+            )
+        edge = self.temperature[0] * gates.SATURATION
+        if self.relaxation not in gates.NOISY and self.start >= edge:
+            raise ValueError(
+                f"relaxation={self.relaxation!r}, start={self.start}: without noise no "
+                f"gate has a gradient from {edge:.3g} on, {gates.SATURATION:.3g} times "
+                f"temperature[0]={self.temperature[0]}; start=0.5 is usual"
             )
         if not self.limit >= self.start:
             raise ValueError(

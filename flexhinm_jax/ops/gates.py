@@ -21,6 +21,7 @@ from jax import Array
 from flexhinm_jax.ops import masks
 
 GAMMA, ZETA = -0.1, 1.1
+SATURATION = math.log((1 - GAMMA) / (ZETA - 1))  # |x| at which `stretch` clips
 TINY = 1e-6  # the uniform draws are this far from 0 and 1
 
 Relaxation = Literal["soft", "straight_through", "expected", "decided"]

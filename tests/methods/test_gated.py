@@ -230,6 +230,7 @@ def test_scores_decide_the_start_and_what_is_needed():
         ({"start": 6.0}, "limit=5.0"),
         ({"count_weight": -1.0}, "need numbers >= 0"),
         ({"relaxation": "hard"}, "choose one of soft, straight_through"),
+        ({"relaxation": "decided"}, "no gate has a gradient from 1.6 on"),
         ({"scores": fh.ALPS()}, "training.adopt"),
     ],
 )

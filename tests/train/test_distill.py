@@ -52,7 +52,7 @@ def recover(case, out, recipe=RECIPE, steps=6, gates=None, **options):
 
 
 # Open for three of six steps: from the third checkpoint on the masks are fixed.
-GATES = Gates(share=0.5, rate=0.3, start=0.5)
+GATES = Gates(share=0.5, rate=0.3)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,7 @@ def test_a_loss_that_is_no_number_stops_the_run(case):
         ("--minutes 0", "a budget of 0.0 minutes is not positive"),
         ("--precision half", "precision='half'; known: float32, bfloat16"),
         ("--gates --gate-share 2", "share=2.0 must be in"),
+        ("--gates --gate-optimizer lion", "optimizer='lion'; known: adam, relative"),
         ("--sentences 0", "sentences=0 must be at least 1"),
     ],
 )

@@ -42,7 +42,7 @@ def test_gates_exchange_weights_and_the_result_obeys_the_pattern():
         sparsity=0.75,
         key=jax.random.key(1),
     )
-    gates = Gates(share=0.5, rate=0.2, start=0.5)
+    gates = Gates(share=0.5, rate=0.2)
     run = GatedRecovery(
         dense, start, PATTERN, lists, CONFIG, RECIPE, Budget(8, "steps"), gates
     )

@@ -10,7 +10,7 @@ import pytest
 import flexhinm_jax as fh
 from flexhinm_jax.models.decoder import DecoderConfig
 from train import language, mask_comparison, mask_rows, mask_tasks
-from train.mask_learner import Learner, Learning, relative, started_at
+from train.mask_learner import Learner, Learning, started_at
 from train.recovery import Budget
 from train.teacher import Recipe
 
@@ -176,7 +176,7 @@ def test_the_byte_decoder_learns_masks_too(tmp_path, loss):
 
 
 def test_the_relative_optimiser_moves_every_array_by_its_rate():
-    tx = relative(0.5)
+    tx = fh.relative(0.5)
     params = {"a": np.zeros(8, np.float32), "b": np.zeros((2, 3), np.float32)}
     grads = jax.tree.map(lambda x: np.arange(x.size).reshape(x.shape) * 1e-4, params)
     updates, _ = tx.update(grads, tx.init(params))

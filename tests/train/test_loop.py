@@ -194,9 +194,20 @@ def test_every_recipe_of_the_comparison_is_there():
         "hinm_gyro",
         "flexhinm_gyro",
         "flexhinm_gp",
+        "flexhinm_noiseless",
         "flexhinm_gumbel",
     ]
     assert recipes(64)["hinm"].method.pattern.vector_size == 64
+
+
+def test_lanes_do_not_scale_each_others_gates():
+    recipe = Recipe("r", None, mask_rate=0.1, mask_optimizer="relative")
+    tx, grads = recipe.mask_tx(), {"a": jnp.array([[1.0, 7.0], [10.0, 70.0]])}
+    updates, _ = tx.update(grads, tx.init(grads))
+    # Root mean square 1, times the rate: (1, 7) / 5 / 10.
+    np.testing.assert_allclose(updates["a"], [[-0.02, -0.14]] * 2, rtol=1e-5)
+    with pytest.raises(ValueError, match="optimizer='lion'; known: adam"):
+        Recipe("r", None, mask_optimizer="lion")
 
 
 def test_moved_counts_what_is_kept_in_place_of_something_else(trainer, dense):
