@@ -1,7 +1,7 @@
 """How well pruned models train: recipes on digits, bits per byte, learned masks.
 
     make bench-training                                   # everything
-    python -m bench.comparison --only recipes             # digits: 8 recipes, 3 seeds
+    python -m bench.comparison --only recipes             # digits: 9 recipes, 3 seeds
     python -m bench.comparison --only masks,bytes
 
 `recipes` compares all recipes on the digits. `masks` holds Hard Concrete gates against
@@ -72,7 +72,7 @@ def rivals(vector_size: int) -> dict[str, Recipe]:
     soft = fh.HardConcrete(flex)
     free = fh.HardConcrete(flex, start=0.5, temperature=(0.3, 0.05))
     hard = dataclasses.replace(free, relaxation="straight_through")
-    still = Recipe("gates without noise, closed", noiseless(flex).method, pruning=0.5)
+    still = Recipe("gates without noise, rate 0", noiseless(flex).method, pruning=0.5)
     return {
         "fixed": Recipe("fixed masks", fixed),
         "fixed_staged": Recipe("fixed masks, 4 stages", fixed, stages=4, pruning=0.3),

@@ -1,6 +1,6 @@
 """Compares all recipes on one task: a table, a figure, and who beats whom.
 
-    python -m train.compare                        # digits, 8 recipes x 3 sparsities
+    python -m train.compare                        # digits, 9 recipes x 3 sparsities
     python -m train.compare --config digits_vit --seeds 0,1
     python -m train.compare --only dense,hinm_gyro,flexhinm_gp --sparsities 0.875
 

@@ -17,7 +17,7 @@ from jax import Array
 
 import flexhinm_jax as fh
 from flexhinm_jax.models.encoder import EncoderConfig
-from flexhinm_jax.ops.gates import Relaxation, check_relaxation
+from flexhinm_jax.ops.gates import Relaxation
 from flexhinm_jax.transforms import oneshot
 from train import mask_optimizers, recovery
 from train.packing import Rows
@@ -54,7 +54,7 @@ class Gates:
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} must be in (0, 1]")
         mask_optimizers.check(self.optimizer)
-        check_relaxation(self.relaxation)
+        self.method(fh.NM(2, 4))  # validates the rest
 
     def tx(self) -> optax.GradientTransformation:
         """The optimiser of log_alpha."""

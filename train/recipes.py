@@ -48,14 +48,10 @@ class Recipe:
 
     def mask_tx(self) -> optax.GradientTransformation:
         """The optimiser of what the method learns; its first axis is the lanes."""
-        single = mask_optimizers.scale(self.mask_optimizer)
-
-        # `relative` would scale the lanes by each other's gradients.
-        def update(updates: Any, state: Any, _: Any = None) -> tuple[Any, Any]:
-            return jax.vmap(lambda u, s: single.update(u, s))(updates, state)
-
-        lanes = optax.GradientTransformation(jax.vmap(single.init), update)
-        return optax.chain(lanes, optax.scale_by_learning_rate(self.mask_rate))
+        scale = mask_optimizers.scale(self.mask_optimizer)
+        if self.mask_optimizer == "relative":  # would scale lanes by each other
+            scale = over_lanes(scale)
+        return optax.chain(scale, optax.scale_by_learning_rate(self.mask_rate))
 
     def schedule(self, steps: int, target: float) -> dict[int, float]:
         """Step -> sparsity from then on.
@@ -74,6 +70,21 @@ class Recipe:
             value = target * (1 - (1 - done) ** 3)
             found[stage * end // self.stages] = min(target, max(low, value))
         return found
+
+
+def over_lanes(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimiser of its own for every entry of the first axis of all leaves."""
+
+    def init(params: Any) -> Any:
+        return jax.vmap(tx.init)(params) if jax.tree.leaves(params) else tx.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        if not jax.tree.leaves(updates):
+            return tx.update(updates, state)
+        return jax.vmap(lambda u, s: tx.update(u, s))(updates, state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def noiseless(pattern: fh.Pattern) -> Recipe:

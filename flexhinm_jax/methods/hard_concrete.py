@@ -40,7 +40,8 @@ class HardConcrete(Gated):
         log_alpha, with the gradient of the samples. "expected" and "decided" are the
         same without noise: gates at log_alpha / temperature, and the hard mask with
         their gradient, which is zero from 2.4 temperatures on. Together with
-        `relative` as their optimiser these beat the first two (train/LOG.md).
+        `relative` as their optimiser these beat the first two (train/LOG.md). With
+        `Transposable` only the rows of hard masks are exact before `harden`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -116,7 +117,7 @@ class HardConcrete(Gated):
         z = gates.stretch(logits / state.fixed["temperature"])
         regions = support.regions
         off = jnp.zeros((), jnp.float32)
-        if self.relaxation in gates.HARD:  # every group has n
+        if self.relaxation in gates.HARD:  # every group of a row has n
             z = gates.straight_through(z, self._n_best(logits, support))
         else:
             totals = jnp.sum(groups.to_groups(z, regions), axis=-1)

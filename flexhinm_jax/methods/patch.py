@@ -295,7 +295,7 @@ class Patch(LearnedMethod):
         """How dense every tile is under the relaxation, f32[...] in [0, 1]."""
         fixed = state.fixed
         scaled = fixed["tile_scale"] * state.learned["tiles"]
-        if self.relaxation in ("soft", "straight_through"):
+        if self.relaxation in gates.NOISY:
             scaled += gates.logistic(key, scaled.shape)
         gate = jax.nn.sigmoid(scaled / fixed["tile_temperature"])
         if self.relaxation == "decided":

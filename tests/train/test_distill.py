@@ -51,7 +51,7 @@ def recover(case, out, recipe=RECIPE, steps=6, gates=None, **options):
     return distill.recover(made, start, lists, config, out, **options)
 
 
-# Open for three of six steps: from the third checkpoint on the masks are fixed.
+# Open for three of six steps: the third checkpoint is the last with open gates.
 GATES = Gates(share=0.5, rate=0.3)
 
 
@@ -121,6 +121,7 @@ def test_a_loss_that_is_no_number_stops_the_run(case):
         ("--minutes 0", "a budget of 0.0 minutes is not positive"),
         ("--precision half", "precision='half'; known: float32, bfloat16"),
         ("--gates --gate-share 2", "share=2.0 must be in"),
+        ("--gates --gate-start 1.5", "no gate has a gradient from 1.2 on"),
         ("--gates --gate-optimizer lion", "optimizer='lion'; known: adam, relative"),
         ("--sentences 0", "sentences=0 must be at least 1"),
     ],

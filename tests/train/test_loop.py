@@ -206,6 +206,8 @@ def test_lanes_do_not_scale_each_others_gates():
     updates, _ = tx.update(grads, tx.init(grads))
     # Root mean square 1, times the rate: (1, 7) / 5 / 10.
     np.testing.assert_allclose(updates["a"], [[-0.02, -0.14]] * 2, rtol=1e-5)
+    nothing = {"a": ()}  # no gates: a pattern without groups
+    assert tx.update(nothing, tx.init(nothing))[0] == nothing
     with pytest.raises(ValueError, match="optimizer='lion'; known: adam"):
         Recipe("r", None, mask_optimizer="lion")
 

@@ -4,8 +4,9 @@ Narrow on purpose: at 93.75 % every tile of 32 rows keeps the weights of 4 colum
 64, so what stays decides.
 
 Result: negative log-likelihood on the test digits .042 dense; at 75, 87.5 and 93.75 %
-  .129, .393 and .902 with HiNM + Gyro, .081, .160 and .298 unstructured (3 seeds).
-Time: 180 CPU seconds for the whole comparison of 8 recipes, 3 sparsities and 3 seeds.
+  .129, .393 and .902 with HiNM + Gyro, .100, .347 and .876 with FlexHiNM-GP without
+  noise, .081, .160 and .298 unstructured (3 seeds).
+Time: 230 CPU seconds for the whole comparison of 9 recipes, 3 sparsities and 3 seeds.
 Command: python -m train.compare
 """
 

@@ -1,7 +1,8 @@
 """A small ResNet on scikit-learn's digits: 77 thousand weights.
 
-Result: not measured yet.
-Time: not measured yet.
+Result: negative log-likelihood .217 dense, accuracy .972; .250 and .963 with FlexHiNM +
+  Gyro at 87.5 % (1 seed).
+Time: 50 CPU seconds.
 Command: python -m train.vision --config digits_resnet --method flexhinm_gyro
 """
 
