@@ -6,6 +6,7 @@
 
 Gates of `-gates` rows start sure of their masks, those of `-moving` near the middle;
 `-expected` and `-decided` have no noise, `-slow` is `-expected` for long budgets.
+Rows with `-2048` were pruned with that many sentences.
 Every row prunes one-shot (`train.distill`), trains for its budget on the docstrings of
 the installed packages, and is evaluated on sentences of `train.corpus` from other
 documents. Rows of the same sparsity start from the same pruned model. The budget counts
@@ -48,6 +49,8 @@ def rows() -> dict[str, Config]:
             sparsity_weight=0.01,
             relaxation="soft",
         )
+        better = dataclasses.replace(fixed, calibration=2048)
+        found[f"{title}-2048"] = better
         for name, gates in (
             ("gates", sampled),
             ("moving", dataclasses.replace(sampled, share=0.3, rate=0.02, start=0.5)),
