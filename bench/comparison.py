@@ -72,7 +72,8 @@ def rivals(vector_size: int) -> dict[str, Recipe]:
     soft = fh.HardConcrete(flex)
     free = fh.HardConcrete(flex, start=0.5, temperature=(0.3, 0.05))
     hard = dataclasses.replace(free, relaxation="straight_through")
-    still = Recipe("gates without noise, rate 0", noiseless(flex).method, pruning=0.5)
+    quiet = dataclasses.replace(noiseless(flex), title="gates without noise")
+    still = dataclasses.replace(quiet, title=f"{quiet.title}, rate 0", mask_rate=0.0)
     return {
         "fixed": Recipe("fixed masks", fixed),
         "fixed_staged": Recipe("fixed masks, 4 stages", fixed, stages=4, pruning=0.3),
@@ -87,8 +88,8 @@ def rivals(vector_size: int) -> dict[str, Recipe]:
             mask_optimizer="relative",
         ),
         "hard": Recipe("straight through, rate .1", hard, pruning=0.3, mask_rate=0.1),
-        "still": dataclasses.replace(still, mask_rate=0.0),
-        "expected": dataclasses.replace(noiseless(flex), title="gates without noise"),
+        "still": still,
+        "expected": quiet,
     }
 
 

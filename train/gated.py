@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax import Array
 
 import flexhinm_jax as fh
@@ -56,11 +55,6 @@ class Gates:
         mask_optimizers.check(self.optimizer)
         self.method(fh.NM(2, 4))  # validates the rest
 
-    def tx(self) -> optax.GradientTransformation:
-        """The optimiser of log_alpha."""
-        scale = mask_optimizers.scale(self.optimizer)
-        return optax.chain(scale, optax.scale_by_learning_rate(self.rate))
-
     def method(self, pattern: fh.Pattern) -> fh.HardConcrete:
         """The method for a pattern."""
         return fh.HardConcrete(
@@ -100,7 +94,8 @@ class GatedRecovery(Recovery):
         self._uses = start.uses
         moving = {name: dense[name] for name in self.progress.student}
         states, student = fh.adopt(self._method, start.plans, moving, self._uses)
-        tx, mask_tx = recovery.optimizer(recipe), gates.tx()
+        tx = recovery.optimizer(recipe)
+        mask_tx = mask_optimizers.make(gates.optimizer, gates.rate)
 
         def loss_fn(student: Any, fixed: Any, rows: Rows, targets: Targets) -> Any:
             params = {**fixed, **student}

@@ -63,8 +63,7 @@ class Learner:
 
         @optax.inject_hyperparams
         def made(learning_rate: Any) -> optax.GradientTransformation:
-            scale = mask_optimizers.scale(self.optimizer, self.b1, self.b2)
-            return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
+            return mask_optimizers.make(self.optimizer, learning_rate, self.b1, self.b2)
 
         return made(learning_rate=0.0)
 

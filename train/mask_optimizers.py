@@ -1,7 +1,8 @@
 """Optimisers of what chooses masks: gates and logits."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import jax
 import optax
 
 import flexhinm_jax as fh
@@ -19,17 +20,39 @@ def check(name: str) -> None:
         raise ValueError(f"optimizer={name!r}; known: {', '.join(get_args(Name))}")
 
 
-def scale(
-    name: Name, b1: float = 0.9, b2: float = 0.999
+def make(
+    name: Name, rate: Any, b1: float = 0.9, b2: float = 0.999
 ) -> optax.GradientTransformation:
-    """The optimiser without its learning rate.
+    """An optimiser.
 
     Args:
       name: "adam"; "relative", under which large gradients move far and small ones
         little, see `fh.relative`; "sgd".
+      rate: learning rate.
       b1: decay of the first moment, not for "sgd".
       b2: decay of Adam's second moment.
     """
-    if name == "adam":
-        return optax.scale_by_adam(b1=b1, b2=b2)
-    return fh.relative(b1) if name == "relative" else optax.identity()
+    scales = {
+        "adam": optax.scale_by_adam(b1=b1, b2=b2),
+        "relative": fh.relative(b1),
+        "sgd": optax.identity(),
+    }
+    return optax.chain(scales[name], optax.scale_by_learning_rate(rate))
+
+
+def lanewise(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimiser of its own for every entry of the first axis of all leaves.
+
+    Without it `relative` would scale the lanes by each other's gradients.
+    """
+
+    def init(params: Any) -> Any:
+        return jax.vmap(tx.init)(params) if jax.tree.leaves(params) else tx.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        if not jax.tree.leaves(updates):
+            return tx.update(updates, state)
+        return jax.vmap(lambda u, s: tx.update(u, s))(updates, state)
+
+    return optax.GradientTransformation(init, update)

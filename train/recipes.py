@@ -6,9 +6,7 @@ whether the masks are learned.
 """
 
 import dataclasses
-from typing import Any
 
-import jax
 import optax
 
 import flexhinm_jax as fh
@@ -48,10 +46,8 @@ class Recipe:
 
     def mask_tx(self) -> optax.GradientTransformation:
         """The optimiser of what the method learns; its first axis is the lanes."""
-        scale = mask_optimizers.scale(self.mask_optimizer)
-        if self.mask_optimizer == "relative":  # would scale lanes by each other
-            scale = over_lanes(scale)
-        return optax.chain(scale, optax.scale_by_learning_rate(self.mask_rate))
+        tx = mask_optimizers.make(self.mask_optimizer, self.mask_rate)
+        return mask_optimizers.lanewise(tx)
 
     def schedule(self, steps: int, target: float) -> dict[int, float]:
         """Step -> sparsity from then on.
@@ -70,21 +66,6 @@ class Recipe:
             value = target * (1 - (1 - done) ** 3)
             found[stage * end // self.stages] = min(target, max(low, value))
         return found
-
-
-def over_lanes(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimiser of its own for every entry of the first axis of all leaves."""
-
-    def init(params: Any) -> Any:
-        return jax.vmap(tx.init)(params) if jax.tree.leaves(params) else tx.init(params)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        if not jax.tree.leaves(updates):
-            return tx.update(updates, state)
-        return jax.vmap(lambda u, s: tx.update(u, s))(updates, state)
-
-    return optax.GradientTransformation(init, update)
 
 
 def noiseless(pattern: fh.Pattern) -> Recipe:

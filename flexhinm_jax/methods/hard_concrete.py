@@ -72,7 +72,8 @@ class HardConcrete(Gated):
             raise ValueError(
                 f"relaxation={self.relaxation!r}, start={self.start}: without noise no "
                 f"gate has a gradient from {edge:.3g} on, {gates.SATURATION:.3g} times "
-                f"temperature[0]={self.temperature[0]}; start=0.5 is usual"
+                f"temperature[0]={self.temperature[0]:.3g}; give a smaller start, such "
+                "as 0.5"
             )
         if not self.limit >= self.start:
             raise ValueError(
