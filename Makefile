@@ -61,7 +61,7 @@ test-all: $(STAMP) ## Run every test
 
 # What depends on the versions of Python and jax: tracing, kernels, devices, files. The
 # mathematics of single matrices, methods, models and programs run on the older Python.
-NEXT := $(addprefix tests/,kernels transforms io training/test_step.py)
+NEXT := $(addprefix tests/,kernels gpu tracing pruning sequential io training/test_step.py)
 NEXT_ENV = PYTHON="$$python" VENV=.venv-next EXTRAS=test,hf,plot,equinox
 
 install-next: ## Make .venv-next, of a newer Python with the newest jax

@@ -35,9 +35,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexhinm_jax.kernels import backends, gpu_backends, gpu_support
-from flexhinm_jax.kernels import gpu_selfcheck as selfcheck
-from flexhinm_jax.kernels.gpu_layouts import to_words
+from flexhinm_jax.gpu import backends as gpu_backends
+from flexhinm_jax.gpu import selfcheck, support
+from flexhinm_jax.gpu.layouts import to_words
+from flexhinm_jax.kernels import backends
 from flexhinm_jax.kernels.packing import unpack
 from flexhinm_jax.types import PackedWeight
 
@@ -186,7 +187,7 @@ def check(
         return None
     poison(2 * n * packed.shape[0])
     if interpret and name not in backends.PLAIN:
-        with gpu_support.interpreted():
+        with support.interpreted():
             y = module.matmul(x, packed, dtype)
     else:
         y = jax.jit(module.matmul, static_argnums=2)(x, packed, dtype)
@@ -398,7 +399,7 @@ def main() -> int:
     chip = backends.capability()
     interpret = chip is None
     modules = {name: backend.load() for name, backend in backends.PLAIN.items()}
-    old = gpu_support.old_jax()
+    old = support.old_jax()
     if old:
         print(f"the GPU kernels are left out, each {old}")
     else:

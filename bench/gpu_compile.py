@@ -222,10 +222,7 @@ def weight(
 
 def cases(chip: str) -> list[Case]:
     """What is compiled for a chip."""
-    from flexhinm_jax.kernels import gpu_expand as expand
-    from flexhinm_jax.kernels import gpu_mma_sp as mma_sp
-    from flexhinm_jax.kernels import gpu_tcgen05 as tcgen05
-    from flexhinm_jax.kernels import gpu_wgmma_sp as wgmma_sp
+    from flexhinm_jax.gpu import expand, mma_sp, tcgen05, wgmma_sp
 
     bf16, f16 = jnp.bfloat16, jnp.float16
     flat = lambda o, i, dtype: weight(1, o, i, 0, i, dtype)  # noqa: E731

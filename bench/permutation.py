@@ -31,7 +31,7 @@ from bench import inputs
 from flexhinm_jax.cli import source
 from flexhinm_jax.models import encoder
 from flexhinm_jax.patterns import ChannelSearch
-from flexhinm_jax.transforms import sharing
+from flexhinm_jax.pruning import share_orders
 from flexhinm_jax.types import Stats
 from train import corpus, minilm
 
@@ -355,7 +355,7 @@ def model_table(config: Config, evaluation: int, layer_fit: bool) -> list[dict]:
         tx=optax.adam(rate),
         steps=config.steps,
         every=config.every,
-        ties=sharing.ties(uses) if config.tie else None,
+        ties=share_orders.ties(uses) if config.tie else None,
         evaluate=lambda p: 1 - setting.cosines(p, setting.validation).mean(),
         progress=lambda entry: print(
             json.dumps(entry), f"{time.process_time() - began:.0f} CPU s", flush=True

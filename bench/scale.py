@@ -41,9 +41,10 @@ from rich.table import Table
 import flexhinm_jax as fh
 from flexhinm_jax.cli.stream import size
 from flexhinm_jax.io import huggingface, shards, tensors
-from flexhinm_jax.models import decoder, streaming
-from flexhinm_jax.transforms import memory
-from flexhinm_jax.transforms.cuts import Layer
+from flexhinm_jax.models import decoder
+from flexhinm_jax.sequential import memory
+from flexhinm_jax.sequential.cuts import Layer
+from flexhinm_jax.streaming import streaming
 
 RESULTS = Path("bench/results/scale.json")
 FIGURE = Path("bench/results/scale.png")

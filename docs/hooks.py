@@ -30,7 +30,9 @@ RESULTS = ROOT / "bench" / "RESULTS.md"
 
 #: Rooms in the order in which a reader needs them, and what is said about each.
 ROOMS = {
-    "transforms": ("Model transforms", "From one matrix to a whole model."),
+    "pruning": ("Pruning a model", "From one matrix to a whole model."),
+    "tracing": ("Tracing", "Which weights a function has, and the packed function."),
+    "sequential": ("Sequential pruning", "Every weight on what the pruned ones give."),
     "patterns": ("Patterns", "Which weights may stay."),
     "methods": ("Methods", "Where scores come from, and whether weights move."),
     "training": ("Training", "Fine-tuning, gradual pruning and learned masks."),

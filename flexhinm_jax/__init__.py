@@ -39,6 +39,22 @@ from flexhinm_jax.patterns import (
     Unstructured,
     Vector,
 )
+from flexhinm_jax.pruning.allocate import allocate, budgets
+from flexhinm_jax.pruning.owl import OWL
+from flexhinm_jax.pruning.prune import Pruned, prune
+from flexhinm_jax.pruning.report import Report, report
+from flexhinm_jax.pruning.share_orders import share_orders
+from flexhinm_jax.pruning.statistics import calibrate, statistics_bytes
+from flexhinm_jax.pruning.tree import (
+    decide,
+    densify,
+    keep_tree,
+    pack,
+    solve,
+)
+from flexhinm_jax.sequential.sequential import Layer, prune_sequential
+from flexhinm_jax.tracing.discover import describe, discover
+from flexhinm_jax.tracing.sparsify import sparsify
 from flexhinm_jax.training import objectives, schedules
 from flexhinm_jax.training.adopt import adopt
 from flexhinm_jax.training.fit import fit
@@ -52,22 +68,6 @@ from flexhinm_jax.training.sharding import check_sharding
 from flexhinm_jax.training.stages import gradual
 from flexhinm_jax.training.state import Training, harden, init_training, next_stage
 from flexhinm_jax.training.step import make_step
-from flexhinm_jax.transforms.allocate import allocate, budgets
-from flexhinm_jax.transforms.calibrate import calibrate, statistics_bytes
-from flexhinm_jax.transforms.discover import describe, discover
-from flexhinm_jax.transforms.oneshot import Pruned, prune
-from flexhinm_jax.transforms.outliers import OWL
-from flexhinm_jax.transforms.report import Report, report
-from flexhinm_jax.transforms.sequential import Layer, prune_sequential
-from flexhinm_jax.transforms.sharing import share_orders
-from flexhinm_jax.transforms.sparsify import sparsify
-from flexhinm_jax.transforms.tree import (
-    decide,
-    densify,
-    keep_tree,
-    pack,
-    solve,
-)
 from flexhinm_jax.types import PackedWeight, Plan, Regions, State, Stats, Support, Uses
 
 __version__ = "0.1.0"

@@ -158,7 +158,7 @@ class Stats:
       fisher: f32[o, i / b, b, b], sum of g g^T over blocks of b consecutive inputs, or
         None.
       order: i32[i], an input order to solve in, shared with the other weights that read
-        the same input (`transforms.sharing`), or None.
+        the same input (`pruning.share_orders`), or None.
     """
 
     sq_norm: Array

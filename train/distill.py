@@ -29,7 +29,7 @@ from rich.console import Console
 
 import flexhinm_jax as fh
 from flexhinm_jax.io import atomic, checkpoints, huggingface, packed
-from flexhinm_jax.transforms import oneshot, views
+from flexhinm_jax.tracing import views
 from train import corpus, log, minilm, prose
 from train.gated import GatedRecovery, Gates
 from train.pruned import Encoder, load, method, packed_again, prune, tokenize
@@ -73,7 +73,7 @@ class Config:
 
 def recover(
     made: Encoder,
-    start: oneshot.Pruned,
+    start: fh.Pruned,
     lists: Sequence[Sequence[int]],
     config: Config,
     out: Path | None,
@@ -141,7 +141,7 @@ def recover(
 
 
 def _recovery(
-    made: Encoder, start: oneshot.Pruned, lists: Sequence[Sequence[int]], config: Config
+    made: Encoder, start: fh.Pruned, lists: Sequence[Sequence[int]], config: Config
 ) -> Recovery:
     how = (lists, made.model.config, config.recipe, config.budget)
     if config.gates is not None:
@@ -173,7 +173,7 @@ def _resume(run: Recovery, folder: Path, config: Config) -> None:
 
 
 def write(
-    out: Path, made: Encoder, result: oneshot.Pruned, summary: Mapping[str, Any]
+    out: Path, made: Encoder, result: fh.Pruned, summary: Mapping[str, Any]
 ) -> None:
     """Writes the model, the summary and the curves."""
     with atomic.directory(out / "model", overwrite=True) as folder:
@@ -189,7 +189,7 @@ def write(
     log.curves(out / "curves.png", {"student": records}, ("loss", "cosine", "hidden"))
 
 
-def start_of(made: Encoder, config: Config, folder: Path | None) -> oneshot.Pruned:
+def start_of(made: Encoder, config: Config, folder: Path | None) -> fh.Pruned:
     """The pruned model before training; `folder` keeps finished matrices."""
     return prune(
         made,

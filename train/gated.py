@@ -17,7 +17,7 @@ from jax import Array
 import flexhinm_jax as fh
 from flexhinm_jax.models.encoder import EncoderConfig
 from flexhinm_jax.ops.gates import Relaxation
-from flexhinm_jax.transforms import oneshot
+from flexhinm_jax.pruning import prune
 from train import mask_optimizers, recovery
 from train.packing import Rows
 from train.recovery import Budget, Recovery
@@ -78,7 +78,7 @@ class GatedRecovery(Recovery):
     def __init__(
         self,
         dense: Mapping[str, Any],
-        start: oneshot.Pruned,
+        start: prune.Pruned,
         pattern: fh.Pattern,
         token_lists: Sequence[Sequence[int]],
         config: EncoderConfig,

@@ -20,9 +20,9 @@ import flexhinm_jax as fh
 from flexhinm_jax.io import checkpoints
 from flexhinm_jax.methods import LearnedMethod
 from flexhinm_jax.methods.gated import Gated
+from flexhinm_jax.tracing.paths import leaf_paths
 from flexhinm_jax.training import resume
 from flexhinm_jax.training.optimizer import KeepSparseState
-from flexhinm_jax.transforms.paths import leaf_paths
 from train import log
 from train.recipes import Recipe
 from train.tasks import Task

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
-from flexhinm_jax.transforms.views import leaf as to_leaf
+from flexhinm_jax.tracing.views import leaf as to_leaf
 from flexhinm_jax.types import Uses
 from train import log, mask_rows, mask_tiles
 from train.mask_learner import Learner, Learning, started_at

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from flexhinm_jax.cli import options
-from flexhinm_jax.transforms.allocate import MODES, Mode
-from flexhinm_jax.transforms.outliers import OWL
+from flexhinm_jax.pruning.allocate import MODES, Mode
+from flexhinm_jax.pruning.owl import OWL
 
 NUMBER = re.compile(r"[01]|[01]?\.\d+")
 DENSE = "dense"

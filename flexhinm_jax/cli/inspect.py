@@ -10,8 +10,8 @@ import numpy as np
 from flexhinm_jax.cli import source
 from flexhinm_jax.cli.console import Console, bytes_text, table
 from flexhinm_jax.io import tensors
-from flexhinm_jax.models.blocks import open_blocks
-from flexhinm_jax.transforms.discover import discover
+from flexhinm_jax.streaming.blocks import open_blocks
+from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.types import Use, Uses
 
 

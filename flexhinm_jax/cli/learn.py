@@ -17,13 +17,13 @@ from flexhinm_jax.cli import options, output, source
 from flexhinm_jax.cli.console import Console
 from flexhinm_jax.methods import LearnedMethod, RefineMask
 from flexhinm_jax.methods.gated import Gated
+from flexhinm_jax.pruning import prune, tree
+from flexhinm_jax.pruning.statistics import calibrate
+from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.training import objectives
 from flexhinm_jax.training.adopt import adopt
 from flexhinm_jax.training.fit import fit
 from flexhinm_jax.training.relative import relative
-from flexhinm_jax.transforms import oneshot, tree
-from flexhinm_jax.transforms.calibrate import calibrate
-from flexhinm_jax.transforms.discover import discover
 from flexhinm_jax.types import State, Stats, Uses
 
 #: Learning rates, of the optimiser that `_tx` gives the method.
@@ -224,7 +224,7 @@ def _start(name: str | None, method: LearnedMethod) -> methods.Method | None:
 
 def _learn(
     args: argparse.Namespace, job: Job, model: source.Source, console: Console
-) -> tuple[oneshot.Pruned, list[dict[str, float]]]:
+) -> tuple[prune.Pruned, list[dict[str, float]]]:
     """The result, and the validations on the way."""
     params: Any = jax.tree.map(jnp.asarray, model.params)
     uses = discover(model.apply_fn, params, *model.sample(), rules=job.rules)
@@ -284,7 +284,7 @@ def _learn(
     )
     with console.step("packing"):
         plans = tree.decide(job.method, states, params, uses)
-        result = oneshot.applied(plans, params, uses)
+        result = prune.applied(plans, params, uses)
     return result, history
 
 

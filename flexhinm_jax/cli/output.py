@@ -8,8 +8,8 @@ from typing import Any
 from flexhinm_jax.cli import source
 from flexhinm_jax.cli.console import bytes_text, table
 from flexhinm_jax.io import atomic, huggingface, packed
-from flexhinm_jax.transforms import oneshot
-from flexhinm_jax.transforms.report import Report
+from flexhinm_jax.pruning import prune
+from flexhinm_jax.pruning.report import Report
 
 PACKED = "packed.safetensors"
 REPORT = "report.json"
@@ -17,7 +17,7 @@ REPORT = "report.json"
 
 def write(
     args: argparse.Namespace,
-    result: oneshot.Pruned,
+    result: prune.Pruned,
     model: source.Source,
     document: dict[str, Any],
 ) -> None:

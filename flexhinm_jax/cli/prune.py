@@ -11,12 +11,12 @@ import jax
 from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import allocation, options, output, source, stream
 from flexhinm_jax.cli.console import Console, bytes_text
-from flexhinm_jax.transforms import facts, oneshot, tree
-from flexhinm_jax.transforms.allocate import budgets
-from flexhinm_jax.transforms.calibrate import calibrate
-from flexhinm_jax.transforms.discover import discover
-from flexhinm_jax.transforms.sequential import TARGETS, Layer, prune_sequential
-from flexhinm_jax.transforms.sharing import share_orders
+from flexhinm_jax.pruning import facts, prune, tree
+from flexhinm_jax.pruning.allocate import budgets
+from flexhinm_jax.pruning.share_orders import share_orders
+from flexhinm_jax.pruning.statistics import calibrate
+from flexhinm_jax.sequential.sequential import TARGETS, Layer, prune_sequential
+from flexhinm_jax.tracing.discover import discover
 
 BATCH = 32
 
@@ -248,7 +248,7 @@ def _check(args: argparse.Namespace, decoder: bool) -> Job:
 
 def _prune(
     args: argparse.Namespace, job: Job, model: source.Source, console: Console
-) -> tuple[oneshot.Pruned, dict[str, str]]:
+) -> tuple[prune.Pruned, dict[str, str]]:
     """The result, and what a person should know about single weights."""
     uses = discover(model.apply_fn, model.params, *model.sample(), rules=job.rules)
     source.check_found(args.model, uses)
@@ -288,7 +288,7 @@ def _prune(
         states = tree.solve(method, key, model.params, uses, stats, sparsity)
         plans = tree.decide(method, states, model.params, uses)
     with console.step("packing"):
-        result = oneshot.applied(plans, model.params, uses)
+        result = prune.applied(plans, model.params, uses)
     return result, facts.notes(job.method, states, uses)
 
 
@@ -299,7 +299,7 @@ def _in_order(
     steps: list[Any],
     sparsity: Any,
     console: Console,
-) -> tuple[oneshot.Pruned, dict[str, str]]:
+) -> tuple[prune.Pruned, dict[str, str]]:
     """The same for --sequential."""
     notes: dict[str, str] = {}
 

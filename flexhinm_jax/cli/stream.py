@@ -13,10 +13,11 @@ import jax
 from flexhinm_jax import __version__, methods
 from flexhinm_jax.cli import allocation, source
 from flexhinm_jax.cli.console import Console, bytes_text, table
-from flexhinm_jax.models import decoder, streaming, work
-from flexhinm_jax.models.blocks import Blocks, open_blocks
-from flexhinm_jax.models.budget import Budget
-from flexhinm_jax.transforms.sequential import Layer
+from flexhinm_jax.models import decoder
+from flexhinm_jax.sequential.sequential import Layer
+from flexhinm_jax.streaming import streaming, work
+from flexhinm_jax.streaming.blocks import Blocks, open_blocks
+from flexhinm_jax.streaming.budget import Budget
 
 REPORT = "report.json"
 BATCH = 4

@@ -123,9 +123,9 @@ def _numbers(text: str) -> Capability:
 
 def registry() -> dict[str, Backend]:
     """All backends by name."""
-    from flexhinm_jax.kernels import gpu_backends  # imports this module
+    from flexhinm_jax.gpu import backends  # imports this module
 
-    return PLAIN | gpu_backends.BACKENDS
+    return PLAIN | backends.BACKENDS
 
 
 def choose(
@@ -154,9 +154,9 @@ def choose(
     if name == "auto" and (chip is None or transposed):
         return Choice("xla")
     if name in ("auto", "gpu"):
-        from flexhinm_jax.kernels import gpu_backends
+        from flexhinm_jax.gpu import backends
 
-        names = gpu_backends.ranked(x, packed, chip) if chip else ()
+        names = backends.ranked(x, packed, chip) if chip else ()
     else:
         names = (name,)
     reasons = {}
@@ -175,7 +175,7 @@ def choose(
 
 def served(x: jax.ShapeDtypeStruct, packed: PackedWeight) -> tuple[str, ...]:
     """GPU backends that can serve a product here once their layout is prepared."""
-    from flexhinm_jax.kernels import gpu_backends
+    from flexhinm_jax.gpu import backends
 
     chip = capability()
     if chip is None:
@@ -186,7 +186,7 @@ def served(x: jax.ShapeDtypeStruct, packed: PackedWeight) -> tuple[str, ...]:
         why = refusal(known[name], x, packed, chip, False)
         return why is None or MISSING in why
 
-    return tuple(filter(able, gpu_backends.ranked(x, packed, chip)))
+    return tuple(filter(able, backends.ranked(x, packed, chip)))
 
 
 def refusal(

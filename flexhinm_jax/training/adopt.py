@@ -13,8 +13,8 @@ from flexhinm_jax import checks
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.gated import Gated
 from flexhinm_jax.patterns import NM, FlexHiNM, HiNM
-from flexhinm_jax.transforms import tree
-from flexhinm_jax.transforms.views import matrix
+from flexhinm_jax.pruning import tree
+from flexhinm_jax.tracing.views import matrix
 from flexhinm_jax.types import Plan, State, Use, Uses
 
 

@@ -21,13 +21,13 @@ from jax import Array
 from flexhinm_jax import arguments
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
+from flexhinm_jax.pruning import tree
 from flexhinm_jax.training import relax, sharding
 from flexhinm_jax.training import resume as saved
 from flexhinm_jax.training.stages import NotFinite
 from flexhinm_jax.training.state import Training, init_training
 from flexhinm_jax.training.step import LOSS, loss_of, make_step
 from flexhinm_jax.training.ties import check_ties, tied
-from flexhinm_jax.transforms import tree
 from flexhinm_jax.types import State, Uses
 
 History = list[dict[str, float]]

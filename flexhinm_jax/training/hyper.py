@@ -20,9 +20,9 @@ from jax import Array
 from flexhinm_jax import arguments, checks
 from flexhinm_jax.methods.hyperprune import HyperPrune
 from flexhinm_jax.ops import hypernet
+from flexhinm_jax.pruning import tree
+from flexhinm_jax.tracing.views import matrix
 from flexhinm_jax.training.stages import NotFinite
-from flexhinm_jax.transforms import tree
-from flexhinm_jax.transforms.views import matrix
 from flexhinm_jax.types import State, Stats, Uses
 
 #: (layer, component) of a matrix.

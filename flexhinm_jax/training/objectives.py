@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexhinm_jax import arguments
-from flexhinm_jax.transforms.tree import leaves_for
-from flexhinm_jax.transforms.views import matrix
+from flexhinm_jax.pruning.tree import leaves_for
+from flexhinm_jax.tracing.views import matrix
 from flexhinm_jax.types import Stats, Uses
 
 KINDS = ("cosine", "kl")

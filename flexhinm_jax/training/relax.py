@@ -1,7 +1,7 @@
 """A learned method on all weights of a model: sampled weights, schedules, hardening.
 
 The transformations of one matrix are mapped over the stack of every leaf. Leaves are
-not concatenated, unlike in `transforms.tree`: inside a training step that would copy
+not concatenated, unlike in `pruning.tree`: inside a training step that would copy
 every weight.
 """
 
@@ -17,9 +17,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from flexhinm_jax.methods.learned import LearnedMethod
-from flexhinm_jax.transforms import tree
-from flexhinm_jax.transforms.paths import leaf_paths
-from flexhinm_jax.transforms.views import matrix
+from flexhinm_jax.pruning import tree
+from flexhinm_jax.tracing.paths import leaf_paths
+from flexhinm_jax.tracing.views import matrix
 from flexhinm_jax.types import Plan, State, Uses
 
 States = Mapping[str, State]

@@ -15,7 +15,7 @@ import optax
 from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
-from flexhinm_jax.transforms import tree
+from flexhinm_jax.pruning import tree
 from flexhinm_jax.types import Uses
 
 

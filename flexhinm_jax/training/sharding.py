@@ -21,7 +21,7 @@ from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.patterns import NM, Pattern, Transposable, Unstructured
 from flexhinm_jax.patterns.tiled import Tiled
-from flexhinm_jax.transforms import tree
+from flexhinm_jax.pruning import tree
 from flexhinm_jax.types import AxisFactor, Use, Uses
 
 

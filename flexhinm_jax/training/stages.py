@@ -18,6 +18,7 @@ from jax import Array
 
 from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
+from flexhinm_jax.pruning import tree
 from flexhinm_jax.training import resume as saved
 from flexhinm_jax.training import sharding
 from flexhinm_jax.training.schedules import Stage, check_stages
@@ -29,7 +30,6 @@ from flexhinm_jax.training.state import (
     next_stage,
 )
 from flexhinm_jax.training.step import LOSS, make_step
-from flexhinm_jax.transforms import tree
 from flexhinm_jax.types import Plan, Stats, Uses
 
 Row = dict[str, Any]

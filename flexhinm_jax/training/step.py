@@ -18,6 +18,7 @@ from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod, ScoreFunction
+from flexhinm_jax.pruning.tree import states_of
 from flexhinm_jax.training import relax
 from flexhinm_jax.training.optimizer import keep_sparse
 from flexhinm_jax.training.state import (
@@ -27,7 +28,6 @@ from flexhinm_jax.training.state import (
     frozen,
     learned_trees,
 )
-from flexhinm_jax.transforms.tree import states_of
 from flexhinm_jax.types import State, Uses
 
 #: Weight of the past in the moving average of a score function's baseline.

@@ -12,10 +12,10 @@ import safetensors.numpy
 from flexhinm_jax.cli import stream
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, tensors
-from flexhinm_jax.models import streaming
-from flexhinm_jax.transforms.cuts import Programs
-from flexhinm_jax.transforms.outliers import OWL
-from flexhinm_jax.transforms.solver import Ahead
+from flexhinm_jax.pruning.owl import OWL
+from flexhinm_jax.sequential.cuts import Programs
+from flexhinm_jax.sequential.solver import Ahead
+from flexhinm_jax.streaming import streaming
 from tests.models.directories import QWEN3, make_decoder_directory
 
 CONFIG = QWEN3 | {

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
-from flexhinm_jax.kernels import backends, gpu_backends, reference, terms, xla
+from flexhinm_jax.gpu import backends as gpu_backends
+from flexhinm_jax.kernels import backends, reference, terms, xla
 from tests.cases import MORE_PATTERNS, PATTERNS, targets
 
 ALL = {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.transforms import facts
+from flexhinm_jax.pruning import facts
 from tests.cases import weight
 from tests.methods.cases import correlated
 

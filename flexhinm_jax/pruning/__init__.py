@@ -1,0 +1,1 @@
+"""From one matrix to a model: statistics, solving, plans and their report."""

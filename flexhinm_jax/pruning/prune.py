@@ -1,0 +1,155 @@
+"""One call from a function and its parameters to pruned ones.
+
+What the steps of `tree` do one after the other: discover, calibrate, solve, decide, and
+the plans in every form.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from jax import Array
+
+from flexhinm_jax import arguments
+from flexhinm_jax.methods import Method
+from flexhinm_jax.methods.base import check_method
+from flexhinm_jax.pruning.facts import notes
+from flexhinm_jax.pruning.report import Report, report
+from flexhinm_jax.pruning.share_orders import share_orders as with_shared_orders
+from flexhinm_jax.pruning.statistics import calibrate
+from flexhinm_jax.pruning.tree import decide, densify, pack, solve
+from flexhinm_jax.tracing import meshes
+from flexhinm_jax.tracing.discover import discover
+from flexhinm_jax.types import Plan, Uses
+
+logger = logging.getLogger("flexhinm_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """What `prune` returns.
+
+    Attributes:
+      params: the tree with zeros in place.
+      packed: the tree with packed leaves.
+      plans: path -> Plan.
+      uses: what was found, and what was skipped for which reason.
+      report: the numbers.
+    """
+
+    params: Any
+    packed: Any
+    plans: dict[str, Plan]
+    uses: Uses
+    report: Report
+
+
+def prune(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    method: Method,
+    *,
+    sparsity: float | Mapping[str, float] | None = None,
+    key: Array,
+    rules: dict[str, Any] | None = None,
+    share_orders: bool = False,
+    **calibration: Any,
+) -> Pruned:
+    """Prunes the weights of any JAX function in one call.
+
+    Args:
+      apply_fn: pure function of (params, *batch).
+      params: its parameters.
+      batches: tuples of the remaining arguments; a batch that is no tuple is one
+        argument.
+      method: what to prune with, such as `Wanda(FlexHiNM(32))`.
+      sparsity: fraction of weights removed; None for a pattern that has only one.
+      key: PRNG key, consumed.
+      rules: {regex: pattern or "skip"} on leaf paths; the first match wins.
+      share_orders: searches one input order for all N:M weights that read the same
+        input; see `pruning.share_orders`.
+      **calibration: options of `calibrate`, such as `token_mask`.
+
+    Returns:
+      Dense-with-zeros parameters, packed parameters, plans, uses and the report.
+
+    Raises:
+      ValueError: no method, no batch, a rule that matches nothing, a leaf that does
+        not fit, NaN.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flexhinm_jax as fh
+      >>> apply_fn = lambda p, x: x @ p["w"]
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
+      >>> result = fh.prune(apply_fn, params, [jnp.ones((2, 8))],
+      ...                   fh.Wanda(fh.NM(2, 4)), key=jax.random.key(1))
+      >>> int((result.params["w"] == 0).sum())
+      16
+    """
+    check_method(method)
+    arguments.key(key)
+    arguments.batches(batches)
+    batches = iter(batches)
+    try:
+        first = next(batches)
+    except StopIteration:
+        raise ValueError(
+            "batches is empty: give at least one batch; its shapes are needed to find "
+            "the weights"
+        ) from None
+    example = first if isinstance(first, tuple) else (first,)
+    uses = discover(apply_fn, params, *example, rules=rules)
+    check_found(uses)
+    stats = None
+    if method.needs != "nothing":
+        calibration.setdefault("gram", method.needs == "gram")
+        stats = calibrate(apply_fn, params, uses, _chain(first, batches), **calibration)
+    if share_orders:
+        key, order_key = jax.random.split(key)
+        method, stats = with_shared_orders(method, order_key, params, uses, stats)
+    states = solve(method, key, params, uses, stats, sparsity)
+    for path, text in notes(method, states, uses).items():
+        logger.warning("%s: %s", path, text)
+    plans = decide(method, states, params, uses)
+    return applied(plans, params, uses)
+
+
+def check_found(uses: Uses) -> None:
+    """Raises ValueError when there is nothing to prune."""
+    if not uses.leaves:
+        first = "; ".join(f"{p}: {why}" for p, why in list(uses.skipped.items())[:3])
+        raise ValueError(
+            f"none of the {len(uses.skipped)} leaves can be pruned ({first}); "
+            "discover() and describe() show all"
+        )
+
+
+def applied(plans: dict[str, Plan], params: Any, uses: Uses) -> Pruned:
+    """The plans in every form that `prune` returns: dense, packed, reported."""
+    plans = meshes.whole(plans)
+    packed = pack(plans, params, uses)
+    return Pruned(
+        params=jax.tree.map(_beside, densify(plans, params, uses), params),
+        packed=packed,
+        plans=plans,
+        uses=uses,
+        report=report(plans, packed, uses),
+    )
+
+
+def _beside(new: Any, old: Any) -> Any:
+    """The new leaf where the old one lives, if that is on several devices."""
+    if not isinstance(old, jax.Array) or len(old.sharding.device_set) == 1:
+        return new
+    if new.sharding.is_equivalent_to(old.sharding, old.ndim):
+        return new
+    return jax.device_put(meshes.host(new), old.sharding)
+
+
+def _chain(first: Any, rest: Iterable[Any]) -> Iterable[Any]:
+    yield first
+    yield from rest

@@ -1,0 +1,304 @@
+"""What pruning did to every weight: four different facts, each on its own.
+
+Zeros, pattern-legal groups, packed bytes and retained saliency are not the same thing,
+and none of them is speed. The report never implies one from another.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexhinm_jax import arguments
+from flexhinm_jax.tracing.paths import is_packed, leaf_paths
+from flexhinm_jax.tracing.program import is_array
+from flexhinm_jax.tracing.tables import aligned
+from flexhinm_jax.types import PackedWeight, Plan, Regions, Uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One weight, its stack counted together.
+
+    Attributes:
+      path: leaf path.
+      shape: [*stack, o, i] of the matrix form.
+      zeros: fraction of the weights that are exactly zero.
+      groups: N:M groups over all rows; 0 for a pattern without groups.
+      legal_groups: of those, how many have at most n non-zero weights.
+      natural_24: fraction of groups of 4 consecutive inputs, in original order, with at
+        most 2 non-zero weights: what a plain 2:4 consumer of the dense file would see.
+      dense_columns: dense columns per tile, mean over tiles.
+      nm_columns: N:M columns per tile, mean over tiles.
+      pruned_columns: pruned columns per tile, mean over tiles.
+      retained: share of the total saliency that is kept.
+      overhead: weights of the block-diagonal factors per weight of the matrix, which is
+        also their share of its multiplications; 0 without factors.
+      dense_bytes: bytes of the dense leaf.
+      packed_bytes: bytes of the packed leaf; equal to dense_bytes when it stays dense.
+      note: why the leaf is not packed, or "".
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    zeros: float
+    groups: int
+    legal_groups: int
+    natural_24: float
+    dense_columns: float
+    nm_columns: float
+    pruned_columns: float
+    retained: float
+    overhead: float
+    dense_bytes: int
+    packed_bytes: int
+    note: str
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return int(np.prod(self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Rows, totals and skipped leaves of a pruned tree.
+
+    Attributes:
+      rows: one per pruned leaf, in order of execution.
+      skipped: leaf path -> reason.
+      tree_dense_bytes: bytes of all leaves when dense, pruned or not.
+      tree_packed_bytes: bytes of all leaves of the packed tree.
+    """
+
+    rows: tuple[Row, ...]
+    skipped: dict[str, str]
+    tree_dense_bytes: int
+    tree_packed_bytes: int
+
+    @property
+    def total(self) -> dict[str, float]:
+        """Sums and weighted means over the rows."""
+        weights = sum(r.weights for r in self.rows)
+        mean = lambda name: (  # noqa: E731
+            sum(getattr(r, name) * r.weights for r in self.rows) / max(weights, 1)
+        )
+        dense = sum(r.dense_bytes for r in self.rows)
+        packed = sum(r.packed_bytes for r in self.rows)
+        return {
+            "weights": weights,
+            "zeros": mean("zeros"),
+            "groups": sum(r.groups for r in self.rows),
+            "legal_groups": sum(r.legal_groups for r in self.rows),
+            "natural_24": mean("natural_24"),
+            "retained": mean("retained"),
+            "overhead": mean("overhead"),
+            "dense_bytes": dense,
+            "packed_bytes": packed,
+            "packed_ratio": packed / max(dense, 1),
+            "tree_dense_bytes": self.tree_dense_bytes,
+            "tree_packed_bytes": self.tree_packed_bytes,
+            "tree_packed_ratio": self.tree_packed_bytes / max(self.tree_dense_bytes, 1),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "weights": [dataclasses.asdict(r) for r in self.rows],
+            "total": self.total,
+            "skipped": self.skipped,
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        """An aligned table: one line per weight, the total last."""
+        header = [
+            "weight",
+            "shape",
+            "zeros",
+            "legal groups",
+            "dense/N:M/pruned",
+            "retained",
+            "dense B",
+            "packed B",
+            "ratio",
+        ]
+        body = [
+            [
+                r.path,
+                "x".join(map(str, r.shape)),
+                r.zeros,
+                f"{r.legal_groups}/{r.groups}",
+                f"{r.dense_columns:g}/{r.nm_columns:g}/{r.pruned_columns:g}",
+                r.retained,
+                r.dense_bytes,
+                r.packed_bytes,
+                r.note or f"{r.packed_bytes / max(r.dense_bytes, 1):.4f}",
+            ]
+            for r in self.rows
+        ]
+        t = self.total
+        if t["overhead"] > 0:
+            header.insert(6, "factors")
+            for r, line in zip(self.rows, body, strict=True):
+                line.insert(6, r.overhead)
+        body.append(
+            [
+                "total",
+                f"{t['weights']}",
+                t["zeros"],
+                f"{t['legal_groups']}/{t['groups']}",
+                "",
+                t["retained"],
+                t["dense_bytes"],
+                t["packed_bytes"],
+                f"{t['packed_ratio']:.4f}",
+            ]
+        )
+        if t["overhead"] > 0:
+            body[-1].insert(6, t["overhead"])
+        return aligned(header, body)
+
+    def figure(self, path: str | os.PathLike[str]) -> None:
+        """Draws the regions of every weight as stacked bars.
+
+        Args:
+          path: image file; its suffix chooses the format.
+
+        Raises:
+          ImportError: matplotlib is missing; says how to install it.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                'figures need matplotlib: pip install "flexhinm_jax[plot]"'
+            ) from error
+        height = max(2.5, 0.24 * len(self.rows) + 1.2)
+        figure = Figure(figsize=(11, height), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+        names = [r.path for r in self.rows]
+        columns = np.array(
+            [[r.dense_columns, r.nm_columns, r.pruned_columns] for r in self.rows]
+        ).reshape(-1, 3)
+        share = columns / np.maximum(columns.sum(1, keepdims=True), 1)
+        start = np.zeros(len(names))
+        colours = ("#1f4e79", "#5aa0d8", "#e3e3e3")
+        for j, label in enumerate(("dense", "N:M", "pruned")):
+            left.barh(names, share[:, j], left=start, color=colours[j], label=label)
+            start = start + share[:, j]
+        left.invert_yaxis()
+        left.margins(y=0.01)
+        left.set_xlim(0, 1)
+        left.set_xlabel("share of the columns of a tile")
+        left.tick_params(axis="y", labelsize=7)
+        left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        right.barh(names, [r.retained for r in self.rows], color="#7f7f7f")
+        right.set_xlim(0, 1)
+        right.set_xlabel("share of the saliency that is kept")
+        figure.savefig(Path(path), dpi=150)
+
+
+def report(plans: Mapping[str, Plan], packed: Any, uses: Uses | None = None) -> Report:
+    """Measures what a set of plans did.
+
+    Args:
+      plans: concrete plans from `decide`.
+      packed: the tree from `pack`.
+      uses: from `discover`; adds the skipped leaves with their reasons.
+
+    Returns:
+      The report; print it, or use `to_json` and `figure`.
+
+    Raises:
+      ValueError: a plan whose leaf is not in the packed tree, or no plans.
+    """
+    arguments.by_path(plans, Plan, "plans", "decide()")
+    leaves = dict(
+        zip(
+            leaf_paths(packed),
+            jax.tree.leaves(packed, is_leaf=is_packed),
+            strict=True,
+        )
+    )
+    for path in plans:
+        if path not in leaves:
+            near = arguments.nearest(path, leaves)
+            raise ValueError(f"{path}: in plans but not in the packed tree; {near}")
+    rows = tuple(_row(path, plan, leaves[path]) for path, plan in plans.items())
+    tree = sum(_nbytes(x) for x in leaves.values())
+    saved = sum(r.dense_bytes - r.packed_bytes for r in rows)
+    return Report(rows, dict(uses.skipped) if uses else {}, tree + saved, tree)
+
+
+def _nbytes(leaf: Any) -> int:
+    if isinstance(leaf, PackedWeight):
+        return leaf.nbytes
+    return int(leaf.size) * leaf.dtype.itemsize if is_array(leaf) else 0
+
+
+def _row(path: str, plan: Plan, leaf: Any) -> Row:
+    weight = np.asarray(plan.weight, np.float32)
+    nonzero = weight != 0
+    regions = plan.support.regions
+    groups, legal = (0, 0) if regions is None else _legal_groups(nonzero, regions)
+    columns = (0.0, 0.0, 0.0) if regions is None else _columns(regions)
+    natural = nonzero[..., : weight.shape[-1] // 4 * 4]
+    natural = natural.reshape(*natural.shape[:-1], -1, 4).sum(-1) <= 2
+    return Row(
+        path=path,
+        shape=tuple(weight.shape),
+        zeros=float(1 - nonzero.mean()),
+        groups=groups,
+        legal_groups=legal,
+        natural_24=float(natural.mean()) if natural.size else 0.0,
+        dense_columns=columns[0],
+        nm_columns=columns[1],
+        pruned_columns=columns[2],
+        retained=float(np.mean(np.asarray(plan.retained))),
+        overhead=_factors(plan) / weight.size,
+        dense_bytes=weight.size * plan.weight.dtype.itemsize,
+        packed_bytes=_nbytes(leaf),
+        note="" if is_packed(leaf) else "stays dense: no regions to pack",
+    )
+
+
+def _factors(plan: Plan) -> int:
+    """Weights of the block-diagonal factors of a plan."""
+    return sum(f.blocks.size for f in (plan.left, plan.right) if f is not None)
+
+
+def _legal_groups(nonzero: np.ndarray, regions: Regions) -> tuple[int, int]:
+    """(groups, groups with at most n non-zero), over stack, tiles and rows."""
+    o, i = nonzero.shape[-2:]
+    stack = nonzero.reshape(-1, o, i)
+    out_order = np.asarray(regions.out_order).reshape(len(stack), -1)
+    in_order = np.asarray(regions.in_order)
+    in_order = in_order.reshape(len(stack), -1, i)
+    dense = np.asarray(regions.dense_end).reshape(len(stack), -1)
+    nm = np.asarray(regions.nm_end).reshape(len(stack), -1)
+    total = legal = 0
+    for w, rows, columns, first, last in zip(
+        stack, out_order, in_order, dense, nm, strict=True
+    ):
+        tiles = w[rows].reshape(len(columns), -1, i)
+        for tile, order, a, b in zip(tiles, columns, first, last, strict=True):
+            kept = tile[:, order[a:b]].reshape(len(tile), -1, regions.m).sum(-1)
+            total += kept.size
+            legal += int((kept <= regions.n).sum())
+    return total, legal
+
+
+def _columns(regions: Regions) -> tuple[float, float, float]:
+    """Mean dense, N:M and pruned columns per tile."""
+    dense = float(np.mean(np.asarray(regions.dense_end)))
+    nm = float(np.mean(np.asarray(regions.nm_end)))
+    return dense, nm - dense, regions.in_order.shape[-1] - nm

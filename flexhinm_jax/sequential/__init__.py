@@ -1,0 +1,1 @@
+"""Pruning in one pass through a function, every weight on what the pruned ones give."""

@@ -1,0 +1,337 @@
+"""All batches from cut to cut: statistics are taken, matrices solved, and on they go.
+
+Only one cut's Gram matrices exist at a time.
+"""
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from flexhinm_jax.pruning.facts import note, worst
+from flexhinm_jax.pruning.statistics import calibrate
+from flexhinm_jax.sequential import moments, segments, solver
+from flexhinm_jax.sequential.job import Job
+from flexhinm_jax.sequential.straight import Cut, straighten
+from flexhinm_jax.tracing import jax_versions, meshes
+from flexhinm_jax.tracing.program import is_array, split, trace
+from flexhinm_jax.types import Plan, Uses
+
+logger = logging.getLogger("flexhinm_jax")
+
+
+class Programs:
+    """What was compiled for one walk and serves the next over an equal function.
+
+    Attributes:
+      compiler: the segments.
+      solver: solves stacks of matrices.
+      measured: program, or its text -> what the compiler says about its memory.
+    """
+
+    def __init__(self, solver: Callable[..., Any] = solver.solve_stack):
+        """Starts with nothing compiled."""
+        self.compiler = segments.Compiler()
+        self.solver = solver
+        self.measured: dict[Any, Any] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One matrix is done.
+
+    Attributes:
+      path: the leaf.
+      at: position per stack axis of the leaf; None where the whole axis was solved.
+      error: || X (W' - W) ||^2 / || X W ||^2 on the inputs of the pruned model.
+      seconds: wall time since the previous record.
+      held: bytes of activations in memory.
+      done: matrices done so far.
+      total: matrices in all.
+      note: why the leaf could not be cut, or that its Gram matrix needed more damping
+        than asked; "" for nothing to say.
+      facts: how the solving went: "damping" (fraction used), "steps" and "settled" of
+        ALPS; of a wrapped method "inner.damping" and so on; empty for a method that
+        reports nothing.
+    """
+
+    path: str
+    at: tuple[int | None, ...]
+    error: float
+    seconds: float
+    held: int
+    done: int
+    total: int
+    note: str = ""
+    facts: Mapping[str, float | bool] = dataclasses.field(default_factory=dict)
+
+
+class Walk:
+    """The batches on their way from cut to cut.
+
+    Attributes:
+      runners: one per batch.
+      masks: per batch, which tokens count; None for all.
+      lines: per shape of a batch, the program and its segments.
+      cuts: those of the first shape.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        target: str,
+        shelf: segments.Shelf,
+        *,
+        twins: Sequence[Sequence[Any]] | None = None,
+        programs: Programs | None = None,
+        to_end: bool = False,
+    ):
+        """Traces the function once per shape of a batch.
+
+        Args:
+          job: what to do.
+          target: what to fit to.
+          shelf: where values of the batches are kept.
+          twins: per batch its arrays as the dense model has them, where they differ.
+          programs: compiled before, in a walk of an equal function.
+          to_end: goes on behind the last cut, for `outputs`.
+        """
+        self.job, self.target, self.shelf = job, target, shelf
+        self.programs = programs or Programs()
+        self.compiler = segments.Compiler(self.programs.compiler)
+        self.to_end = to_end
+        layouts = {path: use.layout for path, use in job.uses.leaves.items()}
+        moved = {*layouts, *job.bias.values()}
+        names = [p for p in job.paths if is_array(job.leaves[p])]
+        lines: dict[Any, tuple] = {}
+        self.runners: list[segments.Runner] = []
+        self.masks: list[np.ndarray | None] = []
+        params = job.tree(job.leaves)
+        for n, batch in enumerate(job.batches):
+            arrays, skeleton = split(batch)
+            shapes = tuple((x.shape, str(x.dtype)) for x in arrays)
+            if (shapes, skeleton) not in lines:
+                program = trace(job.apply_fn, params, batch, {})
+                line = straighten(program, params, job.paths, layouts)
+                pairs = zip(names, line.params, strict=True)
+                sources = [v for name, v in pairs if name in moved]
+                if twins is not None:
+                    given = zip(line.inputs, twins[n], strict=True)
+                    sources += [v for v, x in given if x is not None]
+                changing = segments.changing(line, sources)
+                parts = segments.cut(line, line.outputs if to_end else ())
+                lines[shapes, skeleton] = line, parts, changing
+            line, parts, changing = lines[shapes, skeleton]
+            self.runners.append(
+                segments.Runner(
+                    line,
+                    parts,
+                    arrays,
+                    None if target == "seq" else changing,
+                    shelf,
+                    self.compiler,
+                    None if twins is None else twins[n],
+                )
+            )
+            mask = None if job.token_mask is None else job.token_mask(*batch)
+            self.masks.append(None if mask is None else np.asarray(mask) != 0)
+        self.lines = [(line, parts) for line, parts, _ in lines.values()]
+        self.cuts = self.lines[0][0].cuts
+        self.check(layouts)
+
+    def check(self, layouts: Mapping[str, Any]) -> None:
+        """Raises ValueError where the shapes of batches disagree about the cuts."""
+        names = [[cut.names for cut in line.cuts] for line, _ in self.lines]
+        if any(other != names[0] for other in names):
+            raise ValueError(
+                "batches of different shapes use different weights, or in another "
+                "order; give batches that take the same way through the function"
+            )
+        found = {m.path for cut in self.cuts for m in cut.members}
+        found.update(path for cut in self.cuts for path in cut.plain)
+        missing = [path for path in layouts if path not in found]
+        if missing:
+            raise ValueError(
+                f"{missing[0]}: its products read it in different ways; exclude it "
+                "with rules={...: 'skip'}"
+            )
+
+    def run(
+        self,
+        progress: Callable[[Layer], None] | None,
+        taken: Callable[[str, Plan], None] | None = None,
+    ) -> dict[str, Plan]:
+        """Solves everything: path -> plan.
+
+        Args:
+          progress: called with every matrix that is done.
+          taken: called with every leaf that is done and its plan, which is then
+            forgotten and missing in the result.
+        """
+        job, first = self.job, self.cuts
+        total = sum(len(cut.members) + len(cut.plain) for cut in first)
+        done, started = 0, time.perf_counter()
+        try:
+            for k, cut in enumerate(first):
+                self.advance(k)
+                solved = self.members(k) if cut.members else self.plain(cut)
+                for path, at in list(solved):
+                    found = solved.pop((path, at))
+                    with meshes.automatic():
+                        job.apply(path, at, found.plan)
+                    if taken is not None and job.complete(path):
+                        taken(path, job.assembled(path))
+                        del job.plans[path]
+                    done += 1
+                    seconds, started = since(started)
+                    numbers = worst(found.facts)
+                    layer = Layer(
+                        path,
+                        at,
+                        float(found.error),
+                        seconds,
+                        self.shelf.held,
+                        done,
+                        total,
+                        self.note(path, cut, numbers),
+                        numbers,
+                    )
+                    logger.info("%s", layer)
+                    if layer.note:
+                        logger.warning("%s: %s", path, layer.note)
+                    if progress is not None:
+                        progress(layer)
+            if self.to_end:
+                self.advance(len(first))
+        except BaseException:
+            self.close()
+            raise
+        if not self.to_end:
+            self.close()
+        return {path: job.assembled(path) for path in job.plans}
+
+    def advance(self, k: int) -> None:
+        """All batches to cut `k`, or to the end behind the last."""
+        job = self.job
+        trees = [job.current] if self.target == "seq" else [job.current, job.leaves]
+        fixed = {
+            id(line): [segments.fixed(line, parts[k], job.arrays(x)) for x in trees]
+            for line, parts in self.lines
+        }
+        for runner in self.runners:
+            runner.advance(k, *fixed[id(runner.line)])
+
+    def outputs(self) -> Iterator[tuple[list[Any], list[Any] | None]]:
+        """Per batch what the pruned model and the dense one return, freed behind.
+
+        The second is None where no dense model runs beside.
+        """
+        for runner in self.runners:
+            wanted = runner.line.outputs
+            now = [runner.value(v) for v in wanted]
+            dense = None
+            if self.target != "seq":
+                dense = [runner.dense_value(v) for v in wanted]
+            runner.release()
+            yield now, dense
+        self.close()
+
+    def close(self) -> None:
+        """Frees all values."""
+        for runner in self.runners:
+            runner.release()
+        self.shelf.close()
+
+    def note(self, path: str, cut: Cut, numbers: Mapping[str, Any]) -> str:
+        """What a person should know about a leaf of a cut."""
+        parts = [note(self.job.methods[path], numbers)]
+        if path in cut.plain:
+            parts.insert(0, f"solved on a plain run: {cut.plain[path]}")
+        return "; ".join(filter(None, parts))
+
+    def members(self, k: int) -> dict[tuple, solver.Solved]:
+        """Solves the members of cut `k`."""
+        names = list(self.cuts[k].names[0])
+        known = solver.restore(self.job, names)
+        if known is not None:
+            return known
+        sums: Any = None
+        for runner, mask in zip(self.runners, self.masks, strict=True):
+            sums = self.add(k, sums, runner, mask)
+        sums, job = meshes.released(sums), self.job.released()
+        with meshes.automatic():
+            stats = moments.finish(job, self.cuts[k], sums)
+            del sums
+            self.shelf.trim()
+            if self.target != "seq":
+                # Explicit targets everywhere: one program per shape instead of two.
+                stats = {
+                    n: moments.with_targets(job.weight(*n), s) for n, s in stats.items()
+                }
+            return solver.solve(job, stats, self.programs.solver)
+
+    def add(
+        self, k: int, sums: Any, runner: segments.Runner, mask: np.ndarray | None
+    ) -> Any:
+        """Adds the tokens of one batch to the sums of cut `k`."""
+        cut = runner.line.cuts[k]
+        inputs = moments.inputs(
+            cut,
+            runner.changed,
+            self.target == "resid",
+            runner.value,
+            runner.dense_value,
+            self.job.weight,
+            mask,
+        )
+        tokens = functools.partial(moments.tokens_of, cut)
+        made = functools.partial(jax_versions.automatic, tokens, None)
+        if sums is None:
+            like = jax.eval_shape(made, inputs)
+            sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
+        count = len(jax.tree.leaves(sums))
+        leaves, structure = jax.tree.flatten((sums, inputs))
+        memo = k, id(runner.line), structure, tuple(x.shape for x in leaves)
+
+        def flat(*leaves: Any) -> list[Any]:
+            sums, inputs = jax.tree.unflatten(structure, leaves)
+            return jax.tree.leaves(jax.tree.map(jnp.add, sums, made(inputs)))
+
+        outs = self.compiler.memo(memo, flat, *leaves, donate=count)
+        self.shelf.wait(outs)
+        return jax.tree.unflatten(jax.tree.structure(sums), outs)
+
+    def plain(self, cut: Cut) -> dict[tuple, solver.Solved]:
+        """Solves leaves that cannot be cut, on a plain run of the model as it is."""
+        job = self.job
+        uses = Uses(tuple(use for use in job.uses if use.path in cut.plain), {})
+        at = {p: (None,) * len(u.layout.stack) for p, u in uses.leaves.items()}
+        known = solver.restore(job, [(path, at[path]) for path in cut.plain])
+        if known is not None:
+            return known
+        stats = calibrate(
+            job.apply_fn,
+            job.tree(job.current),
+            uses,
+            job.batches,
+            token_mask=job.token_mask,
+        )
+        solved: dict[tuple, solver.Solved] = {}
+        stats, free = meshes.released(stats), job.released()
+        with meshes.automatic():
+            for path in cut.plain:
+                given = {(path, at[path]): stats[path]}
+                solved |= solver.solve(free, given, self.programs.solver)
+        return solved
+
+
+def since(started: float) -> tuple[float, float]:
+    """(seconds since `started`, now)."""
+    now = time.perf_counter()
+    return now - started, now

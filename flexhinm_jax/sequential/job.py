@@ -1,0 +1,220 @@
+"""What `prune_sequential` has to do, checked before it begins, and the plans so far."""
+
+import copy
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+
+from flexhinm_jax.methods import Method, Wrapper
+from flexhinm_jax.methods.reconstruction import Reconstruction
+from flexhinm_jax.pruning import tree
+from flexhinm_jax.pruning.statistics import blank
+from flexhinm_jax.sequential.finished import Finished, digest
+from flexhinm_jax.tracing import meshes
+from flexhinm_jax.tracing.paths import leaf_paths
+from flexhinm_jax.tracing.program import is_array
+from flexhinm_jax.tracing.views import leaf as to_leaf
+from flexhinm_jax.tracing.views import matrix
+from flexhinm_jax.types import Plan, Uses
+
+
+class Job:
+    """What to prune with what, and the plans so far.
+
+    Attributes:
+      leaves: path -> array of the dense model; where no dense model runs beside, the
+        pruned one takes the place of what is solved.
+      current: path -> array now, pruned as far as the walk has come.
+      plans: path -> {at: plan on the host}.
+      finished: plans on disk, or None.
+    """
+
+    def __init__(
+        self,
+        apply_fn: Callable[..., Any],
+        params: Any,
+        batches: list[tuple],
+        uses: Uses,
+        method: Method,
+        sparsity: Any,
+        key: Array,
+        center: bool,
+        token_mask: Callable[..., Array] | None,
+        beside: bool = True,
+    ):
+        """Checks every leaf before anything is computed.
+
+        Args:
+          apply_fn: as in `prune_sequential`.
+          params: its parameters, dense; the leaves may be abstract.
+          batches: tuples of the other arguments.
+          uses: what to prune.
+          method: what to prune with.
+          sparsity: fraction of weights removed, one for all or one per path.
+          key: PRNG key.
+          center: as in `prune_sequential`.
+          token_mask: as in `prune_sequential`.
+          beside: keeps dense weights after they were solved, for the dense model that
+            runs beside the pruned one.
+        """
+        self.beside = beside
+        self.apply_fn, self.batches = apply_fn, batches
+        self.structure = jax.tree.structure(params)
+        self.uses, self.method, self.sparsity = uses, method, sparsity
+        self.key, self.token_mask = key, token_mask
+        values = jax.tree.map(on_device, params)
+        self.paths = leaf_paths(params)
+        self.leaves = tree.leaves_for(values, uses)
+        self.current = dict(self.leaves)
+        self.plans: dict[str, dict[tuple, Plan]] = defaultdict(dict)
+        self.finished: Finished | None = None
+        self.bias = own_biases(uses)
+        self.center = center
+        self.methods, self.targets = {}, {}
+        for path, use in uses.leaves.items():
+            mine = tree.method_for(method, use)
+            self.targets[path] = target = tree.target_for(mine, use, sparsity)
+            if np.shape(target):
+                raise ValueError(
+                    f"{path}: sparsity of shape {np.shape(target)}; give one number, "
+                    "or {leaf path: number}"
+                )
+            shape, dtype = use.layout.matrix_shape, self.leaves[path].dtype
+            mine.pattern.check(shape, self.targets[path], path)
+            self.methods[path] = centred(mine, center, path in self.bias)
+            w = jax.ShapeDtypeStruct(shape, dtype)
+            self.methods[path].check(w, blank(shape[1]), self.targets[path], path)
+
+    def tree(self, leaves: Mapping[str, Any]) -> Any:
+        """The tree of parameters with these leaves."""
+        return jax.tree.unflatten(self.structure, [leaves[p] for p in self.paths])
+
+    def arrays(self, leaves: Mapping[str, Any]) -> list[Any]:
+        """The array leaves in order."""
+        return [leaves[p] for p in self.paths if is_array(leaves[p])]
+
+    def released(self) -> "Job":
+        """The same job with weights under automatic axes, for solving."""
+        made = copy.copy(self)
+        made.leaves, made.key = meshes.released((self.leaves, self.key))
+        return made
+
+    def weight(self, path: str, at: tuple) -> Array:
+        """The dense matrices of a leaf, [*rest of the stack, o, i]."""
+        return matrix(self.leaves[path], self.uses.leaves[path].layout)[select(at)]
+
+    def like(self, path: str, at: tuple) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of `weight`."""
+        layout = self.uses.leaves[path].layout
+        rest = [f.size for f, i in zip(layout.stack, at, strict=True) if i is None]
+        shape = *rest, *layout.matrix_shape
+        return jax.ShapeDtypeStruct(shape, self.leaves[path].dtype)
+
+    def apply(self, path: str, at: tuple, plan: Plan) -> None:
+        """Takes a plan over: the walk goes on with it."""
+        layout = self.uses.leaves[path].layout
+        self.plans[path][at] = plan
+        old, new = self.current[path], tree.dense_weight(plan)
+        if all(i is None for i in at):
+            leaf = to_leaf(new, layout)
+        else:
+            before = matrix(meshes.released(old), layout)
+            leaf = to_leaf(before.at[select(at)].set(new), layout)
+        self.current[path] = meshes.placed(leaf, old.sharding)
+        if not self.beside:
+            self.leaves[path] = self.current[path]
+        if plan.bias is not None:
+            name = self.bias[path]
+            bias = self.current[name]
+            old = meshes.released(bias)
+            shape = (*layout.stack_shape, layout.matrix_shape[0])
+            shift = plan.bias.astype(old.dtype)
+            new = old.reshape(shape).at[select(at)].add(shift)
+            self.current[name] = meshes.placed(new.reshape(old.shape), bias.sharding)
+
+    def complete(self, path: str) -> bool:
+        """Whether every matrix of a leaf has its plan."""
+        stack = self.uses.leaves[path].layout.stack_shape
+        pieces = [
+            math.prod(n for n, i in zip(stack, at, strict=True) if i is None)
+            for at in self.plans[path]
+        ]
+        return sum(pieces) == math.prod(stack)
+
+    def assembled(self, path: str) -> Plan:
+        """The plan of a leaf, its pieces put back into the stack."""
+        pieces = self.plans[path]
+        stack, keys = self.uses.leaves[path].layout.stack_shape, tuple(pieces)
+
+        def join(*arrays: Any) -> Array:
+            if len(keys) == 1 and all(i is None for i in keys[0]):
+                return jnp.asarray(arrays[0])
+            rest = sum(i is None for i in keys[0])
+            whole = np.zeros((*stack, *arrays[0].shape[rest:]), arrays[0].dtype)
+            for at, x in zip(keys, arrays, strict=True):
+                whole[select(at)] = x
+            return jnp.asarray(whole)
+
+        return jax.tree.map(join, *pieces.values())
+
+
+def on_device(x: Any) -> Any:
+    """An array on the device; anything else, abstract arrays too, as it is."""
+    concrete = is_array(x) and not isinstance(x, jax.ShapeDtypeStruct)
+    return jnp.asarray(x) if concrete else x
+
+
+def select(at: tuple[int | None, ...]) -> tuple:
+    """An index into the stack axes."""
+    return tuple(slice(None) if i is None else i for i in at)
+
+
+def own_biases(uses: Uses) -> dict[str, str]:
+    """Leaf -> its bias, where all uses have the same and no other leaf has it."""
+    found: dict[str, set[str | None]] = defaultdict(set)
+    owners: dict[str | None, set[str]] = defaultdict(set)
+    for use in uses:
+        found[use.path].add(use.bias)
+        owners[use.bias].add(use.path)
+    return {
+        path: name
+        for path, biases in found.items()
+        for name in biases
+        if name is not None and len(biases) == len(owners[name]) == 1
+    }
+
+
+def centred(method: Method, center: bool, has_bias: bool) -> Method:
+    """The method with `center` switched on where a bias can take up the means."""
+    if isinstance(method, Wrapper):
+        inner = centred(method.inner, center, has_bias)
+        method = dataclasses.replace(method, inner=inner)
+    if not isinstance(method, Reconstruction):
+        return method
+    on = (center or method.center) and has_bias
+    return dataclasses.replace(method, center=on)
+
+
+def fingerprint(job: Job, target: str) -> dict[str, str]:
+    """Everything that decides about the result, as text."""
+    masks = None
+    if job.token_mask is not None:
+        masks = [np.asarray(job.token_mask(*batch)) for batch in job.batches]
+    return {
+        "method": repr(job.method),
+        "sparsity": repr(job.sparsity),
+        "target": target,
+        "center": repr(job.center),
+        "key": str(np.asarray(jax.random.key_data(job.key)).tolist()),
+        "params": digest(job.tree(job.leaves)),
+        "batches": digest(job.batches),
+        "token_mask": digest(masks),
+        "leaves": digest([repr(use) for use in job.uses]),
+    }

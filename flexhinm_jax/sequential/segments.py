@@ -1,0 +1,407 @@
+"""Runs a line of equations cut by cut over all calibration batches.
+
+Between two cuts lies a segment: a jitted function of the parameters it reads and of the
+values that are alive at the first cut. Values that nobody reads any more are freed.
+Where the dense model runs beside the pruned one, values that the pruning cannot have
+changed are computed and kept once.
+
+Equal segments (the layers of a network) are compiled once: a segment is known by its
+equations with the variables numbered.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import itertools
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+from flexhinm_jax.sequential.straight import Cut, Line, dependent, variables
+from flexhinm_jax.tracing import jax_versions
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """The equations between two cuts that later cuts depend on.
+
+    Attributes:
+      fixed: equations of parameters alone, run once and not per batch.
+      eqns: the others, in order.
+      statics: what `eqns` read of parameters, constants and results of `fixed`.
+      inputs: values of the batch that are read.
+      outputs: values that are read later.
+      alive: values of the batch that are kept after the segment, outputs included.
+    """
+
+    fixed: list[Any]
+    eqns: list[Any]
+    statics: list[Any]
+    inputs: list[Any]
+    outputs: list[Any]
+    alive: set[Any]
+
+
+def cut(line: Line, outputs: Iterable[Any] = ()) -> list[Segment]:
+    """The segment before every cut, and one from the last cut to the end.
+
+    Args:
+      line: the program.
+      outputs: variables of the batch that are wanted at the end.
+    """
+    maker = {v: eqn for eqn in line.eqns if eqn is not None for v in eqn.outvars}
+    given = {*line.params, *line.consts}
+    starts = [0, *(c.position for c in line.cuts), len(line.eqns)]
+    found: list[Segment] = []
+    later: set[Any] = set()
+    for k in reversed(range(len(starts) - 1)):
+        alive = later | (read_at(line.cuts[k]) if k < len(line.cuts) else {*outputs})
+        wanted, eqns = set(alive), []
+        for eqn in reversed(line.eqns[starts[k] : starts[k + 1]]):
+            if eqn is None or not any(v in wanted for v in eqn.outvars):
+                continue
+            if not any(v in line.data for v in variables(eqn)):
+                continue
+            eqns.insert(0, eqn)
+            wanted.difference_update(eqn.outvars)
+            wanted.update(v for v in variables(eqn) if v in line.data)
+        made = {v for eqn in eqns for v in eqn.outvars}
+        static = static_part(eqns, line.data, maker, given)
+        read = ordered(v for eqn in eqns for v in variables(eqn))
+        inputs = [v for v in read if v in line.data and v not in made]
+        statics = [v for v in read if v not in line.data]
+        outputs = ordered(v for eqn in eqns for v in eqn.outvars if v in alive)
+        found.insert(0, Segment(static, eqns, statics, inputs, outputs, alive))
+        later = wanted
+    return found
+
+
+def read_at(cut: Cut) -> set[Any]:
+    """The values that are read at a cut."""
+    streams = {m.stream.var for m in cut.members if m.stream is not None}
+    return streams | {cut.operand} if cut.members else streams
+
+
+def static_part(
+    eqns: Sequence[Any], data: set[Any], maker: Mapping[Any, Any], given: set[Any]
+) -> list[Any]:
+    """The equations of the parameters alone that `eqns` depend on, in order."""
+    found: dict[int, Any] = {}
+
+    def need(v: Any) -> None:
+        if v in data or v in given or id(maker[v]) in found:
+            return
+        eqn = maker[v]
+        for w in variables(eqn):
+            need(w)
+        found[id(eqn)] = eqn
+
+    for eqn in eqns:
+        for v in variables(eqn):
+            need(v)
+    return list(found.values())
+
+
+def fixed(line: Line, segment: Segment, params: Sequence[Any]) -> list[Any]:
+    """The values of `segment.statics` for these arrays of the parameters."""
+    env = {**dict(zip(line.params, params, strict=True)), **line.consts}
+    for eqn in segment.fixed:
+        given = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        env.update(zip(eqn.outvars, jax_versions.bind(eqn, given), strict=True))
+    return [env[v] for v in segment.statics]
+
+
+def ordered(values: Iterable[Any]) -> list[Any]:
+    """The values without repetitions."""
+    return list(dict.fromkeys(values))
+
+
+class Compiler:
+    """Jits functions given as equations; equal ones share one function.
+
+    Attributes:
+      known: signature -> function.
+    """
+
+    def __init__(self, before: "Compiler | None" = None):
+        """Starts with the functions of an earlier one, which has them in common."""
+        self.known: dict[Any, Callable] = {} if before is None else before.known
+        # Signatures name objects by id, so these must stay alive.
+        self.kept: list[Any] = [] if before is None else before.kept
+        self.segments: dict[int, tuple[Segment, Callable]] = {}
+        self.traced: dict[Any, tuple[Callable, Any]] = {}
+
+    def segment(self, segment: Segment) -> Callable:
+        """(statics, inputs) -> outputs."""
+        if id(segment) not in self.segments:
+            inputs = [*segment.statics, *segment.inputs]
+            run = self.function(segment.eqns, inputs, segment.outputs)
+            self.segments[id(segment)] = segment, run
+        run = self.segments[id(segment)][1]
+        return lambda statics, values: run(*statics, *values)
+
+    def memo(self, name: Any, f: Callable, *args: Any, donate: int = 0) -> list[Any]:
+        """f(*args), where equal names mean equal functions and shapes.
+
+        Args:
+          name: hashable.
+          f: function of arrays that returns a list of arrays.
+          *args: arrays.
+          donate: the first so many arguments may be overwritten.
+        """
+        if name not in self.traced:
+            body, consts = jax_versions.opened(jax.make_jaxpr(f)(*args))
+            inputs = [*body.constvars, *body.invars]
+            given = range(len(consts), len(consts) + donate)
+            run = self.function(body.eqns, inputs, body.outvars, tuple(given))
+            self.traced[name] = run, consts
+        run, consts = self.traced[name]
+        return run(*consts, *args)
+
+    def function(
+        self,
+        eqns: Any,
+        inputs: list[Any],
+        outputs: list[Any],
+        donated: tuple[int, ...] = (),
+    ) -> Callable:
+        """A jitted function of the values of `inputs`, some of them donated."""
+        key = signature(eqns, inputs, outputs), donated
+        if key not in self.known:
+            self.kept.append((eqns, inputs, outputs))
+
+            def run(*values: Any) -> list[Any]:
+                env = dict(zip(inputs, values, strict=True))
+                read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
+                for eqn in eqns:
+                    results = jax_versions.bind(eqn, [read(v) for v in eqn.invars])
+                    env.update(zip(eqn.outvars, results, strict=True))
+                return [read(v) for v in outputs]
+
+            # What is rounded to bfloat16 is so wherever programs begin and end: a
+            # model cut into blocks gives the same as a whole one.
+            self.known[key] = jax.jit(
+                run,
+                donate_argnums=donated,
+                compiler_options={"xla_allow_excess_precision": False},
+            )
+        return self.known[key]
+
+
+def signature(eqns: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple:
+    """Equal for equations that compute the same, whatever their variables are."""
+    number = itertools.count()
+    names = {v: next(number) for v in inputs}
+
+    def name(v: Any) -> Any:
+        if isinstance(v, Literal):
+            return described(v.val), str(v.aval)
+        return names[v]
+
+    rows = []
+    for eqn in eqns:
+        given = tuple(map(name, eqn.invars))
+        names.update((v, next(number)) for v in eqn.outvars)
+        out = tuple(str(v.aval) for v in eqn.outvars)
+        rows.append((eqn.primitive.name, given, described(eqn.params), out))
+    avals = tuple(str(v.aval) for v in inputs)
+    return avals, tuple(rows), tuple(map(name, outputs))
+
+
+def described(x: Any) -> Any:
+    """A hashable description: by content where that is known, by identity elsewhere."""
+    if isinstance(x, str | bytes | int | float | bool | complex | type | None):
+        return type(x).__name__, x
+    if isinstance(x, np.ndarray | np.generic | jax.Array):
+        value = np.asarray(x)
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(x, Mapping):
+        return tuple((str(k), described(v)) for k, v in sorted(x.items(), key=str))
+    if isinstance(x, tuple | list):
+        return type(x).__name__, tuple(map(described, x))
+    if hasattr(x, "eqns") or hasattr(x, "jaxpr"):
+        body, consts = jax_versions.opened(x)
+        inside = signature(body.eqns, [*body.constvars, *body.invars], body.outvars)
+        return inside, described(list(consts))
+    if isinstance(x, np.dtype) or type(x).__module__.split(".")[0] in ("jax", "jaxlib"):
+        if type(x).__hash__ is not object.__hash__ and not callable(x):
+            try:
+                return hash(x), x
+            except TypeError:
+                pass
+    return "object", id(x)
+
+
+class Shelf:
+    """Keeps arrays in memory up to a limit, and on disk beyond it.
+
+    Attributes:
+      held: bytes in memory now.
+      peak: the most there ever were.
+    """
+
+    def __init__(self, limit: int | None, folder: Path | None = None):
+        """Keeps `limit` bytes in memory; any number for None.
+
+        Args:
+          limit: bytes.
+          folder: exists; where the rest goes, in a folder of its own that is removed
+            at the end. None for the system's place for temporary files.
+        """
+        self.limit, self.where = limit, folder
+        self.held = self.peak = 0
+        self.folder: Any = None
+        self.number = itertools.count()
+        self.on_host = jax.default_backend() == "cpu"
+
+    def put(self, x: Any) -> Any:
+        """Takes an array; the result is for `get` and `drop`.
+
+        An array that is mapped from a file is on disk already and stays there.
+        """
+        if isinstance(x, np.memmap):
+            return x
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            self.held += x.nbytes
+            return x
+        if self.limit is None or self.held + x.nbytes <= self.limit:
+            self.held += x.nbytes
+            self.peak = max(self.peak, self.held)
+            return x if self.on_host else np.asarray(x)
+        if self.folder is None:
+            self.folder = tempfile.TemporaryDirectory(
+                prefix="flexhinm-", dir=self.where
+            )
+        path = Path(self.folder.name, f"{next(self.number)}.bin")
+        np.asarray(x).tofile(path)
+        return path, x.shape, x.dtype
+
+    def get(self, kept: Any) -> Any:
+        """The array."""
+        if not isinstance(kept, tuple):
+            return kept
+        path, shape, dtype = kept
+        return np.fromfile(path, dtype).reshape(shape)
+
+    def drop(self, kept: Any) -> None:
+        """Forgets an array."""
+        if isinstance(kept, tuple):
+            kept[0].unlink()
+        elif not isinstance(kept, np.memmap):
+            self.held -= kept.nbytes
+
+    def wait(self, made: Any) -> None:
+        """Lets a step end before the next begins, where memory is limited.
+
+        A step that is only dispatched holds its scratch already, one per batch.
+        """
+        if self.limit is not None:
+            jax.block_until_ready(made)
+
+    def trim(self) -> None:
+        """Gives what the C library keeps of freed memory back, where it is limited."""
+        if self.limit is not None and sys.platform == "linux":
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
+
+    def close(self) -> None:
+        """Removes what is on disk."""
+        if self.folder is not None:
+            self.folder.cleanup()
+
+
+class Runner:
+    """One batch on its way along a line."""
+
+    def __init__(
+        self,
+        line: Line,
+        segments: list[Segment],
+        batch: Sequence[Any],
+        changing: set[Any] | None,
+        shelf: Shelf,
+        compiler: Compiler,
+        twins: Sequence[Any] | None = None,
+    ):
+        """Places a batch at the start.
+
+        Args:
+          line: the program for the shape of this batch.
+          segments: from `cut`.
+          batch: one array per input of the line.
+          changing: variables that pruning may change, whose dense values are kept
+            beside the pruned ones; None keeps no dense values.
+          shelf: where values are kept.
+          compiler: compiles segments.
+          twins: the batch as the dense model has it where that differs, None for an
+            array that is the same; None for all the same.
+        """
+        self.line, self.segments, self.compiler = line, segments, compiler
+        self.changing, self.shelf = changing, shelf
+        self.values = dict(zip(line.inputs, map(shelf.put, batch), strict=True))
+        pairs = () if twins is None else zip(line.inputs, twins, strict=True)
+        self.dense = {v: shelf.put(x) for v, x in pairs if x is not None}
+
+    def advance(
+        self, k: int, now: Sequence[Any], dense: Sequence[Any] | None = None
+    ) -> None:
+        """Runs the segment before cut `k`; one behind the last cut runs to the end.
+
+        Args:
+          k: the cut; every cut is reached once, in order.
+          now: what `fixed` gives for the parameters now.
+          dense: the same for those of the dense model, where that is kept.
+        """
+        segment = self.segments[k]
+        if segment.eqns:
+            made = self.run(segment, now, self.value)
+            moved = {}
+            if self.changing is not None and not self.changing.isdisjoint(
+                segment.outputs
+            ):
+                before = self.run(segment, dense or (), self.dense_value)
+                moved = {v: x for v, x in before.items() if v in self.changing}
+            self.values.update((v, self.shelf.put(x)) for v, x in made.items())
+            self.dense.update((v, self.shelf.put(x)) for v, x in moved.items())
+        for kept in (self.values, self.dense):
+            for v in [v for v in kept if v not in segment.alive]:
+                self.shelf.drop(kept.pop(v))
+
+    def run(
+        self, segment: Segment, statics: Sequence[Any], read: Callable[[Any], Any]
+    ) -> dict[Any, Any]:
+        """The outputs of a segment for these parameters."""
+        f = self.compiler.segment(segment)
+        outs = f(statics, [read(v) for v in segment.inputs])
+        self.shelf.wait(outs)
+        return dict(zip(segment.outputs, outs, strict=True))
+
+    def value(self, v: Any) -> Any:
+        """A value of the pruned model."""
+        return self.shelf.get(self.values[v])
+
+    def dense_value(self, v: Any) -> Any:
+        """The same value of the dense model."""
+        return self.shelf.get(self.dense[v] if v in self.dense else self.values[v])
+
+    def changed(self, v: Any) -> bool:
+        """Whether the dense model may have another value than the pruned one."""
+        return self.changing is not None and v in self.changing
+
+    def release(self) -> None:
+        """Frees all values."""
+        for kept in (*self.values.values(), *self.dense.values()):
+            self.shelf.drop(kept)
+        self.values, self.dense = {}, {}
+
+
+def changing(line: Line, moved: Iterable[Any]) -> set[Any]:
+    """The variables that change with the parameters in `moved`."""
+    return dependent(line.eqns, list(moved))

@@ -1,0 +1,405 @@
+"""A program as one straight line of equations, with the places where to cut it.
+
+Calls are inlined and scans over stacked weights unrolled, so that almost every product
+with a weight becomes an equation of the line. Products with the same input make one
+`Cut`: there, one Gram matrix serves them all. What cannot be cut (weights inside a
+`while`, a `cond` or a scan over time, weights that are used on several inputs) is
+listed with the reason.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+from jax.extend.core import Literal, Primitive
+
+from flexhinm_jax.tracing import control_flow, jax_versions, views
+from flexhinm_jax.tracing.contractions import Product, Tracked, plain
+from flexhinm_jax.tracing.finder import ALIASES, CHEAP
+from flexhinm_jax.tracing.program import Program, is_array, run
+from flexhinm_jax.tracing.walker import Visitor, Where
+from flexhinm_jax.types import Layout
+
+#: Leaves a position in a traced program; never part of a program that runs.
+mark = Primitive("flexhinm_mark")
+mark.multiple_results = True
+mark.def_impl(lambda *values, **params: [])
+mark.def_abstract_eval(lambda *values, **params: [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A value of the program to which the result of a product is added.
+
+    Attributes:
+      var: the value.
+      back: a value of its shape -> [*stacked, tokens, o], as the product sees it.
+    """
+
+    var: Any
+    back: Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One product at a cut.
+
+    Attributes:
+      path: the leaf.
+      at: position per stack axis of the leaf; None where the whole axis takes part.
+      product: the product, in terms of the layout of the leaf.
+      stream: what its result is added to, or None.
+    """
+
+    path: str
+    at: tuple[int | None, ...]
+    product: Product
+    stream: Stream | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Where the walk stops to solve matrices.
+
+    Attributes:
+      position: the cut lies before this equation.
+      operand: the common input of all members; None without members.
+      members: products with this input.
+      plain: leaf -> why it cannot be cut; solved here on statistics of a plain walk.
+    """
+
+    position: int
+    operand: Any
+    members: tuple[Member, ...]
+    plain: Mapping[str, str]
+
+    @property
+    def names(self) -> tuple:
+        """What is solved here; equal for all batch shapes of one model."""
+        return tuple((m.path, m.at) for m in self.members), tuple(self.plain)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A program without calls.
+
+    Attributes:
+      eqns: the equations, marks included as gaps (None).
+      params: variables of the parameters, one per array leaf.
+      inputs: variables of the batch, one per array.
+      consts: variable -> value of the constants.
+      data: variables that depend on the batch.
+      made: variable -> position of its equation, -1 for the batch.
+      users: variable -> the equations that read it.
+      cuts: where to cut, in order.
+      outputs: what the program returns, one variable (or literal) per array.
+    """
+
+    eqns: list[Any]
+    params: list[Any]
+    inputs: list[Any]
+    consts: dict[Any, Any]
+    data: set[Any]
+    made: dict[Any, int]
+    users: dict[Any, list[Any]]
+    cuts: list[Cut]
+    outputs: list[Any]
+
+
+def straighten(
+    program: Program, params: Any, paths: Sequence[str], layouts: Mapping[str, Layout]
+) -> Line:
+    """Traces a program into a line and finds its cuts.
+
+    Args:
+      program: the traced function.
+      params: its parameters, dense.
+      paths: path per leaf of `params`.
+      layouts: leaf path -> layout, for the leaves to prune.
+    """
+    marker = Marker(layouts)
+
+    def flat(*arrays: Any) -> list[Any]:
+        return run(program, params, paths, marker, (), arrays)[0]
+
+    body, consts = jax_versions.opened(jax.make_jaxpr(flat)(*program.arrays))
+    count = sum(map(is_array, jax.tree.leaves(params)))
+    places: dict[tuple[str, int], tuple[int, Any]] = {}
+    eqns: list[Any] = []
+    for k, eqn in enumerate(body.eqns):
+        is_mark = eqn.primitive is mark
+        eqns.append(None if is_mark else eqn)
+        if is_mark:
+            var = eqn.invars[0] if eqn.invars else None
+            places.setdefault((eqn.params["role"], eqn.params["index"]), (k, var))
+    users: dict[Any, list[Any]] = defaultdict(list)
+    made: dict[Any, int] = dict.fromkeys(body.invars[count:], -1)
+    for k, eqn in enumerate(eqns):
+        if eqn is not None:
+            made.update(dict.fromkeys(eqn.outvars, k))
+            for v in variables(eqn):
+                users[v].append(eqn)
+    line = Line(
+        eqns,
+        list(body.invars[:count]),
+        list(body.invars[count:]),
+        dict(zip(body.constvars, consts, strict=True)),
+        dependent(eqns, body.invars[count:]),
+        made,
+        users,
+        [],
+        list(body.outvars),
+    )
+    line.cuts.extend(find_cuts(line, marker, places))
+    return line
+
+
+def dependent(eqns: Sequence[Any], sources: Sequence[Any]) -> set[Any]:
+    """The variables that depend on `sources`, which are among them."""
+    found = set(sources)
+    for eqn in eqns:
+        if eqn is not None and any(v in found for v in variables(eqn)):
+            found.update(eqn.outvars)
+    return found
+
+
+def variables(eqn: Any) -> list[Any]:
+    """The inputs of an equation that are not literals."""
+    return [v for v in eqn.invars if not isinstance(v, Literal)]
+
+
+class Marker(Visitor):
+    """Marks the input and the result of every product with a wanted leaf.
+
+    Attributes:
+      products: product per index of a mark.
+      hidden: leaf -> (reason, index of the block mark) where products are out of reach.
+    """
+
+    def __init__(self, layouts: Mapping[str, Layout]):
+        """Wants the leaves of `layouts`."""
+        self.layouts = layouts
+        self.products: list[Product] = []
+        self.hidden: dict[str, tuple[str, int]] = {}
+        self.places: dict[Where, int] = {}
+        self.blocks = 0
+        self.reason: str | None = None
+        self.rules = RULES
+
+    def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
+        """Marks the input; the product runs dense."""
+        path = product.weight.path
+        if path not in self.layouts:
+            return None, state
+        if self.reason is not None:
+            self.hidden.setdefault(path, (self.reason, self.blocks - 1))
+            return None, state
+        self.places[where] = len(self.products)
+        mark.bind(product.operand, role="input", index=len(self.products))
+        self.products.append(product)
+        return None, state
+
+    def bound(self, where: Where, eqn: Any, operands: list, results: list) -> None:
+        """Marks the result of a product."""
+        del operands
+        at = self.places.get(where)
+        if at is not None and eqn.primitive.name != mark.name:
+            mark.bind(results[0], role="result", index=at)
+
+    @contextlib.contextmanager
+    def hiding(self, reason: str) -> Iterator[None]:
+        """Products inside cannot be cut, because of `reason`."""
+        before = self.reason
+        if before is None:
+            mark.bind(role="block", index=self.blocks)
+            self.blocks += 1
+            self.reason = reason
+        try:
+            yield
+        finally:
+            self.reason = before
+
+
+def inlined(
+    eqn: Any, operands: list, visitor: Any, state: Any, where: tuple, sub: Callable
+) -> control_flow.Result:
+    """Nothing is differentiated here, so a rematerialised body needs no border."""
+    del visitor, where
+    return sub(eqn.params["jaxpr"], operands, state)
+
+
+def opaque(rule: Callable, reason: str) -> Callable:
+    """A rule whose products are out of reach."""
+
+    def visit(eqn, operands, visitor, state, where, sub):
+        with visitor.hiding(reason):
+            return rule(eqn, operands, visitor, state, where, sub)
+
+    return visit
+
+
+def visit_scan(
+    eqn: Any, operands: list, visitor: Any, state: Any, where: tuple, sub: Callable
+) -> control_flow.Result:
+    """A scan over stacked weights becomes its steps; one over time stays."""
+    p = eqn.params
+    consts, carry, xs = jax_versions.scan_operands(p, operands)
+    if visitor.reason is not None or not any(is_stack(x, visitor.layouts) for x in xs):
+        rule = opaque(control_flow.visit_scan, "inside a scan that does not stack it")
+        return rule(eqn, operands, visitor, state, where, sub)
+    steps = range(p["length"])
+    results: list[list[Any]] = [[] for _ in steps]
+    for k in reversed(steps) if p["reverse"] else steps:
+        parts = [control_flow.row(x, position(plain([x])[0], k), k) for x in xs]
+        outs, state = sub(p["jaxpr"], [*consts, *carry, *parts], state, k)
+        carry, results[k] = outs[: len(carry)], plain(outs[len(carry) :])
+    return [*carry, *(jnp.stack(ys) for ys in zip(*results, strict=True))], state
+
+
+def position(x: Any, k: int) -> Any:
+    """x[k] along the first axis."""
+    return jax.lax.dynamic_index_in_dim(x, np.int32(k), 0, keepdims=False)
+
+
+def is_stack(x: Any, layouts: Mapping[str, Layout]) -> bool:
+    """Whether a scanned operand is a wanted leaf with one matrix per step."""
+    wanted = isinstance(x, Tracked) and x.path in layouts
+    return wanted and control_flow.scannable(x) and bool(x.view.dims[0])
+
+
+RULES = {
+    **control_flow.RULES,
+    **dict.fromkeys(("remat2", "remat", "checkpoint"), inlined),
+    "scan": visit_scan,
+    "cond": opaque(control_flow.visit_cond, "inside a cond"),
+    "while": opaque(control_flow.visit_while, "inside a while loop"),
+    "shard_map": opaque(control_flow.visit_shard_map, "inside a shard_map"),
+}
+
+
+def find_cuts(
+    line: Line, marker: Marker, places: Mapping[tuple[str, int], tuple[int, Any]]
+) -> list[Cut]:
+    """The cuts of a line, in order; every wanted leaf that is used is in one."""
+    same = canonical(line)
+    first: dict[str, int] = {}
+    found: dict[str, dict[tuple, tuple]] = defaultdict(dict)
+    plain_at: dict[str, str] = {}
+    for path, (reason, block) in marker.hidden.items():
+        first[path], plain_at[path] = places["block", block][0], reason
+    for k, given in enumerate(marker.products):
+        path, layout = given.weight.path, marker.layouts[given.weight.path]
+        product = given.fit(layout)
+        if product is None or product.layout != layout:
+            continue  # another reading of a tied leaf: not counted, as in calibrate
+        where, operand = places["input", k]
+        first[path] = min(where, first.get(path, where))
+        at = tuple(product.index.get(f) for f in layout.stack)
+        if any(i is not None and not isinstance(i, int) for i in at):
+            plain_at.setdefault(path, "indexed by a computed position")
+        elif operand not in line.data:
+            plain_at.setdefault(path, "its input does not depend on the batch")
+        elif (at, same.get(operand, operand), product.columns) not in found[path]:
+            key = at, same.get(operand, operand), product.columns
+            found[path][key] = where, places.get(("result", k), (0, None))[1], product
+    groups: dict[tuple, list[tuple]] = defaultdict(list)
+    for path, uses in found.items():
+        reason = plain_at.get(path) or overlap(uses, marker.layouts[path])
+        if reason is not None:
+            plain_at[path] = reason
+            continue
+        for (at, operand, columns), rest in uses.items():
+            groups[operand, columns].append((path, at, *rest))
+    cuts = []
+    for (operand, _), uses in groups.items():
+        start = min(where for _, _, where, _, _ in uses)
+        members = tuple(
+            Member(path, at, product, stream(line, result, product, start))
+            for path, at, _, result, product in uses
+        )
+        cuts.append(Cut(start, operand, members, {}))
+    blocks: dict[int, dict[str, str]] = defaultdict(dict)
+    for path, reason in plain_at.items():
+        blocks[first[path]][path] = reason
+    cuts += [Cut(where, None, (), leaves) for where, leaves in blocks.items()]
+    return sorted(cuts, key=lambda cut: cut.position)
+
+
+def canonical(line: Line) -> dict[Any, Any]:
+    """Variable -> the first one that a cheap equation computed in the same way."""
+    same: dict[Any, Any] = {}
+    known: dict[tuple, Any] = {}
+    for eqn in line.eqns:
+        if eqn is None or eqn.primitive.name not in CHEAP:
+            continue
+        given = tuple(same.get(v, v) for v in variables(eqn))
+        key = eqn.primitive.name, str(sorted(eqn.params.items(), key=str)), given
+        same[eqn.outvars[0]] = known.setdefault(key, eqn.outvars[0])
+    return same
+
+
+def overlap(uses: Mapping[tuple, tuple], layout: Layout) -> str | None:
+    """Why the uses of a leaf are not its matrices, each once; None if they are."""
+    positions = [at for at, _, _ in uses]
+    if len(set(positions)) < len(positions):
+        return f"used on {len(positions)} different inputs"
+    whole = {tuple(i is None for i in at) for at in positions}
+    steps = [
+        f.size for f, i in zip(layout.stack, positions[0], strict=True) if i is not None
+    ]
+    if len(whole) > 1 or len(positions) != math.prod(steps):
+        return "not used matrix by matrix"
+    return None
+
+
+def stream(line: Line, result: Any, product: Product, before: int) -> Stream | None:
+    """What the result of a product is added to, when it is known before the cut.
+
+    Follows the result through biases, casts and changes of shape, as long as nothing
+    else reads it.
+    """
+    atoms = views.flat(product.batch) + views.flat(product.out)
+    if result is None or not all(a.whole for a in atoms):
+        return None
+    moves: list[Any] = []
+    while len(line.users[result]) == 1:
+        eqn = line.users[result][0]
+        name = eqn.primitive.name
+        if name in ("reshape", "transpose", "squeeze"):
+            moves.append(eqn)
+        elif name in ("add", "add_any"):
+            other = eqn.invars[1] if eqn.invars[0] is result else eqn.invars[0]
+            known = not isinstance(other, Literal) and other in line.data
+            if known and line.made[other] < before:
+                return Stream(other, reverse(product, moves))
+        elif name not in ALIASES:
+            return None
+        result = eqn.outvars[0]
+    return None
+
+
+def reverse(product: Product, moves: Sequence[Any]) -> Callable[[Array], Array]:
+    """The way back from the shape after `moves` to [*stacked, tokens, o]."""
+    layout = product.layout
+    stacked = [f.size for f in product.stacked]
+    tokens, o = math.prod(product.free), layout.matrix_shape[0]
+
+    def forward(y: Array) -> Array:
+        y = product.restore(y)
+        for eqn in moves:
+            (y,) = jax_versions.bind(eqn, [y])
+        return y
+
+    def back(d: Array) -> Array:
+        shape = jax.ShapeDtypeStruct((*stacked, tokens, o), jnp.float32)
+        (y,) = jax.linear_transpose(forward, shape)(d.astype(jnp.float32))
+        return y
+
+    return back

@@ -1,0 +1,1 @@
+"""Decoders pruned block by block in bounded memory."""

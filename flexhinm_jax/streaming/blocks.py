@@ -1,0 +1,218 @@
+"""A decoder directory as blocks that are loaded one at a time.
+
+Only headers are read when it is opened. A block is a pure function of the hidden
+states; its parameters keep the keys of the checkpoint, so that a leaf is known by the
+same name, and is given the same random key, as in the whole model.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from flexhinm_jax import checks
+from flexhinm_jax.io import huggingface, shards, tensors
+from flexhinm_jax.models import decoder
+from flexhinm_jax.tracing.discover import choose, discover
+from flexhinm_jax.types import Uses
+
+FLOATS = ("F32", "BF16", "F16")
+TABLE = "model.embed_tokens.weight"
+
+Dtype = Literal["checkpoint", "float32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """An opened decoder directory.
+
+    Attributes:
+      config: sizes.
+      index: where every array is.
+      given: contents of `config.json`.
+      dtype: what to compute in: that of the checkpoint, or float32.
+    """
+
+    config: decoder.DecoderConfig
+    index: shards.Index
+    given: dict[str, Any]
+    dtype: Dtype = "checkpoint"
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return self.config.num_hidden_layers
+
+    def keys(self, layer: int) -> list[str]:
+        """Keys of the parameters of a block."""
+        prefix = decoder.block_prefix(layer)
+        return [prefix + name for name in decoder.block_shapes(self.config)]
+
+    def like(self, layer: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the parameters of a block, as they are computed with."""
+        return {
+            key: jax.ShapeDtypeStruct(self.index.shape(key), self.computed(key))
+            for key in self.keys(layer)
+        }
+
+    def computed(self, key: str) -> np.dtype:
+        """Dtype in which an array is computed with."""
+        if self.dtype == "float32":
+            return np.dtype(np.float32)
+        return tensors.DTYPES[self.index.dtype(key)]
+
+    def load(self, layer: int) -> dict[str, Array]:
+        """The parameters of a block, on the device.
+
+        Raises:
+          ValueError: NaN or infinity in one of them.
+        """
+        return {key: self.array(key) for key in self.keys(layer)}
+
+    def array(self, key: str) -> Array:
+        """One array on the device, in the dtype that is computed with."""
+        stored = self.index.read(key)
+        checks.finite(stored, "weight", key)
+        return jnp.asarray(stored.astype(self.computed(key), copy=False))
+
+    def apply(self, layer: int) -> Callable[[Mapping[str, Any], Any], Any]:
+        """Block `layer` as a function of (parameters, hidden states)."""
+        prefix = decoder.block_prefix(layer)
+
+        def run(params: Mapping[str, Any], h: Any) -> Any:
+            short = {key.removeprefix(prefix): x for key, x in params.items()}
+            return decoder.block(short, h, self.config)
+
+        return run
+
+    def embedded(self, batches: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """Hidden states before the first block.
+
+        Only the rows of the table that occur are read.
+
+        Args:
+          batches: i32[batch, length] each.
+
+        Raises:
+          ValueError: NaN or infinity in one of these rows.
+        """
+        used, place = np.unique(np.stack(batches), return_inverse=True)
+        rows = np.asarray(self.index.read(TABLE)[used])
+        checks.finite(rows, "a row that the text uses", TABLE)
+        config = dataclasses.replace(self.config, vocab_size=len(used))
+        table = {TABLE: jnp.asarray(rows.astype(self.computed(TABLE)))}
+        run = jax.jit(functools.partial(decoder.embed, config=config))
+        for tokens in place.reshape(len(batches), *batches[0].shape):
+            yield np.asarray(run(table, jnp.asarray(tokens, jnp.int32)))
+
+    def uses(self, rules: Mapping[str, Any] | None) -> "BlockUses":
+        """What is prunable in every block.
+
+        Args:
+          rules: {regex: pattern, "skip" or "prune"} on the keys of the checkpoint.
+
+        Raises:
+          ValueError: a rule that matches nothing, or asks to prune what lies outside
+            the blocks.
+        """
+        chosen = choose(dict(rules or {}), list(self.index.files))
+        inside = {key for layer in range(self.count) for key in self.keys(layer)}
+        for key, (rule, action) in chosen.items():
+            if key not in inside and action != "skip":
+                raise ValueError(
+                    f"rule {rule!r} asks to prune {key}, which is not in a block; what"
+                    " is outside the blocks is copied unchanged when streaming"
+                )
+        return BlockUses(self, {key: action for key, (_, action) in chosen.items()})
+
+
+class BlockUses:
+    """The uses of every block, traced once per set of rules that applies."""
+
+    def __init__(self, blocks: Blocks, actions: Mapping[str, Any]):
+        """Keeps key -> action of the rules."""
+        self.blocks, self.actions = blocks, actions
+        self.known: dict[Any, tuple[str, Uses]] = {}
+
+    def kind(self, layer: int) -> tuple:
+        """Equal for blocks to which the same rules apply."""
+        prefix = decoder.block_prefix(layer)
+        return tuple(
+            (key.removeprefix(prefix), self.actions[key])
+            for key in self.blocks.keys(layer)
+            if key in self.actions
+        )
+
+    def kinds(self) -> dict[Any, int]:
+        """Kind -> the first block of it."""
+        found: dict[Any, int] = {}
+        for layer in range(self.blocks.count):
+            found.setdefault(self.kind(layer), layer)
+        return found
+
+    def of(self, layer: int) -> Uses:
+        """The uses of a block under the keys of the checkpoint."""
+        kind, prefix = self.kind(layer), decoder.block_prefix(layer)
+        if kind not in self.known:
+            like = self.blocks.like(layer)
+            width = self.blocks.config.hidden_size
+            h = jax.ShapeDtypeStruct((1, 8, width), self.blocks.computed(TABLE))
+            rules = {f"^{re.escape(prefix + name)}$": action for name, action in kind}
+            run = self.blocks.apply(layer)
+            self.known[kind] = prefix, discover(run, like, h, rules=rules)
+        before, uses = self.known[kind]
+        if before == prefix:
+            return uses
+
+        def renamed(key: str | None) -> Any:
+            return None if key is None else prefix + key.removeprefix(before)
+
+        return Uses(
+            tuple(
+                dataclasses.replace(u, path=renamed(u.path), bias=renamed(u.bias))
+                for u in uses
+            ),
+            {renamed(key): reason for key, reason in uses.skipped.items()},
+        )
+
+
+def open_blocks(directory: Path, dtype: Dtype = "checkpoint") -> Blocks:
+    """Opens a decoder directory; reads its config and the headers of its weights.
+
+    Args:
+      directory: Hugging Face directory of a supported family.
+      dtype: what to compute in.
+
+    Raises:
+      FileNotFoundError: the directory or a part of it is missing.
+      ValueError: an architecture that is not supported, tensors that are missing, not
+        known or of another shape than the configuration says, a truncated shard, or
+        weights that are not floating-point.
+    """
+    if dtype not in ("checkpoint", "float32"):
+        raise ValueError(f"dtype={dtype!r}: choose 'checkpoint' or 'float32'")
+    directory = Path(directory)
+    given = huggingface.read_config(directory)
+    try:
+        config = decoder.DecoderConfig.from_dict(given)
+    except ValueError as error:
+        raise ValueError(f"{directory / huggingface.CONFIG}: {error}") from error
+    index = shards.read_index(directory)
+    try:
+        decoder.check({key: index.shape(key) for key in index.files}, config)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+    for key in decoder.shapes(config):
+        if index.dtype(key) not in FLOATS:
+            raise ValueError(
+                f"{directory}: {key} has dtype {index.dtype(key)}; supported are"
+                f" {', '.join(FLOATS)}: give the directory with float weights"
+            )
+    return Blocks(config, index, given, dtype)

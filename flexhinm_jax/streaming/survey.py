@@ -1,0 +1,170 @@
+"""What budgets across blocks are decided by: one pass of the dense model.
+
+Block by block, like the pruning itself and with the same programs, so it needs no more
+memory: all batches run to the end of a block, the norms of the inputs of its weights
+are taken on the way, and nothing is solved. The budgets are those that `budgets` gives
+for the whole model.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from flexhinm_jax import checks
+from flexhinm_jax.io import atomic
+from flexhinm_jax.pruning import allocate, gains
+from flexhinm_jax.pruning.owl import OWL, outlier_shares
+from flexhinm_jax.sequential import segments
+from flexhinm_jax.sequential.cuts import Walk
+from flexhinm_jax.sequential.solver import Solved
+from flexhinm_jax.streaming.states import States
+from flexhinm_jax.streaming.work import Setting, Work
+from flexhinm_jax.types import Stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Surveyed:
+    """One block of the dense model has been looked at.
+
+    Attributes:
+      layer: which, from 0.
+      total: blocks in all.
+      seconds: wall time.
+    """
+
+    layer: int
+    total: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocated:
+    """Every matrix has its sparsity.
+
+    Attributes:
+      sparsity: key -> fraction of weights to remove.
+    """
+
+    sparsity: dict[str, float]
+
+
+def first_targets(setting: Setting) -> float | Mapping[str, float] | None:
+    """Sparsities to check and plan with: right unless a survey decides them.
+
+    Raises:
+      ValueError: a target out of reach, or that cannot be allocated.
+    """
+    given = setting.sparsity
+    if setting.allocate == "uniform" and not setting.exceptions:
+        return given
+    if given is None or isinstance(given, Mapping):
+        raise ValueError(
+            "allocate and exceptions need one sparsity, the fraction of all pruned"
+            f" weights removed; got sparsity={given!r}"
+        )
+    layers = {
+        path: layer
+        for n in range(setting.blocks.count)
+        for path, layer in gains.plain(setting.method, setting.uses.of(n)).items()
+    }
+    if not layers:
+        return given  # refused with a better message later
+    if setting.allocate != "uniform":
+        allocate.check_free(setting.method, layers)
+    rules = setting.exceptions
+    return allocate.allocate("uniform", layers, given, exceptions=rules)
+
+
+def survey(
+    setting: Setting,
+    work: Work,
+    shelf: int | None,
+    progress: Callable[[Surveyed], None] | None,
+) -> dict[str, float]:
+    """The sparsity of every matrix, from a pass of the dense model or from an earlier.
+
+    Args:
+      setting: what to do; "allocate" is not "uniform".
+      work: where hidden states go that do not fit, and where the result is kept.
+      shelf: bytes of hidden states in memory; None for all.
+      progress: called after every block.
+    """
+    if work.budgets.exists():
+        return json.loads(work.budgets.read_text())
+    mode, total = setting.allocate, setting.blocks.count
+    owl = OWL() if mode == "owl" else mode
+    dense = dataclasses.replace(setting, target="seq")
+    states = States(work.folder / "survey", shelf, durable=False)
+    states.begin(setting.blocks.embedded(setting.batches))
+    layers: dict[str, gains.Increments] = {}
+    shares: dict[str, float] = {}
+    for layer in range(total):
+        started = time.perf_counter()
+        hidden, _ = states.take()
+        job = dense.job(layer, setting.blocks.load(layer), hidden)
+        walk = Look(
+            job,
+            "seq",
+            segments.Shelf(shelf, work.folder),
+            programs=setting.programs,
+            to_end=True,
+        )
+        job.batches.clear()
+        del hidden
+        walk.run(None)
+        states.next(layer + 1, walk.outputs(), False)
+        states.forget(layer)
+        if isinstance(owl, OWL):
+            layers |= gains.plain(setting.method, job.uses)
+            shares |= outlier_shares(owl, job.leaves, job.uses, walk.norms)
+        else:
+            layers |= gains.offered(setting.method, job.leaves, job.uses, walk.norms)
+        if progress is not None:
+            progress(Surveyed(layer, total, time.perf_counter() - started))
+    states.forget(total)
+    assert isinstance(setting.sparsity, float | int)
+    found = allocate.allocate(
+        mode,
+        layers,
+        setting.sparsity,
+        exceptions=setting.exceptions,
+        outliers=shares,
+    )
+    with atomic.file(work.budgets, overwrite=True) as path:
+        path.write_text(json.dumps(found))
+    return found
+
+
+class Look(Walk):
+    """A walk of the dense model that solves nothing.
+
+    Attributes:
+      norms: path -> statistics of the inputs, without Gram matrices.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        """See `Walk`."""
+        super().__init__(*args, **options)
+        self.norms: dict[str, Stats] = {}
+
+    def members(self, k: int) -> dict[tuple, Solved]:
+        """Takes the norms at cut `k`."""
+        sums = None
+        for runner, mask in zip(self.runners, self.masks, strict=True):
+            sums = self.add(k, sums, runner, mask)
+        assert sums is not None
+        squares = jnp.diagonal(sums["upper"], axis1=-2, axis2=-1)
+        checks.finite(squares, "norms of its inputs", self.cuts[k].members[0].path)
+        found = Stats(
+            sq_norm=squares,
+            mean=sums["total"] / jnp.maximum(sums["count"], 1.0),
+            count=jnp.broadcast_to(sums["count"], sums["total"].shape[:-1]),
+        )
+        del sums
+        self.shelf.trim()
+        self.norms |= {m.path: found for m in self.cuts[k].members}
+        return {}

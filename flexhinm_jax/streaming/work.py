@@ -1,0 +1,212 @@
+"""The folder in which a streamed pruning run keeps its state until it is finished.
+
+`OUT.partial` holds `job.json` (a fingerprint of what was asked), `budgets.json` (the
+sparsity of every matrix, where that was allocated), `model` (the files of the output,
+under names that no reader takes for complete), `states` (hidden states before the next
+block), `solved` (finished matrices of that block) and one `block-NNNNN.json` per
+finished block, which is written last.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+import flexhinm_jax
+from flexhinm_jax.io import atomic, huggingface, shards
+from flexhinm_jax.methods import Method
+from flexhinm_jax.pruning.allocate import Mode
+from flexhinm_jax.pruning.report import Row
+from flexhinm_jax.sequential.cuts import Programs
+from flexhinm_jax.sequential.finished import Finished, digest
+from flexhinm_jax.sequential.job import Job
+from flexhinm_jax.sequential.sequential import Target
+from flexhinm_jax.streaming.blocks import Blocks, BlockUses
+
+PARTIAL = ".partial"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a run is asked to do.
+
+    Attributes:
+      targets: sparsity of every leaf, or one for all: what `sparsity`, `allocate` and
+        `exceptions` come to.
+    """
+
+    blocks: Blocks
+    uses: BlockUses
+    batches: list[np.ndarray]
+    method: Method
+    sparsity: float | Mapping[str, float] | None
+    allocate: Mode
+    exceptions: Mapping[str, float]
+    key: Array
+    target: Target
+    center: bool
+    pack: bool
+    programs: Programs
+    targets: float | Mapping[str, float] | None = None
+
+    @property
+    def beside(self) -> bool:
+        """Whether a dense model runs beside the pruned one."""
+        return self.target != "seq"
+
+    def job(self, layer: int, params: Mapping[str, Any], hidden: Sequence[Any]) -> Job:
+        """Checks a block and says how to prune it.
+
+        Args:
+          layer: which.
+          params: its parameters; may be abstract.
+          hidden: hidden states before it, one array per batch; may be abstract.
+        """
+        return Job(
+            self.blocks.apply(layer),
+            params,
+            [(h,) for h in hidden],
+            self.uses.of(layer),
+            self.method,
+            self.targets,
+            self.key,
+            self.center,
+            None,
+            self.beside,
+        )
+
+
+class Work:
+    """The folder of a run that is not finished.
+
+    Attributes:
+      folder: `OUT.partial`.
+      model: what becomes OUT.
+      states: hidden states on disk.
+      budgets: file with the sparsity of every matrix, once that is known.
+      writer: writes the weights.
+    """
+
+    writer: shards.Writer
+
+    def __init__(self, out: Path, setting: Setting):
+        """Names the folder; nothing is touched."""
+        self.setting = setting
+        self.out = Path(os.path.realpath(out))
+        self.folder = self.out.with_name(self.out.name + PARTIAL)
+        self.model = self.folder / "model"
+        self.states = self.folder / "states"
+        self.budgets = self.folder / "budgets.json"
+
+    @staticmethod
+    def taken(out: Path) -> int:
+        """Bytes that the files of an earlier run take already."""
+        folder = out.with_name(out.name + PARTIAL)
+        return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+    def kept(self, needed: int) -> "Work":
+        """Opens the folder, or begins it; to be used as a context."""
+        shards.check_space(self.folder, needed - self.taken(self.out))
+        if self.record(0).exists() and not self.model.exists():
+            shutil.rmtree(self.folder)  # killed when OUT was there and this was left
+        Finished(self.folder, fingerprint(self.setting))
+        self.model.mkdir(exist_ok=True)
+        try:
+            self.writer = shards.Writer(self.model, self.setting.blocks.index)
+        except OSError:
+            self.__exit__(OSError)
+            raise
+        return self
+
+    def __enter__(self) -> "Work":
+        """The folder."""
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        """Keeps the folder of a run that failed, if it holds anything of value."""
+        del rest
+        worth = [*self.folder.glob("block-*.json"), *self.folder.rglob("*.npz")]
+        worth += [self.budgets] if self.budgets.exists() else []
+        if kind is not None and not worth:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def resumed(self) -> int:
+        """Number of blocks that are done."""
+        count = 0
+        while self.record(count).exists():
+            count += 1
+        return count
+
+    def record(self, layer: int) -> Path:
+        """The file that says that a block is done."""
+        return self.folder / f"block-{layer:05d}.json"
+
+    def rows(self, layer: int) -> tuple[list[Row], dict[str, float]]:
+        """Rows of the report and errors of a block that is done."""
+        found = json.loads(self.record(layer).read_text())
+        rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in found["rows"]]
+        return rows, found["errors"]
+
+    def solved(self, layer: int) -> Path:
+        """Where the finished matrices of a block are kept."""
+        return self.folder / "solved" / f"{layer:05d}"
+
+    def done(self, layer: int, rows: list[Row], errors: dict[str, float]) -> None:
+        """A block is written, and its hidden states too."""
+        self.writer.flush()
+        found = {"rows": [dataclasses.asdict(row) for row in rows], "errors": errors}
+        text = json.dumps(found)
+        with atomic.file(self.record(layer), overwrite=True) as path:
+            path.write_text(text)
+        shutil.rmtree(self.solved(layer))
+
+    def finish(self, extra: Mapping[str, str]) -> None:
+        """Copies what is left, and makes the folder OUT."""
+        blocks = self.setting.blocks
+        pruned = {key for layer in range(blocks.count) for key in blocks.keys(layer)}
+        for key in blocks.index.files:
+            if key not in pruned:
+                self.writer.copy(key)
+        self.writer.flush()
+        huggingface.copy_others(blocks.index.directory, self.model)
+        for name, text in extra.items():
+            (self.model / name).write_text(text)
+        self.writer.finish()
+        atomic.flush(self.model)
+        atomic.swap(self.model, self.out)
+        shutil.rmtree(self.folder)
+
+
+def fingerprint(setting: Setting) -> dict[str, str]:
+    """Everything that decides about the result, as text."""
+    blocks = setting.blocks
+    seen = zlib.crc32(json.dumps(blocks.given, sort_keys=True).encode())
+    for key in blocks.index.files:
+        x = blocks.index.read(key)
+        # Headers and the start of every array: enough to know another checkpoint.
+        start = np.ascontiguousarray(x.reshape(-1)[:1024]).view(np.uint8)
+        seen = zlib.crc32(f"{key}{x.dtype}{x.shape}".encode(), seen)
+        seen = zlib.crc32(start.tobytes(), seen)
+    return {
+        "version": flexhinm_jax.__version__,
+        "model": f"{seen:08x}",
+        "tokens": digest(setting.batches),
+        "method": repr(setting.method),
+        "sparsity": repr(setting.sparsity),
+        "allocate": repr(setting.allocate),
+        "exceptions": repr(setting.exceptions),
+        "rules": repr(setting.uses.actions),
+        "key": str(np.asarray(jax.random.key_data(setting.key)).tolist()),
+        "target": setting.target,
+        "center": repr(setting.center),
+        "dtype": blocks.dtype,
+        "pack": repr(setting.pack),
+    }

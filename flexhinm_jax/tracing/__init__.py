@@ -1,0 +1,1 @@
+"""One interpreter of traced functions: where every parameter is used."""

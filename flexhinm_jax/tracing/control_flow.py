@@ -1,0 +1,260 @@
+"""How the walk goes through control flow: one rule per primitive.
+
+Every rule rebuilds its construct with the public function of jax around the walk of the
+bodies, and threads the state of the visitor through it. A rule gets the equation, its
+operands, the visitor, its state, the position, and `sub(jaxpr, operands, state,
+*step)`, which walks a body; it returns (outputs, state).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
+
+from flexhinm_jax.tracing import jax_versions, views
+from flexhinm_jax.tracing.contractions import Tracked, plain
+
+Result = tuple[list[Any], Any]
+CHANGED = "carried through a loop that changes it"
+
+
+def visit_remat(
+    eqn: Any, operands: list, visitor: Any, state: Any, where: tuple, sub: Callable
+) -> Result:
+    """A rematerialised body stays one."""
+    del visitor, where
+    p = eqn.params
+
+    def body(state: Any) -> Any:
+        outs, state = sub(p["jaxpr"], operands, state)
+        return plain(outs), state
+
+    options = {"prevent_cse": p["prevent_cse"], "policy": p["policy"]}
+    return jax.checkpoint(body, **options)(state)
+
+
+def visit_cond(
+    eqn: Any, operands: list, visitor: Any, state: Any, where: tuple, sub: Callable
+) -> Result:
+    """Branches share the state: one that is not taken adds nothing."""
+    del visitor, where
+
+    def branch(k: int, jaxpr: Any) -> Callable:
+        def body(state: Any) -> Any:
+            outs, state = sub(jaxpr, operands[1:], state, k)
+            return plain(outs), state
+
+        return body
+
+    branches = [branch(k, jaxpr) for k, jaxpr in enumerate(eqn.params["branches"])]
+    return lax.switch(plain(operands[:1])[0], branches, state)
+
+
+class Carry:
+    """The carry of a loop; a leaf handed on untouched is a constant of the loop."""
+
+    def __init__(self, body: Any, init: list, offset: int):
+        """Splits `init`, whose first value is input `offset` of `body`."""
+        jaxpr = jax_versions.opened(body)[0]
+        self.init = init
+        self.fixed = [
+            isinstance(v, Tracked) and jaxpr.outvars[k] is jaxpr.invars[offset + k]
+            for k, v in enumerate(init)
+        ]
+
+    @property
+    def changed(self) -> list[Tracked]:
+        """Leaves that the body replaces."""
+        pairs = zip(self.init, self.fixed, strict=True)
+        return [v for v, fixed in pairs if isinstance(v, Tracked) and not fixed]
+
+    def moving(self, values: Sequence[Any]) -> list[Any]:
+        """The dense values that change from step to step."""
+        kept = zip(values, self.fixed, strict=True)
+        return plain([v for v, fixed in kept if not fixed])
+
+    def join(self, moving: Sequence[Any]) -> list[Any]:
+        """The whole carry from its moving part."""
+        it, pairs = iter(moving), zip(self.init, self.fixed, strict=True)
+        return [v if fixed else next(it) for v, fixed in pairs]
+
+
+def visit_while(
+    eqn: Any, operands: list, visitor: Any, state: Any, where: tuple, sub: Callable
+) -> Result:
+    """The state is part of the carry; products of the condition are not counted."""
+    p = eqn.params
+    first, last = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+    carry = Carry(p["body_jaxpr"], operands[last:], p["body_nconsts"])
+    for v in carry.changed:
+        visitor.stop(where, v, CHANGED)
+
+    def cond(loop: Any) -> Any:
+        values = [*operands[:first], *carry.join(loop[0])]
+        return plain(sub(p["cond_jaxpr"], values, loop[1], "cond")[0])[0]
+
+    def body(loop: Any) -> Any:
+        values = [*operands[first:last], *carry.join(loop[0])]
+        outs, state = sub(p["body_jaxpr"], values, loop[1], "body")
+        return carry.moving(outs), state
+
+    init = carry.moving(operands[last:]), state
+    moved, state = lax.while_loop(cond, body, init)
+    return carry.join(moved), state
+
+
+def visit_scan(
+    eqn: Any, operands: list, visitor: Any, state: Any, where: tuple, sub: Callable
+) -> Result:
+    """Stacked leaves stay scanned, dense or packed, so that gradients stay stacked."""
+    p = eqn.params
+    consts, init, xs = jax_versions.scan_operands(p, operands)
+    carry = Carry(p["jaxpr"], init, len(consts))
+    for v in carry.changed:
+        visitor.stop(where, v, CHANGED)
+    for x in xs:
+        if isinstance(x, Tracked) and not scannable(x):
+            visitor.stop(where, x, "scanned over a part of an axis")
+
+    def step(loop: Any, scanned: Any) -> Any:
+        k, slices = scanned
+        rows = [row(x, part, k) for x, part in zip(xs, slices, strict=True)]
+        values = [*consts, *carry.join(loop[0]), *rows]
+        outs, state = sub(p["jaxpr"], values, loop[1])
+        return (carry.moving(outs[: len(init)]), state), plain(outs[len(init) :])
+
+    parts = [scanned_arrays(x) for x in xs]
+    counter = jnp.arange(p["length"], dtype=jnp.int32)
+    options = {k: p[k] for k in ("length", "reverse", "unroll")}
+    start = carry.moving(init), state
+    (moved, state), ys = lax.scan(step, start, (counter, parts), **options)
+    return [*carry.join(moved), *ys], state
+
+
+def scannable(x: Tracked) -> bool:
+    """Whether the first axis of a leaf is one whole factor, or a unit axis."""
+    dim = x.view.dims[0]
+    return not dim or (len(dim) == 1 and dim[0].whole and dim[0].axis != views.REPEAT)
+
+
+def is_stacked(x: Tracked) -> bool:
+    """Whether the first axis of a packed leaf is a stack axis of its arrays."""
+    dim = x.view.dims[0]
+    return scannable(x) and bool(dim) and dim[0].factor in x.left
+
+
+def scanned_arrays(x: Any) -> Any:
+    """What lax.scan slices for a scanned operand; None for a packed unit stack."""
+    if not isinstance(x, Tracked):
+        return x
+    if x.packed is not None and scannable(x) and not x.view.dims[0]:
+        return None
+    if x.packed is not None and is_stacked(x):
+        k = x.left.index(x.view.dims[0][0].factor)
+        return jax.tree.map(lambda a: jnp.moveaxis(a, k, 0), x.packed)
+    return x.dense()
+
+
+def row(x: Any, part: Any, k: Any) -> Any:
+    """A scanned operand inside step `k`; `part` is its slice of `scanned_arrays`."""
+    if not isinstance(x, Tracked) or not scannable(x):
+        return part
+    dim, view = x.view.dims[0], x.view._replace(dims=x.view.dims[1:])
+    if dim:
+        view = view._replace(index=(*view.index, (dim[0], k)))
+    if x.packed is None:
+        return dataclasses.replace(x, view=view, dense=lambda: part)
+
+    def dense() -> Any:
+        return lax.dynamic_index_in_dim(x.dense(), k, 0, keepdims=False)
+
+    if not dim:
+        return dataclasses.replace(x, view=view, dense=dense)
+    if not is_stacked(x):
+        return part
+    left = tuple(f for f in x.left if f != dim[0].factor)
+    return dataclasses.replace(x, view=view, dense=dense, packed=part, left=left)
+
+
+def visit_barrier(
+    eqn: Any, operands: list, visitor: Any, state: Any, where: tuple, sub: Callable
+) -> Result:
+    """An optimization barrier holds back the values that are not tracked."""
+    del visitor, where, sub
+    others = [v for v in operands if not isinstance(v, Tracked)]
+    held = iter(lax.optimization_barrier(others) if others else ())
+    return [v if isinstance(v, Tracked) else next(held) for v in operands], state
+
+
+def visit_shard_map(
+    eqn: Any, operands: list, visitor: Any, state: Any, where: tuple, sub: Callable
+) -> Result:
+    """Replicated leaves are followed into the body; every device has its own state."""
+    p, names = eqn.params, jax_versions.manual_axes(eqn.params)
+    values = list(operands)
+    for k, (v, spec) in enumerate(zip(operands, p["in_specs"], strict=True)):
+        if not isinstance(v, Tracked):
+            continue
+        split_over = [axis for axis in spec if axis is not None]
+        if split_over or not p["check_vma"]:
+            over = (
+                f"over mesh axes {split_over}" if split_over else "with check_vma=False"
+            )
+            visitor.stop(where, v, f"inside a shard_map {over}")
+            values[k] = v.dense()
+    if not any(isinstance(v, Tracked) for v in values):
+        outs = jax_versions.bind(eqn, values)
+        visitor.bound(where, eqn, operands, outs)
+        return outs, state
+    everywhere = PartitionSpec()
+    arrays = [ports(v) if isinstance(v, Tracked) else v for v in values]
+    specs = [
+        jax.tree.map(lambda _: everywhere, a) if isinstance(v, Tracked) else spec
+        for a, v, spec in zip(arrays, values, p["in_specs"], strict=True)
+    ]
+    state_specs = jax.tree.map(lambda _: everywhere, state)
+
+    def body(arrays: list, state: Any) -> Any:
+        inside = [
+            landed(v, a) if isinstance(v, Tracked) else a
+            for v, a in zip(values, arrays, strict=True)
+        ]
+        outs, local = sub(p["jaxpr"], inside, visitor.enter(state, names))
+        return tuple(plain(outs)), visitor.leave(state, local, names)
+
+    out_specs = (tuple(p["out_specs"]), state_specs)
+    with jax_versions.context(eqn):
+        mapped = jax_versions.shard_map(body, p, (specs, state_specs), out_specs)
+        outs, state = mapped(arrays, state)
+    return list(outs), state
+
+
+def ports(x: Tracked) -> tuple[Any, Any, list[Any]]:
+    """The arrays of a tracked leaf: dense value, packed leaf, traced positions."""
+    traced = [at for _, at in x.view.index if not isinstance(at, int)]
+    return x.dense(), x.packed, traced
+
+
+def landed(x: Tracked, arrays: tuple[Any, Any, list[Any]]) -> Tracked:
+    """The leaf rebuilt on the other side from its `ports`."""
+    dense, packed, traced = arrays
+    it = iter(traced)
+    index = tuple(
+        (a, at if isinstance(at, int) else next(it)) for a, at in x.view.index
+    )
+    view = x.view._replace(index=index)
+    return dataclasses.replace(x, view=view, dense=lambda: dense, packed=packed)
+
+
+RULES: dict[str, Callable] = {
+    **dict.fromkeys(("remat2", "remat", "checkpoint"), visit_remat),
+    "cond": visit_cond,
+    "while": visit_while,
+    "scan": visit_scan,
+    "optimization_barrier": visit_barrier,
+    "shard_map": visit_shard_map,
+}

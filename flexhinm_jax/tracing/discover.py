@@ -1,0 +1,188 @@
+"""Finds which leaves of a parameter tree are contracted, with what, along which axes.
+
+The function is traced and walked once without running it. Every contraction of a leaf
+becomes a `Use`; every other leaf is skipped for a reason that a person can act on.
+"""
+
+import dataclasses
+import difflib
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from flexhinm_jax import arguments
+from flexhinm_jax.patterns import Pattern
+from flexhinm_jax.tracing.finder import find
+from flexhinm_jax.tracing.paths import leaf_paths
+from flexhinm_jax.tracing.program import is_packed, trace
+from flexhinm_jax.tracing.tables import aligned
+from flexhinm_jax.types import AxisFactor, Layout, Use, Uses
+
+logger = logging.getLogger("flexhinm_jax")
+
+ALIASES = frozenset(
+    "convert_element_type sharding_constraint copy name reshard".split()
+)
+CHEAP = ALIASES | frozenset("reshape transpose squeeze broadcast_in_dim slice".split())
+GATHERED = "read by gather (embedding)"
+
+
+def discover(
+    apply_fn: Callable,
+    params: Any,
+    *batch: Any,
+    rules: dict[str, Pattern | str] | None = None,
+) -> Uses:
+    """Finds the matrices of a model.
+
+    Args:
+      apply_fn: pure function, called as apply_fn(params, *batch).
+      params: any tree of arrays or `jax.ShapeDtypeStruct`s.
+      *batch: the other arguments, arrays or abstract arrays; anything else is static.
+      rules: regex -> a pattern for the leaves it matches, "skip" to leave them dense,
+        or "prune" to prune a leaf that is skipped by default. The first rule whose
+        `re.search` on the normalised path succeeds wins. A leaf that is read as an
+        embedding and also contracted (a tied head) is skipped unless a rule asks for
+        it.
+
+    Returns:
+      Every leaf, as uses that can be pruned or as skipped with a reason.
+
+    Raises:
+      ValueError: a rule that matches no leaf, is neither a pattern nor a known word, or
+        whose leaves can all not be pruned.
+    """
+    arguments.parameters(params)
+    paths = leaf_paths(params)
+    leaves = dict(zip(paths, jax.tree.leaves(params, is_leaf=is_packed), strict=True))
+    found = find(trace(apply_fn, params, batch, {}), params, paths)
+    chosen = choose(rules or {}, paths)
+    by_leaf = {path: found.of(path) for path in paths}
+    skipped, prunable = {}, set()
+    for path, leaf in leaves.items():
+        reason = None if by_leaf[path] else found.reason(path, leaf)
+        if reason is None and GATHERED in found.reasons.get(path, {}):
+            reason = (
+                "tied: read by gather (embedding) and contracted (head); a rule with a "
+                'pattern or "prune" prunes it'
+            )
+        rule, action = chosen.get(path, (None, None))
+        if action == "skip":
+            reason = f"skipped by rule {rule!r}"
+        elif action is not None and by_leaf[path]:
+            reason = None
+        if reason is None:
+            prunable.add(path)
+        else:
+            skipped[path] = reason
+    for rule, action in (rules or {}).items():
+        hits = [path for path in paths if chosen.get(path, (None,))[0] == rule]
+        if action != "skip" and hits and not prunable.intersection(hits):
+            reasons = "; ".join(f"{path}: {skipped[path]}" for path in hits[:3])
+            raise ValueError(f"rule {rule!r} asks to prune what cannot be: {reasons}")
+    uses = []
+    for _, use in found.uses():
+        if use.path in prunable:
+            action = chosen.get(use.path, (None, None))[1]
+            pattern = action if isinstance(action, Pattern) else None
+            uses.append(dataclasses.replace(use, pattern=pattern))
+    logger.info("%d leaves prunable, %d skipped", len(prunable), len(skipped))
+    return Uses(tuple(renumbered(uses)), skipped)
+
+
+def choose(
+    rules: dict[str, Pattern | str], paths: list[str]
+) -> dict[str, tuple[str, Pattern | str]]:
+    """Leaf path -> (rule, action) of the first rule that matches the path.
+
+    Raises:
+      ValueError: a rule that matches no path, or an unknown action.
+    """
+    if not isinstance(rules, Mapping):
+        raise ValueError(
+            f"rules is {arguments.shown(rules)}: need {{regex on leaf paths: pattern, "
+            '"skip" or "prune"}'
+        )
+    for rule, action in rules.items():
+        if not isinstance(rule, str):
+            raise ValueError(
+                f"rules: {arguments.shown(rule)} is no regular expression on leaf "
+                "paths; write it as text"
+            )
+        if not isinstance(action, Pattern) and action not in ("skip", "prune"):
+            raise ValueError(
+                f'rule {rule!r}: expected a pattern, "skip" or "prune", got {action!r};'
+                " patterns.parse reads the text form of a pattern"
+            )
+        try:
+            re.compile(rule)
+        except re.error as error:
+            raise ValueError(
+                f"rule {rule!r} is no regular expression: {error}; re.escape makes "
+                "one of a path"
+            ) from error
+        if not any(re.search(rule, path) for path in paths):
+            near = difflib.get_close_matches(rule, paths, n=3, cutoff=0.0)
+            raise ValueError(
+                f"rule {rule!r} matches no leaf; the nearest paths are {near}"
+            )
+    out = {}
+    for path in paths:
+        for rule, action in rules.items():
+            if path not in out and re.search(rule, path):
+                out[path] = rule, action
+    return out
+
+
+def renumbered(uses: Iterable[Use]) -> list[Use]:
+    """The uses with sources counted from 0 in order of execution."""
+    numbers: dict[int, int] = {}
+    return [
+        dataclasses.replace(use, source=numbers.setdefault(use.source, len(numbers)))
+        for use in uses
+    ]
+
+
+def describe(uses: Uses) -> str:
+    """A table of all leaves: shape, axes by role, and what happens to them.
+
+    Axes are leaf axes; `1/8:3` is a factor of axis 1, three steps of eight positions.
+
+    Args:
+      uses: from `discover`.
+
+    Returns:
+      The text, one leaf a line.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params, x = {"b": jnp.ones(4), "w": jnp.ones((8, 4))}, jnp.ones((2, 8))
+      >>> text = describe(discover(lambda p, x: x @ p["w"] + p["b"], params, x))
+      >>> [line.split() for line in text.splitlines()][2]
+      ['w', '8x4', '1', '0', 'pruned']
+    """
+    arguments.found(uses)
+    rows: list[tuple[str, ...]] = []
+    counts: dict[str, int] = {}
+    for use in uses:
+        counts[use.path] = counts.get(use.path, 0) + 1
+    for path, use in uses.leaves.items():
+        layout, note = use.layout, "pruned"
+        if counts[path] > 1:
+            note += f", {counts[path]} uses"
+        if use.pattern is not None:
+            note += f", {use.pattern}"
+        groups = (layout.stack, layout.out, layout.inputs)
+        axes = [",".join(axis_name(f, layout) for f in group) for group in groups]
+        rows.append((path, "x".join(map(str, layout.shape)), *axes, note))
+    rows += [(path, "", "", "", "", reason) for path, reason in uses.skipped.items()]
+    return aligned(("leaf", "shape", "stack", "out", "in", ""), rows)
+
+
+def axis_name(f: AxisFactor, layout: Layout) -> str:
+    """The leaf axis, or the factor of one as axis/stride:size."""
+    whole = f.size == layout.shape[f.axis]
+    return str(f.axis) if whole else f"{f.axis}/{f.stride}:{f.size}"

@@ -1,0 +1,278 @@
+"""The walk that only looks: every contraction of every leaf, and what stops the others.
+
+Besides the axes it finds which products read the same input, and which leaf is the bias
+of a product.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexhinm_jax.tracing import views
+from flexhinm_jax.tracing.contractions import Product, Tracked, transposed
+from flexhinm_jax.tracing.program import Program, is_array, run
+from flexhinm_jax.tracing.walker import Visitor, Where
+from flexhinm_jax.types import Layout, Use
+
+ALIASES = frozenset(
+    "convert_element_type sharding_constraint copy name reshard".split()
+)
+CHEAP = ALIASES | frozenset("reshape transpose squeeze broadcast_in_dim slice".split())
+
+
+def find(program: Program, params: Any, paths: list[str]) -> "Finder":
+    """Walks a program without running it."""
+    finder = Finder()
+
+    def walked(*arrays: Any) -> list[Any]:
+        return run(program, params, paths, finder, (), arrays)[0]
+
+    jax.eval_shape(walked, *program.arrays)
+    return finder
+
+
+@dataclasses.dataclass
+class Contraction:
+    """One matched product: what is left of it after the walk.
+
+    Attributes:
+      path: the leaf.
+      where: position of the equation.
+      readings: the product as the program has it, then with statically indexed factors
+        absorbed into the outputs.
+    """
+
+    path: str
+    where: Where
+    readings: list["Reading"]
+
+
+@dataclasses.dataclass
+class Reading:
+    """One way to see a product as a product with a matrix.
+
+    Attributes:
+      layout: the matrix view of the leaf.
+      at: static position per stack axis.
+      source: number of what is contracted.
+      bias: path of the leaf added to the result, or None.
+    """
+
+    layout: Layout
+    at: tuple[int | None, ...]
+    source: int
+    bias: str | None = None
+
+
+class Numbering:
+    """Numbers values, so that the same number means the same value.
+
+    Values are compared by identity and, through cheap layout primitives and casts, by
+    how they were computed: two layers that both cast x to bfloat16 read the same input.
+    """
+
+    def __init__(self):
+        """Starts without any value."""
+        self.numbers: dict[Any, int] = {}
+        self.alive: list[Any] = []
+
+    def of(self, value: Any) -> int:
+        """The number of a value."""
+        if id(value) not in self.numbers:
+            self.alive.append(value)
+            self.numbers[id(value)] = len(self.alive)
+        return self.numbers[id(value)]
+
+    def of_key(self, key: tuple) -> int:
+        """The number of a hashable description."""
+        if key not in self.numbers:
+            self.alive.append(key)
+            self.numbers[key] = len(self.alive)
+        return self.numbers[key]
+
+    def computed(self, eqn: Any, operands: list, results: list) -> None:
+        """Gives the results of equal cheap equations equal numbers."""
+        key = eqn.primitive.name, str(sorted(eqn.params.items(), key=str))
+        number = self.of_key((*key, *map(self.of, operands)))
+        for k, value in enumerate(results):
+            self.alive.append(value)
+            self.numbers[id(value)] = number if k == 0 else self.of_key((number, k))
+
+
+class Finder(Visitor):
+    """Records every product and every place where a leaf is needed dense."""
+
+    def __init__(self):
+        """Starts with nothing found."""
+        self.found: dict[tuple[str, Where], Contraction] = {}
+        self.reasons: dict[str, dict[str, None]] = {}
+        self.stops: dict[str, set[Where]] = {}
+        self.added: dict[str, dict[Where, str]] = {}
+        self.products: dict[Where, Product] = {}
+        self.results: dict[int, tuple[Where, tuple[int, ...]]] = {}
+        self.numbering = Numbering()
+
+    def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
+        """Records the product; it runs dense."""
+        readings = [self.reading(p) for p in (product, product.absorbed())]
+        path = product.weight.path
+        self.found[path, where] = Contraction(path, where, readings)
+        self.products[where] = product
+        return None, state
+
+    def reading(self, p: Product) -> Reading:
+        """Layout, static positions and source number of a product."""
+        layout, index = p.layout, [p.index.get(f) for f in p.layout.stack]
+        traced = tuple(
+            None if i is None or isinstance(i, int) else self.numbering.of(i)
+            for i in index
+        )
+        at = tuple(i if isinstance(i, int) else None for i in index)
+        key = self.numbering.of(p.operand), p.columns, layout.stack_shape, traced
+        return Reading(layout, at, self.numbering.of_key(key))
+
+    def stop(self, where: Where, weight: Tracked, reason: str) -> None:
+        """Collects the reason."""
+        self.stops.setdefault(weight.path, set()).add(where)
+        self.reasons.setdefault(weight.path, {})[reason] = None
+
+    def bound(self, where: Where, eqn: Any, operands: list, results: list) -> None:
+        """Follows values through casts and finds the biases."""
+        tracked = [v for v in operands if isinstance(v, Tracked)]
+        name = eqn.primitive.name
+        if where in self.products and name in ("dot_general", "conv_general_dilated"):
+            self.remember(results[0], where, tuple(range(results[0].ndim)))
+        elif not tracked and name in CHEAP:
+            self.numbering.computed(eqn, operands, results)
+            if id(operands[0]) in self.results:
+                at, axes = self.results[id(operands[0])]
+                if name == "transpose":
+                    axes = tuple(axes[d] for d in eqn.params["permutation"])
+                if name == "transpose" or name in ALIASES:
+                    self.remember(results[0], at, axes)
+        elif name == "add" and len(tracked) == 1:
+            other = operands[1] if operands[0] is tracked[0] else operands[0]
+            if id(other) in self.results:
+                self.add(tracked[0], where, *self.results[id(other)])
+
+    def add(
+        self, leaf: Tracked, where: Where, at: Where, axes: tuple[int, ...]
+    ) -> None:
+        """Notes that `leaf` is added, at `where`, to the permuted result at `at`."""
+        product = self.products[at]
+        contraction = self.found[product.weight.path, at]
+        seen = zip((product, product.absorbed()), contraction.readings, strict=True)
+        for p, reading in seen:
+            if is_bias(p, leaf, axes):
+                reading.bias = leaf.path
+                self.added.setdefault(leaf.path, {})[where] = contraction.path
+
+    def bias(self, path: str, reading: Reading) -> str | None:
+        """The bias of a reading, unless that leaf is also used for something else."""
+        if reading.bias is None or self.of(reading.bias):
+            return None
+        added = self.added[reading.bias]
+        other = self.stops[reading.bias] - {w for w, to in added.items() if to == path}
+        return None if other else reading.bias
+
+    def remember(self, value: Any, where: Where, axes: tuple[int, ...]) -> None:
+        """Notes that `value` is the result at `where` with its axes in this order."""
+        self.numbering.alive.append(value)
+        self.results[id(value)] = where, axes
+
+    def of(self, path: str) -> list[Contraction]:
+        """The contractions of one leaf, in order of execution."""
+        return [c for c in self.found.values() if c.path == path]
+
+    def uses(self) -> list[tuple[Where, Use]]:
+        """All contractions as uses, in order of execution.
+
+        All uses of a leaf have one layout, or its transpose, where they have one in
+        common.
+        """
+        layouts = {path: common_layout(self.of(path)) for path, _ in self.found}
+        count: dict[str, int] = {}
+        out = []
+        for c in self.found.values():
+            want = layouts[c.path]
+            rank = [want, transposed(want)]
+            best = next(
+                (r for layout in rank for r in c.readings if r.layout == layout),
+                c.readings[0],
+            )
+            ordinal = count.get(c.path, 0)
+            count[c.path] = ordinal + 1
+            use = Use(
+                c.path,
+                ordinal,
+                best.layout,
+                best.at,
+                best.source,
+                self.bias(c.path, best),
+            )
+            out.append((c.where, use))
+        return out
+
+    def reason(self, path: str, leaf: Any) -> str:
+        """Why a leaf without a contraction cannot be pruned."""
+        if not is_array(leaf):
+            return f"not an array ({type(leaf).__name__})"
+        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+            return f"not floating point ({leaf.dtype})"
+        owners = sorted(set(self.added.get(path, {}).values()))
+        if owners:
+            return f"bias of {', '.join(map(repr, owners))}"
+        reasons = list(self.reasons.get(path, {}))
+        telling = [r for r in reasons if not r.startswith("stopped at")] or reasons
+        if len(leaf.shape) < 2:
+            telling = [f"{len(leaf.shape)}-D", *telling]
+        if not reasons:
+            telling.append("never contracted with an input (bias, norm or unused)")
+        return "; ".join(telling)
+
+
+def common_layout(contractions: list[Contraction]) -> Layout:
+    """The layout in which most contractions of a leaf read; the first of equals."""
+    layouts = [r.layout for c in contractions for r in c.readings]
+
+    def fits(layout: Layout) -> int:
+        both = layout, transposed(layout)
+        return sum(any(r.layout in both for r in c.readings) for c in contractions)
+
+    return max(layouts, key=fits)
+
+
+def is_bias(product: Product, leaf: Tracked, axes: tuple[int, ...]) -> bool:
+    """Whether a leaf is `[*stack, o]` of the product in this very order.
+
+    Args:
+      product: a product.
+      leaf: what is added to its result.
+      axes: order in which the axes of the result are when it is added.
+    """
+    layout = product.layout
+    shape = (*layout.stack_shape, layout.matrix_shape[0])
+    if math.prod(leaf.shape) != math.prod(shape):
+        return False
+    steps = [math.prod(shape[k + 1 :]) for k in range(len(layout.stack))]
+    ours = [
+        (s, product.index[f])
+        for s, f in zip(steps, layout.stack, strict=True)
+        if f in product.index
+    ]
+    strides = [math.prod(leaf.shape[d + 1 :]) for d in range(len(leaf.shape))]
+    theirs = [(a.stride * strides[a.axis], at) for a, at in leaf.view.index]
+    theirs.sort(key=lambda pair: -pair[0])
+    if len(ours) != len(theirs):
+        return False
+    for (step, at), (other, there) in zip(ours, theirs, strict=True):
+        same = at == there if isinstance(at, int) else at is there
+        if step != other or not same:
+            return False
+    at_zero = tuple(0 if f in product.index else slice(None) for f in layout.stack)
+    order = np.arange(math.prod(shape)).reshape(shape)[at_zero]
+    result = product.restore(np.expand_dims(order, -2)).transpose(axes)
+    return np.array_equal(result, views.positions(leaf.view, leaf.shape))

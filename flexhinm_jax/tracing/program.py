@@ -1,0 +1,146 @@
+"""Traced functions of parameters: the door through which a transform walks in."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from flexhinm_jax import arguments
+from flexhinm_jax.kernels import unpack
+from flexhinm_jax.tracing import jax_versions, views
+from flexhinm_jax.tracing.contractions import Tracked, plain
+from flexhinm_jax.tracing.paths import is_packed
+from flexhinm_jax.tracing.walker import Visitor, walk
+from flexhinm_jax.types import Layout, PackedWeight
+
+
+class Skeleton(NamedTuple):
+    """A tree without its arrays; hashable when its static leaves are."""
+
+    tree: Any
+    leaves: tuple[Any, ...]
+
+    def fill(self, arrays: Sequence[Any]) -> Any:
+        """The tree with `arrays` in place."""
+        it = iter(arrays)
+        return self.tree.unflatten([next(it) if x is ARRAY else x for x in self.leaves])
+
+
+ARRAY = type("Array", (), {"__repr__": lambda self: "<array>"})()
+
+
+def is_array(x: Any) -> bool:
+    """Whether a leaf is data rather than configuration."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def split(tree: Any) -> tuple[list[Any], Skeleton]:
+    """(arrays, everything else) of a tree."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [x for x in leaves if is_array(x)]
+    return arrays, Skeleton(
+        structure, tuple(ARRAY if is_array(x) else x for x in leaves)
+    )
+
+
+class Program(NamedTuple):
+    """A traced function.
+
+    Attributes:
+      jaxpr: the closed jaxpr; its inputs are the arrays of the parameters, then the
+        rest.
+      out: structure of the outputs.
+      arrays: one array per input; abstract for a packed leaf.
+    """
+
+    jaxpr: Any
+    out: Any
+    arrays: list[Any]
+
+
+def trace(apply_fn: Callable, params: Any, args: tuple, kwargs: dict) -> Program:
+    """Traces apply_fn(params, *args, **kwargs) with packed leaves made abstract."""
+    arguments.function(apply_fn, "apply_fn", "apply_fn(params, *batch)")
+    params = jax.tree.map(abstract, params, is_leaf=is_packed)
+    arrays, skeleton = split((params, args, kwargs))
+
+    def flat_fn(*arrays: Any) -> Any:
+        params, args, kwargs = skeleton.fill(arrays)
+        with arguments.calling("apply_fn(params, *batch)", args):
+            return apply_fn(params, *args, **kwargs)
+
+    jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(*arrays)
+    return Program(jaxpr, jax.tree.structure(out), arrays)
+
+
+def abstract(leaf: Any) -> Any:
+    """Shape and dtype of the dense form of a packed leaf; any other leaf as it is."""
+    if not is_packed(leaf):
+        return leaf
+    return jax.ShapeDtypeStruct(layout_of(leaf).shape, leaf.dtype)
+
+
+def layout_of(packed: PackedWeight) -> Layout:
+    """The layout of a packed leaf, also when it is a plain `[o, i]` matrix."""
+    if packed.layout is not None:
+        return packed.layout
+    return views.plain_layout((*packed.out_order.shape[:-1], *packed.shape))
+
+
+def dense_leaf(packed: PackedWeight) -> jax.Array:
+    """A packed leaf as the array it came from."""
+
+    def run(packed: PackedWeight) -> jax.Array:
+        f = unpack
+        for _ in range(packed.out_order.ndim - 1):
+            f = jax.vmap(f)
+        return views.leaf(f(packed), layout_of(packed))
+
+    return jax_versions.automatic(run, None, packed)
+
+
+def run(
+    program: Program,
+    params: Any,
+    paths: Sequence[str],
+    visitor: Visitor,
+    state: Any,
+    arrays: Sequence[Any] | None = None,
+) -> tuple[list[Any], Any]:
+    """Walks a traced program with its floating-point parameters tracked.
+
+    Args:
+      program: the program.
+      params: the tree of parameters, dense or packed.
+      paths: normalised path per leaf of `params`.
+      visitor: what to do at each product.
+      state: what the visitor accumulates, any tree of arrays.
+      arrays: values for the inputs of the program; those it was traced with by default.
+
+    Returns:
+      (flat outputs, state).
+    """
+    operands = list(program.arrays if arrays is None else arrays)
+    leaves = jax.tree.leaves(params, is_leaf=is_packed)
+    inputs = iter(range(len(operands)))
+    for path, leaf in zip(paths, leaves, strict=True):
+        if is_packed(leaf):
+            layout, k = layout_of(leaf), next(inputs)
+            operands[k] = Tracked(
+                path,
+                layout.shape,
+                views.whole(layout.shape),
+                lambda leaf=leaf: dense_leaf(leaf),
+                leaf,
+                layout.stack,
+            )
+        elif is_array(leaf):
+            k = next(inputs)
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                value, shape = operands[k], tuple(leaf.shape)
+                view = views.whole(shape)
+                operands[k] = Tracked(path, shape, view, lambda value=value: value)
+    outs, state = walk(program.jaxpr, operands, visitor, state)
+    return plain(outs), state

@@ -1,0 +1,110 @@
+"""Runs a function on packed weights: every product with one becomes a `sparse_dot`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from flexhinm_jax.kernels import sparse_dot
+from flexhinm_jax.tracing import jax_versions
+from flexhinm_jax.tracing.contractions import Product
+from flexhinm_jax.tracing.paths import leaf_paths
+from flexhinm_jax.tracing.program import layout_of, run, trace
+from flexhinm_jax.tracing.walker import Visitor, Where
+from flexhinm_jax.types import BlockDiagonal, PackedWeight
+
+
+def sparsify(apply_fn: Callable) -> Callable:
+    """The same function for a tree in which some leaves are `PackedWeight`s.
+
+    Works under jit, grad (with respect to inputs, packed values and dense leaves) and
+    vmap over the inputs. The function is traced on every call: put `jax.jit` around the
+    result. A packed leaf is unpacked where its dense value is needed: an embedding
+    lookup, a function with its own derivative rule, or a product in another layout.
+
+    Args:
+      apply_fn: pure function, called as apply_fn(params, *args, **kwargs).
+
+    Returns:
+      A function of (params, *args, **kwargs) that returns what `apply_fn` returns for
+      the unpacked parameters.
+    """
+
+    @functools.wraps(apply_fn)
+    def sparse_apply(params: Any, *args: Any, **kwargs: Any) -> Any:
+        program = trace(apply_fn, params, args, kwargs)
+        outs, _ = run(program, params, leaf_paths(params), RunSparse(), ())
+        return program.out.unflatten(outs)
+
+    return sparse_apply
+
+
+class RunSparse(Visitor):
+    """Replaces the products with packed leaves."""
+
+    def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
+        """Runs one product sparse if the layout of the packed leaf allows it."""
+        del where
+        if product.weight.packed is None:
+            return None, state
+        layout = layout_of(product.weight.packed)
+        fitted = product.fit(layout)
+        if fitted is None:
+            return None, state
+        turned = fitted.layout != layout
+        index = fitted.index
+        left = fitted.weight.left
+        positions = [index.get(f) for f in left]
+
+        def multiply(x: Array, packed: PackedWeight, positions: list) -> Array:
+            for k in reversed(range(len(positions))):
+                if positions[k] is not None:
+                    packed = at_position(packed, positions[k], k)
+            dtype = product.result.dtype
+            f = functools.partial(sparse_dot, transposed=turned, dtype=dtype)
+            for _ in fitted.stacked:
+                f = jax.vmap(f)
+            packed = cast(packed, product.weight.view.casts)
+            return fitted.restore(f(fitted.tokens(x), packed))
+
+        packed = product.weight.packed
+        sharding = getattr(product.result, "sharding", None)
+        y = jax_versions.automatic(
+            multiply, sharding, product.operand, packed, positions
+        )
+        return y, state
+
+
+def at_position(packed: PackedWeight, k: Any, axis: int) -> PackedWeight:
+    """Entry `k` of stack axis `axis`."""
+
+    def entry(x: Array) -> Array:
+        return lax.dynamic_index_in_dim(x, k, axis, keepdims=False)
+
+    return jax.tree.map(entry, packed)
+
+
+def cast(packed: PackedWeight, dtypes: tuple[Any, ...]) -> PackedWeight:
+    """The packed weight after the casts that the program applies to the leaf."""
+
+    def run(x: Any) -> Any:
+        return functools.reduce(lambda x, dtype: x.astype(dtype), dtypes, x)
+
+    def factor(given: BlockDiagonal | None) -> BlockDiagonal | None:
+        return given and dataclasses.replace(given, blocks=run(given.blocks))
+
+    return dataclasses.replace(
+        packed,
+        dense_values=run(packed.dense_values),
+        nm_values=run(packed.nm_values),
+        left=factor(packed.left),
+        right=factor(packed.right),
+        layouts=jax.tree.map(
+            lambda x: run(x) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            packed.layouts,
+        ),
+    )

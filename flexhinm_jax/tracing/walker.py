@@ -1,0 +1,168 @@
+"""One interpreter of jaxprs that keeps track of the parameters.
+
+A parameter travels through the program as a `Tracked` leaf. Layout primitives rewrite
+its view; a contraction with an input becomes a `Product`, and a `Visitor` decides what
+to do with it. Everything else needs the dense value and ends the tracking. Control flow
+is rebuilt around the walk of its bodies and threads the state of the visitor, so a
+transform is one visitor and knows nothing about loops.
+
+Equations that touch no parameter are run exactly as they are written: their derivative
+rules, shardings and effects survive.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend.core import Literal
+
+from flexhinm_jax.tracing import control_flow, jax_versions, views
+from flexhinm_jax.tracing.contractions import Product, Tracked, match, plain
+
+Where = tuple[Any, ...]
+
+
+class Visitor:
+    """What a transform does where a weight meets the program; the defaults do nothing.
+
+    `where` is the position of an equation: indices into nested jaxprs. It depends on
+    the shapes and on the version of jax, so it never leaves one trace.
+
+    Attributes:
+      rules: how the walk goes through control flow; see `control`.
+    """
+
+    rules: Mapping[str, Callable] = control_flow.RULES
+
+    def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
+        """Handles a contraction of a weight with an input.
+
+        Returns:
+          (result, state); a result of None runs the product dense.
+        """
+        del where, product
+        return None, state
+
+    def stop(self, where: Where, weight: Tracked, reason: str) -> None:
+        """Learns that a leaf is needed dense, and why."""
+        del where, weight, reason
+
+    def bound(self, where: Where, eqn: Any, operands: list, results: list) -> None:
+        """Learns that an equation without sub-programs has run."""
+        del where, eqn, operands, results
+
+    def enter(self, state: Any, axes: tuple[str, ...]) -> Any:
+        """The state with which each device of a shard_map over `axes` starts."""
+        del axes
+        return state
+
+    def leave(self, state: Any, local: Any, axes: tuple[str, ...]) -> Any:
+        """The state after a shard_map: `state` joined by what each device added.
+
+        Runs inside the shard_map and must not differ between the devices.
+        """
+        del local, axes
+        return state
+
+
+def walk(
+    jaxpr: Any, operands: Sequence[Any], visitor: Visitor, state: Any, where: Where = ()
+) -> tuple[list[Any], Any]:
+    """Runs a jaxpr on arrays and tracked leaves: (outputs, state)."""
+    body, consts = jax_versions.opened(jaxpr)
+    inputs = [*body.constvars, *body.invars]
+    env = dict(zip(inputs, [*consts, *operands], strict=True))
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else env[v]
+
+    for k, eqn in enumerate(body.eqns):
+        values, here = [read(v) for v in eqn.invars], (*where, k)
+        if any(isinstance(v, Tracked) for v in values):
+            outs, state = visit(eqn, values, visitor, state, here)
+        else:
+            outs = jax_versions.bind(eqn, values)
+            visitor.bound(here, eqn, values, outs)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in body.outvars], state
+
+
+INLINED = frozenset("jit pjit closed_call core_call".split())
+KEPT = frozenset(
+    "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin".split()
+)
+CONTRACTIONS = frozenset("dot_general conv_general_dilated".split())
+
+
+def visit(
+    eqn: Any, operands: list, visitor: Visitor, state: Any, where: Where
+) -> tuple[list[Any], Any]:
+    """Runs one equation with at least one tracked operand: (outputs, state)."""
+    name, params = eqn.primitive.name, eqn.params
+
+    def sub(jaxpr: Any, operands: Sequence[Any], state: Any, *step: Any) -> Any:
+        return walk(jaxpr, operands, visitor, state, where + step)
+
+    rule = visitor.rules.get(name)
+    if name in INLINED:
+        return sub(jax_versions.called_jaxpr(params), operands, state)
+    if rule is not None and not params.get("branches_platforms"):
+        return rule(eqn, operands, visitor, state, where, sub)
+    if name in CONTRACTIONS:
+        product = match(eqn, operands)
+        if isinstance(product, str):
+            reason = product
+        else:
+            y, state = visitor.product(where, product, state)
+            if y is None:
+                outs = jax_versions.bind(eqn, plain(operands))
+            else:
+                outs = [y.astype(product.result.dtype)]
+            visitor.bound(where, eqn, operands, outs)
+            return outs, state
+    elif name in KEPT:
+        kind = "custom_jvp" if "jvp" in name else "custom_vjp"
+        function = jax_versions.function_name(params)
+        reason = f"inside a {kind} function '{function}': its derivative rule is kept"
+    else:
+        outs = relayout(eqn, operands)
+        if outs is not None:
+            return outs, state
+        reason = (
+            "read by gather (embedding)" if name == "gather" else f"stopped at '{name}'"
+        )
+    for v in operands:
+        if isinstance(v, Tracked):
+            visitor.stop(where, v, reason)
+    outs = jax_versions.bind(eqn, plain(operands))
+    visitor.bound(where, eqn, operands, outs)
+    return outs, state
+
+
+def relayout(eqn: Any, operands: list) -> list[Tracked] | None:
+    """The outputs of a layout primitive on a tracked leaf, None for any other."""
+    weight, rest = operands[0], operands[1:]
+    if not isinstance(weight, Tracked) or any(isinstance(v, Tracked) for v in rest):
+        return None
+    shapes = [v.aval.shape for v in eqn.outvars]
+    static = [literal(v) for v in rest]
+    name = eqn.primitive.name
+    moved = views.relayout(weight.view, name, eqn.params, shapes, static)
+    if moved is None:
+        return None
+
+    def dense(k: int) -> Any:
+        return jax_versions.bind(eqn, [weight.dense(), *rest])[k]
+
+    return [
+        dataclasses.replace(weight, view=view, dense=lambda k=k: dense(k))
+        for k, view in enumerate(moved)
+    ]
+
+
+def literal(x: Any) -> Any:
+    """An integer written into the program as an int, anything else as it is."""
+    if isinstance(x, np.ndarray | np.generic) and x.ndim == 0:
+        return int(x) if np.issubdtype(x.dtype, np.integer) else x
+    return int(x) if isinstance(x, int) else x

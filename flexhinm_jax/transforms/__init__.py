@@ -1,1 +1,0 @@
-"""From one matrix to a model: find the weights, take statistics, run them packed."""

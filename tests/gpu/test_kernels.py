@@ -1,0 +1,244 @@
+"""The GPU kernels in the Mosaic interpreter, which also looks for data races.
+
+Interpreted are pipelines, barriers, copies, index arithmetic and splits. The inline PTX
+is replaced by its meaning (`gpu_ptx`); `test_gpu_layouts.py` holds the metadata against
+the text of the PTX ISA, `bench/gpu_compile.py` the assembled code. Only a GPU can show
+that the instructions themselves are right: `bench/gpu.py`.
+"""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flexhinm_jax as fh
+from flexhinm_jax.gpu import backends as gpu_backends
+from flexhinm_jax.gpu import expand, hopper, layouts, support, wgmma_sp
+from flexhinm_jax.kernels import backends
+from flexhinm_jax.kernels.packing import unpack
+from flexhinm_jax.types import PackedWeight
+
+mosaic = pytest.mark.skipif(
+    tuple(jax.__version_info__) < support.SINCE,
+    reason=f"the GPU kernels need jax {support.SINCE}, this is {jax.__version__}",
+)
+
+
+def weight(t, v, dense, groups, i, dtype=jnp.bfloat16, seed=0):
+    """A packed weight of random everything."""
+    rng = np.random.default_rng(seed)
+    pairs = np.array([a | b << 2 for a in range(4) for b in range(a + 1, 4)], np.uint32)
+    nibbles = pairs[rng.integers(0, 6, (t, v, -(-groups // 8) * 8))]
+    nibbles[..., groups:] = 0
+    columns = np.stack([rng.permutation(i)[: dense + 4 * groups] for _ in range(t)])
+    value = lambda c: jnp.asarray(rng.standard_normal((t, v, c)), dtype)  # noqa: E731
+    return PackedWeight(
+        dense_index=jnp.asarray(columns[:, :dense], jnp.int32),
+        dense_values=value(dense),
+        nm_index=jnp.asarray(columns[:, dense:], jnp.int32),
+        nm_values=value(2 * groups),
+        nm_positions=layouts.to_words(jnp.asarray(nibbles)),
+        out_order=jnp.asarray(rng.permutation(t * v), jnp.int32),
+        left=None,
+        right=None,
+        shape=(t * v, i),
+        n=2,
+        m=4,
+    )
+
+
+def prepared(module, packed):
+    ready = jax.jit(module.prepare)(packed)
+    return dataclasses.replace(packed, layouts={module.NAME: ready})
+
+
+def inputs(n, i, dtype, seed=1):
+    return jax.random.normal(jax.random.key(seed), (n, i)).astype(dtype)
+
+
+def exact(x, packed):
+    dense = np.asarray(unpack(packed).astype(jnp.float32), np.float64)
+    return np.asarray(x.astype(jnp.float32), np.float64) @ dense.T
+
+
+def assert_serves(module, packed, n, dtype=jnp.float32):
+    packed = prepared(module, packed)
+    x = inputs(n, packed.shape[1], packed.dtype)
+    with support.interpreted(detect_races=True):
+        y = module.matmul(x, packed, dtype)
+    assert y.shape == (n, packed.shape[0]) and y.dtype == dtype
+    want = exact(x, packed)
+    # float32 sums of exact products; a 16-bit result is rounded once more.
+    unit = {4: 2.0**-19, 2: 2.0**-8}[jnp.dtype(dtype).itemsize]
+    np.testing.assert_allclose(
+        np.asarray(y.astype(jnp.float32)), want, rtol=unit, atol=unit * 16
+    )
+
+
+@mosaic
+def test_expand_serves_sizes_that_fill_no_tile():
+    assert_serves(expand, weight(1, 40, 0, 97, 388), n=3)
+
+
+@mosaic
+def test_sparse_tensor_cores_serve_sizes_that_fill_no_tile():
+    assert_serves(wgmma_sp, weight(1, 40, 0, 65, 260), n=3)
+
+
+@mosaic
+def test_fused_kernel_serves_dense_and_two_of_four_columns_of_ragged_sizes():
+    packed = weight(2, 20, dense=13, groups=29, i=150, dtype=jnp.float16)
+    assert_serves(wgmma_sp, packed, n=5, dtype=jnp.float16)
+
+
+SLOW = [
+    (wgmma_sp, (1, 200, 3, 300, 1300), 2, jnp.bfloat16),  # column splits
+    (wgmma_sp, (1, 128, 0, 170, 680), 130, jnp.float32),  # two groups along the rows
+    (wgmma_sp, (1, 64, 0, 170, 680), 70, jnp.float32),  # two along the tokens
+    (wgmma_sp, (2, 128, 70, 130, 700), 66, jnp.float32),  # the same, gathered
+    (wgmma_sp, (3, 64, 70, 130, 700), 66, jnp.bfloat16),
+    (wgmma_sp, (2, 96, 0, 40, 200), 17, jnp.float16),  # rows padded to blocks
+    (wgmma_sp, (2, 8, 5, 0, 40), 1, jnp.float32),  # dense columns alone
+    (expand, (1, 64, 7, 300, 1300), 65, jnp.float32),  # several token blocks
+    (expand, (1, 72, 0, 520, 2080), 9, jnp.bfloat16),  # column splits
+]
+
+
+@mosaic
+@pytest.mark.slow
+@pytest.mark.parametrize("module, sizes, n, dtype", SLOW)
+def test_kernels_serve_every_cut(module, sizes, n, dtype):
+    half = jnp.float16 if dtype == jnp.float16 else jnp.bfloat16
+    assert_serves(module, weight(*sizes, dtype=half), n, dtype)
+
+
+@mosaic
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [(1, 1), (2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_full_pipeline_has_no_race(groups, gathered):
+    """More steps than slots, so every slot is filled again while others are read."""
+    rows, tokens = groups
+    packed = weight(1, 64 * rows, 0, 224, 896)
+    ready = jax.jit(layouts.tiles)(packed)
+    cut = hopper.Tiling(rows, tokens, 16, splits=1, depth=4)
+    x = inputs(cut.width, 896, packed.dtype)
+    given, index = x.T, ready["index"]
+    if not gathered:
+        given, index = layouts.gather(x, index.reshape(-1)), None
+    with support.interpreted(detect_races=True):
+        y = hopper.product(
+            ready["values"],
+            ready["meta"],
+            given,
+            ready["order"],
+            packed.shape[0],
+            jnp.float32,
+            cut,
+            index,
+        )
+    np.testing.assert_allclose(y.T, exact(x, packed), rtol=1e-5, atol=1e-4)
+
+
+@mosaic
+def test_sparse_dot_runs_the_kernel_that_is_asked_for():
+    packed = prepared(wgmma_sp, weight(2, 8, 6, 4, 32))
+    x = inputs(4, 32, jnp.bfloat16).reshape(2, 2, 32)
+    with backends.assume(9, 0), support.interpreted():
+        y = fh.sparse_dot(x, packed, backend="wgmma_sp")
+    want = exact(x.reshape(4, 32), packed).reshape(2, 2, 16)
+    np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=2**-7, atol=2**-4)
+
+
+@mosaic
+def test_a_nan_reaches_the_outputs_that_store_its_column():
+    packed = prepared(wgmma_sp, weight(2, 8, 4, 4, 32))
+    x = inputs(2, 32, jnp.bfloat16).at[1, packed.dense_index[0, 0]].set(jnp.nan)
+    with support.interpreted():
+        y = wgmma_sp.matmul(x, packed, jnp.float32)
+    assert not jnp.isnan(y[0]).any()
+    assert jnp.isnan(y[1, packed.out_order[:8]]).all()
+
+
+@mosaic
+@pytest.mark.parametrize("name", gpu_backends.BACKENDS)
+def test_kernels_lower_for_cuda_without_a_gpu(name):
+    module = gpu_backends.BACKENDS[name].load()
+    packed = prepared(module, weight(1, 16, 0, 16, 64))
+    x = jax.ShapeDtypeStruct((3, 64), jnp.bfloat16)
+    if name in ("mma_sp", "tcgen05"):
+        pytest.skip("its architecture is assumed at lowering: make gpu-compile does it")
+    traced = jax.jit(lambda x: module.matmul(x, packed, jnp.bfloat16)).trace(x)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@given(
+    n=st.integers(1, 5000),
+    tiles=st.integers(1, 300),
+    blocks=st.integers(1, 130),
+    steps=st.integers(1, 300),
+)
+def test_every_cut_fits_the_chip(n, tiles, blocks, steps):
+    cut = wgmma_sp.tiling(n, tiles, blocks, steps)
+    per = -(-steps // cut.splits)
+    listed = 512 * per if tiles > 1 else 0
+    assert cut.shared_bytes + listed + 2048 <= support.SHARED_MEMORY[9]
+    assert blocks % cut.row_groups == 0
+    assert tiles == 1 or per <= 256, "a box of the copy engine has 256 rows at most"
+    assert cut.width >= min(n, 64) and cut.splits <= steps
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(tokens=24), "tokens=24"),
+        (dict(row_groups=2, token_groups=2), "2 x 2"),
+        (dict(depth=3), "depth=3"),
+    ],
+)
+def test_a_wrong_cut_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        hopper.Tiling(**change)
+
+
+def reason(module, packed, dtype=jnp.bfloat16):
+    return module.reason(jax.ShapeDtypeStruct((4, 64), dtype), packed, (9, 0))
+
+
+@mosaic
+def test_kernels_say_why_they_cannot_serve():
+    packed = weight(2, 8, 4, 4, 64)
+    assert "one tile" in reason(expand, packed)
+    assert "prepare(packed, 'wgmma_sp')" in reason(wgmma_sp, packed)
+    packed = prepared(wgmma_sp, packed)
+    assert reason(wgmma_sp, packed) is None
+    assert "float32" in reason(wgmma_sp, packed, jnp.float32)
+    assert "1:4" in reason(wgmma_sp, dataclasses.replace(packed, n=1))
+
+
+def test_an_older_jax_is_named(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert "0.11.2" in support.old_jax()
+    assert "0.11.2" in reason(wgmma_sp, weight(2, 8, 4, 4, 64))
+
+
+PRIVATE = ["jax.experimental.pallas.mosaic_gpu", "jax.experimental.mosaic.gpu"]
+
+
+def test_importing_every_kernel_module_leaves_mosaic_alone():
+    modules = "expand hopper layouts mma_sp ptx selfcheck support tcgen05 wgmma_sp"
+    code = "; ".join(
+        ["import sys", "import flexhinm_jax"]
+        + [f"import flexhinm_jax.kernels.gpu_{name}" for name in modules.split()]
+        + [f"print(sorted(set(sys.modules) & set({PRIVATE})))"]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

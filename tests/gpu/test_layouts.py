@@ -1,0 +1,199 @@
+"""The layouts against the text of the PTX ISA, read bit by bit in plain Python."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexhinm_jax.gpu import layouts
+from flexhinm_jax.kernels.packing import unpack
+from flexhinm_jax.types import PackedWeight
+
+
+def hand_made(rng, t, v, dense, groups, i):
+    """A packed weight of random everything, of sizes that fit no tile."""
+    pairs = [(a, b) for a in range(4) for b in range(a + 1, 4)]
+    chosen = rng.integers(0, 6, (t, v, groups))
+    nibbles = np.array([a | b << 2 for a, b in pairs], np.uint32)[chosen]
+    words = np.zeros((t, v, -(-groups // 8)), np.uint32)
+    for g in range(groups):
+        words[..., g // 8] |= nibbles[..., g] << np.uint32(4 * (g % 8))
+    columns = np.stack([rng.permutation(i)[: dense + 4 * groups] for _ in range(t)])
+    return PackedWeight(
+        dense_index=jnp.asarray(columns[:, :dense], jnp.int32),
+        dense_values=jnp.asarray(rng.standard_normal((t, v, dense)), jnp.float32),
+        nm_index=jnp.asarray(columns[:, dense:], jnp.int32),
+        nm_values=jnp.asarray(rng.standard_normal((t, v, 2 * groups)), jnp.float32),
+        nm_positions=jnp.asarray(words),
+        out_order=jnp.asarray(rng.permutation(t * v), jnp.int32),
+        left=None,
+        right=None,
+        shape=(t * v, i),
+        n=2,
+        m=4,
+    )
+
+
+def instruction(values, registers, selector, x):
+    """One sparse instruction as the PTX ISA words it: 16-bit A, k = 32, one warp.
+
+    values [16, 16] stored, registers u32[32], x [32, n]. "For .f16/.bf16, metadata is a
+    2-bit index per kept element; the selector names the thread pair of each quad that
+    supplies it": lane 4 q + h, h in {0, 1} + 2 * selector, holds for row q (bits 0-15)
+    and row q + 8 (bits 16-31) the 8 two-bit indices of columns 16 h .. 16 h + 15.
+    """
+    out = np.zeros((16, x.shape[1]))
+    for lane in range(32):
+        q, h = divmod(lane, 4)
+        if h // 2 != selector:
+            continue
+        for bit in range(0, 32, 2):
+            row = q + 8 * (bit // 16)
+            stored = 8 * (h % 2) + bit % 16 // 2  # of the 16 stored columns
+            at = int(registers[lane]) >> bit & 3
+            column = 4 * (stored // 2) + at
+            out[row] += values[row, stored] * x[column]
+    return out
+
+
+def run_tile(values, meta, x):
+    """A [64, 64] stored tile times x [128, n]: four instructions in four warps."""
+    registers = np.asarray(meta).astype(np.uint32).reshape(2, 128)
+    out = np.zeros((64, x.shape[1]))
+    for k in range(4):
+        for warp in range(4):
+            rows = slice(16 * warp, 16 * warp + 16)
+            out[rows] += instruction(
+                values[rows, 16 * k : 16 * k + 16],
+                registers[k // 2, 32 * warp : 32 * warp + 32],
+                k % 2,
+                x[32 * k : 32 * k + 32],
+            )
+    return out
+
+
+SIZES = [(1, 72, 0, 24), (3, 16, 5, 9), (2, 64, 6, 0), (2, 128, 70, 33), (1, 8, 0, 1)]
+
+
+@pytest.mark.parametrize("t, v, dense, groups", SIZES)
+def test_instructions_on_the_tiles_compute_the_product(t, v, dense, groups):
+    rng = np.random.default_rng(t + v)
+    packed = hand_made(rng, t, v, dense, groups, i=dense + 4 * groups + 8)
+    ready = jax.tree.map(np.asarray, jax.jit(layouts.tiles)(packed))
+    x = rng.standard_normal((3, packed.shape[1]))
+    y = np.full((t * v, 3), np.nan)
+    tiles, blocks, steps = ready["meta"].shape[:3]
+    values = np.zeros((tiles, blocks * 64, steps * 64))
+    values[:, : ready["values"].shape[1]] = ready["values"]
+    for tile in range(tiles):
+        columns = ready["index"][tile].reshape(-1)
+        taken = np.where(columns[:, None] < 0, np.nan, x.T[np.maximum(columns, 0)])
+        taken = np.nan_to_num(taken)
+        for block in range(blocks):
+            rows = slice(64 * block, 64 * block + 64)
+            part = sum(
+                run_tile(
+                    values[tile, rows, 64 * s : 64 * s + 64],
+                    ready["meta"][tile, block, s],
+                    taken[128 * s : 128 * s + 128],
+                )
+                for s in range(steps)
+            )
+            order = ready["order"][tile, rows]
+            y[order[order >= 0]] = part[order >= 0]
+    exact = np.asarray(unpack(packed), np.float64) @ x.T
+    np.testing.assert_allclose(y, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_absent_columns_are_never_selected():
+    """Positions of a dense pair are 0 and 1, so slots 2 and 3 are don't-care."""
+    packed = hand_made(np.random.default_rng(0), 2, 16, 7, 3, 40)
+    values, nibbles, index = layouts.stream(packed)
+    picked = np.stack([np.asarray(nibbles) & 3, np.asarray(nibbles) >> 2], -1)
+    group = 4 * np.arange(nibbles.shape[-1])[:, None] + picked
+    for tile in range(2):
+        column = np.asarray(index)[tile][group[tile]]
+        used = np.asarray(values)[tile].reshape(column.shape) != 0
+        assert (column[used] >= 0).all()
+
+
+@pytest.mark.parametrize("t, v, dense, groups", SIZES)
+def test_two_indices_of_a_group_always_increase(t, v, dense, groups):
+    packed = hand_made(np.random.default_rng(1), t, v, dense, groups, 600)
+    for meta in (
+        layouts.from_sp_meta(layouts.tiles(packed)["meta"].reshape(-1, 2, 128)),
+        layouts.to_words(layouts.stream(packed)[1]),
+    ):
+        words = np.asarray(meta)
+        for shift in range(0, 32, 4):
+            first, second = words >> shift & 3, words >> (shift + 2) & 3
+            assert (first < second).all()
+
+
+def test_metadata_survive_the_registers_of_the_instruction():
+    words = jax.random.bits(jax.random.key(0), (192, 6), jnp.uint32)
+    meta = layouts.to_sp_meta(words)
+    assert meta.shape == (3, 3, 128) and meta.dtype == jnp.int32
+    np.testing.assert_array_equal(layouts.from_sp_meta(meta), words)
+
+
+def test_slot_major_operands_compute_the_product():
+    rng = np.random.default_rng(2)
+    packed = hand_made(rng, 1, 70, 9, 50, 260)
+    ready = jax.tree.map(np.asarray, jax.jit(layouts.slots)(packed))
+    x = rng.standard_normal((2, 260))
+    first, second = ready["values"]
+    rows, groups = first.shape
+    assert rows % 64 == 0 and groups % 128 == 0
+    y = np.zeros((rows, 2))
+    for g in range(groups):
+        step, a = divmod(g, 128)
+        byte = ready["nibbles"][:, 64 * step + a % 64]
+        nibble = byte >> 4 if a >= 64 else byte & 15
+        assert ((nibble & 3) < (nibble >> 2)).all()
+        for j in range(4):
+            w = np.where(nibble & 3 == j, first[:, g], 0)
+            w = np.where(nibble >> 2 == j, second[:, g], w)
+            column = ready["index"][j, g]
+            if column >= 0:
+                y += np.outer(w, x[:, column])
+    order = ready["order"]
+    exact = np.asarray(unpack(packed), np.float64) @ x.T
+    np.testing.assert_allclose(y[order >= 0], exact[order[order >= 0]], rtol=1e-6)
+
+
+def test_blackwell_metadata_are_those_that_mosaic_formats():
+    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    if not hasattr(plgpu, "format_tcgen05_sparse_metadata"):
+        pytest.skip("needs a jax with plgpu.format_tcgen05_sparse_metadata")
+    positions = jax.random.randint(jax.random.key(0), (256, 64, 2), 0, 4)
+    theirs = plgpu.format_tcgen05_sparse_metadata(
+        positions.astype(jnp.uint2), jnp.dtype(jnp.bfloat16)
+    )
+    ours = layouts.to_tcgen05_meta(positions.astype(jnp.uint8))
+    np.testing.assert_array_equal(ours, theirs.astype(jnp.uint8))
+
+
+def test_blackwell_values_and_order_are_padded_to_its_tiles():
+    packed = hand_made(np.random.default_rng(3), 1, 70, 9, 50, 260)
+    ready = layouts.blackwell(packed)
+    assert ready["values"].shape == (128, 128)
+    assert ready["meta"].shape == (1, 2, 128, 64)
+    assert int((ready["order"] >= 0).sum()) == 70
+    assert int(ready["meta"].max()) <= 3
+
+
+def test_layouts_can_be_jitted_and_stacked():
+    packed = hand_made(np.random.default_rng(4), 2, 16, 6, 9, 64)
+    alone = jax.jit(layouts.tiles)(packed)
+    stack = jax.tree.map(lambda x: jnp.stack([x, x]), packed)
+    for name, value in jax.jit(jax.vmap(layouts.tiles))(stack).items():
+        np.testing.assert_array_equal(value[1], alone[name])
+
+
+def test_other_than_two_of_four_is_refused_with_the_numbers():
+    packed = hand_made(np.random.default_rng(5), 1, 8, 0, 2, 8)
+    assert layouts.two_of_four(packed) is None
+    assert "1:4" in layouts.two_of_four(dataclasses.replace(packed, n=1))

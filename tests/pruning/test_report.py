@@ -1,0 +1,87 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flexhinm_jax as fh
+from flexhinm_jax.tracing.tables import aligned
+
+KEY = jax.random.key(0)
+
+
+def apply(params, x):
+    return jnp.tanh(x @ params["a"] + params["bias"]) @ params["b"]
+
+
+PARAMS = {
+    "a": jax.random.normal(KEY, (32, 16)),
+    "bias": jnp.zeros(16),
+    "b": jax.random.normal(KEY, (16, 8)),
+}
+
+
+def run(pattern, sparsity=None, **options):
+    batches = [jnp.ones((2, 32))]
+    method = fh.Magnitude(pattern)
+    return fh.prune(
+        apply, PARAMS, batches, method, sparsity=sparsity, key=KEY, **options
+    )
+
+
+def test_rows_count_zeros_groups_and_bytes_by_hand():
+    result = run(fh.NM(2, 4))
+    first = result.report.rows[0]
+    assert first.path == "a" and first.shape == (16, 32) and first.weights == 512
+    assert first.zeros == 0.5 and first.natural_24 == 1
+    assert first.groups == first.legal_groups == 16 * 8
+    assert (first.dense_columns, first.nm_columns, first.pruned_columns) == (0, 32, 0)
+    assert first.dense_bytes == 2048
+    assert first.packed_bytes == result.packed["a"].nbytes
+    w = np.abs(np.asarray(PARAMS["a"]).T)
+    kept = np.sort(w.reshape(16, 8, 4), -1)[..., 2:].sum() / w.sum()
+    np.testing.assert_allclose(first.retained, kept, rtol=1e-5)
+
+
+def test_totals_cover_the_whole_tree():
+    report = run(fh.NM(2, 4)).report
+    assert report.tree_dense_bytes == 4 * (512 + 16 + 128)
+    saved = sum(r.dense_bytes - r.packed_bytes for r in report.rows)
+    assert report.tree_packed_bytes == report.tree_dense_bytes - saved
+    assert report.total["weights"] == 640
+    assert "bias" in report.skipped
+
+
+def test_an_unstructured_weight_stays_dense_and_says_so():
+    report = run(fh.Unstructured(), 0.5).report
+    assert all("stays dense" in r.note for r in report.rows)
+    assert report.tree_packed_bytes == report.tree_dense_bytes
+    assert "stays dense" in str(report)
+
+
+def test_regions_are_reported_per_tile():
+    row = run(fh.HiNM(8, permute=None), 0.75).report.rows[0]
+    assert (row.dense_columns, row.nm_columns, row.pruned_columns) == (0, 16, 16)
+    assert row.legal_groups == row.groups == 16 * 4
+
+
+def test_json_and_table_hold_the_same_numbers():
+    report = run(fh.FlexHiNM(8, permute=None), 0.6).report
+    document = json.loads(report.to_json())
+    assert [w["path"] for w in document["weights"]] == ["a", "b"]
+    assert document["total"]["packed_bytes"] == report.total["packed_bytes"]
+    text = str(report)
+    assert "total" in text and f"{report.total['zeros']:.4f}" in text
+    assert "speed" not in text and "faster" not in text
+
+
+def test_the_figure_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    run(fh.FlexHiNM(8, permute=None), 0.6).report.figure(tmp_path / "regions.png")
+    assert (tmp_path / "regions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_columns_are_aligned():
+    text = aligned(["name", "n"], [["a", 1], ["long", 20]])
+    assert text == "name   n\n----  --\na      1\nlong  20"

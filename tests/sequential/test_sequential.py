@@ -1,0 +1,486 @@
+"""One pass, cut by cut: targets against hand-computed least squares, and resuming."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flexhinm_jax as fh
+from flexhinm_jax.sequential import cuts, memory, moments, segments, solver
+from flexhinm_jax.sequential.job import Job
+from flexhinm_jax.types import Stats
+
+KEY = jax.random.key(5)
+NM = fh.NM(2, 4)
+
+
+def normal(k, *shape, scale=0.4):
+    return scale * jax.random.normal(jax.random.key(k), shape)
+
+
+def one_layer(params, x):
+    return x @ params["w"] + params["b"]
+
+
+def chain(params, x):
+    h = jnp.tanh(x @ params["first"])
+    return h @ params["second"] + params["bias"]
+
+
+CHAIN = {
+    "first": normal(0, 8, 16),
+    "second": normal(1, 16, 8),
+    "bias": normal(2, 8),
+}
+X = normal(3, 64, 8, scale=1.0)
+
+
+def test_one_layer_is_pruned_as_by_prune():
+    params = {"w": normal(0, 16, 8), "b": normal(1, 8)}
+    x = normal(2, 40, 16)
+    for method in (fh.Wanda(NM), fh.SparseGPT(NM)):
+        want = fh.prune(one_layer, params, [x], method, key=KEY)
+        got = fh.prune_sequential(one_layer, params, [x], method, key=KEY, center=False)
+        np.testing.assert_array_equal(
+            got.plans["w"].support.keep, want.plans["w"].support.keep
+        )
+        np.testing.assert_allclose(got.params["w"], want.params["w"], atol=1e-5)
+
+
+def seen(monkeypatch):
+    """What `solve` is given: (path, at) -> statistics."""
+    found: dict[tuple, Stats] = {}
+    original = solver.solve
+
+    def solve(job, stats, run):
+        found.update(stats)
+        return original(job, stats, run)
+
+    monkeypatch.setattr(solver, "solve", solve)
+    return found
+
+
+def test_the_second_layer_is_fitted_on_pruned_inputs(monkeypatch):
+    found = seen(monkeypatch)
+    result = fh.prune_sequential(chain, CHAIN, [X[:32], X[32:]], fh.Wanda(NM), key=KEY)
+    h = np.tanh(X @ result.params["first"])
+    stats = found["second", ()]
+    np.testing.assert_allclose(stats.gram, h.T @ h, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stats.mean, h.mean(0), atol=1e-5)
+    assert stats.cross is None
+    assert float(stats.count) == 64
+
+
+def test_asym_fits_the_output_of_the_dense_model(monkeypatch):
+    found = seen(monkeypatch)
+    result = fh.prune_sequential(
+        chain, CHAIN, [X], fh.Wanda(NM), key=KEY, target="asym"
+    )
+    pruned, dense = (np.tanh(X @ p["first"]) for p in (result.params, CHAIN))
+    wanted = dense @ CHAIN["second"]
+    stats = found["second", ()]
+    np.testing.assert_allclose(stats.cross, wanted.T @ pruned, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(stats.target_mean, wanted.mean(0), atol=1e-5)
+    want = CHAIN["first"].T @ (X.T @ X)
+    np.testing.assert_allclose(found["first", ()].cross, want, rtol=1e-4, atol=1e-3)
+
+
+def test_asym_without_zeros_is_the_dense_regression():
+    rules = {"second": fh.Unstructured()}
+    result = fh.prune_sequential(
+        chain,
+        CHAIN,
+        [X],
+        fh.ALPS(NM, damp=1e-6, refit_steps=300),
+        key=KEY,
+        target="asym",
+        rules=rules,
+        sparsity={"first": 0.5, "second": 0.0},
+    )
+    h = jnp.tanh(X @ result.params["first"])
+    h = np.concatenate([h, np.ones((64, 1))], axis=1)
+    want = np.linalg.lstsq(h, np.asarray(chain(CHAIN, X)), rcond=None)[0]
+    np.testing.assert_allclose(result.params["second"], want[:-1], atol=5e-3)
+    np.testing.assert_allclose(result.params["bias"], want[-1], atol=5e-3)
+
+
+def stream(params, x):
+    """Two residual blocks, one with a reshape between product and addition."""
+    x = x + (jnp.tanh(x @ params["a"]) @ params["b"]).reshape(x.shape)
+    y = jnp.einsum("tk,khd->thd", jnp.tanh(x @ params["c"]), params["d"])
+    return x + (y.reshape(x.shape) + params["bias"])
+
+
+STREAM = {
+    "a": normal(0, 8, 16),
+    "b": normal(1, 16, 8),
+    "c": normal(2, 8, 16),
+    "d": normal(3, 16, 2, 4),
+    "bias": normal(4, 8),
+}
+
+
+def test_resid_adds_what_the_stream_lacks(monkeypatch):
+    found = seen(monkeypatch)
+    result = fh.prune_sequential(
+        stream, STREAM, [X], fh.Wanda(NM), key=KEY, target="resid"
+    )
+
+    def inner(p):
+        x = X + jnp.tanh(X @ p["a"]) @ p["b"]
+        return x, jnp.tanh(x @ p["c"])
+
+    (x_dense, h_dense), (x, h) = inner(STREAM), inner(result.params)
+    wanted = h_dense @ STREAM["d"].reshape(16, 8) + (x_dense - x)
+    stats = found["d", ()]
+    np.testing.assert_allclose(stats.cross, wanted.T @ h, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(stats.target_mean, wanted.mean(0), atol=1e-5)
+    b = found["b", ()]  # its stream is the input, which no pruning changes
+    t = jnp.tanh(X @ STREAM["a"]) @ STREAM["b"]
+    pruned = jnp.tanh(X @ result.params["a"])
+    np.testing.assert_allclose(b.cross, t.T @ pruned, rtol=1e-4, atol=1e-3)
+
+
+def test_masked_tokens_do_not_count(monkeypatch):
+    found = seen(monkeypatch)
+    x = X.reshape(4, 16, 8)
+    mask = jnp.arange(16)[None] < jnp.array([16, 3, 9, 0])[:, None]
+
+    def apply_fn(params, x, mask):
+        return chain(params, x)
+
+    fh.prune_sequential(
+        apply_fn,
+        CHAIN,
+        [(x, mask)],
+        fh.Wanda(NM),
+        key=KEY,
+        token_mask=lambda x, mask: mask,
+    )
+    kept = x[mask]
+    np.testing.assert_allclose(
+        found["first", ()].gram, kept.T @ kept, rtol=1e-4, atol=1e-4
+    )
+    assert float(found["first", ()].count) == 28
+
+
+@pytest.mark.parametrize("count", [1000, 1500, 2047])
+def test_the_rows_that_count_are_padded_to_few_sizes(count):
+    mask = np.arange(2048) < count
+    positions, valid = moments.rows(mask, (2048,))
+    assert valid.sum() == count
+    if positions is not None:
+        assert len(positions) % 256 == 0
+        np.testing.assert_array_equal(positions[valid > 0], np.arange(count))
+
+
+def attention(params, x):
+    """A transformer block: q, k, v share their input."""
+    q, k, v = (x @ params[name] for name in ("q", "k", "v"))
+    h = jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2)) @ v
+    x = x + h @ params["o"]
+    return x + (jax.nn.gelu(x @ params["up"] + params["b1"]) @ params["down"])
+
+
+def layer_shapes(d):
+    square = dict.fromkeys("qkvo", (d, d))
+    return {**square, "up": (d, 2 * d), "b1": (2 * d,), "down": (2 * d, d)}
+
+
+def layers(count, d=16):
+    shapes = layer_shapes(d)
+    return {
+        name: normal(k, count, *shape, scale=0.6 / np.sqrt(shape[0]))
+        for k, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def scanned(params, x):
+    return jax.lax.scan(lambda x, p: (attention(p, x), None), x, params)[0]
+
+
+def unrolled(params, x):
+    for k in range(2):
+        x = attention(jax.tree.map(lambda w: w[k], params), x)  # noqa: B023
+    return x
+
+
+TOKENS = [normal(30 + k, 4, 12, 16, scale=1.0) for k in range(3)]
+
+
+def test_a_scan_over_layers_is_pruned_like_the_unrolled_model():
+    params = layers(2)
+    results = [
+        fh.prune_sequential(
+            apply_fn, params, TOKENS, fh.Wanda(NM), key=KEY, target="resid"
+        )
+        for apply_fn in (scanned, unrolled)
+    ]
+    assert results[0].plans.keys() == results[1].plans.keys()
+    for name in params:
+        np.testing.assert_allclose(
+            results[0].params[name], results[1].params[name], atol=1e-5
+        )
+
+
+def test_q_k_and_v_share_one_gram(monkeypatch):
+    found = seen(monkeypatch)
+    fh.prune_sequential(scanned, layers(2), TOKENS, fh.Wanda(NM), key=KEY)
+    for k in range(2):
+        grams = [found[name, (k,)].gram for name in "qkv"]
+        assert grams[0] is grams[1] is grams[2]
+    assert found["q", (0,)].gram is not found["q", (1,)].gram
+
+
+def relative(apply_fn, params, sparse):
+    x = jnp.concatenate(TOKENS)
+    y = apply_fn(params, x)
+    return float(jnp.mean(jnp.square(apply_fn(sparse, x) - y)) / jnp.var(y))
+
+
+@pytest.mark.slow
+def test_going_in_order_loses_less_than_one_shot():
+    params, method = layers(2), fh.Refit(fh.Wanda(NM))
+    once = fh.prune(scanned, params, TOKENS, method, key=KEY)
+    errors = {"once": relative(scanned, params, once.params)}
+    for target in ("asym", "resid"):
+        result = fh.prune_sequential(
+            scanned, params, TOKENS, method, key=KEY, target=target, center=False
+        )
+        errors[target] = relative(scanned, params, result.params)
+    assert errors["resid"] < errors["asym"] < errors["once"], errors
+
+
+def test_a_bias_is_refitted_so_that_the_mean_output_stays():
+    x = X + 2.0
+    result = fh.prune_sequential(chain, CHAIN, [x], fh.SparseGPT(NM), key=KEY)
+    h = jnp.tanh(x @ result.params["first"])
+    want = (h @ CHAIN["second"] + CHAIN["bias"]).mean(0)
+    got = (h @ result.params["second"] + result.params["bias"]).mean(0)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert result.plans["first"].bias is None  # it has none of its own
+    asym = fh.prune_sequential(
+        chain, CHAIN, [x], fh.SparseGPT(NM), key=KEY, target="asym"
+    )
+    want = chain(CHAIN, x).mean(0)
+    np.testing.assert_allclose(chain(asym.params, x).mean(0), want, atol=1e-4)
+
+
+class Killed(Exception):
+    """The process dies."""
+
+
+@pytest.mark.parametrize("stop", [2, 9])
+def test_a_killed_run_goes_on_to_the_same_plans(tmp_path, stop):
+    params = layers(2)
+    options = {"key": KEY, "target": "resid", "center": True}
+    method = fh.Refit(fh.Wanda(NM))
+    want = fh.prune_sequential(scanned, params, TOKENS, method, **options)
+
+    def kill(layer):
+        if layer.done == stop:
+            raise Killed
+
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        fh.prune_sequential(
+            scanned, params, TOKENS, method, progress=kill, resume=folder, **options
+        )
+    before = {p: p.read_bytes() for p in folder.glob("*.npz")}
+    assert before
+    got = fh.prune_sequential(scanned, params, TOKENS, method, resume=folder, **options)
+    assert all(p.read_bytes() == data for p, data in before.items())
+    for x, y in zip(
+        jax.tree.leaves(got.plans), jax.tree.leaves(want.plans), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    with pytest.raises(ValueError, match="resume: .* was begun with target="):
+        fh.prune_sequential(
+            scanned, params, TOKENS, method, resume=folder, key=KEY, target="seq"
+        )
+
+
+def test_a_run_in_bfloat16_is_kept_and_found_again(tmp_path):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), CHAIN)
+    x = X.astype(jnp.bfloat16)
+    runs = [
+        fh.prune_sequential(
+            chain, params, [x], fh.SparseGPT(NM), key=KEY, resume=tmp_path / "run"
+        )
+        for _ in range(2)
+    ]
+    assert runs[1].params["second"].dtype == jnp.bfloat16
+    for name in params:
+        np.testing.assert_array_equal(
+            np.asarray(runs[0].params[name]), np.asarray(runs[1].params[name])
+        )
+
+
+def recurrent(params, x):
+    """A weight in a loop over time, one used twice, and one that is cut."""
+
+    def step(h, x):
+        return jnp.tanh(h @ params["loop"] + x), None
+
+    h, _ = jax.lax.scan(step, jnp.zeros_like(x[0]), x)
+    h = jnp.tanh(h @ params["twice"])
+    return jnp.tanh(h @ params["twice"]) @ params["last"]
+
+
+def test_what_cannot_be_cut_is_solved_on_a_plain_run_and_says_why():
+    params = {name: normal(k, 8, 8) for k, name in enumerate(("loop", "twice", "last"))}
+    x = normal(9, 5, 64, 8, scale=1.0)
+    records = []
+    result = fh.prune_sequential(
+        recurrent, params, [x], fh.SparseGPT(NM), key=KEY, progress=records.append
+    )
+    notes = {r.path: r.note for r in records}
+    assert "scan" in notes["loop"]
+    assert notes["twice"] == "solved on a plain run: used on 2 different inputs"
+    assert notes["last"] == ""
+    assert all((np.asarray(result.params[n]) == 0).mean() == 0.5 for n in params)
+
+
+def test_values_are_freed_and_go_to_disk_beyond_the_limit(monkeypatch):
+    shelves = []
+    original = segments.Shelf
+
+    def shelf(limit):
+        shelves.append(original(limit))
+        return shelves[-1]
+
+    monkeypatch.setattr(segments, "Shelf", shelf)
+    params, results = layers(2), []
+    for limit in (None, 4000):
+        results.append(
+            fh.prune_sequential(
+                scanned,
+                params,
+                TOKENS,
+                fh.Wanda(NM),
+                key=KEY,
+                target="resid",
+                memory_limit=limit,
+            )
+        )
+    for name in params:
+        np.testing.assert_array_equal(results[0].params[name], results[1].params[name])
+    free, limited = shelves
+    assert free.held == limited.held == 0
+    assert limited.peak <= 4000 < free.peak
+    # Never more than a few activations of each batch: the stream, q, k and v, twice.
+    assert free.peak <= 10 * sum(x.nbytes for x in TOKENS)
+
+
+def test_batches_of_several_shapes_compile_equal_layers_once(monkeypatch):
+    compilers = []
+    original = segments.Compiler
+
+    def compiler(*before):
+        compilers.append(original(*before))
+        return compilers[-1]
+
+    monkeypatch.setattr(segments, "Compiler", compiler)
+    params = layers(4)
+    fh.prune_sequential(
+        scanned, params, [TOKENS[0][:, :6], *TOKENS], fh.Wanda(NM), key=KEY
+    )
+    # A layer has four segments and four kinds of statistics for either shape, and the
+    # first segment of all reads the batch itself.
+    assert len(compilers[0].known) <= 2 * (4 + 4 + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target": "dense"}, "target='dense'"),
+        ({"batches": []}, "batches is empty"),
+        ({"method": fh.Fisher(NM)}, "needs gradients"),
+        ({"sparsity": 0.7}, "0.7"),
+        ({"batches": [X * jnp.nan]}, "NaN or Inf"),
+    ],
+)
+def test_bad_input_is_refused(options, match):
+    given = {"batches": [X], "method": fh.Wanda(NM)} | options
+    batches, method = given.pop("batches"), given.pop("method")
+    with pytest.raises(ValueError, match=match):
+        fh.prune_sequential(chain, CHAIN, batches, method, key=KEY, **given)
+
+
+def test_progress_says_what_was_done():
+    records = []
+    fh.prune_sequential(
+        chain, CHAIN, [X], fh.Wanda(NM), key=KEY, progress=records.append
+    )
+    assert [(r.path, r.done, r.total) for r in records] == [
+        ("first", 1, 2),
+        ("second", 2, 2),
+    ]
+    assert all(0 < r.error < 1 and r.seconds >= 0 and r.held > 0 for r in records)
+
+
+def half(params, h):
+    """One half of a model, as a streamed run has it."""
+    (name,) = params
+    return h + jnp.tanh(h @ params[name])
+
+
+@pytest.mark.parametrize("target", ["seq", "resid"])
+def test_a_walk_in_two_halves_is_the_walk_of_the_whole(target):
+    params = {"a": normal(0, 8, 8), "b": normal(1, 8, 8)}
+    batches, method = [X[:32], X[32:]], fh.Wanda(NM)
+
+    def whole(p, x):
+        return half({"b": p["b"]}, half({"a": p["a"]}, x))
+
+    want = fh.prune_sequential(whole, params, batches, method, key=KEY, target=target)
+    now, dense, programs, leaves = [(x,) for x in batches], None, cuts.Programs(), {}
+    for name in ("a", "b"):
+        mine = {name: params[name]}
+        uses = fh.discover(half, mine, *now[0])
+        beside = target != "seq"
+        job = Job(half, mine, now, uses, method, None, KEY, True, None, beside)
+        walk = cuts.Walk(
+            job,
+            target,
+            segments.Shelf(None),
+            twins=dense,
+            programs=programs,
+            to_end=True,
+        )
+        taken = {}
+        assert walk.run(None, taken.__setitem__) == {}
+        assert taken.keys() == {name}
+        leaves |= job.current
+        pairs = list(walk.outputs())
+        now, dense = [p[0] for p in pairs], [p[1] for p in pairs] if beside else None
+        assert walk.shelf.held == 0
+    for name in params:
+        np.testing.assert_array_equal(leaves[name], want.params[name])
+    for x, (y,) in zip(batches, now, strict=True):
+        np.testing.assert_allclose(y, whole(want.params, x), atol=1e-5)
+    if dense is not None:
+        for x, (y,) in zip(batches, dense, strict=True):
+            np.testing.assert_allclose(y, whole(params, x), atol=1e-5)
+
+
+def test_memory_is_known_before_the_walk():
+    uses = fh.discover(chain, CHAIN, X)
+    like = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in CHAIN.items()}
+    batch = (jax.ShapeDtypeStruct((32, 8), jnp.float32),)
+    job = Job(
+        chain, like, [batch] * 2, uses, fh.Wanda(NM), None, KEY, True, None, False
+    )
+    ahead = solver.Ahead()
+    walk = cuts.Walk(job, "seq", memory.Ledger(), to_end=True)
+    first, second, end = memory.stages(walk, ahead)
+    assert [s.paths for s in (first, second, end)] == [("first",), ("second",), ()]
+    # The input, then what lies between the layers, then the result: of two batches.
+    assert [s.held for s in (first, second, end)] == [
+        2 * 32 * 4 * n for n in (8, 16, 8)
+    ]
+    assert [s.stats for s in (first, second)] == [4 * 8 * 8, 4 * 16 * 16]
+    assert first.step == 0 and second.step >= 32 * 4 * (8 + 16)
+    assert second.solver >= 2 * 4 * 16 * 8  # the weight and its plan
+    assert len(ahead.known) == 2
+    assert memory.resident_peak() > 1 << 20
