@@ -20,7 +20,7 @@ import flexhinm_jax as fh
 from flexhinm_jax.io import checkpoints
 from flexhinm_jax.methods import LearnedMethod
 from flexhinm_jax.methods.gated import Gated
-from flexhinm_jax.tracing.paths import leaf_paths
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.training import resume
 from flexhinm_jax.training.optimizer import KeepSparseState
 from train import log

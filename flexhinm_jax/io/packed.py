@@ -45,7 +45,7 @@ import numpy as np
 
 from flexhinm_jax.io import atomic, tensors
 from flexhinm_jax.kernels.validation import verify_packed
-from flexhinm_jax.tracing.paths import leaf_paths
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.types import AxisFactor, BlockDiagonal, Layout, PackedWeight
 
 __all__ = ["FORMAT", "VERSION", "read_packed", "write_packed"]

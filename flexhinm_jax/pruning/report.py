@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from flexhinm_jax import arguments
-from flexhinm_jax.tracing.paths import is_packed, leaf_paths
+from flexhinm_jax.paths import is_packed, leaf_paths
 from flexhinm_jax.tracing.program import is_array
 from flexhinm_jax.tracing.tables import aligned
 from flexhinm_jax.types import PackedWeight, Plan, Regions, Uses

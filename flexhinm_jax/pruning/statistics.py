@@ -19,10 +19,10 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexhinm_jax import arguments, checks
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.tracing import jax_versions
 from flexhinm_jax.tracing.contractions import Product
 from flexhinm_jax.tracing.finder import find
-from flexhinm_jax.tracing.paths import leaf_paths
 from flexhinm_jax.tracing.program import Skeleton, is_array, run, split, trace
 from flexhinm_jax.tracing.walker import Visitor, Where
 from flexhinm_jax.types import Stats, Use, Uses

@@ -23,8 +23,8 @@ from jax import Array
 from flexhinm_jax import arguments, kernels
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
+from flexhinm_jax.paths import is_packed, leaf_paths
 from flexhinm_jax.tracing import meshes
-from flexhinm_jax.tracing.paths import is_packed, leaf_paths
 from flexhinm_jax.tracing.views import leaf as to_leaf
 from flexhinm_jax.tracing.views import matrix
 from flexhinm_jax.types import BlockDiagonal, Plan, State, Stats, Use, Uses

@@ -14,11 +14,11 @@ from jax import numpy as jnp
 
 from flexhinm_jax.methods import Method, Wrapper
 from flexhinm_jax.methods.reconstruction import Reconstruction
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.pruning import tree
 from flexhinm_jax.pruning.statistics import blank
 from flexhinm_jax.sequential.finished import Finished, digest
 from flexhinm_jax.tracing import meshes
-from flexhinm_jax.tracing.paths import leaf_paths
 from flexhinm_jax.tracing.program import is_array
 from flexhinm_jax.tracing.views import leaf as to_leaf
 from flexhinm_jax.tracing.views import matrix

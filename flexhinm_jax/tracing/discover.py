@@ -14,9 +14,9 @@ from typing import Any
 import jax
 
 from flexhinm_jax import arguments
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.tracing.finder import find
-from flexhinm_jax.tracing.paths import leaf_paths
 from flexhinm_jax.tracing.program import is_packed, trace
 from flexhinm_jax.tracing.tables import aligned
 from flexhinm_jax.types import AxisFactor, Layout, Use, Uses

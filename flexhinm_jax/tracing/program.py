@@ -9,9 +9,9 @@ from jax import numpy as jnp
 
 from flexhinm_jax import arguments
 from flexhinm_jax.kernels import unpack
+from flexhinm_jax.paths import is_packed
 from flexhinm_jax.tracing import jax_versions, views
 from flexhinm_jax.tracing.contractions import Tracked, plain
-from flexhinm_jax.tracing.paths import is_packed
 from flexhinm_jax.tracing.walker import Visitor, walk
 from flexhinm_jax.types import Layout, PackedWeight
 

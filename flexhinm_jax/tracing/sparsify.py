@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from flexhinm_jax.kernels import sparse_dot
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.tracing import jax_versions
 from flexhinm_jax.tracing.contractions import Product
-from flexhinm_jax.tracing.paths import leaf_paths
 from flexhinm_jax.tracing.program import layout_of, run, trace
 from flexhinm_jax.tracing.walker import Visitor, Where
 from flexhinm_jax.types import BlockDiagonal, PackedWeight

@@ -15,8 +15,8 @@ import optax
 from jax import Array
 
 from flexhinm_jax import arguments
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.pruning import tree
-from flexhinm_jax.tracing.paths import leaf_paths
 from flexhinm_jax.types import Uses
 
 

@@ -15,8 +15,8 @@ from jax import Array
 
 from flexhinm_jax import arguments, checks
 from flexhinm_jax.ops import masks, prox
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.pruning.tree import leaves_for
-from flexhinm_jax.tracing.paths import leaf_paths
 from flexhinm_jax.tracing.views import leaf as to_leaf
 from flexhinm_jax.tracing.views import matrix
 from flexhinm_jax.types import Use, Uses

@@ -17,8 +17,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from flexhinm_jax.methods.learned import LearnedMethod
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.pruning import tree
-from flexhinm_jax.tracing.paths import leaf_paths
 from flexhinm_jax.tracing.views import matrix
 from flexhinm_jax.types import Plan, State, Uses
 

@@ -18,8 +18,8 @@ from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.pruning import tree
-from flexhinm_jax.tracing.paths import leaf_paths
 from flexhinm_jax.training import relax, sharding
 from flexhinm_jax.training.optimizer import KeepSparseState, keep_sparse
 from flexhinm_jax.types import Regions, State, Stats, Uses

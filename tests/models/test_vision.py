@@ -34,7 +34,7 @@ def test_the_logits_of_an_image_do_not_depend_on_its_batch(case):
 def test_every_kernel_can_be_pruned(case):
     model, params = case
     uses = fh.discover(model.apply, params, IMAGES)
-    paths = fh.tracing.paths.leaf_paths(params)
+    paths = fh.paths.leaf_paths(params)
     assert set(uses.leaves) == {path for path in paths if path.endswith("kernel")}
 
 

@@ -16,9 +16,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flexhinm_jax as fh
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.tracing.discover import discover
-from flexhinm_jax.tracing.paths import leaf_paths
 from flexhinm_jax.tracing.sparsify import sparsify
 from tests.tracing.cases import assert_close, dense_tree, normal, packed_tree
 

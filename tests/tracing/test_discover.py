@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.patterns import NM
 from flexhinm_jax.tracing.discover import describe, discover
-from flexhinm_jax.tracing.paths import leaf_paths
 from tests.tracing.cases import CASES, normal
 
 X = normal(2, 3, 8)

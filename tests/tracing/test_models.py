@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.tracing import views
 from flexhinm_jax.tracing.discover import discover
-from flexhinm_jax.tracing.paths import leaf_paths
 from flexhinm_jax.tracing.sparsify import sparsify
 from tests.tracing.cases import (
     CASES,

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.tracing.discover import discover
-from flexhinm_jax.tracing.paths import leaf_paths
 from flexhinm_jax.tracing.sparsify import sparsify
 from flexhinm_jax.types import AxisFactor, Layout
 from tests.tracing.cases import (
