@@ -1,5 +1,6 @@
-"""Files in and out: Hugging Face directories, the packed file, training checkpoints.
+"""Files in and out: Hugging Face directories, the packed file, checkpoints of a run.
 
-Everything is written to a temporary sibling and renamed, so an output is complete or
-absent. Errors name the file and what to do about it.
+`atomic` makes files and folders appear whole or not at all, `fingerprint` says what
+decides about a result, `checkpoints` continues a run that was killed. Errors name the
+file and what to do about it.
 """

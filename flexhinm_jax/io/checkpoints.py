@@ -8,6 +8,9 @@ before it touches an array and names every difference.
 
 A checkpoint appears complete or not at all. The way back goes through a tree of the
 same structure, because orbax without one returns plain dicts.
+
+`save` and `restore` are about one checkpoint, `Checkpoints` about those of a run: which
+steps are saved, how many are kept, and which one a new process continues from.
 """
 
 import contextlib
@@ -15,9 +18,12 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +31,193 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from flexhinm_jax.io import atomic
+from flexhinm_jax import arguments
+from flexhinm_jax.io import atomic, fingerprint
 
-__all__ = ["describe", "read_config", "restore", "save"]
+__all__ = [
+    "Checkpoints",
+    "Damaged",
+    "Resume",
+    "describe",
+    "read_config",
+    "restore",
+    "save",
+]
 
 CONFIG = "config.json"
 ARRAYS = "arrays"
+STEP = re.compile(r"step-(\d+)")
+
+Resume = bool | Literal["auto", "older"]
+"""How a run begins: False anew; True from the newest checkpoint; "auto" from the newest
+if there is one; "older" as "auto", but passing over damaged ones."""
+
+
+class Damaged(ValueError):
+    """A checkpoint that cannot be read, because its files are incomplete or changed."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: a folder with one folder `step-00000042` per save.
+
+    A run asks `load` where to begin, tells `due` every step that it has done, and calls
+    `save` when that says so. What is saved are any trees; a configuration explains them
+    and must be the same when the run is continued.
+
+    Attributes:
+      folder: of the run.
+      every: steps between two checkpoints; None for none but those the run asks for.
+      seconds: wall time after which one more is due; None for no such time.
+      keep: how many of the newest stay.
+      resume: see `Resume`.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> from flexhinm_jax.io.checkpoints import Checkpoints
+      >>> folder = tempfile.mkdtemp()
+      >>> saves = Checkpoints(folder, every=2, resume="auto")
+      >>> like, config = {"w": jnp.zeros(3, jnp.float32)}, {"rate": 0.1}
+      >>> found = saves.load(lambda step: like, config)
+      >>> begin, tree = (0, like) if found is None else found
+      >>> for step in range(begin + 1, 6):
+      ...     tree = {"w": tree["w"] + 1}
+      ...     if saves.due(step):
+      ...         path = saves.save(step, tree, config)
+      >>> Checkpoints(folder, resume=True).load(lambda step: like, config)
+      (4, {'w': Array([4., 4., 4.], dtype=float32)})
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        every: int | None = 100,
+        keep: int = 2,
+        resume: Resume = False,
+        *,
+        seconds: float | None = None,
+    ):
+        """Names the folder; nothing is touched.
+
+        Raises:
+          ValueError: a count below one, or a word that `Resume` does not list.
+        """
+        if every is not None:
+            arguments.count(every, "checkpoints: every", 1)
+        arguments.count(keep, "checkpoints: keep", 1)
+        if resume not in (False, True, *get_args(get_args(Resume)[1])):
+            raise ValueError(
+                f"resume={resume!r}: choose False, True, 'auto' or 'older'"
+            )
+        self.folder, self.every, self.seconds = Path(folder), every, seconds
+        self.keep, self.resume = keep, resume
+        self._saved_at = time.monotonic()
+
+    def paths(self) -> list[Path]:
+        """The checkpoints there are, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        there = (p for p in self.folder.iterdir() if STEP.fullmatch(p.name))
+        return sorted(there, key=_step)
+
+    def due(self, step: int) -> bool:
+        """Whether to save now that so many steps are done.
+
+        With several processes all of them ask, and get the answer of the first.
+        """
+        if self.every is not None and step % self.every == 0:
+            return True
+        if self.seconds is None:
+            return False
+        late = np.asarray(time.monotonic() - self._saved_at >= self.seconds)
+        if jax.process_count() > 1:
+            late = multihost_utils.broadcast_one_to_all(late)
+        return bool(late)
+
+    def save(self, step: int, tree: Any, config: Any) -> Path:
+        """Saves a checkpoint and removes all but the newest.
+
+        Args:
+          step: steps done; a checkpoint of the same step is replaced.
+          tree: what to save, with shapes that `load` can name from the step alone.
+          config: what must be equal to continue, see `describe`.
+
+        Returns:
+          Path of the checkpoint.
+        """
+        path = self.folder / f"step-{step:08d}"
+        save(path, tree, _versioned(config), overwrite=True)
+        if jax.process_index() == 0:
+            for old in self.paths()[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        self._saved_at = time.monotonic()
+        return path
+
+    def load(
+        self, like: Callable[[int], Any], config: Any = None
+    ) -> tuple[int, Any] | None:
+        """The steps done and the tree to continue from, or None for a new run.
+
+        Args:
+          like: called with the steps done, gives a tree of the saved structure, see
+            `restore`. Not called when there is nothing to restore.
+          config: of this run; must equal the saved one.
+
+        Raises:
+          FileExistsError: a new run in a folder with checkpoints.
+          FileNotFoundError: nothing to continue.
+          Damaged: the newest checkpoint is damaged, or with "older" all are.
+          ValueError: checkpoints of another run or another version of the library.
+        """
+        there = self.paths()
+        if self.resume is False and there:
+            raise FileExistsError(
+                f"{self.folder} holds {len(there)} checkpoints, the newest"
+                f" {there[-1].name}; continue with resume=True, or give another folder"
+            )
+        if self.resume is True and not there:
+            raise FileNotFoundError(
+                f"{self.folder} holds no checkpoint to resume from; begin with"
+                ' resume=False, or "auto" to begin where there is none'
+            )
+        for path in reversed(there):
+            try:
+                return _step(path), self._restored(path, like, config)
+            except Damaged as error:
+                older = [p.name for p in there if _step(p) < _step(path)]
+                if self.resume == "older":
+                    continue
+                if not older:
+                    raise
+                raise Damaged(
+                    f'{error}\nresume="older" continues from {older[-1]}'
+                ) from error
+        if there:
+            raise Damaged(
+                f"{self.folder}: all {len(there)} checkpoints are damaged; remove the"
+                " folder, or give another, and begin again"
+            )
+        return None
+
+    def _restored(self, path: Path, like: Callable[[int], Any], config: Any) -> Any:
+        now = _versioned(config)
+        try:
+            saved = read_config(path)
+        except FileNotFoundError as error:
+            raise Damaged(f"{error}; the checkpoint is damaged") from error
+        fingerprint.check_version(saved if isinstance(saved, dict) else {}, path)
+        return restore(path, like(_step(path)), now)
+
+
+def _step(path: Path) -> int:
+    """Steps done at a checkpoint."""
+    return int(path.name.rpartition("-")[2])
+
+
+def _versioned(config: Any) -> dict[str, Any]:
+    """The configuration as saved: its fields, and the version of fingerprints."""
+    fields = describe({} if config is None else config)
+    fields = fields if isinstance(fields, dict) else {"config": fields}
+    return {fingerprint.FIELD: str(fingerprint.VERSION)} | fields
 
 
 def save(
@@ -96,8 +283,9 @@ def restore(directory: str | os.PathLike, like: Any, config: Any = None) -> Any:
 
     Raises:
       FileNotFoundError: there is no checkpoint in `directory`.
-      ValueError: the checkpoint is damaged, or its configuration, static fields,
-        leaves, shapes or dtypes differ from those given; every difference is listed.
+      Damaged: its files are incomplete or changed.
+      ValueError: its configuration, static fields, leaves, shapes or dtypes differ from
+        those given; every difference is listed.
     """
     record = _read_record(directory)
     for title, saved, now in (
@@ -119,7 +307,7 @@ def restore(directory: str | os.PathLike, like: Any, config: Any = None) -> Any:
             found = checkpointer.restore(arrays, args=wanted)
     # Orbax has no error class of its own: damage surfaces as whatever failed inside.
     except Exception as error:
-        raise ValueError(
+        raise Damaged(
             f"{directory}: the arrays are damaged or incomplete"
             f" ({type(error).__name__}: {str(error)[:300]}); restore an earlier"
             " checkpoint"
@@ -132,7 +320,7 @@ def read_config(directory: str | os.PathLike) -> Any:
 
     Raises:
       FileNotFoundError: there is no checkpoint in `directory`.
-      ValueError: its `config.json` is damaged.
+      Damaged: its `config.json` is damaged.
     """
     return _read_record(directory)["config"]
 
@@ -298,7 +486,7 @@ def _read_record(directory: str | os.PathLike) -> dict[str, Any]:
         if not {"config", "static", "leaves"} <= set(record):
             raise ValueError("it lacks config, static or leaves")
     except (ValueError, TypeError) as error:
-        raise ValueError(
+        raise Damaged(
             f"{path} is damaged or from another program: {error}; restore an earlier"
             " checkpoint"
         ) from error

@@ -265,3 +265,103 @@ def test_two_processes_write_one_checkpoint(tmp_path):
         for rank in ranks:
             rank.kill()
     assert os.listdir(tmp_path) == ["a"]
+
+
+def numbers(step):
+    return {"w": jnp.full((3,), step, jnp.float32), "done": step}
+
+
+def abstract(step):
+    return numbers(0) | {"done": 0}
+
+
+CONFIG = {"rate": 0.1, "method": Method()}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run with checkpoints at steps 2, 4 and 10."""
+    saves = checkpoints.Checkpoints(tmp_path / "run", every=2, keep=3)
+    assert saves.paths() == [] and saves.load(abstract, CONFIG) is None
+    for step in (2, 4, 10):
+        assert saves.due(step) and not saves.due(step + 1)
+        saves.save(step, numbers(step), CONFIG)
+    return tmp_path / "run"
+
+
+def test_the_newest_checkpoints_stay_and_the_last_one_comes_back(run):
+    saves = checkpoints.Checkpoints(run, keep=2, resume=True)
+    step, tree = saves.load(abstract, CONFIG)
+    assert step == 10
+    assert_same(tree, numbers(10))
+    saves.save(12, numbers(12), CONFIG)
+    assert [p.name for p in saves.paths()] == ["step-00000010", "step-00000012"]
+    saves.save(12, numbers(13), CONFIG)
+    assert saves.load(abstract, CONFIG)[1]["done"] == 13
+
+
+def test_the_tree_to_restore_into_is_asked_for_by_step(run):
+    asked = []
+
+    def like(step):
+        asked.append(step)
+        return abstract(step)
+
+    checkpoints.Checkpoints(run, resume="auto").load(like, CONFIG)
+    assert asked == [10]
+
+
+def test_a_run_says_whether_it_begins_or_goes_on(run, tmp_path):
+    with pytest.raises(FileExistsError, match="holds 3 checkpoints, the newest step-0"):
+        checkpoints.Checkpoints(run).load(abstract, CONFIG)
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+        checkpoints.Checkpoints(nowhere, resume=True).load(abstract, CONFIG)
+    for resume in ("auto", "older"):
+        saves = checkpoints.Checkpoints(nowhere, resume=resume)
+        assert saves.load(abstract, CONFIG) is None
+    with pytest.raises(ValueError, match="resume='yes': choose False, True, 'auto'"):
+        checkpoints.Checkpoints(run, resume="yes")
+    with pytest.raises(ValueError, match="checkpoints: keep"):
+        checkpoints.Checkpoints(run, keep=0)
+    with pytest.raises(ValueError, match="checkpoints: every"):
+        checkpoints.Checkpoints(run, every=0)
+
+
+@pytest.mark.parametrize("lost", ["arrays", "config", "text"])
+def test_a_damaged_checkpoint_is_named_and_an_older_one_serves(run, lost):
+    newest = run / "step-00000010"
+    if lost == "arrays":
+        (newest / checkpoints.ARRAYS / "manifest.ocdbt").unlink()
+    elif lost == "config":
+        (newest / checkpoints.CONFIG).unlink()
+    else:
+        (newest / checkpoints.CONFIG).write_text("{")
+    with pytest.raises(checkpoints.Damaged, match=r"(?s)step-00000010.*step-00000004"):
+        checkpoints.Checkpoints(run, resume=True).load(abstract, CONFIG)
+    older = checkpoints.Checkpoints(run, resume="older")
+    assert older.load(abstract, CONFIG)[0] == 4
+    for path in older.paths():
+        (path / checkpoints.CONFIG).unlink(missing_ok=True)
+    with pytest.raises(checkpoints.Damaged, match="all 3 checkpoints are damaged"):
+        older.load(abstract, CONFIG)
+
+
+def test_another_run_and_another_version_are_refused_by_name(run):
+    older = checkpoints.Checkpoints(run, resume="older")
+    with pytest.raises(ValueError, match=r"method.damp: saved 0.01, now 0.5"):
+        older.load(abstract, CONFIG | {"method": Method(damp=0.5)})
+    checkpoints.save(run / "step-00000011", numbers(11), CONFIG)
+    with pytest.raises(ValueError, match="step-00000011 was begun by another version"):
+        older.load(abstract, CONFIG)
+
+
+def test_checkpoints_are_due_by_the_clock_too(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+    saves = checkpoints.Checkpoints(tmp_path, every=None, seconds=60.0)
+    assert not saves.due(1)
+    now = 161.0
+    assert saves.due(2)
+    saves.save(2, numbers(2), None)
+    assert not saves.due(3)
