@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 TEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help parity bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-masks bench-scale bench-training install demo distill bench-distill learn-masks train-digits train-bytes test test-all install-next test-next notebooks install-gpu gpu-compile bench-gpu lint format build clean bench bench-report docs
+.PHONY: help house parity bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-masks bench-scale bench-training install demo distill bench-distill learn-masks train-digits train-bytes test test-all install-next test-next notebooks install-gpu gpu-compile bench-gpu lint format build clean bench bench-report docs
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Prune a real sentence encoder and print what it cost
 	$(PY) -m train.demo $(ARGS)
 
-test test-all notebooks bench bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-masks bench-scale bench-training bench-distill distill learn-masks train-digits train-bytes: export JAX_PLATFORMS ?= cpu
+house test test-all notebooks bench bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-masks bench-scale bench-training bench-distill distill learn-masks train-digits train-bytes: export JAX_PLATFORMS ?= cpu
 
 distill: $(STAMP) ## Prune MiniLM at 2:4 and train it for 8 minutes to embed as before
 	$(PY) -m train.distill $(ARGS)
@@ -179,6 +179,9 @@ $(DOCS_VENV)/.installed: pyproject.toml
 
 docs: $(DOCS_VENV)/.installed ## Build the site into build/site (.venv-docs)
 	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict $(ARGS)
+
+house: $(STAMP) ## Count files a call passes, twins, long functions, lines
+	@$(PY) -m bench.house
 
 lint: $(STAMP) ## Check format, lint and types
 	$(PY) -m ruff format --check .
