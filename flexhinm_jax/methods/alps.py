@@ -103,12 +103,12 @@ class ALPS(Reconstruction):
         support = self.pattern.project(key, scores, sparsity, before)
         target = start * s
         g = task.cross / s
-        facts = {"steps": jnp.zeros((), jnp.int32), "settled": jnp.ones((), bool)}
+        steps = {"steps": jnp.zeros((), jnp.int32), "settled": jnp.ones((), bool)}
         if before is None or self.pattern.free_rows:
-            support, facts = self.split(target, h, g, support, before)
+            support, steps = self.split(target, h, g, support, before)
         b = jnp.where(support.keep, target, 0)
         solved = least_squares.descend(b, support.keep, h, g, self.refit_steps)
-        return Solved(solved / s, support, facts)
+        return Solved(solved / s, support, steps)
 
     def split(
         self,

@@ -166,9 +166,7 @@ class ARMOR(Reconstruction):
         if self.start is None:
             return None
         start = self.start.with_pattern(self.pattern)
-        if isinstance(start, Reconstruction):
-            start = dataclasses.replace(start, center=self.center)
-        return start
+        return start.centered(self.center, has_bias=self.center)
 
     def reconstruct(
         self,

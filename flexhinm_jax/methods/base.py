@@ -7,6 +7,7 @@ frozen, hashable configuration and travels as a static argument.
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
@@ -98,6 +99,41 @@ class Method(abc.ABC):
         Returns:
           The plan; its weight has the dtype of `w`.
         """
+
+    def diagnostics(self, state: State) -> dict[str, Array]:
+        """How the solving went; nothing, unless a method has something to report.
+
+        Args:
+          state: from `solve`.
+
+        Returns:
+          Name -> array with the leading axes of the state, such as the damping that
+          the Gram matrix needed; bool where True means that all went well.
+        """
+        del state
+        return {}
+
+    def note(self, diagnostics: Mapping[str, Any]) -> str:
+        """What a person should know about how the solving went; "" for nothing.
+
+        Args:
+          diagnostics: concrete numbers of `diagnostics`; of a stack, the worst ones.
+        """
+        del diagnostics
+        return ""
+
+    def centered(self, center: bool, *, has_bias: bool) -> "Method":
+        """The method that works on centred inputs where a bias can take up the means.
+
+        Args:
+          center: whether to centre also where the configuration does not ask for it.
+          has_bias: whether the weight has a bias of its own.
+
+        Returns:
+          The same method unless it fits outputs.
+        """
+        del center, has_bias
+        return self
 
     def check(
         self,

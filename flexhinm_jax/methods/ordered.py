@@ -7,6 +7,7 @@ to know nothing of it: its natural N:M groups are groups of the given order.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
@@ -98,6 +99,18 @@ class Ordered(Method):
             key, w[:, order], given, sparsity=sparsity, prev=before
         )
         return State(learned=(), fixed={"order": order, "inner": state})
+
+    def diagnostics(self, state: State) -> dict[str, Array]:
+        """Those of the inner method."""
+        return self.inner.diagnostics(state.fixed["inner"])
+
+    def note(self, diagnostics: Mapping[str, Any]) -> str:
+        """That of the inner method."""
+        return self.inner.note(diagnostics)
+
+    def centered(self, center: bool, *, has_bias: bool) -> Method:
+        """The same around the centred inner method; see `Method.centered`."""
+        return Ordered(self.inner.centered(center, has_bias=has_bias))
 
     def decide(self, state: State, w: Array, *, key: Array | None = None) -> Plan:
         """The plan of the inner method, back in original order."""

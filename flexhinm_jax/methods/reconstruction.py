@@ -30,12 +30,12 @@ class Solved(NamedTuple):
     Attributes:
       weight: f[o, i], the pruned weight.
       support: what stays of it.
-      facts: name -> array[], how the solving went; kept in the state.
+      diagnostics: name -> array[], how the solving went; kept in the state.
     """
 
     weight: Array
     support: Support
-    facts: Mapping[str, Array] = types.MappingProxyType({})
+    diagnostics: Mapping[str, Array] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,17 +92,20 @@ class Reconstruction(Method):
     #: Entries of `State.fixed` that say how the solving went; scalars per matrix.
     reports: ClassVar[tuple[str, ...]] = ("damping",)
 
-    def facts(self, state: State) -> dict[str, Array]:
+    def diagnostics(self, state: State) -> dict[str, Array]:
         """The entries of `reports`, with the leading axes of the state."""
         return {name: state.fixed[name] for name in self.reports}
 
-    def note(self, facts: Mapping[str, Any]) -> str:
-        """What a person should know about how the solving went; "" for nothing.
+    def note(self, diagnostics: Mapping[str, Any]) -> str:
+        """Says when the Gram needed more damping than asked for; see `Method.note`."""
+        if not diagnostics:
+            return ""
+        used = float(np.max(diagnostics["damping"]))
+        return gram.damping_message(used, self.damp)
 
-        Args:
-          facts: concrete, from `facts`; of a stack, the worst counts.
-        """
-        return gram.damping_message(float(np.max(facts["damping"])), self.damp)
+    def centered(self, center: bool, *, has_bias: bool) -> "Method":
+        """The method with `center` as a bias allows; see `Method.centered`."""
+        return dataclasses.replace(self, center=(center or self.center) and has_bias)
 
     def problem(self, w: Array, stats: Stats) -> gram.Problem:
         """The problem that this configuration poses.
@@ -167,7 +170,7 @@ class Reconstruction(Method):
             "retained": masks.retained(scores, support.keep),
             "error": gram.error(solved, task).astype(jnp.float32),
             "damping": task.damping.astype(jnp.float32),
-            **found.facts,
+            **found.diagnostics,
         }
         if self.center:
             b = gram.bias(w.astype(solved.dtype), solved, stats)

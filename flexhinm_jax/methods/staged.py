@@ -86,11 +86,11 @@ class StagedALPS(ALPS):
         scores = squared_scores(task, solve(columns))
         support = self.regroup(order_key, scores, chosen)
         support, second = self.split(start * s, h, g, support)
-        facts = {
+        steps = {
             "steps": first["steps"] + second["steps"],
             "settled": first["settled"] & second["settled"],
         }
-        return Solved(solve(support), support, facts)
+        return Solved(solve(support), support, steps)
 
     def regroup(self, key: Array, scores: Array, support: Support) -> Support:
         """The best columns by score, dealt to groups and searched.

@@ -75,22 +75,27 @@ class Wrapper(Reconstruction):
         """Not used: a wrapper starts from a plan, see `improve`."""
         raise NotImplementedError
 
-    def facts(self, state: State) -> dict[str, Array]:
+    def diagnostics(self, state: State) -> dict[str, Array]:
         """The own ones, and those of the inner method as "inner.damping" etc."""
-        own = super().facts(state)
-        if not isinstance(self.inner, Reconstruction):
-            return own
-        inner = self.inner.facts(state.fixed["inner"])
-        return own | {INNER + name: x for name, x in inner.items()}
+        inner = self.inner.diagnostics(state.fixed["inner"])
+        named = {INNER + name: x for name, x in inner.items()}
+        return super().diagnostics(state) | named
 
-    def note(self, facts: Mapping[str, Any]) -> str:
-        """The own note and that of the inner method; see `Reconstruction.note`."""
-        texts = [super().note(facts)]
-        if isinstance(self.inner, Reconstruction):
-            parts = facts.items()
-            inner = {k.removeprefix(INNER): x for k, x in parts if k.startswith(INNER)}
-            texts.append(self.inner.note(inner))
+    def note(self, diagnostics: Mapping[str, Any]) -> str:
+        """The own note and that of the inner method; see `Method.note`."""
+        inner = {
+            name.removeprefix(INNER): x
+            for name, x in diagnostics.items()
+            if name.startswith(INNER)
+        }
+        texts = super().note(diagnostics), self.inner.note(inner)
         return "; ".join(dict.fromkeys(filter(None, texts)))
+
+    def centered(self, center: bool, *, has_bias: bool) -> Method:
+        """The wrapper and the inner method; see `Method.centered`."""
+        inner = self.inner.centered(center, has_bias=has_bias)
+        outer = super().centered(center, has_bias=has_bias)
+        return dataclasses.replace(outer, inner=inner)  # type: ignore[call-arg]
 
     def check(
         self,

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from flexhinm_jax import arguments
-from flexhinm_jax.patterns.base import Pattern
+from flexhinm_jax.patterns.base import Levels, Pattern, Units
 from flexhinm_jax.patterns.flexhinm import FlexHiNM
 from flexhinm_jax.patterns.hinm import HiNM
 from flexhinm_jax.patterns.nm import NM
@@ -36,10 +36,12 @@ __all__ = [
     "FlexHiNM",
     "Gyro",
     "HiNM",
+    "Levels",
     "Pattern",
     "RandomRows",
     "Tiles",
     "Transposable",
+    "Units",
     "Unstructured",
     "Vector",
     "parse",

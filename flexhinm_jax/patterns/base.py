@@ -7,13 +7,46 @@ are vmapped.
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import jax
 from jax import Array
 
 from flexhinm_jax import arguments, checks
 from flexhinm_jax.ops import masks, regions
 from flexhinm_jax.types import Support
+
+
+class Units(NamedTuple):
+    """Rows and columns of a weight that a shard may not part.
+
+    Attributes:
+      rows: a shard holds a multiple of so many outputs; None for all of them.
+      columns: the same of the inputs.
+      row_part: what is split otherwise, with its article.
+      column_part: the same of the inputs.
+    """
+
+    rows: int | None
+    columns: int | None
+    row_part: str = "a group"
+    column_part: str = "a group"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """What a layer gains by keeping more: units that choose one of a few levels.
+
+    Attributes:
+      scores: f32[levels, units], what a unit keeps at a level, rising with the level;
+        the gain per weight never rises from one level to the next.
+      kept: weights that a unit keeps at a level, rising. When the units hold more
+        weights than the layer, the last one is that much smaller.
+    """
+
+    scores: Array
+    kept: tuple[float, ...] = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +144,29 @@ class Pattern(abc.ABC):
     @abc.abstractmethod
     def granularity(self, shape: tuple[int, int]) -> float:
         """Step of the kept fraction: what one group, vector or weight changes."""
+
+    @property
+    def form(self) -> tuple[int, int] | None:
+        """(n, m) of its groups, n stay of m; None for a pattern without groups."""
+        return None
+
+    def units(self) -> Units:
+        """What has to stay together when a weight is sharded: all, unless it says."""
+        return Units(None, None)
+
+    def levels(self, scores: Array) -> Levels | None:
+        """What a weight gains by keeping more, for budgets shared between layers.
+
+        Args:
+          scores: f32[o, i], non-negative; rows of several matrices below each other
+            when they are to share a sparsity.
+
+        Returns:
+          The units with their levels, pure and traceable in `scores`; None for a
+          pattern with one sparsity, or where it is not known.
+        """
+        del scores
+        return None
 
     def check_shape(self, shape: tuple[int, ...], path: str = "weight") -> None:
         """Raises ValueError when a matrix of this shape cannot have the pattern.

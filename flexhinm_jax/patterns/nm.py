@@ -15,7 +15,7 @@ from jax import Array
 
 from flexhinm_jax import checks
 from flexhinm_jax.ops import channels, masks, regions
-from flexhinm_jax.patterns.base import Pattern, check_n_of_m
+from flexhinm_jax.patterns.base import Pattern, Units, check_n_of_m
 from flexhinm_jax.patterns.permute import PERMUTES, ChannelSearch
 from flexhinm_jax.types import Regions, Support
 
@@ -103,6 +103,15 @@ class NM(Pattern):
         keep = regions.kept(tiles, order, *ends, self.n, self.m)[0]
         rows = jnp.arange(o, dtype=jnp.int32)
         return Support(keep, Regions(rows, order, *ends, self.n, self.m))
+
+    @property
+    def form(self) -> tuple[int, int]:
+        """(n, m)."""
+        return self.n, self.m
+
+    def units(self) -> Units:
+        """Groups of inputs; all of them where their order is searched."""
+        return Units(1, self.m if self.permute is None else None)
 
     def check_shape(self, shape: tuple[int, ...], path: str = "weight") -> None:
         """Raises ValueError unless m divides the inputs."""

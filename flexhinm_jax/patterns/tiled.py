@@ -16,7 +16,7 @@ from jax import Array
 
 from flexhinm_jax import checks
 from flexhinm_jax.ops import masks, regions
-from flexhinm_jax.patterns.base import Pattern, check_n_of_m
+from flexhinm_jax.patterns.base import Levels, Pattern, Units, check_n_of_m
 from flexhinm_jax.patterns.permute import PERMUTES, ChannelSearch
 from flexhinm_jax.types import Regions, Support
 
@@ -280,6 +280,40 @@ class Tiled(Pattern):
             masks.fold_tiles(keep, old.out_order),
             Regions(old.out_order, in_order, dense_end, nm_end, n, m),
         )
+
+    @property
+    def form(self) -> tuple[int, int] | None:
+        """(n, m) of the N:M region, where the pattern has one."""
+        return self.n_of_m if self.has_groups else None
+
+    def units(self) -> Units:
+        """Tiles of rows, which gather their columns from everywhere.
+
+        A searched row order puts rows of all shards into one tile.
+        """
+        rows = self.vector_size if self.permute is None else None
+        return Units(rows, None, "a vector", "a tile")
+
+    def levels(self, scores: Array) -> Levels:
+        """Column vectors under N:M, among their neighbours in strength, and dense."""
+        v, (n, m) = self.vector_size, self.n_of_m
+        scores = scores.astype(jnp.float32)
+        dense = masks.vectors(scores, v).ravel()
+        if not self.has_groups:
+            return Levels(dense[None], (float(v),))
+        tiles = scores.reshape(-1, v, scores.shape[-1])
+        tile_count, columns = len(tiles), scores.shape[1]
+        zero, whole = jnp.zeros((), jnp.int32), jnp.asarray(columns // m, jnp.int32)
+        strength = regions.ranked(jnp.sum(tiles, axis=1))
+        order = regions.column_order(strength, zero, whole, m)
+        none = jnp.zeros(tile_count, jnp.int32)
+        keep = regions.kept(tiles, order, none, none + columns, n, m)
+        grouped = jnp.sum(jnp.where(keep, tiles, 0), axis=1).ravel()
+        # A vector keeps at least its fair share, so gains per weight diminish.
+        grouped = jnp.clip(grouped, dense * (n / m), dense)
+        if not self.has_dense:
+            return Levels(grouped[None], (v * n / m,))
+        return Levels(jnp.stack([grouped, dense]), (v * n / m, float(v)))
 
     def check_shape(self, shape: tuple[int, ...], path: str = "weight") -> None:
         """Raises ValueError unless m divides the inputs and v the outputs."""

@@ -148,6 +148,11 @@ class Tiles(Pattern):
             ),
         )
 
+    @property
+    def form(self) -> tuple[int, int]:
+        """(n, m) of the tiles that are not dense."""
+        return self.n, self.m
+
     def check_shape(self, shape: tuple[int, ...], path: str = "weight") -> None:
         """Raises ValueError unless the tile divides the weight."""
         super().check_shape(shape, path)

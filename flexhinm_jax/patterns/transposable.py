@@ -13,7 +13,7 @@ from jax import Array
 
 from flexhinm_jax import checks
 from flexhinm_jax.ops import regions, transport
-from flexhinm_jax.patterns.base import Pattern
+from flexhinm_jax.patterns.base import Pattern, Units
 from flexhinm_jax.types import Regions, Support
 
 
@@ -154,6 +154,15 @@ class Transposable(Pattern):
             exchanges=self.exchanges,
         )
         return transport.untile(solution.keep, scores.shape)
+
+    @property
+    def form(self) -> tuple[int, int]:
+        """(n, m)."""
+        return self.n, self.m
+
+    def units(self) -> Units:
+        """Tiles of m x m."""
+        return Units(self.m, self.m)
 
     def check_shape(self, shape: tuple[int, ...], path: str = "weight") -> None:
         """Raises ValueError unless m divides inputs and outputs."""

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexhinm_jax.ops import masks
-from flexhinm_jax.patterns.base import Pattern
+from flexhinm_jax.patterns.base import Levels, Pattern, Units
 from flexhinm_jax.types import Support
+
+#: Runs of sorted scores that a layer offers to a shared budget.
+MAX_RUNS = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,18 @@ class Unstructured(Pattern):
         count = jnp.sum(support.keep.reshape(rows), axis=1, dtype=jnp.int32)
         keep = masks.top_k(scores.reshape(rows), count[:, None])
         return Support(keep.reshape(scores.shape))
+
+    def units(self) -> Units:
+        """Single weights, or whole rows where they are compared within a row."""
+        return Units(1, 1 if self.scope == "layer" else None)
+
+    def levels(self, scores: Array) -> Levels:
+        """Runs of the sorted scores, at most `MAX_RUNS`, that stay or go."""
+        scores = scores.astype(jnp.float32)
+        each = -(-scores.size // MAX_RUNS)
+        falling = jnp.pad(-jnp.sort(-scores.ravel()), (0, -scores.size % each))
+        runs = jnp.sum(falling.reshape(-1, each), axis=1)
+        return Levels(runs[None], (float(each),))
 
     def sparsity_range(self) -> tuple[float, float]:
         """Anything from dense to empty."""

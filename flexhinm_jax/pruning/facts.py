@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax.methods import Method
-from flexhinm_jax.methods.reconstruction import Reconstruction
 from flexhinm_jax.pruning.tree import method_for
 from flexhinm_jax.types import State, Uses
 
@@ -36,9 +35,7 @@ def facts(
     """
     found = {}
     for path, state in states.items():
-        mine = method_for(method, uses.leaves[path])
-        known = isinstance(mine, Reconstruction)
-        found[path] = worst(mine.facts(state)) if known else {}
+        found[path] = worst(method_for(method, uses.leaves[path]).diagnostics(state))
     return found
 
 
@@ -52,13 +49,7 @@ def notes(method: Method, states: Mapping[str, State], uses: Uses) -> dict[str, 
     """
     found = {}
     for path, numbers in facts(method, states, uses).items():
-        text = note(method_for(method, uses.leaves[path]), numbers)
+        text = method_for(method, uses.leaves[path]).note(numbers)
         if text:
             found[path] = text
     return found
-
-
-def note(method: Method, numbers: Mapping[str, Any]) -> str:
-    """The sentence of one leaf, or ""."""
-    known = isinstance(method, Reconstruction)
-    return method.note(numbers) if known and numbers else ""

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from flexhinm_jax import checks
 from flexhinm_jax.methods import Method, ScoreMethod
-from flexhinm_jax.ops import masks, regions, saliency
-from flexhinm_jax.patterns import Pattern, Unstructured
-from flexhinm_jax.patterns.tiled import Tiled
+from flexhinm_jax.ops import saliency
+from flexhinm_jax.patterns import Levels, Pattern
 from flexhinm_jax.pruning.statistics import blank
 from flexhinm_jax.pruning.tree import leaves_for, method_for
 from flexhinm_jax.tracing.views import matrix
@@ -61,85 +59,47 @@ def increments(scores: Array, pattern: Pattern) -> Increments:
     checks.finite(scores, "scores")
     check(pattern)
     flat = scores.reshape(-1, scores.shape[-1])
-    if isinstance(pattern, Tiled):
-        pattern.check_shape(flat.shape)
+    pattern.check_shape(flat.shape)
     size = int(np.prod(scores.shape))
     return made(jax.device_get(levels(flat, pattern)), size, pattern)
 
 
 def check(pattern: Pattern) -> None:
-    """Raises ValueError for a pattern whose increments are not known."""
-    if not isinstance(pattern, Unstructured | Tiled):
-        low, high = pattern.sparsity_range()
+    """Raises ValueError for a pattern with a single sparsity."""
+    low, high = pattern.sparsity_range()
+    if low == high:
         raise ValueError(
             f"{pattern} has one sparsity, there is nothing to allocate; choose Vector, "
             "HiNM, FlexHiNM or Unstructured"
-            if low == high
-            else f"increments of {pattern} are not known; allocate by 'uniform' or "
-            "'owl', or choose Vector, HiNM, FlexHiNM or Unstructured"
         )
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def levels(flat: Array, pattern: Pattern) -> tuple[Array, Array]:
-    """(part, whole) per column vector, scores under N:M and dense; see `made`.
+def levels(flat: Array, pattern: Pattern) -> Levels:
+    """`Pattern.levels`, or a ValueError where they are not known."""
+    found = pattern.levels(flat)
+    if found is None:
+        raise ValueError(
+            f"increments of {pattern} are not known; allocate by 'uniform' or 'owl', "
+            "or choose Vector, HiNM, FlexHiNM or Unstructured"
+        )
+    return found
+
+
+def made(found: Levels, size: int, pattern: Pattern) -> Increments:
+    """The increments from level to level, at most `MOST` of them.
 
     Args:
-      flat: f32[rows, i], non-negative.
-      pattern: as in `increments`.
-    """
-    flat = flat.astype(jnp.float32)
-    if isinstance(pattern, Unstructured):
-        each = -(-flat.size // MOST)
-        falling = jnp.pad(-jnp.sort(-flat.ravel()), (0, -flat.size % each))
-        runs = jnp.sum(falling.reshape(-1, each), axis=1)
-        return runs, runs
-    assert isinstance(pattern, Tiled)
-    v, (n, m) = pattern.vector_size, pattern.n_of_m
-    whole = masks.vectors(flat, v).ravel()
-    if not pattern.has_groups:
-        return whole, whole
-    tiles = flat.reshape(-1, v, flat.shape[-1])
-    order = regions.ranked(jnp.sum(tiles, axis=1))
-    dealt = regions.column_order(
-        order,
-        jnp.zeros((), jnp.int32),
-        jnp.asarray(flat.shape[1] // m, jnp.int32),
-        m,
-    )
-    none = jnp.zeros(len(tiles), jnp.int32)
-    keep = regions.kept(tiles, dealt, none, none + flat.shape[1], n, m)
-    return jnp.sum(jnp.where(keep, tiles, 0), axis=1).ravel(), whole
-
-
-def made(
-    found: tuple[np.ndarray, np.ndarray], size: int, pattern: Pattern
-) -> Increments:
-    """The increments that `levels` describes, at most `MOST` of them.
-
-    Args:
-      found: what `levels` returns.
+      found: on the host.
       size: weights of the layer.
-      pattern: as in `increments`.
+      pattern: what it may have.
     """
-    part, whole = (np.asarray(x, np.float64) for x in found)
+    gain = np.diff(np.asarray(found.scores, np.float64), axis=0, prepend=0)
+    kept = np.diff(np.asarray(found.kept, np.float64), prepend=0)
+    cost = np.repeat(kept[:, None], gain.shape[1], axis=1)
+    cost[-1, -1] -= max(cost.sum() - size, 0)
     span = pattern.sparsity_range()
-    if isinstance(pattern, Unstructured):
-        cost = np.full_like(whole, -(-size // MOST))
-        cost[-1] = size - cost[:-1].sum()
-        return Increments(whole, cost, size, span)
-    assert isinstance(pattern, Tiled)
-    v, (n, m) = pattern.vector_size, pattern.n_of_m
-    if not pattern.has_groups:
-        return condensed(Increments(whole, np.full_like(whole, v), size, span))
-    # A vector keeps at least its fair share, so increments per weight diminish.
-    part = np.clip(part, whole * (n / m), whole)
-    few = np.full_like(part, v * n / m)
-    if not pattern.has_dense:
-        return condensed(Increments(part, few, size, span))
-    gain = np.concatenate([part, whole - part])
-    cost = np.concatenate([few, np.full_like(part, v * (1 - n / m))])
-    return condensed(Increments(gain, cost, size, span))
+    return condensed(Increments(gain.ravel(), cost.ravel(), size, span))
 
 
 def condensed(layer: Increments) -> Increments:
@@ -215,7 +175,7 @@ def _flat(use: Use, tree: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scored(method: Method, w: Array, stats: Stats | None) -> tuple[Array, Array]:
+def _scored(method: Method, w: Array, stats: Stats | None) -> Levels:
     """`levels` of the scores of [stack, o, i]."""
     if isinstance(method, ScoreMethod):
         scores = jax.vmap(method.score)(w, stats)

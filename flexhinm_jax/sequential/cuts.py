@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from flexhinm_jax.pruning.facts import note, worst
+from flexhinm_jax.pruning.facts import worst
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.sequential import moments, segments, solver
 from flexhinm_jax.sequential.job import Job
@@ -250,7 +250,7 @@ class Walk:
 
     def note(self, path: str, cut: Cut, numbers: Mapping[str, Any]) -> str:
         """What a person should know about a leaf of a cut."""
-        parts = [note(self.job.methods[path], numbers)]
+        parts = [self.job.methods[path].note(numbers)]
         if path in cut.plain:
             parts.insert(0, f"solved on a plain run: {cut.plain[path]}")
         return "; ".join(filter(None, parts))

@@ -1,7 +1,6 @@
 """What `prune_sequential` has to do, checked before it begins, and the plans so far."""
 
 import copy
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -12,8 +11,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from flexhinm_jax.methods import Method, Wrapper
-from flexhinm_jax.methods.reconstruction import Reconstruction
+from flexhinm_jax.methods import Method
 from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.pruning import tree
 from flexhinm_jax.pruning.statistics import blank
@@ -88,7 +86,7 @@ class Job:
                 )
             shape, dtype = use.layout.matrix_shape, self.leaves[path].dtype
             mine.pattern.check(shape, self.targets[path], path)
-            self.methods[path] = centred(mine, center, path in self.bias)
+            self.methods[path] = mine.centered(center, has_bias=path in self.bias)
             w = jax.ShapeDtypeStruct(shape, dtype)
             self.methods[path].check(w, blank(shape[1]), self.targets[path], path)
 
@@ -189,17 +187,6 @@ def own_biases(uses: Uses) -> dict[str, str]:
         for name in biases
         if name is not None and len(biases) == len(owners[name]) == 1
     }
-
-
-def centred(method: Method, center: bool, has_bias: bool) -> Method:
-    """The method with `center` switched on where a bias can take up the means."""
-    if isinstance(method, Wrapper):
-        inner = centred(method.inner, center, has_bias)
-        method = dataclasses.replace(method, inner=inner)
-    if not isinstance(method, Reconstruction):
-        return method
-    on = (center or method.center) and has_bias
-    return dataclasses.replace(method, center=on)
 
 
 def fingerprint(job: Job, target: str) -> dict[str, str]:

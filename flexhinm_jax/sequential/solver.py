@@ -15,7 +15,6 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from flexhinm_jax.methods import Method
-from flexhinm_jax.methods.reconstruction import Reconstruction
 from flexhinm_jax.pruning import tree
 from flexhinm_jax.pruning.statistics import blank
 from flexhinm_jax.sequential.job import Job, select
@@ -175,8 +174,7 @@ def solve_stack(
         before = w.astype(jnp.float32)
         lost = tree.dense_weight(plan).astype(jnp.float32) - before
         total = jnp.maximum(squared(before, stats.gram), 1e-30)
-        facts = method.facts(state) if isinstance(method, Reconstruction) else {}
-        return plan, squared(lost, stats.gram) / total, facts
+        return plan, squared(lost, stats.gram) / total, method.diagnostics(state)
 
     over = jax.vmap(one)
     return jax.vmap(over, in_axes=(0, 0, None, 0, 0, 0))(

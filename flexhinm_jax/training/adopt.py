@@ -12,7 +12,6 @@ from jax import Array
 from flexhinm_jax import checks
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.gated import Gated
-from flexhinm_jax.patterns import NM, FlexHiNM, HiNM
 from flexhinm_jax.pruning import tree
 from flexhinm_jax.tracing.views import matrix
 from flexhinm_jax.types import Plan, State, Use, Uses
@@ -70,10 +69,10 @@ def adopt(
 def _check_groups(path: str, method: Gated, plan: Plan, use: Use) -> None:
     """Raises ValueError unless the plan keeps n of m where the method will choose."""
     pattern, regions = method.pattern, plan.support.regions
-    if not isinstance(pattern, NM | HiNM | FlexHiNM):
+    if pattern.form is None:
         return
     form = None if regions is None else (regions.n, regions.m)
-    if form != (pattern.n, pattern.m):
+    if form != pattern.form:
         has = "no groups" if form is None else f"groups of {form[0]}:{form[1]}"
         raise ValueError(
             f"{path}: the plan has {has}, {type(method).__name__} learns {pattern}; "

@@ -19,8 +19,7 @@ from jax.sharding import PartitionSpec as P
 from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
-from flexhinm_jax.patterns import NM, Pattern, Transposable, Unstructured
-from flexhinm_jax.patterns.tiled import Tiled
+from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.pruning import tree
 from flexhinm_jax.types import AxisFactor, Use, Uses
 
@@ -223,10 +222,10 @@ def _check_rows(rows: int, devices: int, name: str) -> None:
 
 
 def _check_leaf(path: str, use: Use, sharding: NamedSharding, pattern: Pattern) -> None:
-    rows, columns = _units(pattern)
+    units = pattern.units()
     for side, factors, unit in (
-        ("outputs", use.layout.out, rows),
-        ("inputs", use.layout.inputs, columns),
+        ("outputs", use.layout.out, units.rows),
+        ("inputs", use.layout.inputs, units.columns),
     ):
         run = _run(use, sharding, factors)
         if run is None or (unit is not None and run % unit == 0):
@@ -238,21 +237,6 @@ def _check_leaf(path: str, use: Use, sharding: NamedSharding, pattern: Pattern) 
             f"{path}: sharding {sharding.spec} on a mesh of {dict(sharding.mesh.shape)}"
             f" splits {what}: {why}. {legal}"
         )
-
-
-def _units(pattern: Pattern) -> tuple[int | None, int | None]:
-    """Rows and columns that stay together; None for all of them."""
-    if isinstance(pattern, Unstructured):
-        return (1, 1) if pattern.scope == "layer" else (1, None)
-    if isinstance(pattern, Tiled):
-        # A searched row order puts rows of all shards into one tile, and a tile
-        # gathers its columns from everywhere.
-        return (pattern.vector_size if pattern.permute is None else None), None
-    if isinstance(pattern, Transposable):
-        return pattern.m, pattern.m
-    if isinstance(pattern, NM):
-        return 1, (pattern.m if pattern.permute is None else None)
-    return None, None
 
 
 def _run(
@@ -274,13 +258,13 @@ def _run(
 
 
 def _reason(pattern: Pattern, side: str, unit: int | None, run: int) -> tuple[str, str]:
+    units = pattern.units()
+    part = units.row_part if side == "outputs" else units.column_part
     if unit is not None:
-        part = "a vector" if isinstance(pattern, Tiled) else "a group"
         return part, f"a shard holds {run} consecutive {side}, not a multiple of {unit}"
     if side == "inputs":
-        part = "a tile" if isinstance(pattern, Tiled) else "a group"
         return part, f"{pattern} chooses columns among all {side}"
-    return "a vector", f"{pattern} puts rows of all shards into one tile"
+    return part, f"{pattern} puts rows of all shards into one tile"
 
 
 def _proposal(
@@ -292,7 +276,7 @@ def _proposal(
     size: int,
 ) -> str:
     """A sharding that is legal, in words and as a spec."""
-    rows, _ = _units(pattern)
+    rows = pattern.units().rows
     out = use.layout.out[0].axis
     spec: list[Any] = [None] * len(use.layout.shape)
     names = [n for n in sharding.mesh.axis_names if sharding.mesh.shape[n] > 1]

@@ -26,10 +26,10 @@ def test_a_damping_that_was_raised_is_said_with_the_numbers(name):
     for damp, said in ((1e-8, True), (0.01, False)):
         method = MADE[name](damp)
         state = method.solve(jax.random.key(0), weight(), stats)
-        text = facts.note(method, facts.worst(method.facts(state)))
+        text = method.note(facts.worst(method.diagnostics(state)))
         assert bool(text) == said
         if said:
-            used = max(float(x) for x in method.facts(state).values() if x < 0.01)
+            used = max(float(x) for x in method.diagnostics(state).values() if x < 0.01)
             assert f"needed damping {used:g} instead of 1e-08" in text
 
 
@@ -42,8 +42,8 @@ def test_the_worst_of_a_stack_counts():
         }
     )
     assert found == {"damping": pytest.approx(0.1), "steps": 9, "settled": False}
-    assert "damping 0.1 instead of 0.01" in facts.note(fh.ALPS(), found)
+    assert "damping 0.1 instead of 0.01" in fh.ALPS().note(found)
 
 
 def test_a_method_that_moves_nothing_has_nothing_to_say():
-    assert facts.note(fh.Wanda(), {}) == ""
+    assert fh.Wanda().note({}) == ""
