@@ -24,7 +24,8 @@ from flexhinm_jax.tracing import jax_versions
 from flexhinm_jax.tracing.contractions import Product
 from flexhinm_jax.tracing.finder import find
 from flexhinm_jax.tracing.program import Skeleton, is_array, run, split, trace
-from flexhinm_jax.tracing.walker import Visitor, Where
+from flexhinm_jax.tracing.stops import Where
+from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Stats, Use, Uses
 
 logger = logging.getLogger("flexhinm_jax")

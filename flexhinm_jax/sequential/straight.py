@@ -21,10 +21,11 @@ from jax import numpy as jnp
 from jax.extend.core import Literal, Primitive
 
 from flexhinm_jax.tracing import control_flow, jax_versions, views
-from flexhinm_jax.tracing.contractions import Product, Tracked, plain
-from flexhinm_jax.tracing.finder import ALIASES, CHEAP
+from flexhinm_jax.tracing.contractions import RESHAPES, Product, Tracked, plain
 from flexhinm_jax.tracing.program import Program, is_array, run
-from flexhinm_jax.tracing.walker import Visitor, Where
+from flexhinm_jax.tracing.stops import Where
+from flexhinm_jax.tracing.values import ALIASES, Numbering
+from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Layout
 
 #: Leaves a position in a traced program; never part of a program that runs.
@@ -288,7 +289,7 @@ def find_cuts(
     line: Line, marker: Marker, places: Mapping[tuple[str, int], tuple[int, Any]]
 ) -> list[Cut]:
     """The cuts of a line, in order; every wanted leaf that is used is in one."""
-    same = canonical(line)
+    same = numbered(line)
     first: dict[str, int] = {}
     found: dict[str, dict[tuple, tuple]] = defaultdict(dict)
     plain_at: dict[str, str] = {}
@@ -306,8 +307,8 @@ def find_cuts(
             plain_at.setdefault(path, "indexed by a computed position")
         elif operand not in line.data:
             plain_at.setdefault(path, "its input does not depend on the batch")
-        elif (at, same.get(operand, operand), product.columns) not in found[path]:
-            key = at, same.get(operand, operand), product.columns
+        elif (at, same.same(operand), product.columns) not in found[path]:
+            key = at, same.same(operand), product.columns
             found[path][key] = where, places.get(("result", k), (0, None))[1], product
     groups: dict[tuple, list[tuple]] = defaultdict(list)
     for path, uses in found.items():
@@ -332,17 +333,13 @@ def find_cuts(
     return sorted(cuts, key=lambda cut: cut.position)
 
 
-def canonical(line: Line) -> dict[Any, Any]:
-    """Variable -> the first one that a cheap equation computed in the same way."""
-    same: dict[Any, Any] = {}
-    known: dict[tuple, Any] = {}
+def numbered(line: Line) -> Numbering:
+    """Numbers that tell which variables have the same value."""
+    numbering = Numbering()
     for eqn in line.eqns:
-        if eqn is None or eqn.primitive.name not in CHEAP:
-            continue
-        given = tuple(same.get(v, v) for v in variables(eqn))
-        key = eqn.primitive.name, str(sorted(eqn.params.items(), key=str)), given
-        same[eqn.outvars[0]] = known.setdefault(key, eqn.outvars[0])
-    return same
+        if eqn is not None:
+            numbering.computed(eqn, eqn.invars, eqn.outvars)
+    return numbering
 
 
 def overlap(uses: Mapping[tuple, tuple], layout: Layout) -> str | None:
@@ -372,14 +369,14 @@ def stream(line: Line, result: Any, product: Product, before: int) -> Stream | N
     while len(line.users[result]) == 1:
         eqn = line.users[result][0]
         name = eqn.primitive.name
-        if name in ("reshape", "transpose", "squeeze"):
+        if name == "transpose" or name in RESHAPES or name in ALIASES:
             moves.append(eqn)
         elif name in ("add", "add_any"):
             other = eqn.invars[1] if eqn.invars[0] is result else eqn.invars[0]
             known = not isinstance(other, Literal) and other in line.data
             if known and line.made[other] < before:
                 return Stream(other, reverse(product, moves))
-        elif name not in ALIASES:
+        else:
             return None
         result = eqn.outvars[0]
     return None
@@ -391,15 +388,11 @@ def reverse(product: Product, moves: Sequence[Any]) -> Callable[[Array], Array]:
     stacked = [f.size for f in product.stacked]
     tokens, o = math.prod(product.free), layout.matrix_shape[0]
 
-    def forward(y: Array) -> Array:
-        y = product.restore(y)
-        for eqn in moves:
-            (y,) = jax_versions.bind(eqn, [y])
-        return y
-
     def back(d: Array) -> Array:
         shape = jax.ShapeDtypeStruct((*stacked, tokens, o), jnp.float32)
-        (y,) = jax.linear_transpose(forward, shape)(d.astype(jnp.float32))
+        (y,) = jax.linear_transpose(lambda y: product.moved(y, moves), shape)(
+            d.astype(jnp.float32)
+        )
         return y
 
     return back

@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from flexhinm_jax.tracing import views
+from flexhinm_jax.tracing.stops import Kind, Stop
 from flexhinm_jax.tracing.views import Atom, Dims, View
 from flexhinm_jax.types import AxisFactor, Layout, PackedWeight
 
@@ -158,6 +159,23 @@ class Product:
         y = y.reshape([*views.sizes(self.batch), *free, *views.sizes(self.out)])
         return self.finish(y)
 
+    def moved(self, y: Any, moves: Sequence[Any]) -> Any:
+        """`restore(y)` after equations that move the result around.
+
+        Works on numpy arrays too, which casts leave as they are.
+        """
+        y = self.restore(y)
+        for eqn in moves:
+            if eqn.primitive.name == "transpose":
+                y = y.transpose(eqn.params["permutation"])
+            elif eqn.primitive.name in RESHAPES:
+                y = y.reshape(eqn.outvars[0].aval.shape)
+        return y
+
+
+#: Primitives that read the same elements in the same order under another shape.
+RESHAPES = frozenset(("reshape", "squeeze"))
+
 
 def plain(values: Sequence[Any]) -> list[Any]:
     """The values with every tracked leaf made dense."""
@@ -174,27 +192,26 @@ def transposed(layout: Layout) -> Layout:
     return dataclasses.replace(layout, out=layout.inputs, inputs=layout.out)
 
 
-def match(eqn: Any, operands: list) -> Product | str:
+def match(eqn: Any, operands: list) -> Product | Stop:
     """Reads a dot_general or convolution with a Tracked operand as a product.
 
     Returns:
       The product, or the reason why the leaf is not the matrix of one.
     """
     if sum(isinstance(v, Tracked) for v in operands) > 1:
-        return "contracted with another parameter"
-    name = eqn.primitive.name
-    product = (match_dot if name == "dot_general" else match_conv)(eqn, operands)
-    if isinstance(product, str):
+        return Stop("contracted with another parameter", Kind.PRODUCT)
+    product = MATCHERS[eqn.primitive.name](eqn, operands)
+    if isinstance(product, Stop):
         return product
     parts = [views.flat(dims) for dims in (product.batch, product.out, product.inputs)]
     if any(a.axis == views.REPEAT for part in parts for a in part):
-        return "broadcast before it is contracted"
+        return Stop("broadcast before it is contracted", Kind.PRODUCT)
     if not parts[2]:
-        return "scales its input by one value per output"
+        return Stop("scales its input by one value per output", Kind.PRODUCT)
     if not parts[1]:
-        return "contracted as a vector"
+        return Stop("contracted as a vector", Kind.PRODUCT)
     if not all(a.whole for a in parts[0]):
-        return "contracted over a part of a batch axis"
+        return Stop("contracted over a part of a batch axis", Kind.PRODUCT)
     return product
 
 
@@ -229,21 +246,22 @@ def match_dot(eqn: Any, operands: list) -> Product:
     )
 
 
-def match_conv(eqn: Any, operands: list) -> Product | str:
+def match_conv(eqn: Any, operands: list) -> Product | Stop:
     """The product of a convolution: a dot with patches, one stack entry per group."""
     p, shape = eqn.params, eqn.invars[1].aval.shape
     if isinstance(operands[0], Tracked):
-        return "convolved as the image, not as the kernel"
+        return Stop("convolved as the image, not as the kernel", Kind.PRODUCT)
     if p["batch_group_count"] != 1:
-        return "a convolution with batch groups"
+        return Stop("a convolution with batch groups", Kind.PRODUCT)
     lhs, rhs, out_spec = p["dimension_numbers"]
     w, groups = operands[1], p["feature_group_count"]
     split = (groups, shape[rhs[0]] // groups)
     out = views.regroup((w.view.dims[rhs[0]],), split)
     if out is None or not all(a.whole for a in out[0]):
-        return "feature groups of a convolution cut an axis of the leaf"
+        text = "feature groups of a convolution cut an axis of the leaf"
+        return Stop(text, Kind.PRODUCT)
     if groups > 1 and split[1] == 1:
-        return "a depthwise convolution: one output per group"
+        return Stop("a depthwise convolution: one output per group", Kind.PRODUCT)
     images = tuple(operands[0].shape[d] for d in lhs)
     space = tuple(eqn.outvars[0].aval.shape[d] for d in out_spec[2:])
     kernel = tuple(shape[d] for d in rhs[2:])
@@ -266,6 +284,12 @@ def match_conv(eqn: Any, operands: list) -> Product | str:
         result=eqn.outvars[0].aval,
         reading=("conv", kernel, groups, *map(str, window_params(p).items()), str(lhs)),
     )
+
+
+MATCHERS: dict[str, Callable[[Any, list], Product | Stop]] = {
+    "dot_general": match_dot,
+    "conv_general_dilated": match_conv,
+}
 
 
 def window_params(params: dict[str, Any]) -> dict[str, Any]:

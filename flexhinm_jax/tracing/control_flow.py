@@ -17,9 +17,11 @@ from jax.sharding import PartitionSpec
 
 from flexhinm_jax.tracing import jax_versions, views
 from flexhinm_jax.tracing.contractions import Tracked, plain
+from flexhinm_jax.tracing.stops import Body, Stop
 
 Result = tuple[list[Any], Any]
-CHANGED = "carried through a loop that changes it"
+CHANGED = Stop("carried through a loop that changes it")
+PARTLY_SCANNED = Stop("scanned over a part of an axis")
 
 
 def visit_remat(
@@ -45,7 +47,7 @@ def visit_cond(
 
     def branch(k: int, jaxpr: Any) -> Callable:
         def body(state: Any) -> Any:
-            outs, state = sub(jaxpr, operands[1:], state, k)
+            outs, state = sub(jaxpr, operands[1:], state, Body("branch", k))
             return plain(outs), state
 
         return body
@@ -95,11 +97,11 @@ def visit_while(
 
     def cond(loop: Any) -> Any:
         values = [*operands[:first], *carry.join(loop[0])]
-        return plain(sub(p["cond_jaxpr"], values, loop[1], "cond")[0])[0]
+        return plain(sub(p["cond_jaxpr"], values, loop[1], Body("condition"))[0])[0]
 
     def body(loop: Any) -> Any:
         values = [*operands[first:last], *carry.join(loop[0])]
-        outs, state = sub(p["body_jaxpr"], values, loop[1], "body")
+        outs, state = sub(p["body_jaxpr"], values, loop[1], Body("turn"))
         return carry.moving(outs), state
 
     init = carry.moving(operands[last:]), state
@@ -118,13 +120,13 @@ def visit_scan(
         visitor.stop(where, v, CHANGED)
     for x in xs:
         if isinstance(x, Tracked) and not scannable(x):
-            visitor.stop(where, x, "scanned over a part of an axis")
+            visitor.stop(where, x, PARTLY_SCANNED)
 
     def step(loop: Any, scanned: Any) -> Any:
         k, slices = scanned
         rows = [row(x, part, k) for x, part in zip(xs, slices, strict=True)]
         values = [*consts, *carry.join(loop[0]), *rows]
-        outs, state = sub(p["jaxpr"], values, loop[1])
+        outs, state = sub(p["jaxpr"], values, loop[1], Body("step"))
         return (carry.moving(outs[: len(init)]), state), plain(outs[len(init) :])
 
     parts = [scanned_arrays(x) for x in xs]
@@ -204,7 +206,7 @@ def visit_shard_map(
             over = (
                 f"over mesh axes {split_over}" if split_over else "with check_vma=False"
             )
-            visitor.stop(where, v, f"inside a shard_map {over}")
+            visitor.stop(where, v, Stop(f"inside a shard_map {over}"))
             values[k] = v.dense()
     if not any(isinstance(v, Tracked) for v in values):
         outs = jax_versions.bind(eqn, values)

@@ -23,12 +23,6 @@ from flexhinm_jax.types import AxisFactor, Layout, Use, Uses
 
 logger = logging.getLogger("flexhinm_jax")
 
-ALIASES = frozenset(
-    "convert_element_type sharding_constraint copy name reshard".split()
-)
-CHEAP = ALIASES | frozenset("reshape transpose squeeze broadcast_in_dim slice".split())
-GATHERED = "read by gather (embedding)"
-
 
 def discover(
     apply_fn: Callable,
@@ -64,7 +58,7 @@ def discover(
     skipped, prunable = {}, set()
     for path, leaf in leaves.items():
         reason = None if by_leaf[path] else found.reason(path, leaf)
-        if reason is None and GATHERED in found.reasons.get(path, {}):
+        if reason is None and found.looked_up(path):
             reason = (
                 "tied: read by gather (embedding) and contracted (head); a rule with a "
                 'pattern or "prune" prunes it'

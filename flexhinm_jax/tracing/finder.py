@@ -14,13 +14,10 @@ import numpy as np
 from flexhinm_jax.tracing import views
 from flexhinm_jax.tracing.contractions import Product, Tracked, transposed
 from flexhinm_jax.tracing.program import Program, is_array, run
-from flexhinm_jax.tracing.walker import Visitor, Where
+from flexhinm_jax.tracing.stops import Kind, Stop, Where
+from flexhinm_jax.tracing.values import ALIASES, Numbering
+from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Layout, Use
-
-ALIASES = frozenset(
-    "convert_element_type sharding_constraint copy name reshard".split()
-)
-CHEAP = ALIASES | frozenset("reshape transpose squeeze broadcast_in_dim slice".split())
 
 
 def find(program: Program, params: Any, paths: list[str]) -> "Finder":
@@ -67,52 +64,17 @@ class Reading:
     bias: str | None = None
 
 
-class Numbering:
-    """Numbers values, so that the same number means the same value.
-
-    Values are compared by identity and, through cheap layout primitives and casts, by
-    how they were computed: two layers that both cast x to bfloat16 read the same input.
-    """
-
-    def __init__(self):
-        """Starts without any value."""
-        self.numbers: dict[Any, int] = {}
-        self.alive: list[Any] = []
-
-    def of(self, value: Any) -> int:
-        """The number of a value."""
-        if id(value) not in self.numbers:
-            self.alive.append(value)
-            self.numbers[id(value)] = len(self.alive)
-        return self.numbers[id(value)]
-
-    def of_key(self, key: tuple) -> int:
-        """The number of a hashable description."""
-        if key not in self.numbers:
-            self.alive.append(key)
-            self.numbers[key] = len(self.alive)
-        return self.numbers[key]
-
-    def computed(self, eqn: Any, operands: list, results: list) -> None:
-        """Gives the results of equal cheap equations equal numbers."""
-        key = eqn.primitive.name, str(sorted(eqn.params.items(), key=str))
-        number = self.of_key((*key, *map(self.of, operands)))
-        for k, value in enumerate(results):
-            self.alive.append(value)
-            self.numbers[id(value)] = number if k == 0 else self.of_key((number, k))
-
-
 class Finder(Visitor):
     """Records every product and every place where a leaf is needed dense."""
 
     def __init__(self):
         """Starts with nothing found."""
         self.found: dict[tuple[str, Where], Contraction] = {}
-        self.reasons: dict[str, dict[str, None]] = {}
+        self.reasons: dict[str, dict[Stop, None]] = {}
         self.stops: dict[str, set[Where]] = {}
         self.added: dict[str, dict[Where, str]] = {}
         self.products: dict[Where, Product] = {}
-        self.results: dict[int, tuple[Where, tuple[int, ...]]] = {}
+        self.results: dict[int, tuple[Where, tuple[Any, ...]]] = {}
         self.numbering = Numbering()
 
     def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
@@ -134,7 +96,7 @@ class Finder(Visitor):
         key = self.numbering.of(p.operand), p.columns, layout.stack_shape, traced
         return Reading(layout, at, self.numbering.of_key(key))
 
-    def stop(self, where: Where, weight: Tracked, reason: str) -> None:
+    def stop(self, where: Where, weight: Tracked, reason: Stop) -> None:
         """Collects the reason."""
         self.stops.setdefault(weight.path, set()).add(where)
         self.reasons.setdefault(weight.path, {})[reason] = None
@@ -143,30 +105,28 @@ class Finder(Visitor):
         """Follows values through casts and finds the biases."""
         tracked = [v for v in operands if isinstance(v, Tracked)]
         name = eqn.primitive.name
-        if where in self.products and name in ("dot_general", "conv_general_dilated"):
-            self.remember(results[0], where, tuple(range(results[0].ndim)))
-        elif not tracked and name in CHEAP:
+        if where in self.products:
+            self.remember(results[0], where, ())
+        elif not tracked:
             self.numbering.computed(eqn, operands, results)
-            if id(operands[0]) in self.results:
-                at, axes = self.results[id(operands[0])]
-                if name == "transpose":
-                    axes = tuple(axes[d] for d in eqn.params["permutation"])
-                if name == "transpose" or name in ALIASES:
-                    self.remember(results[0], at, axes)
+            if name == "transpose" or name in ALIASES:
+                at, moves = self.results.get(id(operands[0]), (None, ()))
+                if at is not None:
+                    self.remember(results[0], at, (*moves, eqn))
         elif name == "add" and len(tracked) == 1:
             other = operands[1] if operands[0] is tracked[0] else operands[0]
             if id(other) in self.results:
                 self.add(tracked[0], where, *self.results[id(other)])
 
     def add(
-        self, leaf: Tracked, where: Where, at: Where, axes: tuple[int, ...]
+        self, leaf: Tracked, where: Where, at: Where, moves: tuple[Any, ...]
     ) -> None:
-        """Notes that `leaf` is added, at `where`, to the permuted result at `at`."""
+        """Notes that `leaf` is added, at `where`, to the moved result at `at`."""
         product = self.products[at]
         contraction = self.found[product.weight.path, at]
         seen = zip((product, product.absorbed()), contraction.readings, strict=True)
         for p, reading in seen:
-            if is_bias(p, leaf, axes):
+            if is_bias(p, leaf, moves):
                 reading.bias = leaf.path
                 self.added.setdefault(leaf.path, {})[where] = contraction.path
 
@@ -178,10 +138,14 @@ class Finder(Visitor):
         other = self.stops[reading.bias] - {w for w, to in added.items() if to == path}
         return None if other else reading.bias
 
-    def remember(self, value: Any, where: Where, axes: tuple[int, ...]) -> None:
-        """Notes that `value` is the result at `where` with its axes in this order."""
+    def remember(self, value: Any, where: Where, moves: tuple[Any, ...]) -> None:
+        """Notes that `value` is the result at `where` after these equations."""
         self.numbering.alive.append(value)
-        self.results[id(value)] = where, axes
+        self.results[id(value)] = where, moves
+
+    def looked_up(self, path: str) -> bool:
+        """Whether rows of a leaf are read as from an embedding."""
+        return any(r.kind is Kind.LOOKUP for r in self.reasons.get(path, ()))
 
     def of(self, path: str) -> list[Contraction]:
         """The contractions of one leaf, in order of execution."""
@@ -225,8 +189,9 @@ class Finder(Visitor):
         owners = sorted(set(self.added.get(path, {}).values()))
         if owners:
             return f"bias of {', '.join(map(repr, owners))}"
-        reasons = list(self.reasons.get(path, {}))
-        telling = [r for r in reasons if not r.startswith("stopped at")] or reasons
+        reasons = self.reasons.get(path, {})
+        telling = [r.text for r in reasons if r.kind is not Kind.PRIMITIVE]
+        telling = telling or [r.text for r in reasons]
         if len(leaf.shape) < 2:
             telling = [f"{len(leaf.shape)}-D", *telling]
         if not reasons:
@@ -245,13 +210,13 @@ def common_layout(contractions: list[Contraction]) -> Layout:
     return max(layouts, key=fits)
 
 
-def is_bias(product: Product, leaf: Tracked, axes: tuple[int, ...]) -> bool:
+def is_bias(product: Product, leaf: Tracked, moves: tuple[Any, ...]) -> bool:
     """Whether a leaf is `[*stack, o]` of the product in this very order.
 
     Args:
       product: a product.
       leaf: what is added to its result.
-      axes: order in which the axes of the result are when it is added.
+      moves: equations that move the result around before the leaf is added.
     """
     layout = product.layout
     shape = (*layout.stack_shape, layout.matrix_shape[0])
@@ -274,5 +239,5 @@ def is_bias(product: Product, leaf: Tracked, axes: tuple[int, ...]) -> bool:
             return False
     at_zero = tuple(0 if f in product.index else slice(None) for f in layout.stack)
     order = np.arange(math.prod(shape)).reshape(shape)[at_zero]
-    result = product.restore(np.expand_dims(order, -2)).transpose(axes)
+    result = product.moved(np.expand_dims(order, -2), moves)
     return np.array_equal(result, views.positions(leaf.view, leaf.shape))

@@ -14,7 +14,8 @@ from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.tracing import jax_versions
 from flexhinm_jax.tracing.contractions import Product
 from flexhinm_jax.tracing.program import layout_of, run, trace
-from flexhinm_jax.tracing.walker import Visitor, Where
+from flexhinm_jax.tracing.stops import Where
+from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import BlockDiagonal, PackedWeight
 
 

@@ -167,10 +167,14 @@ def broadcast(view: View, shape: Sequence[int], onto: Sequence[int]) -> View:
     return view._replace(dims=tuple(dims))
 
 
+#: Primitives that change neither a value nor its derivative.
 IDENTITY = frozenset(
     "copy copy_p sharding_constraint layout_constraint name device_put stop_gradient "
     "reshard mesh_cast pvary pcast reduce_precision".split()
 )
+
+#: Primitives that round a value.
+ROUNDINGS = frozenset(("convert_element_type",))
 
 
 def relayout(

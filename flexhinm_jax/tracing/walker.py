@@ -18,9 +18,8 @@ import numpy as np
 from jax.extend.core import Literal
 
 from flexhinm_jax.tracing import control_flow, jax_versions, views
-from flexhinm_jax.tracing.contractions import Product, Tracked, match, plain
-
-Where = tuple[Any, ...]
+from flexhinm_jax.tracing.contractions import MATCHERS, Product, Tracked, match, plain
+from flexhinm_jax.tracing.stops import LOOKUP, Kind, Stop, Where
 
 
 class Visitor:
@@ -44,7 +43,7 @@ class Visitor:
         del where, product
         return None, state
 
-    def stop(self, where: Where, weight: Tracked, reason: str) -> None:
+    def stop(self, where: Where, weight: Tracked, reason: Stop) -> None:
         """Learns that a leaf is needed dense, and why."""
         del where, weight, reason
 
@@ -92,7 +91,6 @@ INLINED = frozenset("jit pjit closed_call core_call".split())
 KEPT = frozenset(
     "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin".split()
 )
-CONTRACTIONS = frozenset("dot_general conv_general_dilated".split())
 
 
 def visit(
@@ -109,9 +107,9 @@ def visit(
         return sub(jax_versions.called_jaxpr(params), operands, state)
     if rule is not None and not params.get("branches_platforms"):
         return rule(eqn, operands, visitor, state, where, sub)
-    if name in CONTRACTIONS:
+    if name in MATCHERS:
         product = match(eqn, operands)
-        if isinstance(product, str):
+        if isinstance(product, Stop):
             reason = product
         else:
             y, state = visitor.product(where, product, state)
@@ -124,14 +122,15 @@ def visit(
     elif name in KEPT:
         kind = "custom_jvp" if "jvp" in name else "custom_vjp"
         function = jax_versions.function_name(params)
-        reason = f"inside a {kind} function '{function}': its derivative rule is kept"
+        reason = Stop(
+            f"inside a {kind} function '{function}': its derivative rule is kept"
+        )
     else:
         outs = relayout(eqn, operands)
         if outs is not None:
             return outs, state
-        reason = (
-            "read by gather (embedding)" if name == "gather" else f"stopped at '{name}'"
-        )
+        reason = Stop(f"stopped at '{name}'", Kind.PRIMITIVE)
+        reason = LOOKUP if name == "gather" else reason
     for v in operands:
         if isinstance(v, Tracked):
             visitor.stop(where, v, reason)
