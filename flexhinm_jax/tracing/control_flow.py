@@ -88,25 +88,39 @@ class Carry:
 def visit_while(
     eqn: Any, operands: list, visitor: Any, state: Any, where: tuple, sub: Callable
 ) -> Result:
-    """The state is part of the carry; products of the condition are not counted."""
+    """The state is part of the carry, and so is the condition if it has products."""
     p = eqn.params
     first, last = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
     carry = Carry(p["body_jaxpr"], operands[last:], p["body_nconsts"])
     for v in carry.changed:
         visitor.stop(where, v, CHANGED)
 
-    def cond(loop: Any) -> Any:
-        values = [*operands[:first], *carry.join(loop[0])]
-        return plain(sub(p["cond_jaxpr"], values, loop[1], Body("condition"))[0])[0]
+    def test(moving: list, state: Any) -> Any:
+        values = [*operands[:first], *carry.join(moving)]
+        outs, state = sub(p["cond_jaxpr"], values, state, Body("condition"))
+        return plain(outs)[0], state
 
-    def body(loop: Any) -> Any:
-        values = [*operands[first:last], *carry.join(loop[0])]
-        outs, state = sub(p["body_jaxpr"], values, loop[1], Body("turn"))
+    def turn(moving: list, state: Any) -> Any:
+        values = [*operands[first:last], *carry.join(moving)]
+        outs, state = sub(p["body_jaxpr"], values, state, Body("turn"))
         return carry.moving(outs), state
 
-    init = carry.moving(operands[last:]), state
-    moved, state = lax.while_loop(cond, body, init)
-    return carry.join(moved), state
+    def tested_turn(loop: Any) -> Any:
+        moving, state = turn(*loop[1:])
+        on, state = test(moving, state)
+        return on, moving, state
+
+    moving, fixed = carry.moving(operands[last:]), carry.join(operands[last:])
+    if any(isinstance(v, Tracked) for v in [*operands[:first], *fixed]):
+        on, state = test(moving, state)
+        start = on, moving, state
+        _, moving, state = lax.while_loop(lambda loop: loop[0], tested_turn, start)
+    else:
+        start = moving, state
+        moving, state = lax.while_loop(
+            lambda loop: test(*loop)[0], lambda loop: turn(*loop), start
+        )
+    return carry.join(moving), state
 
 
 def visit_scan(

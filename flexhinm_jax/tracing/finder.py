@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexhinm_jax.tracing import views
+from flexhinm_jax.tracing import stops, views
 from flexhinm_jax.tracing.contractions import Product, Tracked, transposed
 from flexhinm_jax.tracing.program import Program, is_array, run
 from flexhinm_jax.tracing.stops import Kind, Stop, Where
@@ -79,22 +79,27 @@ class Finder(Visitor):
 
     def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
         """Records the product; it runs dense."""
-        readings = [self.reading(p) for p in (product, product.absorbed())]
+        readings = [self.reading(p, where) for p in (product, product.absorbed())]
         path = product.weight.path
         self.found[path, where] = Contraction(path, where, readings)
         self.products[where] = product
         return None, state
 
-    def reading(self, p: Product) -> Reading:
-        """Layout, static positions and source number of a product."""
+    def reading(self, p: Product, where: Where) -> Reading:
+        """Layout, static positions and source number of a product.
+
+        Products share a source only inside one body: a branch that is not taken and a
+        loop that runs again read what they read another number of times.
+        """
         layout, index = p.layout, [p.index.get(f) for f in p.layout.stack]
         traced = tuple(
             None if i is None or isinstance(i, int) else self.numbering.of(i)
             for i in index
         )
         at = tuple(i if isinstance(i, int) else None for i in index)
-        key = self.numbering.of(p.operand), p.columns, layout.stack_shape, traced
-        return Reading(layout, at, self.numbering.of_key(key))
+        read = self.numbering.of(p.operand), p.columns, layout.stack_shape, traced
+        source = self.numbering.of_key((stops.context(where), *read))
+        return Reading(layout, at, source)
 
     def stop(self, where: Where, weight: Tracked, reason: Stop) -> None:
         """Collects the reason."""
