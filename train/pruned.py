@@ -12,7 +12,7 @@ import numpy as np
 import flexhinm_jax as fh
 from flexhinm_jax.cli import source
 from flexhinm_jax.models import batches, encoder
-from flexhinm_jax.pruning import prune
+from flexhinm_jax.pruning.prune import Pruned, applied
 from train import corpus, minilm
 
 LONGEST = 128
@@ -94,7 +94,7 @@ def prune(
     *,
     seed: int = 0,
     folder: Path | None = None,
-) -> prune.Pruned:
+) -> Pruned:
     """Prunes one-shot, every weight on the inputs that those before it give.
 
     Args:
@@ -124,7 +124,7 @@ def prune(
 
 def packed_again(
     plans: Mapping[str, Any], params: Mapping[str, Any], uses: fh.Uses
-) -> prune.Pruned:
+) -> Pruned:
     """Plans with trained weights, verified, packed and reported.
 
     Raises:
@@ -132,4 +132,4 @@ def packed_again(
     """
     for path, plan in plans.items():
         fh.verify(plan, path=path)
-    return prune.applied(dict(plans), dict(params), uses)
+    return applied(dict(plans), dict(params), uses)
