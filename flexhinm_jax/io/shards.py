@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flexhinm_jax.io import tensors
+from flexhinm_jax.io import atomic, tensors
 
 __all__ = ["INDEX", "SINGLE", "Index", "Writer", "check_space", "read_index"]
 
@@ -183,15 +183,13 @@ class Writer:
                         f"{path} is of another checkpoint; remove {self.folder}"
                     )
                 continue
-            scratch = path.with_suffix(".new")
-            with open(scratch, "wb") as f:
+            with atomic.file(path) as temporary, open(temporary, "wb") as f:
                 f.write(text)
                 f.flush()
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(f.fileno(), 0, size)
                 else:
                     f.truncate(size)
-            os.replace(scratch, path)
 
     def put(self, key: str, array: np.ndarray) -> None:
         """Writes an array.
@@ -240,9 +238,8 @@ class Writer:
                 os.replace(path, self.folder / file)
         source = self.index.directory / INDEX
         if SINGLE not in self.index.headers and source.is_file():
-            scratch = self.folder / (INDEX + PARTIAL)
-            shutil.copyfile(source, scratch)
-            os.replace(scratch, self.folder / INDEX)
+            with atomic.file(self.folder / INDEX, overwrite=True) as temporary:
+                shutil.copyfile(source, temporary)
 
 
 def layout(index: Index, file: str) -> tuple[bytes, dict[str, int], int]:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.facts import worst
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.sequential import moments, segments, solver
@@ -86,7 +87,7 @@ class Walk:
         self,
         job: Job,
         target: str,
-        shelf: segments.Shelf,
+        shelf: Shelf,
         *,
         twins: Sequence[Sequence[Any]] | None = None,
         programs: Programs | None = None,

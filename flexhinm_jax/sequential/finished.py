@@ -1,7 +1,7 @@
 """Finished matrices on disk, so that a long run survives being killed.
 
 A folder holds `job.json`, a fingerprint of everything that the result depends on,
-and one file per finished matrix. A file appears complete or not at all.
+and one file per finished matrix.
 """
 
 import json
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from flexhinm_jax.io import atomic, fingerprint
 
 CONFIG = "job.json"
 
@@ -26,7 +27,7 @@ class Finished:
 
         Args:
           folder: created if missing.
-          config: name -> value of everything that decides about the result.
+          config: what decides about the result, from `fingerprint.record`.
 
         Raises:
           ValueError: the folder is of a run with another configuration, or holds
@@ -40,28 +41,14 @@ class Finished:
                 before = json.loads(path.read_text())
             except ValueError as error:
                 raise ValueError(f"resume: {path} is damaged: {error}") from error
-            for name in sorted({*before, *config}):
-                if before.get(name) != config.get(name):
-                    raise ValueError(
-                        f"resume: {self.folder} was begun with {name}="
-                        f"{before.get(name)}, this run has {config.get(name)}; give "
-                        "the same arguments or another folder"
-                    )
+            fingerprint.check(before, config, self.folder)
         elif any(self.folder.glob("*.npz")):
             raise ValueError(
                 f"resume: {self.folder} holds arrays but no {CONFIG}; give another"
             )
         else:
-            self.write(path, lambda f: f.write(json.dumps(config, indent=2).encode()))
-
-    def write(self, path: Path, fill: Any) -> None:
-        """Writes a file that appears complete or not at all."""
-        scratch = path.with_suffix(".partial")
-        with open(scratch, "wb") as f:
-            fill(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(scratch, path)
+            with atomic.file(path) as temporary:
+                temporary.write_text(json.dumps(config, indent=2))
 
     def path(self, name: str) -> Path:
         """File of a matrix."""
@@ -78,7 +65,9 @@ class Finished:
             for k, x in arrays.items()
         }
         raw["name"] = np.frombuffer(name.encode(), np.uint8)
-        self.write(self.path(name), lambda f: np.savez(f, **raw))  # type: ignore[arg-type]
+        with atomic.file(self.path(name), overwrite=True) as path:
+            with open(path, "wb") as f:
+                np.savez(f, **raw)  # type: ignore[arg-type]
 
     def load(self, name: str, like: Any) -> Any | None:
         """The tree kept under a name, or None.
@@ -108,19 +97,3 @@ class Finished:
             for x, s in zip(found, shapes, strict=True)
         ]
         return jax.tree.unflatten(structure, arrays)
-
-
-def digest(tree: Any) -> str:
-    """A checksum of all arrays of a tree, of its structure and of what is no array."""
-    leaves, structure = jax.tree.flatten(tree)
-    found = zlib.crc32(str(structure).encode())
-    for x in leaves:
-        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x = jax.random.key_data(x)
-        if isinstance(x, jax.Array | np.ndarray | np.generic):
-            value = np.ascontiguousarray(np.asarray(x))
-            found = zlib.crc32(f"{value.dtype}{value.shape}".encode(), found)
-            found = zlib.crc32(value.reshape(-1).view(np.uint8).tobytes(), found)
-        else:
-            found = zlib.crc32(repr(x).encode(), found)
-    return f"{found:08x}"

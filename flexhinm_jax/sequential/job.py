@@ -11,11 +11,12 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
+from flexhinm_jax.io import fingerprint
 from flexhinm_jax.methods import Method
 from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.pruning import tree
 from flexhinm_jax.pruning.statistics import blank
-from flexhinm_jax.sequential.finished import Finished, digest
+from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.program import is_array
 from flexhinm_jax.tracing.views import leaf as to_leaf
@@ -189,19 +190,19 @@ def own_biases(uses: Uses) -> dict[str, str]:
     }
 
 
-def fingerprint(job: Job, target: str) -> dict[str, str]:
+def record(job: Job, target: str) -> dict[str, str]:
     """Everything that decides about the result, as text."""
     masks = None
     if job.token_mask is not None:
         masks = [np.asarray(job.token_mask(*batch)) for batch in job.batches]
-    return {
-        "method": repr(job.method),
-        "sparsity": repr(job.sparsity),
-        "target": target,
-        "center": repr(job.center),
-        "key": str(np.asarray(jax.random.key_data(job.key)).tolist()),
-        "params": digest(job.tree(job.leaves)),
-        "batches": digest(job.batches),
-        "token_mask": digest(masks),
-        "leaves": digest([repr(use) for use in job.uses]),
-    }
+    return fingerprint.record(
+        method=job.method,
+        sparsity=job.sparsity,
+        target=target,
+        center=job.center,
+        key=job.key,
+        params=job.tree(job.leaves),
+        batches=job.batches,
+        token_mask=masks,
+        leaves=fingerprint.digest([repr(use) for use in job.uses]),
+    )

@@ -9,21 +9,16 @@ Equal segments (the layers of a network) are compiled once: a segment is known b
 equations with the variables numbered.
 """
 
-import contextlib
-import ctypes
 import dataclasses
 import itertools
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.sequential.straight import Cut, Line, dependent, variables
 from flexhinm_jax.tracing import jax_versions
 
@@ -237,84 +232,6 @@ def described(x: Any) -> Any:
             except TypeError:
                 pass
     return "object", id(x)
-
-
-class Shelf:
-    """Keeps arrays in memory up to a limit, and on disk beyond it.
-
-    Attributes:
-      held: bytes in memory now.
-      peak: the most there ever were.
-    """
-
-    def __init__(self, limit: int | None, folder: Path | None = None):
-        """Keeps `limit` bytes in memory; any number for None.
-
-        Args:
-          limit: bytes.
-          folder: exists; where the rest goes, in a folder of its own that is removed
-            at the end. None for the system's place for temporary files.
-        """
-        self.limit, self.where = limit, folder
-        self.held = self.peak = 0
-        self.folder: Any = None
-        self.number = itertools.count()
-        self.on_host = jax.default_backend() == "cpu"
-
-    def put(self, x: Any) -> Any:
-        """Takes an array; the result is for `get` and `drop`.
-
-        An array that is mapped from a file is on disk already and stays there.
-        """
-        if isinstance(x, np.memmap):
-            return x
-        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
-            self.held += x.nbytes
-            return x
-        if self.limit is None or self.held + x.nbytes <= self.limit:
-            self.held += x.nbytes
-            self.peak = max(self.peak, self.held)
-            return x if self.on_host else np.asarray(x)
-        if self.folder is None:
-            self.folder = tempfile.TemporaryDirectory(
-                prefix="flexhinm-", dir=self.where
-            )
-        path = Path(self.folder.name, f"{next(self.number)}.bin")
-        np.asarray(x).tofile(path)
-        return path, x.shape, x.dtype
-
-    def get(self, kept: Any) -> Any:
-        """The array."""
-        if not isinstance(kept, tuple):
-            return kept
-        path, shape, dtype = kept
-        return np.fromfile(path, dtype).reshape(shape)
-
-    def drop(self, kept: Any) -> None:
-        """Forgets an array."""
-        if isinstance(kept, tuple):
-            kept[0].unlink()
-        elif not isinstance(kept, np.memmap):
-            self.held -= kept.nbytes
-
-    def wait(self, made: Any) -> None:
-        """Lets a step end before the next begins, where memory is limited.
-
-        A step that is only dispatched holds its scratch already, one per batch.
-        """
-        if self.limit is not None:
-            jax.block_until_ready(made)
-
-    def trim(self) -> None:
-        """Gives what the C library keeps of freed memory back, where it is limited."""
-        if self.limit is not None and sys.platform == "linux":
-            with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL(None).malloc_trim(0)
-
-    def close(self) -> None:
-        """Removes what is on disk."""
-        if self.folder is not None:
-            self.folder.cleanup()
 
 
 class Runner:

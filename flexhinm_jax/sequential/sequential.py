@@ -24,13 +24,13 @@ from typing import Any, Literal
 from jax import Array
 
 from flexhinm_jax import arguments
+from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.pruning import prune, tree
-from flexhinm_jax.sequential import segments
 from flexhinm_jax.sequential.cuts import Layer, Walk
 from flexhinm_jax.sequential.finished import Finished
-from flexhinm_jax.sequential.job import Job, fingerprint
+from flexhinm_jax.sequential.job import Job, record
 from flexhinm_jax.tracing.discover import discover
 
 Target = Literal["seq", "asym", "resid"]
@@ -132,8 +132,8 @@ def prune_sequential(
         beside=target != "seq",
     )
     if resume is not None:
-        job.finished = Finished(resume, fingerprint(job, target))
-    walk = Walk(job, target, segments.Shelf(memory_limit))
+        job.finished = Finished(resume, record(job, target))
+    walk = Walk(job, target, Shelf(memory_limit))
     plans = walk.run(progress)
     return prune.applied(plans, params, uses)
 

@@ -1,13 +1,13 @@
 """Hidden states of the calibration text between two blocks, in memory and on disk."""
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+
+from flexhinm_jax.io.shelf import Shelf, Stored
 
 Arrays = list[np.ndarray]
 
@@ -28,16 +28,16 @@ class States:
           durable: False keeps on disk only what does not fit in memory.
         """
         self.folder, self.limit, self.durable = folder, limit, durable
-        self.held = 0
-        self.now: Arrays = []
-        self.dense: Arrays | None = None
+        self.shelf = Shelf(limit)
+        self.now: list[Any] = []
+        self.dense: list[Any] | None = None
 
     def begin(self, made: Iterable[np.ndarray]) -> None:
         """Takes the states before the first block; both models have the same."""
-        scratch = self.folder / "00000"
-        shutil.rmtree(scratch, ignore_errors=True)
-        for n, x in enumerate(made):
-            self.now.append(self.kept(scratch / f"now-{n:05d}", x, False))
+        self.forget(0)
+        self.now = [
+            self.shelf.put(x, self.path(0, "now", n)) for n, x in enumerate(made)
+        ]
 
     def next(
         self,
@@ -46,31 +46,24 @@ class States:
         beside: bool,
     ) -> None:
         """Takes the states before block `layer`, batch by batch."""
-        self.now, self.dense, self.held = [], [] if beside else None, 0
-        folder = self.folder / f"{layer:05d}"
-        shutil.rmtree(folder, ignore_errors=True)
+        self.forget(layer)
+        self.now, self.dense = [], [] if beside else None
         for n, (now, dense) in enumerate(made):
-            x = np.asarray(now[0])
-            self.now.append(self.kept(folder / f"now-{n:05d}", x, self.durable))
-            if dense is not None and self.dense is not None:
-                x = np.asarray(dense[0])
-                path = folder / f"dense-{n:05d}"
-                self.dense.append(self.kept(path, x, self.durable))
+            pairs = (("now", self.now, now), ("dense", self.dense, dense))
+            for name, kept, arrays in pairs:
+                if kept is not None and arrays is not None:
+                    path, x = self.path(layer, name, n), np.asarray(arrays[0])
+                    kept.append(self.shelf.put(x, path, durable=self.durable))
 
-    def kept(self, path: Path, x: np.ndarray, always: bool) -> np.ndarray:
-        """The array, in memory or mapped from a file that holds it."""
-        fits = self.limit is None or self.held + x.nbytes <= self.limit
-        if always or not fits:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, x)
-        self.held += x.nbytes if fits else 0
-        return x if fits else read(path)
+    def path(self, layer: int, name: str, n: int) -> Path:
+        """File of the states of batch `n` before a block."""
+        return self.folder / f"{layer:05d}" / f"{name}-{n:05d}"
 
     def load(self, layer: int) -> None:
         """Finds the states before block `layer` on disk."""
         folder = self.folder / f"{layer:05d}"
-        self.now = [read(p) for p in sorted(folder.glob("now-*"))]
-        self.dense = [read(p) for p in sorted(folder.glob("dense-*"))] or None
+        self.now = [Stored(p) for p in sorted(folder.glob("now-*"))]
+        self.dense = [Stored(p) for p in sorted(folder.glob("dense-*"))] or None
         if not self.now:
             raise ValueError(
                 f"{folder} is empty: the run cannot go on; remove"
@@ -79,27 +72,14 @@ class States:
 
     def take(self) -> tuple[Arrays, Arrays | None]:
         """(pruned, dense or None where they are the same), and forgets them."""
-        found = self.now, self.dense
-        self.now, self.dense, self.held = [], None, 0
-        return found
+        now, dense = self.now, self.dense
+        self.now, self.dense, self.shelf = [], None, Shelf(self.limit)
+
+        def mapped(arrays: list[Any]) -> Arrays:
+            return [x.mapped() if isinstance(x, Stored) else x for x in arrays]
+
+        return mapped(now), None if dense is None else mapped(dense)
 
     def forget(self, layer: int) -> None:
         """Removes the states before block `layer` from disk."""
         shutil.rmtree(self.folder / f"{layer:05d}", ignore_errors=True)
-
-
-def write(path: Path, x: np.ndarray) -> None:
-    """Writes an array; numpy's own format does not know the small floats."""
-    with open(path, "wb") as f:
-        f.write(f"{x.dtype.name} {' '.join(map(str, x.shape))}".ljust(64).encode())
-        f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def read(path: Path) -> np.ndarray:
-    """Maps an array."""
-    with open(path, "rb") as f:
-        name, *shape = f.read(64).decode().split()
-    raw = np.memmap(path, np.uint8, "r", offset=64)
-    return raw.view(jnp.dtype(name)).reshape([int(n) for n in shape])

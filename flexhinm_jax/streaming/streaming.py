@@ -24,11 +24,12 @@ import numpy as np
 from jax import Array
 
 from flexhinm_jax import kernels
-from flexhinm_jax.io import atomic, huggingface, packed, shards
+from flexhinm_jax.io import atomic, fingerprint, huggingface, packed, shards
+from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning.allocate import Mode, check_mode
 from flexhinm_jax.pruning.report import Report, Row, report
-from flexhinm_jax.sequential import memory, segments, solver
+from flexhinm_jax.sequential import memory, solver
 from flexhinm_jax.sequential.cuts import Layer, Programs, Walk
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.sequential import Target, check_target
@@ -252,11 +253,11 @@ def prune_block(
     blocks, uses = setting.blocks, setting.uses.of(layer)
     now, twins = states.take()
     job = setting.job(layer, blocks.load(layer), now)
-    job.finished = Finished(work.solved(layer), {"layer": str(layer)})
+    job.finished = Finished(work.solved(layer), fingerprint.record(layer=layer))
     walk = Walk(
         job,
         setting.target,
-        segments.Shelf(plan.shelf, work.folder),
+        Shelf(plan.shelf, work.folder),
         twins=None if twins is None else [(h,) for h in twins],
         programs=setting.programs,
         to_end=True,

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from flexhinm_jax import checks
 from flexhinm_jax.io import atomic
+from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning import allocate, gains
 from flexhinm_jax.pruning.owl import OWL, outlier_shares
-from flexhinm_jax.sequential import segments
 from flexhinm_jax.sequential.cuts import Walk
 from flexhinm_jax.sequential.solver import Solved
 from flexhinm_jax.streaming.states import States
@@ -109,7 +109,7 @@ def survey(
         walk = Look(
             job,
             "seq",
-            segments.Shelf(shelf, work.folder),
+            Shelf(shelf, work.folder),
             programs=setting.programs,
             to_end=True,
         )

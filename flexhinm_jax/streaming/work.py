@@ -11,22 +11,20 @@ import dataclasses
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array
 
 import flexhinm_jax
-from flexhinm_jax.io import atomic, huggingface, shards
+from flexhinm_jax.io import atomic, fingerprint, huggingface, shards
 from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning.allocate import Mode
 from flexhinm_jax.pruning.report import Row
 from flexhinm_jax.sequential.cuts import Programs
-from flexhinm_jax.sequential.finished import Finished, digest
+from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.sequential import Target
 from flexhinm_jax.streaming.blocks import Blocks, BlockUses
@@ -117,7 +115,7 @@ class Work:
         shards.check_space(self.folder, needed - self.taken(self.out))
         if self.record(0).exists() and not self.model.exists():
             shutil.rmtree(self.folder)  # killed when OUT was there and this was left
-        Finished(self.folder, fingerprint(self.setting))
+        Finished(self.folder, record(self.setting))
         self.model.mkdir(exist_ok=True)
         try:
             self.writer = shards.Writer(self.model, self.setting.blocks.index)
@@ -185,28 +183,27 @@ class Work:
         shutil.rmtree(self.folder)
 
 
-def fingerprint(setting: Setting) -> dict[str, str]:
+def record(setting: Setting) -> dict[str, str]:
     """Everything that decides about the result, as text."""
     blocks = setting.blocks
-    seen = zlib.crc32(json.dumps(blocks.given, sort_keys=True).encode())
-    for key in blocks.index.files:
-        x = blocks.index.read(key)
-        # Headers and the start of every array: enough to know another checkpoint.
-        start = np.ascontiguousarray(x.reshape(-1)[:1024]).view(np.uint8)
-        seen = zlib.crc32(f"{key}{x.dtype}{x.shape}".encode(), seen)
-        seen = zlib.crc32(start.tobytes(), seen)
-    return {
-        "version": flexhinm_jax.__version__,
-        "model": f"{seen:08x}",
-        "tokens": digest(setting.batches),
-        "method": repr(setting.method),
-        "sparsity": repr(setting.sparsity),
-        "allocate": repr(setting.allocate),
-        "exceptions": repr(setting.exceptions),
-        "rules": repr(setting.uses.actions),
-        "key": str(np.asarray(jax.random.key_data(setting.key)).tolist()),
-        "target": setting.target,
-        "center": repr(setting.center),
-        "dtype": blocks.dtype,
-        "pack": repr(setting.pack),
-    }
+    # Headers and the start of every array: enough to know another checkpoint.
+    starts = {key: _start(blocks.index.read(key)) for key in blocks.index.files}
+    return fingerprint.record(
+        version=flexhinm_jax.__version__,
+        model=fingerprint.digest((json.dumps(blocks.given, sort_keys=True), starts)),
+        tokens=setting.batches,
+        method=setting.method,
+        sparsity=setting.sparsity,
+        allocate=setting.allocate,
+        exceptions=setting.exceptions,
+        rules=setting.uses.actions,
+        key=setting.key,
+        target=setting.target,
+        center=setting.center,
+        dtype=blocks.dtype,
+        pack=setting.pack,
+    )
+
+
+def _start(x: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    return x.shape, np.array(x.reshape(-1)[:1024])

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.sequential import cuts, memory, moments, segments, solver
+from flexhinm_jax.io import fingerprint
+from flexhinm_jax.io.shelf import Shelf
+from flexhinm_jax.sequential import (
+    cuts,
+    finished,
+    memory,
+    moments,
+    segments,
+    sequential,
+    solver,
+)
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.types import Stats
 
@@ -316,6 +326,18 @@ def test_a_run_in_bfloat16_is_kept_and_found_again(tmp_path):
         )
 
 
+def test_a_folder_of_an_older_version_is_refused_by_name(tmp_path):
+    config = fingerprint.record(target="seq")
+    finished.Finished(tmp_path, config)
+    path = tmp_path / finished.CONFIG
+    path.write_text(path.read_text().replace("fingerprint", "other"))
+    with pytest.raises(ValueError, match=f"{tmp_path} was begun by another version"):
+        finished.Finished(tmp_path, config)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"job\.json is damaged"):
+        finished.Finished(tmp_path, config)
+
+
 def recurrent(params, x):
     """A weight in a loop over time, one used twice, and one that is cut."""
 
@@ -343,13 +365,12 @@ def test_what_cannot_be_cut_is_solved_on_a_plain_run_and_says_why():
 
 def test_values_are_freed_and_go_to_disk_beyond_the_limit(monkeypatch):
     shelves = []
-    original = segments.Shelf
 
     def shelf(limit):
-        shelves.append(original(limit))
+        shelves.append(Shelf(limit))
         return shelves[-1]
 
-    monkeypatch.setattr(segments, "Shelf", shelf)
+    monkeypatch.setattr(sequential, "Shelf", shelf)
     params, results = layers(2), []
     for limit in (None, 4000):
         results.append(
@@ -443,7 +464,7 @@ def test_a_walk_in_two_halves_is_the_walk_of_the_whole(target):
         walk = cuts.Walk(
             job,
             target,
-            segments.Shelf(None),
+            Shelf(None),
             twins=dense,
             programs=programs,
             to_end=True,
