@@ -113,9 +113,31 @@ class Product:
         weight = dataclasses.replace(self.weight, view=view)
         return dataclasses.replace(self, weight=weight, out=out)
 
+    def readings(self) -> "tuple[Product, ...]":
+        """Ways to see the product as one with a matrix, the program's own first."""
+        return self, self.absorbed(), self.split()
+
+    def split(self) -> "Product":
+        """The same product with windows of outputs read as entries of a stack.
+
+        Only where a leaf axis consists of equal parts, of which the window is one.
+        """
+        view, out = self.weight.view, []
+        for dim in self.out:
+            dim, taken = views.parted(dim)
+            view = view._replace(index=view.index + taken)
+            out.append(dim)
+        weight = dataclasses.replace(self.weight, view=view)
+        return dataclasses.replace(self, weight=weight, out=tuple(out))
+
+    @property
+    def window(self) -> tuple:
+        """Hashable: which part of the outputs of the matrix this product has."""
+        return tuple((a.start, a.size, a.full) for a in ordered(views.flat(self.out)))
+
     def fit(self, layout: Layout) -> "Product | None":
         """This product in terms of `layout` or its transpose; None if impossible."""
-        for product in (self, self.absorbed()):
+        for product in self.readings():
             own = product.layout
             if own == layout or own == transposed(layout):
                 return product
@@ -199,7 +221,8 @@ def match(eqn: Any, operands: list) -> Product | Stop:
       The product, or the reason why the leaf is not the matrix of one.
     """
     if sum(isinstance(v, Tracked) for v in operands) > 1:
-        return Stop("contracted with another parameter", Kind.PRODUCT)
+        kind = Kind.AUXILIARY if is_vector(eqn, operands) else Kind.PRODUCT
+        return Stop("contracted with another parameter", kind)
     product = MATCHERS[eqn.primitive.name](eqn, operands)
     if isinstance(product, Stop):
         return product
@@ -213,6 +236,18 @@ def match(eqn: Any, operands: list) -> Product | Stop:
     if not all(a.whole for a in parts[0]):
         return Stop("contracted over a part of a batch axis", Kind.PRODUCT)
     return product
+
+
+def is_vector(eqn: Any, operands: list) -> bool:
+    """Whether an operand of a product of two leaves is one vector or a row of one."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    contracted = eqn.params["dimension_numbers"][0]
+    for v, axes in zip(operands, contracted, strict=True):
+        sizes = views.sizes(v.view.dims)
+        if math.prod(sizes) == math.prod(sizes[d] for d in axes):
+            return True
+    return False
 
 
 def match_dot(eqn: Any, operands: list) -> Product:

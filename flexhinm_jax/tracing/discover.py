@@ -18,6 +18,7 @@ from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.tracing.finder import find
 from flexhinm_jax.tracing.program import is_packed, trace
+from flexhinm_jax.tracing.stops import Kind, Stop
 from flexhinm_jax.tracing.tables import aligned
 from flexhinm_jax.types import AxisFactor, Layout, Use, Uses
 
@@ -40,7 +41,8 @@ def discover(
         or "prune" to prune a leaf that is skipped by default. The first rule whose
         `re.search` on the normalised path succeeds wins. A leaf that is read as an
         embedding and also contracted (a tied head) is skipped unless a rule asks for
-        it.
+        it. A leaf whose dense value is also needed otherwise, or that is contracted in
+        different layouts, is skipped unless a rule says "prune".
 
     Returns:
       Every leaf, as uses that can be pruned or as skipped with a reason.
@@ -57,16 +59,14 @@ def discover(
     by_leaf = {path: found.of(path) for path in paths}
     skipped, prunable = {}, set()
     for path, leaf in leaves.items():
-        reason = None if by_leaf[path] else found.reason(path, leaf)
-        if reason is None and found.looked_up(path):
-            reason = (
-                "tied: read by gather (embedding) and contracted (head); a rule with a "
-                'pattern or "prune" prunes it'
-            )
+        hindrance = found.hindrance(path) if by_leaf[path] else None
+        reason = hindrance.text if hindrance else None
+        if not by_leaf[path]:
+            reason = found.reason(path, leaf)
         rule, action = chosen.get(path, (None, None))
         if action == "skip":
             reason = f"skipped by rule {rule!r}"
-        elif action is not None and by_leaf[path]:
+        elif by_leaf[path] and (action == "prune" or (action and tied(hindrance))):
             reason = None
         if reason is None:
             prunable.add(path)
@@ -85,6 +85,11 @@ def discover(
             uses.append(dataclasses.replace(use, pattern=pattern))
     logger.info("%d leaves prunable, %d skipped", len(prunable), len(skipped))
     return Uses(tuple(renumbered(uses)), skipped)
+
+
+def tied(hindrance: Stop | None) -> bool:
+    """Whether nothing but a lookup of rows speaks against pruning a leaf."""
+    return hindrance is not None and hindrance.kind is Kind.LOOKUP
 
 
 def choose(

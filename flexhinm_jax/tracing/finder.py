@@ -11,18 +11,29 @@ from typing import Any
 import jax
 import numpy as np
 
+from flexhinm_jax.paths import is_packed
 from flexhinm_jax.tracing import stops, views
 from flexhinm_jax.tracing.contractions import Product, Tracked, transposed
+from flexhinm_jax.tracing.dependence import Dependence, dependence
 from flexhinm_jax.tracing.program import Program, is_array, run
 from flexhinm_jax.tracing.stops import Kind, Stop, Where
 from flexhinm_jax.tracing.values import ALIASES, Numbering
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Layout, Use
 
+SCALED = Stop("scaled by a value of the batch", Kind.PRIMITIVE)
+TIED = Stop(
+    "tied: read by gather (embedding) and contracted (head); a rule with a pattern or "
+    '"prune" prunes it',
+    Kind.LOOKUP,
+)
+
 
 def find(program: Program, params: Any, paths: list[str]) -> "Finder":
     """Walks a program without running it."""
-    finder = Finder()
+    leaves = jax.tree.leaves(params, is_leaf=is_packed)
+    count = sum(is_array(leaf) or is_packed(leaf) for leaf in leaves)
+    finder = Finder(dependence(program.jaxpr, count))
 
     def walked(*arrays: Any) -> list[Any]:
         return run(program, params, paths, finder, (), arrays)[0]
@@ -38,13 +49,14 @@ class Contraction:
     Attributes:
       path: the leaf.
       where: position of the equation.
-      readings: the product as the program has it, then with statically indexed factors
-        absorbed into the outputs.
+      readings: the ways to see it as a product with a matrix.
+      auxiliary: no batch can change what the weight is multiplied with.
     """
 
     path: str
     where: Where
     readings: list["Reading"]
+    auxiliary: bool
 
 
 @dataclasses.dataclass
@@ -55,20 +67,27 @@ class Reading:
       layout: the matrix view of the leaf.
       at: static position per stack axis.
       source: number of what is contracted.
+      window: which part of the outputs it has.
       bias: path of the leaf added to the result, or None.
     """
 
     layout: Layout
     at: tuple[int | None, ...]
     source: int
+    window: tuple
     bias: str | None = None
 
 
 class Finder(Visitor):
     """Records every product and every place where a leaf is needed dense."""
 
-    def __init__(self):
-        """Starts with nothing found."""
+    def __init__(self, dependence: Dependence):
+        """Starts with nothing found.
+
+        Args:
+          dependence: which operands depend on the batch.
+        """
+        self.dependence = dependence
         self.found: dict[tuple[str, Where], Contraction] = {}
         self.reasons: dict[str, dict[Stop, None]] = {}
         self.stops: dict[str, set[Where]] = {}
@@ -79,9 +98,14 @@ class Finder(Visitor):
 
     def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
         """Records the product; it runs dense."""
-        readings = [self.reading(p, where) for p in (product, product.absorbed())]
-        path = product.weight.path
-        self.found[path, where] = Contraction(path, where, readings)
+        path, changes = product.weight.path, product.weight.view.changes
+        scales = [step.scaled_at for step in changes if step.scaled_at is not None]
+        if any(any(self.dependence[at]) for at in scales):
+            self.stop(where, product.weight, SCALED)
+            return None, state
+        readings = [self.reading(p, where) for p in product.readings()]
+        auxiliary = not any(self.dependence[where])
+        self.found[path, where] = Contraction(path, where, readings, auxiliary)
         self.products[where] = product
         return None, state
 
@@ -99,7 +123,7 @@ class Finder(Visitor):
         at = tuple(i if isinstance(i, int) else None for i in index)
         read = self.numbering.of(p.operand), p.columns, layout.stack_shape, traced
         source = self.numbering.of_key((stops.context(where), *read))
-        return Reading(layout, at, source)
+        return Reading(layout, at, source, p.window)
 
     def stop(self, where: Where, weight: Tracked, reason: Stop) -> None:
         """Collects the reason."""
@@ -129,7 +153,7 @@ class Finder(Visitor):
         """Notes that `leaf` is added, at `where`, to the moved result at `at`."""
         product = self.products[at]
         contraction = self.found[product.weight.path, at]
-        seen = zip((product, product.absorbed()), contraction.readings, strict=True)
+        seen = zip(product.readings(), contraction.readings, strict=True)
         for p, reading in seen:
             if is_bias(p, leaf, moves):
                 reading.bias = leaf.path
@@ -153,8 +177,12 @@ class Finder(Visitor):
         return any(r.kind is Kind.LOOKUP for r in self.reasons.get(path, ()))
 
     def of(self, path: str) -> list[Contraction]:
-        """The contractions of one leaf, in order of execution."""
-        return [c for c in self.found.values() if c.path == path]
+        """The contractions of one leaf, in order of execution.
+
+        Auxiliary ones say nothing about a leaf that has others.
+        """
+        own = [c for c in self.found.values() if c.path == path]
+        return [c for c in own if not c.auxiliary] or own
 
     def uses(self) -> list[tuple[Where, Use]]:
         """All contractions as uses, in order of execution.
@@ -162,10 +190,14 @@ class Finder(Visitor):
         All uses of a leaf have one layout, or its transpose, where they have one in
         common.
         """
-        layouts = {path: common_layout(self.of(path)) for path, _ in self.found}
+        paths = dict.fromkeys(path for path, _ in self.found)
+        own = {path: self.of(path) for path in paths}
+        layouts = {path: common_layout(own[path]) for path in paths}
         count: dict[str, int] = {}
         out = []
         for c in self.found.values():
+            if c not in own[c.path]:
+                continue
             want = layouts[c.path]
             rank = [want, transposed(want)]
             best = next(
@@ -184,6 +216,30 @@ class Finder(Visitor):
             )
             out.append((c.where, use))
         return out
+
+    def hindrance(self, path: str) -> Stop | None:
+        """Why a leaf with contractions is not pruned unless a rule asks; None if it is.
+
+        What needs its dense value, or reads it in another way, would meet zeros that
+        the pattern put there for the sake of the products.
+        """
+        contractions = self.of(path)
+        layout = common_layout(contractions)
+        texts = [
+            r.text
+            for r in self.reasons.get(path, ())
+            if r.kind not in (Kind.LOOKUP, Kind.AUXILIARY)
+        ]
+        if in_layout(contractions, layout) < len(contractions):
+            texts.append("contracted in different layouts")
+        if mixes(contractions, layout):
+            texts.append("parts of its outputs read different inputs")
+        if texts:
+            also = "; ".join(dict.fromkeys(texts))
+            return Stop(f'contracted, but also: {also}; a rule "prune" prunes it')
+        if self.looked_up(path):
+            return TIED
+        return None
 
     def reason(self, path: str, leaf: Any) -> str:
         """Why a leaf without a contraction cannot be pruned."""
@@ -205,14 +261,38 @@ class Finder(Visitor):
 
 
 def common_layout(contractions: list[Contraction]) -> Layout:
-    """The layout in which most contractions of a leaf read; the first of equals."""
+    """The layout in which most contractions of a leaf read; the first of equals.
+
+    One in which windows of the outputs read different inputs comes last.
+    """
     layouts = [r.layout for c in contractions for r in c.readings]
 
-    def fits(layout: Layout) -> int:
-        both = layout, transposed(layout)
-        return sum(any(r.layout in both for r in c.readings) for c in contractions)
+    def fits(layout: Layout) -> tuple[int, bool]:
+        return in_layout(contractions, layout), not mixes(contractions, layout)
 
-    return max(layouts, key=fits)
+    return max(dict.fromkeys(layouts), key=fits)
+
+
+def in_layout(contractions: list[Contraction], layout: Layout) -> int:
+    """How many contractions read a leaf in this layout or its transpose."""
+    both = layout, transposed(layout)
+    return sum(any(r.layout in both for r in c.readings) for c in contractions)
+
+
+def mixes(contractions: list[Contraction], layout: Layout) -> bool:
+    """Whether windows of the outputs of one matrix read different inputs."""
+    inputs: dict[tuple, dict[tuple, set[int]]] = {}
+    for c in contractions:
+        r = next((r for r in c.readings if r.layout == layout), None)
+        if r is not None:
+            windows = inputs.setdefault(r.at, {})
+            windows.setdefault(r.window, set()).add(r.source)
+    return any(
+        other != first
+        for windows in inputs.values()
+        for first in [next(iter(windows.values()))]
+        for other in windows.values()
+    )
 
 
 def is_bias(product: Product, leaf: Tracked, moves: tuple[Any, ...]) -> bool:

@@ -12,6 +12,7 @@ from jax import Array, lax
 from flexhinm_jax.kernels import sparse_dot
 from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.tracing import jax_versions
+from flexhinm_jax.tracing.changes import Change, Reach
 from flexhinm_jax.tracing.contractions import Product
 from flexhinm_jax.tracing.program import layout_of, run, trace
 from flexhinm_jax.tracing.stops import Where
@@ -52,6 +53,10 @@ class RunSparse(Visitor):
         del where
         if product.weight.packed is None:
             return None, state
+        changes = product.weight.view.changes
+        factors = product.weight.packed.left, product.weight.packed.right
+        if factors != (None, None) and Reach.PRODUCT_ONLY in {s.reach for s in changes}:
+            return None, state
         layout = layout_of(product.weight.packed)
         fitted = product.fit(layout)
         if fitted is None:
@@ -69,7 +74,7 @@ class RunSparse(Visitor):
             f = functools.partial(sparse_dot, transposed=turned, dtype=dtype)
             for _ in fitted.stacked:
                 f = jax.vmap(f)
-            packed = cast(packed, product.weight.view.casts)
+            packed = changed(packed, changes)
             return fitted.restore(f(fitted.tokens(x), packed))
 
         packed = product.weight.packed
@@ -81,31 +86,36 @@ class RunSparse(Visitor):
 
 
 def at_position(packed: PackedWeight, k: Any, axis: int) -> PackedWeight:
-    """Entry `k` of stack axis `axis`."""
+    """Entry `k` of stack axis `axis`, or the nearest there is."""
 
     def entry(x: Array) -> Array:
-        return lax.dynamic_index_in_dim(x, k, axis, keepdims=False)
+        at = jnp.clip(k, 0, x.shape[axis] - 1)
+        return lax.dynamic_index_in_dim(x, at, axis, keepdims=False)
 
     return jax.tree.map(entry, packed)
 
 
-def cast(packed: PackedWeight, dtypes: tuple[Any, ...]) -> PackedWeight:
-    """The packed weight after the casts that the program applies to the leaf."""
+def changed(packed: PackedWeight, changes: tuple[Change, ...]) -> PackedWeight:
+    """The packed weight after what the program does to every element of the leaf."""
 
-    def run(x: Any) -> Any:
-        return functools.reduce(lambda x, dtype: x.astype(dtype), dtypes, x)
+    def whole(x: Any) -> Any:
+        return functools.reduce(lambda x, step: step.apply(x), changes, x)
+
+    def outer(x: Any) -> Any:
+        steps = [step for step in changes if step.reach is Reach.EVERY_FACTOR]
+        return functools.reduce(lambda x, step: step.apply(x), steps, x)
 
     def factor(given: BlockDiagonal | None) -> BlockDiagonal | None:
-        return given and dataclasses.replace(given, blocks=run(given.blocks))
+        return given and dataclasses.replace(given, blocks=outer(given.blocks))
 
     return dataclasses.replace(
         packed,
-        dense_values=run(packed.dense_values),
-        nm_values=run(packed.nm_values),
+        dense_values=whole(packed.dense_values),
+        nm_values=whole(packed.nm_values),
         left=factor(packed.left),
         right=factor(packed.right),
         layouts=jax.tree.map(
-            lambda x: run(x) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            lambda x: whole(x) if jnp.issubdtype(x.dtype, jnp.floating) else x,
             packed.layouts,
         ),
     )

@@ -12,6 +12,7 @@ class Kind(enum.Enum):
     PRIMITIVE = enum.auto()  # a primitive that has no rule
     LOOKUP = enum.auto()  # rows are read, as from an embedding
     PRODUCT = enum.auto()  # a contraction that is no product with a matrix
+    AUXILIARY = enum.auto()  # a product with a vector of parameters
     CONTROL = enum.auto()  # a loop, a shard_map or a derivative rule in the way
 
 

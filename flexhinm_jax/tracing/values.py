@@ -10,7 +10,9 @@ from typing import Any
 from flexhinm_jax.tracing import views
 
 #: Primitives whose result is their operand, up to rounding.
-ALIASES = views.IDENTITY | views.ROUNDINGS
+ALIASES = views.IDENTITY | frozenset(
+    "convert_element_type reduce_precision stop_gradient".split()
+)
 
 #: Primitives that are numbered by what they compute instead of by their result.
 CHEAP = ALIASES | frozenset("reshape transpose squeeze broadcast_in_dim slice".split())

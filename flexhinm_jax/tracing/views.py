@@ -56,12 +56,12 @@ class View(NamedTuple):
       dims: per axis of the value its atoms, major first; () for a unit axis.
       index: (atom, position) of the factors indexed away. A position is an int when it
         is static, otherwise a traced scalar.
-      casts: dtypes that the values went through, in order.
+      changes: what changed the values, in order; see `changes.Change`.
     """
 
     dims: Dims
     index: tuple[tuple[Atom, Any], ...] = ()
-    casts: tuple[Any, ...] = ()
+    changes: tuple[Any, ...] = ()
 
 
 def whole(shape: Sequence[int]) -> View:
@@ -157,6 +157,24 @@ def take(view: View, d: int, position: Any) -> View | None:
     return view._replace(dims=dims, index=(*view.index, (dim[0], position)))
 
 
+def parted(
+    dim: tuple[Atom, ...],
+) -> tuple[tuple[Atom, ...], tuple[tuple[Atom, Any], ...]]:
+    """An axis whose window is one of equal parts, as that part and its position.
+
+    Returns:
+      (the axis without the position, the factors indexed away).
+    """
+    if not dim or dim[0].whole or dim[0].start % dim[0].size:
+        return dim, ()
+    a = dim[0]
+    if a.full % a.size:
+        return dim, ()
+    part = Atom(a.axis, a.stride * a.size, a.full // a.size, a.start // a.size, 1)
+    inside = Atom(a.axis, a.stride, a.size, 0, a.size)
+    return (inside, *dim[1:]), ((part, part.start),)
+
+
 def broadcast(view: View, shape: Sequence[int], onto: Sequence[int]) -> View:
     """The view broadcast to `shape`, its axes going to the axes `onto`."""
     dims: list[tuple[Atom, ...]]
@@ -169,12 +187,8 @@ def broadcast(view: View, shape: Sequence[int], onto: Sequence[int]) -> View:
 
 #: Primitives that change neither a value nor its derivative.
 IDENTITY = frozenset(
-    "copy copy_p sharding_constraint layout_constraint name device_put stop_gradient "
-    "reshard mesh_cast pvary pcast reduce_precision".split()
+    "copy sharding_constraint layout_constraint name device_put reshard pvary".split()
 )
-
-#: Primitives that round a value.
-ROUNDINGS = frozenset(("convert_element_type",))
 
 
 def relayout(
@@ -199,9 +213,6 @@ def relayout(
     out: list[View | None] = [None]
     if name in IDENTITY:
         out = [view]
-    elif name == "convert_element_type":
-        if "float" in np.dtype(params["new_dtype"]).name:
-            out = [view._replace(casts=(*view.casts, params["new_dtype"]))]
     elif name == "transpose":
         dims = tuple(view.dims[d] for d in params["permutation"])
         out = [view._replace(dims=dims)]

@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from flexhinm_jax.tracing import control_flow, jax_versions, views
+from flexhinm_jax.tracing.changes import change
 from flexhinm_jax.tracing.contractions import MATCHERS, Product, Tracked, match, plain
 from flexhinm_jax.tracing.stops import LOOKUP, Kind, Stop, Where
 
@@ -126,7 +127,7 @@ def visit(
             f"inside a {kind} function '{function}': its derivative rule is kept"
         )
     else:
-        outs = relayout(eqn, operands)
+        outs = relayout(eqn, operands) or changed(eqn, operands, visitor, where)
         if outs is not None:
             return outs, state
         reason = Stop(f"stopped at '{name}'", Kind.PRIMITIVE)
@@ -158,6 +159,34 @@ def relayout(eqn: Any, operands: list) -> list[Tracked] | None:
         dataclasses.replace(weight, view=view, dense=lambda k=k: dense(k))
         for k, view in enumerate(moved)
     ]
+
+
+def changed(
+    eqn: Any, operands: list, visitor: Visitor, where: Where
+) -> list[Tracked] | None:
+    """The output of an equation that keeps the zeros of a leaf, None for any other."""
+    tracked = [k for k, v in enumerate(operands) if isinstance(v, Tracked)]
+    matrices = [k for k in tracked if operands[k].view.dims] or tracked
+    if len(matrices) != 1:
+        return None
+    (k,) = matrices
+    weight, others = operands[k], list(operands)
+    others[k] = None
+    others = plain(others)
+    step = change(eqn, where, k, others)
+    if step is None:
+        return None
+    for other in tracked:
+        if other != k:
+            reason = Stop(f"stopped at '{eqn.primitive.name}'", Kind.PRIMITIVE)
+            visitor.stop(where, operands[other], reason)
+
+    def dense() -> Any:
+        values = [weight.dense() if n == k else v for n, v in enumerate(others)]
+        return jax_versions.bind(eqn, values)[0]
+
+    view = weight.view._replace(changes=(*weight.view.changes, step))
+    return [dataclasses.replace(weight, view=view, dense=dense)]
 
 
 def literal(x: Any) -> Any:
