@@ -1,7 +1,6 @@
 """A decoder directory as the commands `eval` and `generate` need it."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexhinm_jax.cli import source
-from flexhinm_jax.io import huggingface
+from flexhinm_jax.io import huggingface, records
 from flexhinm_jax.models import decoder
 from flexhinm_jax.models.decoder import DecoderConfig
 
@@ -101,10 +100,7 @@ def _ends(directory: Path, given: Mapping[str, Any]) -> tuple[int, ...]:
     path = directory / GENERATION
     found = given.get("eos_token_id")
     if path.is_file():
-        try:
-            found = json.loads(path.read_text()).get("eos_token_id", found)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is not a JSON object: {error}") from error
+        found = records.read(path).get("eos_token_id", found)
     if found is None:
         return ()
     found = tuple(found) if isinstance(found, list) else (found,)

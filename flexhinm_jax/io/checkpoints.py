@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flexhinm_jax import arguments
-from flexhinm_jax.io import atomic, fingerprint
+from flexhinm_jax.io import atomic, fingerprint, records
 
 __all__ = [
     "Checkpoints",
@@ -482,10 +482,10 @@ def _read_record(directory: str | os.PathLike) -> dict[str, Any]:
             f"{path} is missing: {directory} is no checkpoint of this library"
         )
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = records.read(path)
         if not {"config", "static", "leaves"} <= set(record):
             raise ValueError("it lacks config, static or leaves")
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise Damaged(
             f"{path} is damaged or from another program: {error}; restore an earlier"
             " checkpoint"

@@ -18,7 +18,7 @@ is stored as
 same leading axes everywhere; layouts that `kernels.prepare` derived are left out).
 Positions take the least
 power of two of bits that holds m - 1 (2 bits for m = 4, 4 for m = 8 and 16), low bits
-first, and rise inside a group. The metadata of the file has three strings:
+first, and rise inside a group. The metadata of the file has four strings:
 
     format   "flexhinm_jax.packed"
     version  "1"
@@ -27,6 +27,8 @@ first, and rise inside a group. The metadata of the file has three strings:
              "orders": [factors that have an order, absent when none],
              "layout": null or {"shape": [...], "stack": F, "out": F, "inputs": F}}
              where F lists the (axis, stride, size) of `types.AxisFactor`
+    checksums  JSON: path -> eight hexadecimal digits, for every leaf; see `_checksum`.
+             Absent in files of early versions, which are read without that check
 
 A reader needs nothing else: multiply `x[..., dense_index[t]]` by `dense_values[t]`, add
 the same for the N:M columns that the positions select, and put row r of the result at
@@ -35,6 +37,7 @@ the same for the N:M columns that the positions select, and put row r of the res
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,8 +46,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexhinm_jax.io import atomic, tensors
-from flexhinm_jax.kernels.validation import verify_packed
+from flexhinm_jax.io import atomic, records, tensors
+from flexhinm_jax.kernels.validation import verify_layout, verify_packed
 from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.types import AxisFactor, BlockDiagonal, Layout, PackedWeight
 
@@ -62,6 +65,9 @@ ARRAYS = (
     "out_order",
 )
 FACTORS = ("left", "right")
+
+MAX_GROUP = 1 << 16
+AGAIN = "the file is damaged: copy it, or write it again"
 
 
 def write_packed(
@@ -85,14 +91,17 @@ def write_packed(
     """
     arrays: dict[str, np.ndarray] = {}
     headers: dict[str, dict[str, Any]] = {}
+    checksums: dict[str, str] = {}
     for name, leaf in _flatten(tree)[0]:
         if isinstance(leaf, PackedWeight):
             headers[name] = _header(leaf)
             stored = _arrays(leaf)
             verify_packed(leaf, name)
+            verify_layout(leaf, name)
             stored = {f"{name}#{field}": array for field, array in stored.items()}
         else:
             stored = {name: _host(name, leaf)}
+        checksums[name] = _checksum(headers.get(name), stored)
         for key, array in stored.items():
             if key in arrays or key == "__metadata__":
                 raise ValueError(f"two leaves would be stored as {key}; rename one")
@@ -101,6 +110,7 @@ def write_packed(
         "format": FORMAT,
         "version": str(VERSION),
         "packed": json.dumps(headers, sort_keys=True),
+        "checksums": json.dumps(checksums, sort_keys=True),
     }
     with atomic.file(path, overwrite=overwrite) as temporary:
         tensors.write(temporary, arrays, metadata)
@@ -121,12 +131,13 @@ def read_packed(path: str | os.PathLike, like: Any = None) -> Any:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, is no packed file or one of another version, an
-        array is missing or has a wrong shape or dtype, an index is out of range,
-        positions do not increase, or the paths are not those of `like`.
+      ValueError: the file is damaged (any changed bit is noticed), is no packed file or
+        one of another version, an array is missing or has a wrong shape or dtype, an
+        index is out of range or there twice, positions do not increase, the layout does
+        not fit the arrays, or the paths are not those of `like`.
     """
     header = tensors.read_header(path)
-    described = _described(path, header.metadata)
+    described, checksums = _metadata(path, header.metadata)
     try:
         leaves: dict[str, Any] = {}
         unread = dict.fromkeys(header.shapes)
@@ -139,17 +150,54 @@ def read_packed(path: str | os.PathLike, like: Any = None) -> Any:
                     )
                 del unread[key]
             stored = tensors.read(path, keys.values())
-            stored = {field: stored[key] for field, key in keys.items()}
-            held = _packed_weight(fields, stored)
+            held = _packed_weight(fields, {f: stored[key] for f, key in keys.items()})
             stack = tuple(fields["stack"])
             dtype = jnp.dtype(fields["dtype"])
             verify_packed(held, name, dtype=dtype, stack=stack)
+            verify_layout(held, name)
+            _check(checksums, name, fields, stored)
             leaves[name] = jax.tree.map(jnp.asarray, held)
-        dense = tensors.read(path, unread)
-        leaves |= {name: _device(array) for name, array in dense.items()}
+        for name, array in tensors.read(path, unread).items():
+            if name in leaves:
+                raise ValueError(f"{name} is stored twice, packed and as it is")
+            _check(checksums, name, None, {name: array})
+            leaves[name] = _device(array)
+        lost = [name for name in checksums or () if name not in leaves]
+        if lost:
+            raise ValueError(f"{lost[0]} is missing; {AGAIN}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return leaves if like is None else _restore(path, leaves, like)
+
+
+def _checksum(
+    description: Mapping[str, Any] | None, stored: Mapping[str, np.ndarray]
+) -> str:
+    """CRC-32 of a leaf as it lies in the file.
+
+    Of its description as JSON with sorted keys and no spaces, "null" for a leaf that is
+    not packed; then, in the order of the keys, of every array's "key dtype shape" (such
+    as "w#out_order int32 [8]") and bytes.
+    """
+    text = json.dumps(description, sort_keys=True, separators=(",", ":"))
+    total = zlib.crc32(text.encode())
+    for key, array in sorted(stored.items()):
+        head = f"{key} {array.dtype.name} {list(array.shape)}"
+        total = zlib.crc32(head.encode(), total)
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        total = zlib.crc32(raw.data, total)
+    return f"{total:08x}"
+
+
+def _check(
+    checksums: Mapping[str, Any] | None,
+    name: str,
+    description: Mapping[str, Any] | None,
+    stored: Mapping[str, np.ndarray],
+) -> None:
+    """Raises ValueError when a leaf is not the one that was written."""
+    if checksums is not None and checksums.get(name) != _checksum(description, stored):
+        raise ValueError(f"{name}: its checksum is not that of the file; {AGAIN}")
 
 
 def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -259,8 +307,13 @@ def _packed_weight(
     )
 
 
-def _described(path: str | os.PathLike, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The descriptions of all packed leaves, from the metadata of the file."""
+def _metadata(
+    path: str | os.PathLike, metadata: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(path -> description, path -> checksum) from the metadata of the file.
+
+    The second is None for a file of a version that had no checksums.
+    """
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a packed file: its format is"
@@ -271,13 +324,14 @@ def _described(path: str | os.PathLike, metadata: Mapping[str, str]) -> dict[str
             f"{path} has version {metadata.get('version')!r} of the packed format; this"
             f" library reads version {VERSION}. Use the library that wrote it"
         )
-    try:
-        described = json.loads(metadata.get("packed", ""))
-    except ValueError as error:
-        raise ValueError(f"{path}: its description is damaged: {error}") from error
-    if not isinstance(described, dict):
-        raise ValueError(f"{path}: its description is not a JSON object")
-    return described
+    unknown = sorted(set(metadata) - {"format", "version", "packed", "checksums"})
+    if unknown:
+        raise ValueError(f"{path} has unknown metadata {unknown[0]!r}; {AGAIN}")
+    described = records.parse(metadata.get("packed", ""), f"{path}: its description")
+    sums = metadata.get("checksums")
+    if sums is None:
+        return described, None
+    return described, records.parse(sums, f"{path}: its checksums")
 
 
 def _field_names(name: str, fields: Any) -> tuple[str, ...]:
@@ -287,29 +341,36 @@ def _field_names(name: str, fields: Any) -> tuple[str, ...]:
         whole = isinstance(value, list) and all(type(v) is int for v in value)
         return whole and (length is None or len(value) == length)
 
+    def sizes(value: Any, length: int | None = None) -> bool:
+        return ints(value, length) and all(v > 0 for v in value)
+
     def of_layout(value: Any) -> bool:
         groups = ("stack", "out", "inputs")
         return value is None or (
             isinstance(value, dict)
-            and ints(value.get("shape"))
+            and sizes(value.get("shape"))
             and all(isinstance(value.get(g), list) for g in groups)
             and all(ints(f, 3) for g in groups for f in value[g])
         )
 
     try:
         good = (
-            ints(fields["shape"], 2)
+            sizes(fields["shape"], 2)
             and ints([fields["n"], fields["m"]])
-            and 0 < fields["n"] <= fields["m"]
+            and 0 < fields["n"] <= fields["m"] <= MAX_GROUP
             and fields["dtype"] in {d.name for d in tensors.DTYPES.values()}
-            and ints(fields["stack"])
+            and sizes(fields["stack"])
             and all(isinstance(fields[f], bool) for f in FACTORS)
-            and all(f in FACTORS and fields[f] for f in fields.get("orders", ()))
+            and isinstance(orders := fields.get("orders", []), list)
+            and all(f in FACTORS and fields[f] for f in orders)
             and of_layout(fields["layout"])
         )
     except (KeyError, TypeError):
         good = False
     if not good:
-        raise ValueError(f"{name}: its description is damaged: {fields}")
-    orders = tuple(f"{f}_order" for f in fields.get("orders", ()))
-    return ARRAYS + tuple(f for f in FACTORS if fields[f]) + orders
+        raise ValueError(f"{name}: its description is damaged: {str(fields)[:300]}")
+    return (
+        *ARRAYS,
+        *(f for f in FACTORS if fields[f]),
+        *(f"{f}_order" for f in dict.fromkeys(orders)),
+    )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flexhinm_jax.io import atomic, tensors
+from flexhinm_jax.io import atomic, records, tensors
 
 __all__ = ["INDEX", "SINGLE", "Index", "Writer", "check_space", "read_index"]
 
@@ -93,13 +93,14 @@ def read_index(directory: str | os.PathLike) -> Index:
     files = read_json(directory / INDEX).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{directory / INDEX} has no weight_map of key to file name")
-    headers = {}
-    for file in dict.fromkeys(files.values()):
+    for file in files.values():
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(
-                f"{directory / INDEX} names {file!r}, which is not the name of a file"
-                " beside it"
+                f"{directory / INDEX} names {str(file)[:100]!r}, which is not the name"
+                " of a file beside it"
             )
+    headers = {}
+    for file in dict.fromkeys(files.values()):
         if not (directory / file).is_file():
             raise FileNotFoundError(
                 f"{directory / file} is missing, but {INDEX} names it; copy or download"
@@ -129,13 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} is missing; give a complete Hugging Face model directory"
         )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
+    return records.read(path)
 
 
 def check_space(folder: Path, needed: int) -> None:

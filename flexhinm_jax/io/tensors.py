@@ -9,7 +9,6 @@ owner only).
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flexhinm_jax.io import atomic
+from flexhinm_jax.io import atomic, records
 
 __all__ = ["DTYPES", "Header", "mapped", "read", "read_header", "write"]
 
@@ -80,16 +79,16 @@ def read_header(path: str | os.PathLike) -> Header:
             raise _damaged(path, f"{size} bytes are less than its header alone")
         text = f.read(length)
     try:
-        fields = json.loads(text)
-        metadata = fields.pop("__metadata__", {})
+        fields = records.parse(text, "its header")
+        metadata = fields.pop("__metadata__", None) or {}
         start = 8 + length
         places = {
             key: (start + x["data_offsets"][0], start + x["data_offsets"][1])
             for key, x in fields.items()
         }
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        promised = max((end for _, end in places.values()), default=start)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise _damaged(path, error) from error
-    promised = max((end for _, end in places.values()), default=start)
     if size != promised:
         raise _damaged(path, f"it has {size} bytes, its header promises {promised}")
     try:

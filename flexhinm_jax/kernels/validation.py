@@ -5,6 +5,7 @@ whoever makes one from foreign arrays checks it first: reading a file does, `unp
 does outside of a trace.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,8 @@ def verify_packed(
 
     Raises:
       ValueError: a truncated array or one of another dtype or shape, an index out of
-        range, an output order that is no permutation, positions that do not increase
-        inside a group.
+        range or twice in a tile, an output order that is no permutation, positions that
+        do not increase inside a group.
     """
     stack = tuple(packed.out_order.shape[:-1]) if stack is None else stack
     _shapes(packed, stack, packed.dtype if dtype is None else dtype, path)
@@ -56,6 +57,73 @@ def verify_packed(
         )
     if (positions[:, 1:] <= positions[:, :-1]).any():
         raise ValueError(f"{path}: nm_positions do not increase inside a group")
+    _distinct(packed, positions, path)
+
+
+def verify_layout(packed: PackedWeight, path: str = "weight") -> None:
+    """Raises ValueError unless the layout fits the arrays and takes its leaf apart.
+
+    Args:
+      packed: as the leaf is stored, with its whole stack.
+      path: leaf path for the message.
+
+    Raises:
+      ValueError: other sizes than those of the arrays, or axes of the leaf that are
+        missing, left over or there twice.
+    """
+    layout = packed.layout
+    if layout is None:
+        return
+    stack = tuple(packed.out_order.shape[:-1])
+    sizes = (*layout.stack_shape, *layout.matrix_shape)
+    if sizes != (*stack, *packed.shape):
+        raise ValueError(
+            f"{path}: its layout is one of {list(sizes)}, the arrays hold"
+            f" {[*stack, *packed.shape]}; give the leaf the layout that it has"
+        )
+    factors = [*layout.stack, *layout.out, *layout.inputs]
+    left = list(layout.shape)
+    # Along an axis, the stride of a factor is the size of all finer ones together.
+    reached = [1] * len(left)
+    for f in sorted(factors, key=lambda f: (f.stride, f.size)):
+        fits = 0 <= f.axis < len(left) and f.size > 0
+        if not fits or (f.size > 1 and f.stride != reached[f.axis]):
+            raise ValueError(
+                f"{path}: its layout takes {f}, which does not divide the leaf"
+                f" {list(layout.shape)} into axes that are there once"
+            )
+        reached[f.axis] *= f.size
+    if reached != left:
+        raise ValueError(
+            f"{path}: its layout covers {reached} of a leaf of shape {left}"
+        )
+
+
+def _distinct(packed: PackedWeight, positions: np.ndarray, path: str) -> None:
+    """Raises ValueError when two columns of a tile that are not zero read one input."""
+    dense, nm = np.asarray(packed.dense_index), np.asarray(packed.nm_index)
+    index = np.concatenate([dense, nm], -1)
+    index = index.reshape(math.prod(index.shape[:-1]), index.shape[-1])
+    ordered = np.sort(index, -1)
+    suspects = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(-1))
+    if not suspects.size:
+        return
+    # Padding columns repeat an input, with value zero.
+    tiles, rows, kept = len(index), packed.nm_values.shape[-2], nm.shape[-1]
+    where = positions.reshape(tiles, rows, kept // packed.m, packed.n)
+    values = np.asarray(packed.nm_values).reshape(where.shape) != 0
+    columns = np.asarray(packed.dense_values).reshape(tiles, rows, dense.shape[-1]) != 0
+    for tile in suspects:
+        live = np.zeros((kept // packed.m, packed.m), bool)
+        row, group, kth = np.nonzero(values[tile])
+        live[group, where[tile][row, group, kth]] = True
+        real = index[tile][np.concatenate([columns[tile].any(0), live.reshape(-1)])]
+        inputs, counts = np.unique(real, return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"{path}: input {inputs[counts > 1][0]} is there twice in tile"
+                f" {tile % packed.dense_index.shape[-2]}"
+            )
 
 
 def unpack_positions(words: np.ndarray, count: int, m: int) -> np.ndarray:

@@ -217,7 +217,9 @@ def _check_supported(kind: str, given: Mapping[str, Any]) -> None:
             " attention: set sliding_window to null if no text is longer than the"
             " window"
         )
-    layers = given.get("layer_types") or ()
+    layers = given.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise ValueError(f"layer_types must be a list of names, got {layers!r}")
     other = sorted({str(x) for x in layers} - {"full_attention"})
     if other:
         raise ValueError(

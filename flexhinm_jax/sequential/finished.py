@@ -4,7 +4,6 @@ A folder holds `job.json`, a fingerprint of everything that the result depends o
 and one file per finished matrix.
 """
 
-import json
 import os
 import zlib
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexhinm_jax.io import atomic, fingerprint
+from flexhinm_jax.io import atomic, fingerprint, records
 
 CONFIG = "job.json"
 
@@ -38,7 +37,7 @@ class Finished:
         path = self.folder / CONFIG
         if path.exists():
             try:
-                before = json.loads(path.read_text())
+                before = records.read(path)
             except ValueError as error:
                 raise ValueError(f"resume: {path} is damaged: {error}") from error
             fingerprint.check(before, config, self.folder)
@@ -47,8 +46,7 @@ class Finished:
                 f"resume: {self.folder} holds arrays but no {CONFIG}; give another"
             )
         else:
-            with atomic.file(path) as temporary:
-                temporary.write_text(json.dumps(config, indent=2))
+            records.write(path, config)
 
     def path(self, name: str) -> Path:
         """File of a matrix."""

@@ -7,7 +7,6 @@ for the whole model.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from flexhinm_jax import checks
-from flexhinm_jax.io import atomic
+from flexhinm_jax.io import records
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning import allocate, gains
 from flexhinm_jax.pruning.owl import OWL, outlier_shares
@@ -94,7 +93,7 @@ def survey(
       progress: called after every block.
     """
     if work.budgets.exists():
-        return json.loads(work.budgets.read_text())
+        return records.read(work.budgets)
     mode, total = setting.allocate, setting.blocks.count
     owl = OWL() if mode == "owl" else mode
     dense = dataclasses.replace(setting, target="seq")
@@ -134,8 +133,7 @@ def survey(
         exceptions=setting.exceptions,
         outliers=shares,
     )
-    with atomic.file(work.budgets, overwrite=True) as path:
-        path.write_text(json.dumps(found))
+    records.write(work.budgets, found)
     return found
 
 

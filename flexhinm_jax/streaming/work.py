@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 import flexhinm_jax
-from flexhinm_jax.io import atomic, fingerprint, huggingface, shards
+from flexhinm_jax.io import atomic, fingerprint, huggingface, records, shards
 from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning.allocate import Mode
 from flexhinm_jax.pruning.report import Row
@@ -149,7 +149,7 @@ class Work:
 
     def rows(self, layer: int) -> tuple[list[Row], dict[str, float]]:
         """Rows of the report and errors of a block that is done."""
-        found = json.loads(self.record(layer).read_text())
+        found = records.read(self.record(layer))
         rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in found["rows"]]
         return rows, found["errors"]
 
@@ -161,9 +161,7 @@ class Work:
         """A block is written, and its hidden states too."""
         self.writer.flush()
         found = {"rows": [dataclasses.asdict(row) for row in rows], "errors": errors}
-        text = json.dumps(found)
-        with atomic.file(self.record(layer), overwrite=True) as path:
-            path.write_text(text)
+        records.write(self.record(layer), found)
         shutil.rmtree(self.solved(layer))
 
     def finish(self, extra: Mapping[str, str]) -> None:

@@ -235,7 +235,7 @@ LAST = "model.layers.0.mlp.down_proj.weight"
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
         (
             lambda f: (f / "generation_config.json").write_text("[]"),
-            "generation_config.json is not a JSON object",
+            "generation_config.json holds a list, not a JSON object",
         ),
     ],
 )

@@ -215,6 +215,7 @@ def test_a_missing_config_is_named(single):
         ("{", r"config\.json is not valid JSON"),
         ("[1]", r"config\.json holds a list"),
         (b"\xff\xfe\x00", r"config\.json is not valid JSON"),
+        ("[" * 100_000, r"config\.json is not valid JSON: nested too deeply"),
     ],
 )
 def test_a_damaged_config_is_named(single, text, message):
@@ -254,6 +255,9 @@ def test_a_truncated_shard_is_named(sharded):
         ({"ghost": "a.safetensors"}, r"places ghost in a\.safetensors"),
         ({"ghost": "../a.safetensors"}, "not the name of a file"),
         ({"ghost": 3}, "not the name of a file"),
+        ({"ghost": ["a.safetensors"]}, "not the name of a file"),
+        ({"ghost": {}}, "not the name of a file"),
+        ({"ghost": None}, "not the name of a file"),
         ({}, "no weight_map"),
         ([], "no weight_map"),
     ],

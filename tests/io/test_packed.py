@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("safetensors")
+import flexhinm_jax as fh  # noqa: E402
 from flexhinm_jax import kernels  # noqa: E402
 from flexhinm_jax.io import packed, tensors  # noqa: E402
 from flexhinm_jax.kernels import packing, validation  # noqa: E402
@@ -20,12 +21,19 @@ from flexhinm_jax.types import (  # noqa: E402
     PackedWeight,
 )
 
-LAYOUT = Layout(
-    shape=(16, 2, 4),
-    stack=(),
-    out=(AxisFactor(1, 1, 2), AxisFactor(2, 1, 4)),
-    inputs=(AxisFactor(0, 1, 16),),
-)
+
+def layout_of(stack=()):
+    """A leaf [*stack, 16, 2, 4]: 16 inputs, outputs along two axes."""
+    k = len(stack)
+    return Layout(
+        shape=(*stack, 16, 2, 4),
+        stack=tuple(AxisFactor(axis, 1, size) for axis, size in enumerate(stack)),
+        out=(AxisFactor(k + 1, 1, 2), AxisFactor(k + 2, 1, 4)),
+        inputs=(AxisFactor(k, 1, 16),),
+    )
+
+
+LAYOUT = layout_of()
 
 
 def weight(dtype=jnp.bfloat16, layout=None, stack=(), wrapped=False, n=2, m=4):
@@ -35,24 +43,24 @@ def weight(dtype=jnp.bfloat16, layout=None, stack=(), wrapped=False, n=2, m=4):
     def normal(*shape):
         return jnp.asarray(rng.normal(size=(*stack, *shape)), dtype)
 
-    def index(*shape):
-        return jnp.asarray(rng.integers(0, 16, (*stack, *shape)), jnp.int32)
-
+    # The inputs of a tile are distinct.
+    inputs = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (*stack, 2, 16))
+    inputs = jnp.asarray(rng.permuted(inputs, axis=-1))
     kept = 8 // m * n
     bits = {2: 1, 4: 2, 8: 4}[m]
     word = sum((p % n) << (bits * p) for p in range(kept))
     words = jnp.full((*stack, 2, 4, 1), word, jnp.uint32)
     order = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32)[::-1], (*stack, 8))
-    inputs = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32)[::-1], (*stack, 16))
+    back = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32)[::-1], (*stack, 16))
     return PackedWeight(
-        dense_index=index(2, 3),
+        dense_index=inputs[..., :3],
         dense_values=normal(2, 4, 3),
-        nm_index=index(2, 8),
+        nm_index=inputs[..., 3:11],
         nm_values=normal(2, 4, kept),
         nm_positions=words,
         out_order=order,
         left=BlockDiagonal(normal(2, 4, 4)) if wrapped else None,
-        right=BlockDiagonal(normal(4, 4, 4), inputs) if wrapped else None,
+        right=BlockDiagonal(normal(4, 4, 4), back) if wrapped else None,
         shape=(8, 16),
         n=n,
         m=m,
@@ -72,14 +80,14 @@ def assert_same(a, b):
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_packed_weight_comes_back_bit_for_bit(tmp_path, dtype, stack, wrapped):
     leaves = {
-        "layer/w": weight(dtype, LAYOUT, stack, wrapped),
+        "layer/w": weight(dtype, layout_of(stack), stack, wrapped),
         "layer/b": jnp.ones(8, dtype),
         "ids": np.arange(3, dtype=np.int64),
     }
     path = packed.write_packed(tmp_path / "packed.safetensors", leaves)
     back = packed.read_packed(path)
     assert_same(back, leaves)
-    assert back["layer/w"].layout == LAYOUT
+    assert back["layer/w"].layout == layout_of(stack)
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (3, 4), (4, 4), (2, 8)])
@@ -180,13 +188,15 @@ def test_two_leaves_of_one_name_are_refused(tmp_path):
         packed.write_packed(tmp_path / "p", tree)
 
 
-def rewritten(tmp_path, change):
+def rewritten(tmp_path, change, *, checksums=True):
     """A valid file with `change(arrays, description, metadata)` applied."""
     good = packed.write_packed(
         tmp_path / "good", {"enc/w": weight(wrapped=True, layout=LAYOUT)}
     )
     arrays, metadata = tensors.read(good), tensors.read_header(good).metadata
     description = json.loads(metadata["packed"])
+    if not checksums:  # as early versions wrote it
+        del metadata["checksums"]
     change(arrays, description["enc/w"], metadata)
     metadata.setdefault("packed", "")
     if metadata["packed"].startswith("{"):
@@ -213,6 +223,16 @@ def describe(**fields):
     return lambda arrays, description, metadata: description.update(fields)
 
 
+def layout(**fields):
+    return lambda arrays, description, metadata: description["layout"].update(fields)
+
+
+def same(index, a, b):
+    index[0, a] = index[0, b]
+    return index
+
+
+@pytest.mark.parametrize("checksums", [True, False])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -232,6 +252,28 @@ def describe(**fields):
         (put("right_order", 0), "right_order is not a permutation of 16 channels"),
         (replace("right_order", lambda a: a[:8]), "right_order is not a permutation"),
         (describe(orders=["up"]), "description is damaged"),
+        (describe(orders="left"), "description is damaged"),
+        (describe(m=1 << 40), "description is damaged"),
+        (describe(shape=[-8, -16]), "description is damaged"),
+        (describe(stack=[0]), "description is damaged"),
+        (describe(stack={"a": 1}), "description is damaged"),
+        (replace("nm_index", lambda a: np.roll(a, 1, -1) * 0 + a[..., :1]), "twice"),
+        (replace("nm_index", lambda a: same(a, 0, 5)), "input 1?[0-9] is there twice"),
+        (replace("dense_index", lambda a: same(a, 0, 2)), "twice in tile 0"),
+        (layout(shape=[15, 2, 4]), "layout covers .16, 2, 4. of a leaf of shape .15"),
+        (layout(shape=[16, 8]), "does not divide the leaf"),
+        (layout(shape=[-16, 2, 4]), "description is damaged"),
+        (layout(shape=[16, 2, 4, 1, 2]), "layout covers"),
+        (layout(inputs=[]), "its layout is one of .8, 1."),
+        (layout(inputs=[[0, 1, 4]]), "its layout is one of .8, 4."),
+        (layout(inputs=[[-1, 1, 16]]), "does not divide the leaf"),
+        (layout(inputs=[[9, 1, 16]]), "does not divide the leaf"),
+        (layout(inputs=[[0, 2, 16]]), "does not divide the leaf"),
+        (layout(out=[[1, 1, 2], [1, 1, 4]]), "does not divide the leaf"),
+        (layout(out=[[0, 1, 8]]), "does not divide the leaf"),
+        (layout(stack=[[3, 1, 1]]), "its layout is one of .1, 8, 16."),
+        (layout(out=[[1, 1]]), "description is damaged"),
+        (layout(out="12"), "description is damaged"),
         (describe(m=8), "expected"),
         (describe(n=0), "description is damaged"),
         (describe(n=True), "description is damaged"),
@@ -246,8 +288,8 @@ def describe(**fields):
         (lambda a, d, m: a.pop("enc/w#right"), "enc/w#right is missing"),
     ],
 )
-def test_a_damaged_leaf_is_named(tmp_path, change, message):
-    path = rewritten(tmp_path, change)
+def test_a_damaged_leaf_is_named(tmp_path, change, message, checksums):
+    path = rewritten(tmp_path, change, checksums=checksums)
     with pytest.raises(ValueError, match=f"bad: enc/w: .*{message}"):
         packed.read_packed(path)
 
@@ -259,13 +301,75 @@ def test_a_damaged_leaf_is_named(tmp_path, change, message):
         (lambda a, d, m: m.pop("version"), "version None"),
         (lambda a, d, m: m.update(format="pt"), "not a packed file"),
         (lambda a, d, m: m.pop("format"), "not a packed file"),
-        (lambda a, d, m: m.update(packed="x"), "description is damaged"),
+        (lambda a, d, m: m.update(packed="x"), "description is not valid JSON"),
         (lambda a, d, m: m.update(packed="[]"), "not a JSON object"),
+        (
+            lambda a, d, m: m.update(packed="[" * 100_000),
+            "description is .* too deeply",
+        ),
+        (lambda a, d, m: m.update(checksums="null"), "checksums holds a NoneType"),
+        (lambda a, d, m: m.update(checksums="[" * 100_000), "checksums is .* deeply"),
+        (lambda a, d, m: m.update(checksum="{}"), "unknown metadata 'checksum'"),
+        (lambda a, d, m: m.update(checksums="{}"), "enc/w: its checksum is not"),
+        (lambda a, d, m: a.update({"enc/w": np.ones(1, np.int8)}), "stored twice"),
     ],
 )
 def test_a_file_of_another_kind_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=f"bad.*{message}"):
         packed.read_packed(rewritten(tmp_path, change))
+
+
+def small():
+    """A leaf that is packed and one that is not, in a file of 2 kB."""
+    w = jnp.asarray([[4.0, 1, 0, 3], [0, 2, 5, 1]], jnp.float32)
+    method = fh.Magnitude(fh.NM(2, 4))
+    leaf = kernels.pack(method.decide(method.solve(jax.random.key(0), w, None), w))
+    return {"w": leaf, "b": np.arange(3, dtype=np.float32)}
+
+
+@pytest.mark.parametrize(
+    "bits", [range(1), pytest.param(range(1, 8), marks=pytest.mark.slow)]
+)
+def test_every_flipped_bit_is_caught(tmp_path, bits):
+    data = packed.write_packed(tmp_path / "p", small()).read_bytes()
+    bad = tmp_path / "bad"
+    for at in range(len(data)):
+        for bit in bits:
+            flipped = bytearray(data)
+            flipped[at] ^= 1 << (at + bit) % 8
+            bad.write_bytes(flipped)
+            with pytest.raises(ValueError, match="bad"):
+                packed.read_packed(bad)
+    assert len(data) < 3000
+
+
+def test_a_file_without_checksums_opens(tmp_path):
+    path = rewritten(tmp_path, lambda *_: None, checksums=False)
+    assert set(tensors.read_header(path).metadata) == {"format", "version", "packed"}
+    assert_same(packed.read_packed(path)["enc/w"], weight(wrapped=True, layout=LAYOUT))
+
+
+def test_padding_columns_may_repeat_an_input(tmp_path):
+    """A tile with fewer columns repeats one with value zero, also after folding."""
+    w = weight()
+    dense, nm = np.array(w.dense_index), np.array(w.nm_index)
+    nm[0, 4:], dense[1, 2] = nm[0, 0], dense[1, 0]
+    values, kept = np.array(w.dense_values), np.array(w.nm_values)
+    kept[0, :, 2:], values[1, :, 2] = 0, 0
+    index = {"dense_index": jnp.asarray(dense), "nm_index": jnp.asarray(nm)}
+    filled = {"dense_values": jnp.asarray(values), "nm_values": jnp.asarray(kept)}
+    leaf = dataclasses.replace(w, **index, **filled)
+    path = packed.write_packed(tmp_path / "p", {"w": leaf})
+    assert_same(packed.read_packed(path)["w"], leaf)
+    with pytest.raises(ValueError, match="is there twice in tile 0"):
+        packed.write_packed(tmp_path / "q", {"w": dataclasses.replace(w, **index)})
+
+
+def test_a_layout_that_does_not_fit_is_not_written(tmp_path):
+    leaf = weight(layout=layout_of((3,)))
+    with pytest.raises(ValueError, match=r"w: its layout is one of \[3, 8, 16\]"):
+        packed.write_packed(tmp_path / "p", {"w": leaf})
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_truncated_file_is_named(tmp_path):
@@ -293,11 +397,6 @@ def test_positions_are_read_as_the_kernels_pack_them(m):
 
 def test_what_the_kernels_pack_computes_the_same_after_a_round_trip(tmp_path):
     w = weight(jnp.float32)
-    # Distinct columns per tile, as packing makes them.
-    order = jax.vmap(lambda k: jax.random.permutation(k, 16))(
-        jax.random.split(jax.random.key(0), 2)
-    )
-    w = dataclasses.replace(w, dense_index=order[:, :3], nm_index=order[:, 3:11])
     path = packed.write_packed(tmp_path / "p", {"w": w})
     back = packed.read_packed(path)["w"]
     unpack = jax.jit(kernels.unpack)

@@ -66,6 +66,46 @@ def test_offsets_beyond_the_end_are_refused(tmp_path):
         tensors.read(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 100_000,
+        "[]",
+        "7",
+        '{"x": null}',
+        '{"x": [1]}',
+        '{"x": {"dtype": "F32", "shape": [1]}}',
+        '{"x": {"dtype": "F32", "shape": [1], "data_offsets": null}}',
+        '{"x": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}}',
+        '{"x": {"dtype": "F32", "shape": [1], "data_offsets": [[0], [4]]}}',
+        '{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}',
+        '{"x": {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]}}',
+        '{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        '{"x": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
+        '{"__metadata__": [1], "x": {"dtype": "F32", "shape": [1], '
+        '"data_offsets": [0, 4]}}',
+        '{"__metadata__": {"a": 1}, "x": {"dtype": "F32", "shape": [1], '
+        '"data_offsets": [0, 4]}}',
+    ],
+)
+def test_a_header_of_another_form_is_refused(tmp_path, header):
+    path, text = tmp_path / "odd.safetensors", header.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ValueError, match=r"odd\.safetensors is truncated or not a"):
+        tensors.read_header(path)
+
+
+def test_metadata_may_be_null_as_for_other_readers(tmp_path):
+    text = (
+        b'{"__metadata__": null, "x": {"dtype": "F32", "shape": [1], '
+        b'"data_offsets": [0, 4]}}'
+    )
+    path = tmp_path / "null.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    assert tensors.read_header(path).metadata == {}
+    np.testing.assert_array_equal(tensors.read(path)["x"], np.zeros(1, np.float32))
+
+
 def test_a_file_that_cannot_be_written_is_an_os_error(tmp_path):
     with pytest.raises(OSError) as raised:
         tensors.write(tmp_path / "no" / "a", {"x": np.zeros(1, np.float32)})

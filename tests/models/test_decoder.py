@@ -126,6 +126,13 @@ def test_impossible_sizes_are_refused(change, message):
         dataclasses.replace(CONFIG, **change)
 
 
+@pytest.mark.parametrize("value", [-1, 1.5, True, "full_attention", {"a": 1}])
+def test_layer_types_must_be_a_list(value):
+    given = dataclasses.asdict(CONFIG) | {"model_type": "qwen2", "layer_types": value}
+    with pytest.raises(ValueError, match="layer_types must be a list of names"):
+        decoder.DecoderConfig.from_dict(given)
+
+
 def test_parameters_of_another_configuration_are_refused():
     params = decoder.init(jax.random.key(0), CONFIG)
     wider = dataclasses.replace(CONFIG, intermediate_size=48)

@@ -1,0 +1,51 @@
+"""JSON objects in files: read with errors that name the file, written whole."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexhinm_jax.io import atomic
+
+__all__ = ["parse", "read", "write"]
+
+
+def parse(text: str | bytes, where: Any) -> dict[str, Any]:
+    """Reads a JSON object from text.
+
+    Args:
+      text: UTF-8 where it is bytes.
+      where: what holds the text, for the message.
+
+    Returns:
+      The object.
+
+    Raises:
+      ValueError: the text is not valid, nested too deeply, or no object.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is not valid JSON: nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not valid, or no object.
+    """
+    return parse(Path(path).read_bytes(), path)
+
+
+def write(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object; an earlier file is replaced, whole or not at all."""
+    with atomic.file(path, overwrite=True) as temporary:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
