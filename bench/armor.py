@@ -29,7 +29,7 @@ import flexhinm_jax as fh
 from bench import inputs, minilm
 from flexhinm_jax.ops import proxy
 from flexhinm_jax.patterns import ChannelSearch
-from flexhinm_jax.pruning.tree import dense_weight
+from flexhinm_jax.pruning.apply import dense_weight
 from train import corpus
 from train import minilm as helpers
 

@@ -40,18 +40,13 @@ from flexhinm_jax.patterns import (
     Vector,
 )
 from flexhinm_jax.pruning.allocate import allocate, budgets
+from flexhinm_jax.pruning.apply import decide, densify, keep_tree, pack
 from flexhinm_jax.pruning.owl import OWL
 from flexhinm_jax.pruning.prune import Pruned, prune
 from flexhinm_jax.pruning.report import Report, report
 from flexhinm_jax.pruning.share_orders import share_orders
+from flexhinm_jax.pruning.solve import solve
 from flexhinm_jax.pruning.statistics import calibrate, statistics_bytes
-from flexhinm_jax.pruning.tree import (
-    decide,
-    densify,
-    keep_tree,
-    pack,
-    solve,
-)
 from flexhinm_jax.sequential.sequential import Layer, prune_sequential
 from flexhinm_jax.tracing.discover import describe, discover
 from flexhinm_jax.tracing.sparsify import sparsify

@@ -1,6 +1,7 @@
-"""One name per parameter leaf, the same whichever library made the tree."""
+"""Leaves of parameters: one name each, whichever library made the tree; stacks."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,3 +46,15 @@ def leaf_paths(params: Any) -> list[str]:
             "paths drop a leading 'params/' and a trailing attribute 'value'"
         )
     return paths
+
+
+def over_stack(f: Callable[..., Any], axes: int) -> Callable[..., Any]:
+    """`f`, written for one matrix, over the leading stack axes of all its arguments.
+
+    Args:
+      f: function of trees of arrays.
+      axes: how many stack axes the leaf has.
+    """
+    for _ in range(axes):
+        f = jax.vmap(f)
+    return f

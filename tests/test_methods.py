@@ -11,7 +11,7 @@ import pytest
 import flexhinm_jax as fh
 from flexhinm_jax.io import checkpoints
 from flexhinm_jax.methods import METHODS
-from flexhinm_jax.pruning.tree import dense_weight
+from flexhinm_jax.pruning.apply import dense_weight
 from tests.cases import MORE_PATTERNS, PATTERNS, SHAPE, stats, targets, weight
 
 KEY = jax.random.key(7)

@@ -17,7 +17,7 @@ from flexhinm_jax.cli import options, output, source
 from flexhinm_jax.cli.console import Console
 from flexhinm_jax.methods import LearnedMethod, RefineMask
 from flexhinm_jax.methods.gated import Gated
-from flexhinm_jax.pruning import prune, tree
+from flexhinm_jax.pruning import apply, prune, solve
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.training import objectives
@@ -283,7 +283,7 @@ def _learn(
         config={"rate": job.rate, "method": args.method},
     )
     with console.step("packing"):
-        plans = tree.decide(job.method, states, params, uses)
+        plans = apply.decide(job.method, states, params, uses)
         result = prune.applied(plans, params, uses)
     return result, history
 
@@ -298,8 +298,8 @@ def _states(
 ) -> dict[str, State]:
     """Where learning begins."""
     if job.start is None or not isinstance(job.method, Gated):
-        return tree.solve(job.method, key, params, uses, stats, sparsity)
-    found = tree.solve(job.start, key, params, uses, stats, sparsity)
-    plans = tree.decide(job.start, found, params, uses)
+        return solve.solve(job.method, key, params, uses, stats, sparsity)
+    found = solve.solve(job.start, key, params, uses, stats, sparsity)
+    plans = apply.decide(job.start, found, params, uses)
     # The weights and biases of these plans are not used: nothing but masks moves.
     return adopt(job.method, plans, params, uses)[0]

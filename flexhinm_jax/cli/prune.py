@@ -11,7 +11,7 @@ import jax
 from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import allocation, options, output, source, stream
 from flexhinm_jax.cli.console import Console, bytes_text
-from flexhinm_jax.pruning import facts, prune, tree
+from flexhinm_jax.pruning import apply, facts, prune, solve
 from flexhinm_jax.pruning.allocate import budgets
 from flexhinm_jax.pruning.share_orders import share_orders
 from flexhinm_jax.pruning.statistics import calibrate
@@ -285,8 +285,8 @@ def _prune(
         if args.share_orders:
             key, order_key = jax.random.split(key)
             method, stats = share_orders(method, order_key, model.params, uses, stats)
-        states = tree.solve(method, key, model.params, uses, stats, sparsity)
-        plans = tree.decide(method, states, model.params, uses)
+        states = solve.solve(method, key, model.params, uses, stats, sparsity)
+        plans = apply.decide(method, states, model.params, uses)
     with console.step("packing"):
         result = prune.applied(plans, model.params, uses)
     return result, facts.notes(job.method, states, uses)

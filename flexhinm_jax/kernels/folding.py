@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from flexhinm_jax.paths import over_stack
 from flexhinm_jax.types import BlockDiagonal, PackedWeight
 
 
@@ -83,9 +84,7 @@ def fold(
     identity = jnp.broadcast_to(
         jnp.arange(order.shape[-1], dtype=jnp.int32), order.shape
     )
-    take = lambda inverse, index: inverse[index]  # noqa: E731
-    for _ in range(order.ndim - 1):
-        take = jax.vmap(take)
+    take = over_stack(lambda inverse, index: inverse[index], order.ndim - 1)
     moved = tuple(
         dataclasses.replace(
             reader,

@@ -17,6 +17,7 @@ from jax import Array
 from flexhinm_jax import arguments, checks
 from flexhinm_jax.kernels.validation import verify_packed, verify_plan
 from flexhinm_jax.kernels.words import from_words, position_bits, to_words
+from flexhinm_jax.paths import over_stack
 from flexhinm_jax.types import BlockDiagonal, Layout, PackedWeight, Plan, Regions
 
 
@@ -78,9 +79,7 @@ def pack(plan: Plan, layout: Layout | None = None) -> PackedWeight:
     dense, nm = sizes(regions)
     verify_plan(plan)
     one = functools.partial(pack_to, dense=dense, nm=nm, layout=layout)
-    for _ in range(plan.weight.ndim - 2):
-        one = jax.vmap(one)
-    return one(plan)
+    return over_stack(one, plan.weight.ndim - 2)(plan)
 
 
 @functools.partial(jax.jit, static_argnames=("dense", "nm", "layout"))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flexhinm_jax.kernels import backends
+from flexhinm_jax.paths import over_stack
 from flexhinm_jax.types import PackedWeight
 
 FEW, MANY = 1, 4096
@@ -76,9 +77,7 @@ def _prepared(packed: PackedWeight, backend: str) -> PackedWeight:
     bare = dataclasses.replace(packed, layouts={}, left=None, right=None, layout=None)
     known, layouts = backends.registry(), dict(packed.layouts)
     for name in _names(bare, backend):
-        derive = known[name].load().prepare
-        for _ in range(packed.out_order.ndim - 1):
-            derive = jax.vmap(derive)
+        derive = over_stack(known[name].load().prepare, packed.out_order.ndim - 1)
         layouts[name] = jax.jit(derive)(bare)
     return dataclasses.replace(packed, layouts=layouts)
 

@@ -1,7 +1,7 @@
 """The contract of a method: where scores come from, and whether weights move.
 
 Two verbs on one matrix. `solve` finds everything that needs no gradient, `decide` turns
-that into a plan. Both are pure; stacks are vmapped by `pruning.tree`. A method is a
+that into a plan. Both are pure; stacks are vmapped by `pruning.solve`. A method is a
 frozen, hashable configuration and travels as a static argument.
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax.methods import Method
-from flexhinm_jax.pruning.tree import method_for
+from flexhinm_jax.pruning.solve import method_for
 from flexhinm_jax.types import State, Uses
 
 

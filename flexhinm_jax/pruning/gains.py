@@ -13,9 +13,9 @@ from flexhinm_jax import checks
 from flexhinm_jax.methods import Method, ScoreMethod
 from flexhinm_jax.ops import saliency
 from flexhinm_jax.patterns import Levels, Pattern
+from flexhinm_jax.pruning.solve import method_for
 from flexhinm_jax.pruning.statistics import blank
-from flexhinm_jax.pruning.tree import leaves_for, method_for
-from flexhinm_jax.tracing.views import matrix
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Stats, Use, Uses
 
 #: Increments kept per leaf; of more, neighbours in strength become one.
@@ -137,7 +137,7 @@ def offered(
     Raises:
       ValueError: a pattern whose increments are not known; NaN.
     """
-    leaves = leaves_for(params, uses)
+    leaves = Leaves.of(params).dense(uses)
     found = plain(method, uses)
     for path, use in uses.leaves.items():
         mine = method_for(method, use)
@@ -145,7 +145,7 @@ def offered(
         if low == high:
             continue
         check(mine.pattern)
-        w = matrix(leaves[path], use.layout)
+        w = leaves.matrix(use)
         checks.finite(w, "weight", path)
         pair = _flat(use, (w, (stats or {}).get(path)))
         result = jax.device_get(_scored(mine, *pair))

@@ -21,8 +21,7 @@ from jax import Array
 
 from flexhinm_jax import arguments
 from flexhinm_jax.ops import saliency
-from flexhinm_jax.pruning.tree import leaves_for
-from flexhinm_jax.tracing.views import matrix
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Stats, Uses
 
 BLOCK = r"^.*?[^./]*\d(?=[./]|$)"
@@ -89,7 +88,7 @@ def outlier_shares(
     Returns:
       path -> fraction in [0, 1], the same for all leaves of a block.
     """
-    leaves = leaves_for(params, uses)
+    leaves = Leaves.of(params).dense(uses)
     blocks = defaultdict(list)
     for path in uses.leaves:
         blocks[owl.name(path)].append(path)
@@ -97,7 +96,7 @@ def outlier_shares(
     for paths in blocks.values():
         pairs = []
         for path in paths:
-            w, given = matrix(leaves[path], uses.leaves[path].layout), None
+            w, given = leaves.matrix(uses.leaves[path]), None
             if stats is not None:
                 one = stats[path]
                 count = jnp.maximum(one.count, 1.0)[..., None]

@@ -15,11 +15,12 @@ from jax import Array
 from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
+from flexhinm_jax.pruning.apply import decide, densify, pack
 from flexhinm_jax.pruning.facts import notes
 from flexhinm_jax.pruning.report import Report, report
 from flexhinm_jax.pruning.share_orders import share_orders as with_shared_orders
+from flexhinm_jax.pruning.solve import solve
 from flexhinm_jax.pruning.statistics import calibrate
-from flexhinm_jax.pruning.tree import decide, densify, pack, solve
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.types import Plan, Uses

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from flexhinm_jax import arguments
-from flexhinm_jax.paths import is_packed, leaf_paths
+from flexhinm_jax.paths import is_packed
 from flexhinm_jax.tracing.program import is_array
 from flexhinm_jax.tracing.tables import aligned
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import PackedWeight, Plan, Regions, Uses
 
 
@@ -222,13 +222,7 @@ def report(plans: Mapping[str, Plan], packed: Any, uses: Uses | None = None) -> 
       ValueError: a plan whose leaf is not in the packed tree, or no plans.
     """
     arguments.by_path(plans, Plan, "plans", "decide()")
-    leaves = dict(
-        zip(
-            leaf_paths(packed),
-            jax.tree.leaves(packed, is_leaf=is_packed),
-            strict=True,
-        )
-    )
+    leaves = Leaves.of(packed)
     for path in plans:
         if path not in leaves:
             near = arguments.nearest(path, leaves)

@@ -29,9 +29,9 @@ from flexhinm_jax.methods import (
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.ordered import Ordered
 from flexhinm_jax.ops import saliency
+from flexhinm_jax.paths import over_stack
 from flexhinm_jax.patterns import NM, ChannelSearch
-from flexhinm_jax.pruning.tree import leaves_for
-from flexhinm_jax.tracing.views import matrix
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Stats, Use, Uses
 
 
@@ -129,7 +129,7 @@ def shared_orders(
     within: Mapping[str, int] | None = None,
 ) -> dict[str, Array]:
     """Path -> i32[*stack, i], the order of its group; see `share_orders`."""
-    leaves = leaves_for(params, uses)
+    leaves = Leaves.of(params).dense(uses)
     patterns: dict[str, Any] = {
         path: use.pattern or method.pattern
         for path, use in uses.leaves.items()
@@ -164,7 +164,7 @@ def shared_orders(
             checks.divisible(block, pattern.m, "within", "m", paths[0])
             rows = []
             for p in paths:
-                w = matrix(leaves[p], uses.leaves[p].layout)
+                w = leaves.matrix(uses.leaves[p])
                 given = (stats or {}).get(p)
                 mine = method.with_pattern(pattern)
                 mine.check(jax.eval_shape(_last, w), given, None, p)
@@ -237,9 +237,7 @@ def _scores(method: Method, w: Array, stats: Stats | None, stack: int) -> Array:
             return saliency.squared(w)
         return jnp.square(saliency.wanda(w, stats.sq_norm))
 
-    for _ in range(stack):
-        one = jax.vmap(one)
-    return one(w, stats)
+    return over_stack(one, stack)(w, stats)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

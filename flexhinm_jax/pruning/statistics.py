@@ -25,6 +25,7 @@ from flexhinm_jax.tracing.contractions import Product
 from flexhinm_jax.tracing.finder import find
 from flexhinm_jax.tracing.program import Skeleton, is_array, run, split, trace
 from flexhinm_jax.tracing.stops import Where
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Stats, Use, Uses
 
@@ -105,7 +106,7 @@ def calibrate(
 
 def finite_parameters(params: Any) -> None:
     """Raises ValueError for the first leaf that has a NaN or an infinity."""
-    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
+    for path, leaf in Leaves.of(params).items():
         floating = is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
         if floating and getattr(leaf, "is_fully_addressable", True):
             checks.finite(leaf, "the parameter", path)

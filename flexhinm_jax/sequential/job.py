@@ -13,12 +13,13 @@ from jax import numpy as jnp
 
 from flexhinm_jax.io import fingerprint
 from flexhinm_jax.methods import Method
-from flexhinm_jax.paths import leaf_paths
-from flexhinm_jax.pruning import tree
+from flexhinm_jax.pruning.apply import dense_weight
+from flexhinm_jax.pruning.solve import method_for, target_for
 from flexhinm_jax.pruning.statistics import blank
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.program import is_array
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.views import leaf as to_leaf
 from flexhinm_jax.tracing.views import matrix
 from flexhinm_jax.types import Plan, Uses
@@ -69,17 +70,16 @@ class Job:
         self.uses, self.method, self.sparsity = uses, method, sparsity
         self.key, self.token_mask = key, token_mask
         values = jax.tree.map(on_device, params)
-        self.paths = leaf_paths(params)
-        self.leaves = tree.leaves_for(values, uses)
-        self.current = dict(self.leaves)
+        own = Leaves.of(values).dense(uses)
+        self.paths, self.leaves, self.current = list(own), dict(own), dict(own)
         self.plans: dict[str, dict[tuple, Plan]] = defaultdict(dict)
         self.finished: Finished | None = None
         self.bias = own_biases(uses)
         self.center = center
         self.methods, self.targets = {}, {}
         for path, use in uses.leaves.items():
-            mine = tree.method_for(method, use)
-            self.targets[path] = target = tree.target_for(mine, use, sparsity)
+            mine = method_for(method, use)
+            self.targets[path] = target = target_for(mine, use, sparsity)
             if np.shape(target):
                 raise ValueError(
                     f"{path}: sparsity of shape {np.shape(target)}; give one number, "
@@ -120,7 +120,7 @@ class Job:
         """Takes a plan over: the walk goes on with it."""
         layout = self.uses.leaves[path].layout
         self.plans[path][at] = plan
-        old, new = self.current[path], tree.dense_weight(plan)
+        old, new = self.current[path], dense_weight(plan)
         if all(i is None for i in at):
             leaf = to_leaf(new, layout)
         else:

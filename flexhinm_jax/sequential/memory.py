@@ -137,8 +137,7 @@ def solving(walk: Walk, k: int, ahead: solver.Ahead) -> tuple[int, int, int]:
             )
     crosses = 0 if walk.target == "seq" else 4 * sum(math.prod(w.shape) for w in o_i)
     mixed = square if any("mixed" in part for part in [sums]) else 0
-    groups = solver.groups(job, stats)
-    most = max(ahead.bytes_for(job, names, stats) for names in groups)
+    most = ahead.bytes_for(job, stats)
     # Making the statistics symmetric takes a second matrix for a moment.
     return max(gram, 2 * square + mixed + crosses), square + mixed + crosses, most
 

@@ -27,7 +27,8 @@ from flexhinm_jax import arguments
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
-from flexhinm_jax.pruning import prune, tree
+from flexhinm_jax.pruning import prune
+from flexhinm_jax.pruning.solve import check_targets
 from flexhinm_jax.sequential.cuts import Layer, Walk
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.job import Job, record
@@ -118,7 +119,7 @@ def prune_sequential(
         raise ValueError("batches is empty: give at least one batch to run")
     uses = discover(apply_fn, params, *given[0], rules=rules)  # type: ignore[arg-type]
     prune.check_found(uses)
-    tree.check_targets(sparsity, uses)
+    check_targets(sparsity, uses)
     job = Job(
         apply_fn,
         params,

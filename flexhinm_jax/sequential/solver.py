@@ -5,9 +5,7 @@ Statistics arrive per (path, at); plans, errors and facts leave on the host.
 
 import dataclasses
 import functools
-import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +13,8 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from flexhinm_jax.methods import Method
-from flexhinm_jax.pruning import tree
+from flexhinm_jax.pruning.apply import dense_weight
+from flexhinm_jax.pruning.solve import Task, in_stacks, keys_for, solve_matrix
 from flexhinm_jax.pruning.statistics import blank
 from flexhinm_jax.sequential.job import Job, select
 from flexhinm_jax.tracing import meshes
@@ -47,139 +46,103 @@ def solve(
       run: `solve_stack`, or the same compiled before.
     """
     out: dict[tuple, Solved] = {}
-    for names in groups(job, stats):
-        weights = {name: job.weight(*name) for name in names}
-        for name in names:
-            meshes.check_finite(weights[name], name[0])
-        given = {name: stats[name] for name in names}
-        found = solve_equal(job, given, weights, run)
-        for name, result in found.items():
-            out[name] = meshes.host(result)
+    for path, at in stats:
+        meshes.check_finite(job.weight(path, at), path)
+    for part in solved(job, stats, job.weight, run):
+        for (path, at), result in part.items():
+            out[path, at] = meshes.host(result)
             if job.finished is not None:
-                job.finished.save(f"{name[0]} {name[1]}", out[name])
+                job.finished.save(f"{path} {at}", out[path, at])
     return {name: out[name] for name in stats}
 
 
-def groups(job: Job, stats: Mapping[tuple, Stats]) -> list[list[tuple]]:
-    """What is solved together: equal shapes and methods, up to a number of weights."""
-    found: dict[Any, list[tuple]] = defaultdict(list)
-    for name in stats:
-        w = job.like(*name)
-        like = w.shape, str(w.dtype), jax.tree.structure(stats[name])
-        choice = job.methods[name[0]], job.targets[name[0]] is None
-        size = max(1, tree.STACK_LIMIT // math.prod(w.shape))
-        found[like, choice, size].append(name)
-    return [
-        names[k : k + key[-1]]
-        for key, names in found.items()
-        for k in range(0, len(names), key[-1])
-    ]
+def solved(
+    job: Job,
+    stats: Mapping[tuple, Stats],
+    weight: Callable[[str, tuple], Any],
+    run: Callable[..., Any],
+) -> Iterator[dict[tuple, Solved]]:
+    """`solve`, stack by stack, with the weights of (path, at) from anywhere."""
+    first = next(iter(stats.values()))
+    shared = dataclasses.replace(first, cross=None, target_mean=None)
+    tasks = {}
+    for (path, at), own in stats.items():
+        like, goal = job.like(path, at), job.targets[path]
+        keys = keys_for(job.key, job.uses.leaves[path])[select(at)]
+        target = None if goal is None else jnp.full(like.shape[:-2], goal, jnp.float32)
+        others = keys, own.cross, own.target_mean, target
+        load = functools.partial(weight, path, at)
+        tasks[path, at] = Task(job.methods[path], like, load, others)
+    for part in in_stacks(functools.partial(run, shared), tasks):
+        yield {
+            name: Solved(plan, jnp.mean(errors.reshape(-1)), facts)
+            for name, (plan, errors, facts) in part.items()
+        }
 
 
 def restore(job: Job, names: Sequence[tuple]) -> dict[tuple, Solved] | None:
     """The plans of these matrices from disk; None unless all are there."""
     if job.finished is None:
         return None
-    found = {}
-    for path, at in names:
-        w = job.like(path, at)
+    known = {}
+    for name in names:
+        w = job.like(*name)
         stats = blank(w.shape[-1], w.shape[:-2])
-        like = jax.eval_shape(
-            lambda w, stats, path=path, at=at: solve_equal(
-                job, {(path, at): stats}, {(path, at): w}, solve_stack
-            )[path, at],
-            w,
-            stats,
-        )
-        known = job.finished.load(f"{path} {at}", like)
-        if known is None:
+
+        def one(w: Any, stats: Stats, name: Any = name) -> Solved:
+            part = solved(job, {name: stats}, lambda *_: w, solve_stack)
+            return next(part)[name]
+
+        like = jax.eval_shape(one, w, stats)
+        result = job.finished.load(f"{name[0]} {name[1]}", like)
+        if result is None:
             return None
-        found[path, at] = known
-    return found
-
-
-def solve_equal(
-    job: Job,
-    stats: Mapping[tuple, Stats],
-    weights: Mapping[tuple, Array],
-    run: Callable[..., Any],
-) -> dict[tuple, Solved]:
-    """`solve` for matrices of one shape and method."""
-    names = list(weights)
-    stack = weights[names[0]].shape[:-2]
-    rest = len(stack)
-
-    def flat(x: Array) -> Array:
-        return x.reshape(-1, *x.shape[rest:])
-
-    def stacked(values: Sequence[Any]) -> Any:
-        return None if values[0] is None else jnp.stack([flat(v) for v in values])
-
-    keys, targets = [], []
-    for path, at in names:
-        keys.append(tree.keys_for(job.key, job.uses.leaves[path])[select(at)])
-        goal = job.targets[path]
-        full = None if goal is None else jnp.full(stack, goal, jnp.float32)
-        targets.append(full)
-    first = stats[names[0]]
-    shared = dataclasses.replace(first, cross=None, target_mean=None)
-    plans, errors, facts = run(
-        job.methods[names[0][0]],
-        stacked(keys),
-        stacked([weights[name] for name in names]),
-        shared,
-        stacked([stats[name].cross for name in names]),
-        stacked([stats[name].target_mean for name in names]),
-        stacked(targets),
-    )
-    out = {}
-    for n, (path, at) in enumerate(names):
-        plan, mine = jax.tree.map(
-            lambda x: x[n].reshape(*stack, *x.shape[2:]),  # noqa: B023
-            (plans, facts),
-        )
-        out[path, at] = Solved(plan, jnp.mean(errors[n]), mine)
-    return out
+        known[name] = result
+    return known
 
 
 @functools.partial(jax.jit, static_argnames="method")
 def solve_stack(
-    method: Method,
-    keys: Array,
-    w: Array,
     stats: Stats,
+    method: Method,
+    w: Array,
+    keys: Array,
     cross: Array | None,
     target_mean: Array | None,
     sparsity: Array | None,
 ) -> tuple[Plan, Array, dict[str, Array]]:
-    """Plans, relative output errors and facts of [members, stack] matrices.
+    """Plans, relative output errors and facts of matrices that read the same input.
 
     Args:
+      stats: [*stack, ...], of the stack of inputs that every member of a cut reads.
       method: static.
-      keys: [members, stack].
-      w: [members, stack, o, i].
-      stats: [*axes of the stack, ...], shared by the members.
-      cross: f32[members, stack, o, i] or None.
-      target_mean: f32[members, stack, o] or None.
-      sparsity: f32[members, stack] or None.
+      w: [members * stack, o, i].
+      keys: [members * stack].
+      cross: f32[members * stack, o, i] or None.
+      target_mean: f32[members * stack, o] or None.
+      sparsity: f32[members * stack] or None.
     """
     # Here it costs no copy of the Gram matrices.
     axes = stats.mean.ndim - 1
     stats = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), stats)
+    stack = stats.mean.shape[0]
 
-    def one(key, w, stats, cross, mean, sparsity):
-        mine = dataclasses.replace(stats, cross=cross, target_mean=mean)
-        state = method.solve(key, w, mine, sparsity=sparsity)
+    def one(stats, w, key, cross, mean, sparsity):
+        own = dataclasses.replace(stats, cross=cross, target_mean=mean)
+        state = solve_matrix(method, w, key, own, sparsity)
         plan = method.decide(state, w)
         before = w.astype(jnp.float32)
-        lost = tree.dense_weight(plan).astype(jnp.float32) - before
+        lost = dense_weight(plan).astype(jnp.float32) - before
         total = jnp.maximum(squared(before, stats.gram), 1e-30)
         return plan, squared(lost, stats.gram) / total, method.diagnostics(state)
 
-    over = jax.vmap(one)
-    return jax.vmap(over, in_axes=(0, 0, None, 0, 0, 0))(
-        keys, w, stats, cross, target_mean, sparsity
+    members = jax.tree.map(
+        lambda x: x.reshape(-1, stack, *x.shape[1:]),
+        (w, keys, cross, target_mean, sparsity),
     )
+    over = jax.vmap(jax.vmap(one), in_axes=(None, 0, 0, 0, 0, 0))
+    results = over(stats, *members)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
 class Ahead:
@@ -189,40 +152,40 @@ class Ahead:
         """Starts with nothing compiled."""
         self.known: dict[Any, Any] = {}
 
-    def compiled(self, method: Method, *args: Any) -> Any:
+    def compiled(self, stats: Stats, method: Method, *args: Any) -> Any:
         """The program for arrays, concrete or abstract, of these shapes."""
-        leaves, structure = jax.tree.flatten(args)
+        leaves, structure = jax.tree.flatten((stats, args))
         key = method, structure, tuple((x.shape, str(x.dtype)) for x in leaves)
         if key not in self.known:
             like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-            given = jax.tree.unflatten(structure, like)
-            self.known[key] = solve_stack.lower(method, *given).compile()
+            stats, args = jax.tree.unflatten(structure, like)
+            self.known[key] = solve_stack.lower(stats, method, *args).compile()
         return self.known[key]
 
-    def __call__(self, method: Method, *args: Any) -> Any:
+    def __call__(self, stats: Stats, method: Method, *args: Any) -> Any:
         """What `solve_stack` returns."""
-        return self.compiled(method, *args)(*args)
+        return self.compiled(stats, method, *args)(stats, *args)
 
-    def bytes_for(
-        self, job: Job, names: Sequence[tuple], stats: Mapping[tuple, Stats]
-    ) -> int:
-        """Bytes that solving these matrices together takes, results included."""
-        found = []
+    def bytes_for(self, job: Job, stats: Mapping[tuple, Stats]) -> int:
+        """Bytes that the largest stack of these matrices takes, results included."""
+        sizes = []
 
-        def measure(method: Method, *args: Any) -> Any:
-            memory = self.compiled(method, *args).memory_analysis()
+        def measure(shared: Stats, method: Method, w: Any, *args: Any) -> Any:
+            memory = self.compiled(shared, method, w, *args).memory_analysis()
             # Without the statistics, which are counted where they are made.
-            found.append(
+            sizes.append(
                 memory.temp_size_in_bytes
                 + memory.output_size_in_bytes
-                + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args[1]))
+                + w.size * w.dtype.itemsize
             )
-            return solve_stack(method, *args)
+            return solve_stack(shared, method, w, *args)
 
-        given = {name: stats[name] for name in names}
-        weights = {name: job.like(*name) for name in names}
-        jax.eval_shape(lambda s, w: solve_equal(job, s, w, measure), given, weights)
-        return found[0]
+        def run(stats: Any, weights: Any) -> Any:
+            return [*solved(job, stats, lambda *name: weights[name], measure)]
+
+        weights = {name: job.like(*name) for name in stats}
+        jax.eval_shape(run, dict(stats), weights)
+        return max(sizes)
 
 
 def squared(w: Array, gram: Array) -> Array:

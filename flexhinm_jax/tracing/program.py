@@ -93,10 +93,7 @@ def dense_leaf(packed: PackedWeight) -> jax.Array:
     """A packed leaf as the array it came from."""
 
     def run(packed: PackedWeight) -> jax.Array:
-        f = unpack
-        for _ in range(packed.out_order.ndim - 1):
-            f = jax.vmap(f)
-        return views.leaf(f(packed), layout_of(packed))
+        return views.leaf(unpack(packed), layout_of(packed))
 
     return jax_versions.automatic(run, None, packed)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from flexhinm_jax.kernels import sparse_dot
-from flexhinm_jax.paths import leaf_paths
+from flexhinm_jax.paths import leaf_paths, over_stack
 from flexhinm_jax.tracing import jax_versions
 from flexhinm_jax.tracing.changes import Change, Reach
 from flexhinm_jax.tracing.contractions import Product
@@ -72,8 +72,7 @@ class RunSparse(Visitor):
                     packed = at_position(packed, positions[k], k)
             dtype = product.result.dtype
             f = functools.partial(sparse_dot, transposed=turned, dtype=dtype)
-            for _ in fitted.stacked:
-                f = jax.vmap(f)
+            f = over_stack(f, len(fitted.stacked))
             packed = changed(packed, changes)
             return fitted.restore(f(fitted.tokens(x), packed))
 

@@ -12,8 +12,9 @@ from jax import Array
 from flexhinm_jax import checks
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.gated import Gated
-from flexhinm_jax.pruning import tree
-from flexhinm_jax.tracing.views import matrix
+from flexhinm_jax.paths import over_stack
+from flexhinm_jax.pruning import apply, solve
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Plan, State, Use, Uses
 
 
@@ -44,8 +45,8 @@ def adopt(
             f"adopt: {type(method).__name__} has no gates; give HardConcrete, "
             "GumbelPatterns or MaskLLM"
         )
-    tree.check_plans(plans, uses)
-    leaves = tree.leaves_for(params, uses)
+    apply.check_plans(plans, uses)
+    leaves = Leaves.of(params).dense(uses)
     states, filled = {}, {}
     for path, plan in plans.items():
         use = uses.leaves[path]
@@ -54,16 +55,14 @@ def adopt(
                 f"{path}: the plan has block-diagonal factors, which gates do not "
                 "train; adopt plans without them"
             )
-        mine: Any = tree.method_for(method, use)
+        mine: Any = solve.method_for(method, use)
         _check_groups(path, mine, plan, use)
-        begin = mine.begin
-        for _ in use.layout.stack:
-            begin = jax.vmap(begin)
+        begin = over_stack(mine.begin, len(use.layout.stack))
         states[path] = begin(plan.support)
-        w: Array = matrix(leaves[path], use.layout)
+        w: Array = leaves.matrix(use)
         weight = jnp.where(plan.support.keep, plan.weight.astype(w.dtype), w)
         filled[path] = dataclasses.replace(plan, weight=weight)
-    return states, tree.densify(filled, params, uses)
+    return states, apply.densify(filled, params, uses)
 
 
 def _check_groups(path: str, method: Gated, plan: Plan, use: Use) -> None:

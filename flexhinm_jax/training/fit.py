@@ -21,7 +21,7 @@ from jax import Array
 from flexhinm_jax import arguments
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
-from flexhinm_jax.pruning import tree
+from flexhinm_jax.pruning import apply
 from flexhinm_jax.training import relax, sharding
 from flexhinm_jax.training import resume as saved
 from flexhinm_jax.training.stages import NotFinite
@@ -155,8 +155,8 @@ def fit(
     @jax.jit
     def hard(states, params):
         settled = relax.harden(method, states, params, uses)
-        plans = tree.decide(method, settled, params, uses)
-        return tree.densify(plans, params, uses)
+        plans = apply.decide(method, settled, params, uses)
+        return apply.densify(plans, params, uses)
 
     @jax.jit
     def value_of(params, *batch):
@@ -178,10 +178,10 @@ def fit(
         found = relax.harden(method, sharding.gather(states), whole, uses)
         return jax.tree.map(lambda x: jnp.array(x, copy=True), found)
 
-    with tree.states_of(method):
+    with apply.states_of(method):
         figures = jax.eval_shape(lambda s: relax.metrics(method, s, uses), now.states)
     names = (*ENTRY, *sorted(figures))
-    with tree.states_of(method):
+    with apply.states_of(method):
         first = hardened(now.states)
     run = _Run(now, first, steps, every, names)
     folder = None

@@ -20,8 +20,8 @@ from jax import Array
 from flexhinm_jax import arguments, checks
 from flexhinm_jax.methods.hyperprune import HyperPrune
 from flexhinm_jax.ops import hypernet
-from flexhinm_jax.pruning import tree
-from flexhinm_jax.tracing.views import matrix
+from flexhinm_jax.pruning import solve
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.training.stages import NotFinite
 from flexhinm_jax.types import State, Stats, Uses
 
@@ -130,8 +130,8 @@ def hyper_prune(
             "HyperPrune(Wanda(NM(2, 4)))"
         )
     arguments.key(key)
-    leaves = tree.leaves_for(params, uses)
-    tree.check_targets(sparsity, uses)
+    leaves = Leaves.of(params).dense(uses)
+    solve.check_targets(sparsity, uses)
     arguments.by_path(stats, Stats, "stats", "calibrate()")
     if not uses.leaves:
         raise ValueError("uses holds no prunable leaf; describe(uses) says why")
@@ -146,16 +146,16 @@ def hyper_prune(
     layers, components = (tuple(dict.fromkeys(x)) for x in zip(*names, strict=True))
     targets = {}
     for path, use in uses.leaves.items():
-        mine: Any = tree.method_for(method, use)
+        mine: Any = solve.method_for(method, use)
         if mine.form != method.form:
             raise ValueError(
                 f"{path}: a rule asks for {mine.pattern}, the net is for "
                 f"{method.pattern}; prune such leaves apart, with rules that skip the "
                 "others"
             )
-        w = matrix(leaves[path], use.layout)
+        w = leaves.matrix(use)
         one: Any = jax.ShapeDtypeStruct(w.shape[-2:], w.dtype)
-        targets[path] = tree.target_for(mine, use, sparsity)
+        targets[path] = solve.target_for(mine, use, sparsity)
         mine.check(one, stats.get(path), targets[path], path)
         checks.finite(w, "weight", path)
     net_key, key = jax.random.split(key)
@@ -171,12 +171,12 @@ def hyper_prune(
         )
         target = targets[path]
         state, theta, cache = _one(
-            tree.method_for(method, use),
+            solve.method_for(method, use),
             theta,
             cache,
             place,
-            tree.keys_for(key, use)[at],
-            matrix(leaves[path], use.layout)[at],
+            solve.keys_for(key, use)[at],
+            leaves.matrix(use)[at],
             jax.tree.map(lambda x: x[at], stats[path]),  # noqa: B023
             None if target is None else jnp.asarray(target, jnp.float32),
         )

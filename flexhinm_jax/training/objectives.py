@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexhinm_jax import arguments
-from flexhinm_jax.pruning.tree import leaves_for
-from flexhinm_jax.tracing.views import matrix
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Stats, Uses
 
 KINDS = ("cosine", "kl")
@@ -75,7 +74,7 @@ def layer_task(params: Any, uses: Uses, stats: Mapping[str, Stats]) -> Task:
     Raises:
       ValueError: a prunable leaf without a Gram.
     """
-    leaves = leaves_for(params, uses)
+    leaves = Leaves.of(params).dense(uses)
     arguments.by_path(stats, Stats, "stats", "calibrate()")
     task: Task = {}
     for path, use in uses.leaves.items():
@@ -85,7 +84,7 @@ def layer_task(params: Any, uses: Uses, stats: Mapping[str, Stats]) -> Task:
                 f"{path}: the layer error needs its Gram; calibrate these parameters "
                 "with gram=True"
             )
-        w = matrix(leaves[path], use.layout).astype(jnp.float32)
+        w = leaves.matrix(use).astype(jnp.float32)
         total = _energy(w, given.gram)
         task[path] = {"weight": w, "gram": given.gram, "total": total}
     return task
@@ -125,10 +124,10 @@ def layer_error(
 
     def loss_fn(params: Any, task: Task | None = None) -> Array:
         task = own if task is None else task
-        leaves = leaves_for(params, uses)
+        leaves = Leaves.of(params).dense(uses)
         total, count = jnp.zeros((), jnp.float32), 0
         for path, mine in task.items():
-            w = matrix(leaves[path], uses.leaves[path].layout).astype(jnp.float32)
+            w = leaves.matrix(uses.leaves[path]).astype(jnp.float32)
             lost = _energy(mine["weight"] - w, mine["gram"])
             total += jnp.sum(_share(lost, mine["total"]))
             count += lost.size

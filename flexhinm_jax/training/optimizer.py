@@ -16,7 +16,7 @@ from jax import Array
 
 from flexhinm_jax import arguments
 from flexhinm_jax.paths import leaf_paths
-from flexhinm_jax.pruning import tree
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Uses
 
 
@@ -98,17 +98,14 @@ def keep_from_zeros(params: Any, uses: Uses) -> Any:
     Returns:
       A tree like `params`: bool where a prunable leaf has a zero, None elsewhere.
     """
-    tree.leaves_for(params, uses)
-    prunable = uses.leaves
+    leaves, prunable = Leaves.of(params).dense(uses), uses.leaves
 
     def mask(path: str, leaf: Any) -> Array | None:
         if path not in prunable or not bool(jnp.any(leaf == 0)):
             return None
         return jnp.asarray(leaf != 0)
 
-    leaves, structure = jax.tree.flatten(params)
-    paths = leaf_paths(params)
-    return structure.unflatten(map(mask, paths, leaves))
+    return leaves.tree({path: mask(path, leaf) for path, leaf in leaves.items()})
 
 
 def _is_none(x: Any) -> bool:

@@ -8,17 +8,14 @@ weights and keeps the best mask on the way.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
 from flexhinm_jax import arguments, checks
 from flexhinm_jax.ops import masks, prox
-from flexhinm_jax.paths import leaf_paths
-from flexhinm_jax.pruning.tree import leaves_for
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.views import leaf as to_leaf
-from flexhinm_jax.tracing.views import matrix
 from flexhinm_jax.types import Use, Uses
 
 
@@ -95,7 +92,7 @@ def prox_sparse(
                 "prox_sparse needs the parameters: tx.update(grads, state, params)"
             )
         moved, after = inner.update(updates, state.inner, params, **extra)
-        new = dict(zip(leaf_paths(params), jax.tree.leaves(moved), strict=True))
+        new = {}
         pairs = zip(
             _prunable(params, uses),
             _prunable(optax.apply_updates(params, moved), uses),
@@ -106,8 +103,7 @@ def prox_sparse(
             groups = reached.reshape(*reached.shape[:-1], -1, 4)
             pulled = prox.prox24(groups, lam, sweeps=sweeps).reshape(reached.shape)
             new[path] = to_leaf(pulled - old, use.layout)
-        changed = jax.tree.unflatten(jax.tree.structure(moved), list(new.values()))
-        return changed, ProxSparseState(state.rms, after)
+        return Leaves.of(moved).tree(new), ProxSparseState(state.rms, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -124,14 +120,14 @@ def original_under_2_4(moved: Any, original: Any, uses: Uses) -> Any:
       A tree like `original`: the two largest of `moved` stay in every group of a
       prunable leaf; other leaves are the original ones.
     """
-    leaves = dict(zip(leaf_paths(original), jax.tree.leaves(original), strict=True))
+    leaves, masked = Leaves.of(original), {}
     for path, w, use in _prunable(moved, uses):
         keep = to_leaf(masks.n_of_m(jnp.abs(w), n=2, m=4), use.layout)
-        leaves[path] = jnp.where(keep, leaves[path], 0)
-    return jax.tree.unflatten(jax.tree.structure(original), list(leaves.values()))
+        masked[path] = jnp.where(keep, leaves[path], 0)
+    return leaves.tree(masked)
 
 
 def _prunable(params: Any, uses: Uses) -> list[tuple[str, Array, Use]]:
     """(path, matrix [*stack, o, i], use) of every prunable leaf."""
-    leaves = leaves_for(params, uses)
-    return [(p, matrix(leaves[p], use.layout), use) for p, use in uses.leaves.items()]
+    leaves = Leaves.of(params).dense(uses)
+    return [(path, leaves.matrix(use), use) for path, use in uses.leaves.items()]

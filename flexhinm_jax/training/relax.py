@@ -1,7 +1,7 @@
 """A learned method on all weights of a model: sampled weights, schedules, hardening.
 
 The transformations of one matrix are mapped over the stack of every leaf. Leaves are
-not concatenated, unlike in `pruning.tree`: inside a training step that would copy
+not concatenated, unlike in `pruning.solve`: inside a training step that would copy
 every weight.
 """
 
@@ -17,9 +17,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from flexhinm_jax.methods.learned import LearnedMethod
-from flexhinm_jax.paths import leaf_paths
-from flexhinm_jax.pruning import tree
-from flexhinm_jax.tracing.views import matrix
+from flexhinm_jax.paths import over_stack
+from flexhinm_jax.pruning import apply, solve
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Plan, State, Uses
 
 States = Mapping[str, State]
@@ -59,10 +59,10 @@ def sample(
         terms: list[tuple[int, dict[str, Array]]] = []
         for path, mine, state, w in _matrices(method, states, params, uses):
             use = uses.leaves[path]
-            keys = tree.keys_for(key, use)
+            keys = solve.keys_for(key, use)
             plans[path], found = _over(draw, use, mine)(state, w, keys)
             terms.append((int(np.prod(use.layout.shape)), found))
-        return tree.densify(plans, params, uses), method.combine(_means(terms))
+        return apply.densify(plans, params, uses), method.combine(_means(terms))
 
     out = _shardings(params), P()
     return _automatic(run, params, out)(states, params, key)
@@ -76,7 +76,7 @@ def baseline(method: Any, states: States, params: Any, uses: Uses) -> Any:
             path: _over(_baseline, uses.leaves[path], mine)(state, w)
             for path, mine, state, w in _matrices(method, states, params, uses)
         }
-        return tree.densify(plans, params, uses)
+        return apply.densify(plans, params, uses)
 
     return _automatic(run, params, _shardings(params))(states, params)
 
@@ -89,8 +89,8 @@ def log_prob(method: Any, states: States, uses: Uses, key: Array) -> Array:
         total = jnp.zeros((), jnp.float32)
         for path, state in states.items():
             use = uses.leaves[path]
-            mine: Any = tree.method_for(method, use)
-            total += jnp.sum(_over(one, use, mine)(state, tree.keys_for(key, use)))
+            mine: Any = solve.method_for(method, use)
+            total += jnp.sum(_over(one, use, mine)(state, solve.keys_for(key, use)))
         return total
 
     return _automatic(run, states, P())(states, key)
@@ -137,7 +137,7 @@ def metrics(method: LearnedMethod, states: States, uses: Uses) -> dict[str, Arra
         found = []
         for path, state in states.items():
             use = uses.leaves[path]
-            mine: Any = tree.method_for(method, use)
+            mine: Any = solve.method_for(method, use)
             size = int(np.prod(use.layout.shape))
             found.append((size, _over(one, use, mine)(state)))
         return _means(found)
@@ -151,7 +151,7 @@ def _map(
     out = {}
     for path, state in states.items():
         use = uses.leaves[path]
-        out[path] = _over(run, use, tree.method_for(method, use))(state)
+        out[path] = _over(run, use, solve.method_for(method, use))(state)
     return out
 
 
@@ -176,19 +176,16 @@ def _harden(method, state, w):
 
 def _over(run: Callable[..., Any], use: Any, method: Any) -> Callable[..., Any]:
     """`run(method, ...)` mapped over the stack axes of a leaf."""
-    mapped = functools.partial(run, method)
-    for _ in use.layout.stack:
-        mapped = jax.vmap(mapped)
-    return mapped
+    return over_stack(functools.partial(run, method), len(use.layout.stack))
 
 
 def _matrices(method: LearnedMethod, states: States, params: Any, uses: Uses):
     """(path, method, state, weight [*stack, o, i]) of every solved leaf."""
-    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    leaves = Leaves.of(params)
     for path, state in states.items():
         use = uses.leaves[path]
-        mine: Any = tree.method_for(method, use)
-        yield path, mine, state, matrix(leaves[path], use.layout)
+        mine: Any = solve.method_for(method, use)
+        yield path, mine, state, leaves.matrix(use)
 
 
 def _means(found: list[tuple[int, dict[str, Array]]]) -> dict[str, Array]:

@@ -15,7 +15,8 @@ import optax
 from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
-from flexhinm_jax.pruning import tree
+from flexhinm_jax.pruning import solve
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Uses
 
 
@@ -156,12 +157,12 @@ def check_stages(
             )
     if not given:
         raise ValueError("stages is empty: give at least one Stage(sparsity, steps)")
-    tree.leaves_for(params, uses)
+    Leaves.of(params).dense(uses)
     before: dict[str, float] = {}
     for number, stage in enumerate(given):
         for path, use in uses.leaves.items():
-            mine = tree.method_for(method, use)
-            target = tree.target_for(mine, use, stage.sparsity)
+            mine = solve.method_for(method, use)
+            target = solve.target_for(mine, use, stage.sparsity)
             name = f"stage {number}, {path}"
             mine.pattern.check(use.layout.matrix_shape, target, name)
             if target is None:

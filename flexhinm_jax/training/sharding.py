@@ -20,7 +20,8 @@ from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.patterns import Pattern
-from flexhinm_jax.pruning import tree
+from flexhinm_jax.pruning import solve
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import AxisFactor, Use, Uses
 
 
@@ -109,11 +110,11 @@ def check_sharding(params: Any, uses: Uses, method: Method) -> None:
       ValueError: naming the leaf, what is split, and a legal sharding.
     """
     check_method(method)
-    leaves = tree.leaves_for(params, uses)
+    leaves = Leaves.of(params).dense(uses)
     for path, use in uses.leaves.items():
         found = getattr(leaves[path], "sharding", None)
         if isinstance(found, NamedSharding):
-            pattern = tree.method_for(method, use).pattern
+            pattern = solve.method_for(method, use).pattern
             _check_leaf(path, use, found, pattern)
 
 

@@ -18,7 +18,7 @@ from jax import Array
 
 from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
-from flexhinm_jax.pruning import tree
+from flexhinm_jax.pruning import apply, solve
 from flexhinm_jax.training import resume as saved
 from flexhinm_jax.training import sharding
 from flexhinm_jax.training.schedules import Stage, check_stages
@@ -195,7 +195,7 @@ class Gradual:
     def plans(self) -> dict[str, Plan]:
         """Path -> hard plan."""
         now = self._now()
-        return tree.decide(self.method, now.states, now.params, self.uses)
+        return apply.decide(self.method, now.states, now.params, self.uses)
 
     def __iter__(self) -> Iterator[Row]:
         """Runs, and yields metrics."""
@@ -264,7 +264,7 @@ class Gradual:
 
     def _first(self, params: Any, stats: Any) -> Training:
         solve_key, train_key = jax.random.split(self.key)
-        states = tree.solve(
+        states = solve.solve(
             self.method,
             jax.random.fold_in(solve_key, 0),
             params,

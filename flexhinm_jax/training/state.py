@@ -18,8 +18,8 @@ from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
-from flexhinm_jax.paths import leaf_paths
-from flexhinm_jax.pruning import tree
+from flexhinm_jax.pruning import apply, solve
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.training import relax, sharding
 from flexhinm_jax.training.optimizer import KeepSparseState, keep_sparse
 from flexhinm_jax.types import Regions, State, Stats, Uses
@@ -98,7 +98,7 @@ def init_training(
     mesh = sharding.mesh_of(params)
     check_method(method)
     arguments.key(key)
-    tree.leaves_for(params, uses)
+    Leaves.of(params).dense(uses)
     arguments.by_path(states, State, "states", "solve()", uses.leaves)
     if tx is not None:
         arguments.optimiser(tx, "tx")
@@ -155,7 +155,7 @@ def harden(method: Method, training: Training, uses: Uses) -> Training:
         return training
     like = training.params
     whole, before = sharding.gather(like), sharding.gather(training.states)
-    with tree.states_of(method):
+    with apply.states_of(method):
         states = relax.harden(method, before, whole, uses)
     params, keep = _pruned(method, states, whole, uses)
     opt = training.opt_state
@@ -196,7 +196,7 @@ def next_stage(
     check_training(training)
     like = training.params
     whole, before = sharding.gather(like), sharding.gather(training.states)
-    found = tree.solve(method, key, whole, uses, stats, sparsity, before)
+    found = solve.solve(method, key, whole, uses, stats, sparsity, before)
     states = {path: _own(state) for path, state in found.items()}
     states = _as_weights(states, like, uses)
     training = dataclasses.replace(training, states=states).at(0.0)
@@ -246,26 +246,27 @@ def _own(x: Any) -> Any:
 
 def _keep_all(params: Any, uses: Uses) -> Any:
     """Supports that keep everything, on the leaves that will be pruned."""
-    masks = [
-        jnp.ones(leaf.shape, bool) if path in uses.leaves else None
-        for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), masks)
+    leaves = Leaves.of(params)
+    masks = {
+        path: jnp.ones(leaf.shape, bool) if path in uses.leaves else None
+        for path, leaf in leaves.items()
+    }
+    return leaves.tree(masks)
 
 
 def _pruned(
     method: Method, states: Mapping[str, State], params: Any, uses: Uses
 ) -> tuple[Any, Any]:
     """Parameters with exact zeros and their supports, under hard plans."""
-    plans = tree.decide(method, states, sharding.gather(params), uses)
+    plans = apply.decide(method, states, sharding.gather(params), uses)
     for path, plan in plans.items():
         if plan.left is not None or plan.right is not None:
             raise ValueError(
                 f"{path}: {type(method).__name__} multiplies the weight by block-"
                 "diagonal factors; its product has no zeros to keep while training"
             )
-    params = tree.densify(plans, sharding.gather(params), uses)
-    return params, tree.keep_tree(plans, params, uses)
+    params = apply.densify(plans, sharding.gather(params), uses)
+    return params, apply.keep_tree(plans, params, uses)
 
 
 def _as_params(x: Any, like: Any) -> Any:
@@ -291,7 +292,7 @@ def _as_weights(states: dict[str, State], params: Any, uses: Uses) -> dict[str, 
     mesh = sharding.mesh_of(params)
     if mesh is None:
         return states
-    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    leaves = Leaves.of(params)
     placed = {}
     for path, state in states.items():
         use = uses.leaves[path]

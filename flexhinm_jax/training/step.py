@@ -18,7 +18,7 @@ from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod, ScoreFunction
-from flexhinm_jax.pruning.tree import states_of
+from flexhinm_jax.pruning.apply import states_of
 from flexhinm_jax.training import relax
 from flexhinm_jax.training.optimizer import keep_sparse
 from flexhinm_jax.training.state import (

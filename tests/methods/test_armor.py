@@ -9,7 +9,7 @@ import pytest
 import flexhinm_jax as fh
 from flexhinm_jax.io.packed import read_packed, write_packed
 from flexhinm_jax.ops import proxy
-from flexhinm_jax.pruning.tree import dense_weight
+from flexhinm_jax.pruning.apply import dense_weight
 from tests.methods.cases import correlated
 
 KEY = jax.random.key(0)

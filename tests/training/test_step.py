@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.pruning.tree import keys_for
+from flexhinm_jax.pruning.solve import keys_for
 
 KEY = jax.random.key(0)
 METHODS = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.pruning import tree
+from flexhinm_jax.pruning import solve
 from flexhinm_jax.types import BlockDiagonal, PackedWeight, Plan
 
 KEY = jax.random.key(3)
@@ -102,13 +102,13 @@ def test_results_do_not_depend_on_the_other_leaves():
 
 def test_equal_shapes_are_solved_in_one_call(monkeypatch):
     calls = []
-    solve = tree._solve
+    run = solve._solve
 
-    def counted(method, keys, *rest):
-        calls.append(keys.shape[0])
-        return solve(method, keys, *rest)
+    def counted(method, w, *rest):
+        calls.append(w.shape[0])
+        return run(method, w, *rest)
 
-    monkeypatch.setattr(tree, "_solve", counted)
+    monkeypatch.setattr(solve, "_solve", counted)
 
     def apply(params, x):
         return x @ params["a"] + x @ params["b"] + x @ params["c"]
@@ -121,7 +121,7 @@ def test_equal_shapes_are_solved_in_one_call(monkeypatch):
 def test_a_stack_over_the_memory_limit_is_split_without_changing_results(monkeypatch):
     method = fh.Magnitude(fh.FlexHiNM(8, permute=None))
     _, whole = pruned(method, 0.6)
-    monkeypatch.setattr(tree, "STACK_LIMIT", 1)
+    monkeypatch.setattr(solve, "MAX_STACK_WEIGHTS", 1)
     _, split = pruned(method, 0.6)
     for path, plan in whole.plans.items():
         np.testing.assert_array_equal(plan.support.keep, split.plans[path].support.keep)

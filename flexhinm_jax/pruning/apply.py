@@ -1,0 +1,209 @@
+"""What becomes of solved weights: plans, and the tree in every form.
+
+`plans` are dicts path -> Plan whose arrays have the leading stack axes of the leaf.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from flexhinm_jax import arguments, kernels
+from flexhinm_jax.methods import Method
+from flexhinm_jax.methods.base import check_method
+from flexhinm_jax.paths import over_stack
+from flexhinm_jax.pruning.solve import Task, in_stacks, keys_for, method_for
+from flexhinm_jax.tracing import meshes
+from flexhinm_jax.tracing.tree import Leaves
+from flexhinm_jax.tracing.views import leaf as to_leaf
+from flexhinm_jax.types import BlockDiagonal, Plan, State, Use, Uses
+
+
+@meshes.under_automatic_axes
+def decide(
+    method: Method,
+    states: Mapping[str, State],
+    params: Any,
+    uses: Uses,
+    key: Array | None = None,
+) -> dict[str, Plan]:
+    """The plan of every solved leaf.
+
+    Args:
+      method: the method that solved.
+      states: from `solve`, perhaps with `learned` moved by an optimiser.
+      params: the parameter tree now.
+      uses: from `discover`.
+      key: None for hard, deterministic plans; a key for sampled relaxations.
+
+    Returns:
+      path -> Plan, arrays with the leading stack axes of the leaf.
+    """
+    check_method(method)
+    leaves = Leaves.of(params).dense(uses)
+    arguments.by_path(states, State, "states", "solve()", uses.leaves)
+    if key is not None:
+        arguments.key(key)
+    tasks = {}
+    for path, state in states.items():
+        use = uses.leaves[path]
+        keys = None if key is None else keys_for(key, use)
+        weight = functools.partial(leaves.matrix, use)
+        own = method_for(method, use)
+        tasks[path] = Task(own, leaves.like(use), weight, (keys, state))
+    plans: dict[str, Plan] = {}
+    with states_of(method):
+        for part in in_stacks(_decide, tasks):
+            plans |= part
+    return {path: plans[path] for path in tasks}
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _decide(method, w, keys, states):
+    return jax.vmap(lambda w, k, s: method.decide(s, w, key=k))(w, keys, states)
+
+
+@contextlib.contextmanager
+def states_of(method: Method) -> Iterator[None]:
+    """Turns the failure of a method on states of another one into a ValueError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{type(method).__name__} cannot read these states "
+            f"({type(error).__name__}: {error}); pass those that solve() returned for "
+            "this method"
+        ) from error
+
+
+def check_plans(plans: Any, uses: Uses) -> None:
+    """Raises ValueError unless every plan belongs to a prunable leaf of its shape."""
+    arguments.found(uses)
+    leaves = uses.leaves
+    arguments.by_path(plans, Plan, "plans", "decide()", leaves)
+    for path, plan in plans.items():
+        layout = leaves[path].layout
+        shape = (*layout.stack_shape, *layout.matrix_shape)
+        if plan.weight.shape != shape:
+            raise ValueError(
+                f"{path}: its plan is for a weight {list(plan.weight.shape)}, the leaf "
+                f"is {list(shape)} as [*stack, out, in]; pass the plans of these params"
+            )
+
+
+def dense_weight(plan: Plan) -> Array:
+    """The product left @ weight @ right of a plan, [*stack, o, i], weight's dtype."""
+    weight = plan.weight
+    if plan.left is None and plan.right is None:
+        return weight
+
+    def one(x: Array, left: BlockDiagonal | None, right: BlockDiagonal | None) -> Array:
+        # x @ right = (right^T @ x^T)^T
+        x = kernels.block_product(x, None if right is None else right.T, axis=1)
+        return kernels.block_product(x, left, axis=0)
+
+    core = weight.astype(jnp.float32)
+    product = over_stack(one, weight.ndim - 2)(core, plan.left, plan.right)
+    return product.astype(weight.dtype)
+
+
+def _replaced(
+    params: Any,
+    plans: Mapping[str, Plan],
+    uses: Uses,
+    weight: Callable[[Plan, Use], Any],
+) -> Any:
+    """The tree with `weight(plan, use)` on planned leaves and refitted biases."""
+    check_plans(plans, uses)
+    leaves = Leaves.of(params).dense(uses)
+    changed = {}
+    for path, plan in plans.items():
+        use = uses.leaves[path]
+        changed[path] = weight(plan, use)
+        if plan.bias is None:
+            continue
+        if use.bias is None:
+            raise ValueError(
+                f"{path}: the plan has a refitted bias, but no bias parameter is added "
+                "to this product; solve without bias refit"
+            )
+        old = leaves[use.bias]
+        shift = plan.bias.reshape(old.shape).astype(jnp.float32)
+        changed[use.bias] = (old.astype(jnp.float32) + shift).astype(old.dtype)
+    return leaves.tree(changed)
+
+
+@meshes.under_automatic_axes
+def densify(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
+    """The same tree with zeros in place: works in every JAX program.
+
+    Args:
+      plans: from `decide`.
+      params: the parameter tree.
+      uses: from `discover`.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes, in original channel order.
+    """
+
+    def weight(plan: Plan, use: Use) -> Array:
+        return to_leaf(dense_weight(plan), use.layout)
+
+    return _replaced(params, plans, uses, weight)
+
+
+@meshes.under_automatic_axes
+def pack(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
+    """The same tree with `PackedWeight` leaves, for `sparsify`.
+
+    A plan without regions (unstructured) stays dense; `report` says so.
+
+    Args:
+      plans: concrete plans from `decide`.
+      params: the parameter tree.
+      uses: from `discover`.
+
+    Returns:
+      A tree with the same paths.
+    """
+
+    def weight(plan: Plan, use: Use) -> Any:
+        if plan.support.regions is None:
+            return to_leaf(dense_weight(plan), use.layout)
+        return kernels.pack(plan, use.layout)
+
+    return _replaced(params, plans, uses, weight)
+
+
+@meshes.under_automatic_axes
+def keep_tree(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
+    """The supports as a tree like `params`: bool leaves, None where nothing is pruned.
+
+    Args:
+      plans: from `decide`.
+      params: the parameter tree.
+      uses: from `discover`.
+
+    Returns:
+      A tree in which a pruned leaf has its keep mask in the leaf's own shape.
+
+    Raises:
+      ValueError: a plan with block-diagonal factors, whose product has no zeros.
+    """
+    check_plans(plans, uses)
+    for path, plan in plans.items():
+        if plan.left is not None or plan.right is not None:
+            raise ValueError(
+                f"{path}: its plan has block-diagonal factors, so only the core has "
+                "zeros to keep, not the matrix; train the tree of pack() instead"
+            )
+    leaves = Leaves.of(params).dense(uses)
+    masks = {
+        path: to_leaf(plan.support.keep, uses.leaves[path].layout)
+        for path, plan in plans.items()
+    }
+    return leaves.tree(dict.fromkeys(leaves) | masks)

@@ -1,0 +1,245 @@
+"""From one matrix to a model: solves the matrices of a parameter tree, many at a time.
+
+A method sees one matrix. Here every prunable leaf is read as a stack of matrices, equal
+shapes are stacked together and vmapped under one jit, and the results go back to their
+leaves. Results never depend on the grouping: the key of a leaf is derived from its
+path. What is solved during one pass over a model (`sequential`) is stacked here too.
+
+Everything is keyed by leaf path: `states` are dicts path -> pytree whose arrays have
+the leading stack axes of the leaf.
+"""
+
+import functools
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from flexhinm_jax import arguments
+from flexhinm_jax.methods import Method
+from flexhinm_jax.methods.base import check_method
+from flexhinm_jax.tracing import meshes
+from flexhinm_jax.tracing.tree import Leaves
+from flexhinm_jax.types import State, Stats, Use, Uses
+
+#: Weights in one vmapped call; more are split, so that memory stays bounded.
+MAX_STACK_WEIGHTS = 1 << 24
+
+Progress = Callable[[int, int], None]
+
+
+def method_for(method: Method, use: Use) -> Method:
+    """The method with the pattern that a rule asks for, if there is one."""
+    return method if use.pattern is None else method.with_pattern(use.pattern)
+
+
+def target_for(method: Method, use: Use, sparsity: Any) -> Any:
+    """The sparsity of one leaf: its own, the common, or none if a rule decides it."""
+    if isinstance(sparsity, Mapping):
+        if use.path not in sparsity:
+            known = ", ".join(map(repr, list(sparsity)[:3])) or "nothing"
+            raise ValueError(
+                f"{use.path}: no sparsity given; the mapping needs every prunable leaf "
+                f"by its path, and has {known} ({len(sparsity)} in all)"
+            )
+        return sparsity[use.path]
+    low, high = method.pattern.sparsity_range()
+    return None if use.pattern is not None and low == high else sparsity
+
+
+def keys_for(key: Array, use: Use) -> Array:
+    """One key per matrix of a leaf, from the path alone."""
+    own = jax.random.fold_in(key, zlib.crc32(use.path.encode()) & 0x7FFFFFFF)
+    shape = use.layout.stack_shape
+    return jax.random.split(own, math.prod(shape)).reshape(shape)
+
+
+def check_targets(sparsity: Any, uses: Uses) -> None:
+    """Raises ValueError for a mapping that names a leaf which does not exist."""
+    if not isinstance(sparsity, Mapping):
+        return
+    leaves = uses.leaves
+    for path in sparsity:
+        if path not in leaves and path not in uses.skipped:
+            near = arguments.nearest(path, leaves)
+            raise ValueError(f"sparsity[{path!r}]: there is no such leaf; {near}")
+
+
+@meshes.under_automatic_axes
+def solve(
+    method: Method,
+    key: Array,
+    params: Any,
+    uses: Uses,
+    stats: Mapping[str, Stats] | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
+    prev: Mapping[str, State] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, State]:
+    """Solves every prunable leaf.
+
+    Args:
+      method: a configuration; a rule's pattern replaces its pattern for that leaf.
+      key: PRNG key, consumed; a leaf uses key and path, nothing else.
+      params: the parameter tree.
+      uses: from `discover`.
+      stats: from `calibrate`; not needed by a method that needs nothing.
+      sparsity: fraction of weights removed, one for all or one per path; None for a
+        pattern that has only one.
+      prev: earlier states: the kept set of every leaf only shrinks.
+      progress: called with (finished, total) leaves.
+
+    Returns:
+      path -> State, arrays with the leading stack axes of the leaf.
+
+    Raises:
+      ValueError: a leaf that the pattern refuses, missing or bad statistics, NaN
+        weights, a target out of range; the message names the leaf.
+    """
+    check_method(method)
+    arguments.key(key)
+    leaves = Leaves.of(params).dense(uses)
+    arguments.concrete(params)
+    check_targets(sparsity, uses)
+    stats = {} if stats is None else stats
+    arguments.by_path(stats, Stats, "stats", "calibrate()")
+    if prev is not None:
+        arguments.by_path(prev, State, "prev", "solve()")
+    tasks = {}
+    for path, use in uses.leaves.items():
+        own, known = method_for(method, use), stats.get(path)
+        target = target_for(own, use, sparsity)
+        like = leaves.like(use)
+        one: Any = jax.ShapeDtypeStruct(like.shape[-2:], like.dtype)
+        own.check(one, known, target, path)
+        meshes.check_finite(leaves.matrix(use), path)
+        if target is not None:
+            target = _spread(target, use)
+        if prev is not None and path not in prev:
+            raise ValueError(
+                f"{path}: in uses but not in prev; pass the states of all leaves"
+            )
+        before = None if prev is None else prev[path]
+        if own.needs == "nothing":
+            known = None
+        weight = functools.partial(leaves.matrix, use)
+        others = keys_for(key, use), known, target, before
+        tasks[path] = Task(own, like, weight, others)
+    states: dict[str, State] = {}
+    for part in in_stacks(_solve, tasks):
+        states |= part
+        if progress is not None:
+            progress(len(states), len(tasks))
+    return {path: states[path] for path in tasks}
+
+
+def _spread(target: Any, use: Use) -> Array:
+    """The target of every matrix of a leaf."""
+    target, shape = jnp.asarray(target, jnp.float32), use.layout.stack_shape
+    if target.shape not in ((), shape):
+        raise ValueError(
+            f"{use.path}: sparsity of shape {target.shape}; give one number, {{leaf "
+            f"path: number}}, or one per matrix of its stack, shape {shape}"
+        )
+    return jnp.broadcast_to(target, shape)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _solve(method, w, keys, stats, sparsity, prev):
+    one = functools.partial(solve_matrix, method)
+    return jax.vmap(one)(w, keys, stats, sparsity, prev)
+
+
+def solve_matrix(
+    method: Method,
+    w: Array,
+    key: Array,
+    stats: Stats | None,
+    sparsity: Array | None,
+    prev: State | None = None,
+) -> State:
+    """The state of one matrix `[o, i]`; see `Method.solve`."""
+    return method.solve(key, w, stats, sparsity=sparsity, prev=prev)
+
+
+class Task(NamedTuple):
+    """The matrices of one leaf, or of some positions of its stack.
+
+    Attributes:
+      method: what runs on them, with their own pattern.
+      like: shape and dtype of the weight, [*stack, o, i].
+      weight: gives it, when its turn comes: a model is never copied as a whole.
+      others: trees of arrays with the same leading stack axes.
+    """
+
+    method: Method
+    like: Any
+    weight: Callable[[], Any]
+    others: tuple[Any, ...]
+
+
+def in_stacks(
+    run: Callable[..., Any], tasks: Mapping[Any, Task]
+) -> Iterator[dict[Any, Any]]:
+    """Runs `run(method, weight, *others)` once per stack of equal matrices.
+
+    Tasks with one method and equal shapes per matrix share a stack, up to a number of
+    weights; one task is never split.
+
+    Args:
+      run: takes a method and trees of arrays with one leading axis, [matrices, ...].
+      tasks: name -> task.
+
+    Yields:
+      name -> result with the leading stack axes of the task, stack by stack.
+    """
+    groups: dict[Hashable, dict[Any, Task]] = defaultdict(dict)
+    for name, task in tasks.items():
+        groups[_signature(task)][name] = task
+    for group in groups.values():
+        for part in _parts(group):
+            arrays = [_flat(task) for task in part.values()]
+            method = next(iter(part.values())).method
+            stacked = jax.tree.map(lambda *xs: jnp.concatenate(xs), *arrays)
+            del arrays
+            results, end, out = run(method, *stacked), 0, {}
+            for name, task in part.items():
+                *stack, _, _ = task.like.shape
+                start, end = end, end + math.prod(stack)
+                out[name] = jax.tree.map(
+                    lambda x: x[start:end].reshape(*stack, *x.shape[1:]),  # noqa: B023
+                    results,
+                )
+            yield out
+
+
+def _signature(task: Task) -> Hashable:
+    """Method, structure, shapes and dtypes per matrix: equal ones can be stacked."""
+    leaves, structure = jax.tree.flatten((task.like, *task.others))
+    axes = len(task.like.shape) - 2
+    return task.method, structure, tuple((x.shape[axes:], str(x.dtype)) for x in leaves)
+
+
+def _flat(task: Task) -> Any:
+    """The arrays of a task with one leading axis."""
+    axes = len(task.like.shape) - 2
+    arrays = task.weight(), *task.others
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), arrays)
+
+
+def _parts(group: dict[Any, Task]) -> Iterator[dict[Any, Task]]:
+    """Whole tasks, as many as fit into `MAX_STACK_WEIGHTS`, at least one."""
+    part: dict[Any, Task] = {}
+    filled = 0
+    for name, task in group.items():
+        size = math.prod(task.like.shape)
+        if part and filled + size > MAX_STACK_WEIGHTS:
+            yield part
+            part, filled = {}, 0
+        part[name], filled = task, filled + size
+    yield part

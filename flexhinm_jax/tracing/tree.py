@@ -1,0 +1,104 @@
+"""One tree of parameters: path <-> leaf <-> matrices.
+
+Whatever a call does with a tree (solve, decide, densify, pack, report) it does leaf by
+leaf, by path. `Leaves` is that view: built once per call and handed on.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexhinm_jax import arguments
+from flexhinm_jax.paths import is_packed, leaf_paths
+from flexhinm_jax.tracing.views import matrix
+from flexhinm_jax.types import Use, Uses
+
+
+@jax.tree_util.register_pytree_node_class
+class Leaves(Mapping[str, Any]):
+    """The leaves of a tree by normalised path, in the order of `jax.tree.leaves`.
+
+    A mapping path -> leaf, and a pytree of these leaves. A packed weight is one leaf.
+    Functions that take parameters take their `Leaves` as well.
+    """
+
+    def __init__(self, by_path: dict[str, Any], structure: Any):
+        """Takes the parts of a tree; `of` takes a tree."""
+        self.by_path, self.structure = by_path, structure
+
+    @classmethod
+    def of(cls, params: Any) -> "Leaves":
+        """The leaves of a tree, dense, abstract or packed; `Leaves` stay as they are.
+
+        Raises:
+          ValueError: two leaves have the same normalised path.
+        """
+        if isinstance(params, Leaves):
+            return params
+        leaves, structure = jax.tree.flatten(params, is_leaf=is_packed)
+        return cls(dict(zip(leaf_paths(params), leaves, strict=True)), structure)
+
+    def __getitem__(self, path: str) -> Any:
+        """The leaf."""
+        return self.by_path[path]
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths."""
+        return iter(self.by_path)
+
+    def __len__(self) -> int:
+        """Number of leaves."""
+        return len(self.by_path)
+
+    def tree_flatten(self) -> tuple[list[Any], tuple]:
+        """(leaves, paths and structure)."""
+        return list(self.by_path.values()), (tuple(self.by_path), self.structure)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple, leaves: Any) -> "Leaves":
+        """The inverse of `tree_flatten`."""
+        paths, structure = static
+        return cls(dict(zip(paths, leaves, strict=True)), structure)
+
+    def dense(self, uses: Uses) -> "Leaves":
+        """These leaves, after checking that every prunable one is here and dense.
+
+        Raises:
+          ValueError: uses of another kind, a leaf that is missing, packed or of another
+            shape; the message names it.
+        """
+        arguments.found(uses)
+        for path, leaf in self.items():
+            if is_packed(leaf):
+                raise ValueError(
+                    f"{path}: is packed; pass the dense parameters, such as "
+                    "result.params"
+                )
+        for path, use in uses.leaves.items():
+            if path not in self:
+                raise ValueError(
+                    f"{path}: in uses but not in params; pass the uses that discover() "
+                    "returned for these params"
+                )
+            shape = tuple(np.shape(self[path]))
+            if shape != use.layout.shape:
+                raise ValueError(
+                    f"{path}: shape {shape}, but uses were discovered "
+                    f"for {use.layout.shape}; run discover() again"
+                )
+        return self
+
+    def matrix(self, use: Use) -> Any:
+        """The leaf of a use as its matrices, [*stack, o, i]."""
+        return matrix(self[use.path], use.layout)
+
+    def like(self, use: Use) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of `matrix`."""
+        shape = *use.layout.stack_shape, *use.layout.matrix_shape
+        return jax.ShapeDtypeStruct(shape, self[use.path].dtype)
+
+    def tree(self, changed: Mapping[str, Any] | None = None) -> Any:
+        """The tree, with other leaves at some paths."""
+        return self.structure.unflatten((self.by_path | dict(changed or {})).values())
