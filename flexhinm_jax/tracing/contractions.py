@@ -21,8 +21,20 @@ from flexhinm_jax.tracing.views import Atom, Dims, View
 from flexhinm_jax.types import AxisFactor, Layout, PackedWeight
 
 
+class Followed:
+    """A value of the walk that still is what became of leaves.
+
+    Attributes:
+      dense: computes the value; called only where a dense value is needed.
+      tracked: the leaves.
+    """
+
+    dense: Callable[[], Any]
+    tracked: "tuple[Tracked, ...]"
+
+
 @dataclasses.dataclass(frozen=True)
-class Tracked:
+class Tracked(Followed):
     """A parameter leaf inside the walk.
 
     Attributes:
@@ -40,6 +52,11 @@ class Tracked:
     dense: Callable[[], Any]
     packed: PackedWeight | None = None
     left: tuple[AxisFactor, ...] = ()
+
+    @property
+    def tracked(self) -> "tuple[Tracked, ...]":
+        """The leaf."""
+        return (self,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +217,8 @@ RESHAPES = frozenset(("reshape", "squeeze"))
 
 
 def plain(values: Sequence[Any]) -> list[Any]:
-    """The values with every tracked leaf made dense."""
-    return [v.dense() if isinstance(v, Tracked) else v for v in values]
+    """The values with everything followed made dense."""
+    return [v.dense() if isinstance(v, Followed) else v for v in values]
 
 
 def ordered(atoms: list[Atom]) -> list[Atom]:
@@ -220,7 +237,7 @@ def match(eqn: Any, operands: list) -> Product | Stop:
     Returns:
       The product, or the reason why the leaf is not the matrix of one.
     """
-    if sum(isinstance(v, Tracked) for v in operands) > 1:
+    if sum(isinstance(v, Followed) for v in operands) > 1:
         kind = Kind.AUXILIARY if is_vector(eqn, operands) else Kind.PRODUCT
         return Stop("contracted with another parameter", kind)
     product = MATCHERS[eqn.primitive.name](eqn, operands)
@@ -241,6 +258,8 @@ def match(eqn: Any, operands: list) -> Product | Stop:
 def is_vector(eqn: Any, operands: list) -> bool:
     """Whether an operand of a product of two leaves is one vector or a row of one."""
     if eqn.primitive.name != "dot_general":
+        return False
+    if not all(isinstance(v, Tracked) for v in operands):
         return False
     contracted = eqn.params["dimension_numbers"][0]
     for v, axes in zip(operands, contracted, strict=True):

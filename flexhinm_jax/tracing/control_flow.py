@@ -16,7 +16,7 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
 from flexhinm_jax.tracing import jax_versions, views
-from flexhinm_jax.tracing.contractions import Tracked, plain
+from flexhinm_jax.tracing.contractions import Followed, Tracked, plain
 from flexhinm_jax.tracing.stops import Body, Stop
 
 Result = tuple[list[Any], Any]
@@ -64,7 +64,7 @@ class Carry:
         jaxpr = jax_versions.opened(body)[0]
         self.init = init
         self.fixed = [
-            isinstance(v, Tracked) and jaxpr.outvars[k] is jaxpr.invars[offset + k]
+            isinstance(v, Followed) and jaxpr.outvars[k] is jaxpr.invars[offset + k]
             for k, v in enumerate(init)
         ]
 
@@ -72,7 +72,8 @@ class Carry:
     def changed(self) -> list[Tracked]:
         """Leaves that the body replaces."""
         pairs = zip(self.init, self.fixed, strict=True)
-        return [v for v, fixed in pairs if isinstance(v, Tracked) and not fixed]
+        lost = [v for v, fixed in pairs if isinstance(v, Followed) and not fixed]
+        return [leaf for v in lost for leaf in v.tracked]
 
     def moving(self, values: Sequence[Any]) -> list[Any]:
         """The dense values that change from step to step."""
@@ -111,7 +112,7 @@ def visit_while(
         return on, moving, state
 
     moving, fixed = carry.moving(operands[last:]), carry.join(operands[last:])
-    if any(isinstance(v, Tracked) for v in [*operands[:first], *fixed]):
+    if any(isinstance(v, Followed) for v in [*operands[:first], *fixed]):
         on, state = test(moving, state)
         start = on, moving, state
         _, moving, state = lax.while_loop(lambda loop: loop[0], tested_turn, start)
@@ -133,8 +134,9 @@ def visit_scan(
     for v in carry.changed:
         visitor.stop(where, v, CHANGED)
     for x in xs:
-        if isinstance(x, Tracked) and not scannable(x):
-            visitor.stop(where, x, PARTLY_SCANNED)
+        if isinstance(x, Followed) and not scannable(x):
+            for leaf in x.tracked:
+                visitor.stop(where, leaf, PARTLY_SCANNED)
 
     def step(loop: Any, scanned: Any) -> Any:
         k, slices = scanned
@@ -151,8 +153,10 @@ def visit_scan(
     return [*carry.join(moved), *ys], state
 
 
-def scannable(x: Tracked) -> bool:
+def scannable(x: Followed) -> bool:
     """Whether the first axis of a leaf is one whole factor, or a unit axis."""
+    if not isinstance(x, Tracked):
+        return False
     dim = x.view.dims[0]
     return not dim or (len(dim) == 1 and dim[0].whole and dim[0].axis != views.REPEAT)
 
@@ -166,7 +170,7 @@ def is_stacked(x: Tracked) -> bool:
 def scanned_arrays(x: Any) -> Any:
     """What lax.scan slices for a scanned operand; None for a packed unit stack."""
     if not isinstance(x, Tracked):
-        return x
+        return plain([x])[0]
     if x.packed is not None and scannable(x) and not x.view.dims[0]:
         return None
     if x.packed is not None and is_stacked(x):
@@ -201,9 +205,9 @@ def visit_barrier(
 ) -> Result:
     """An optimization barrier holds back the values that are not tracked."""
     del visitor, where, sub
-    others = [v for v in operands if not isinstance(v, Tracked)]
+    others = [v for v in operands if not isinstance(v, Followed)]
     held = iter(lax.optimization_barrier(others) if others else ())
-    return [v if isinstance(v, Tracked) else next(held) for v in operands], state
+    return [v if isinstance(v, Followed) else next(held) for v in operands], state
 
 
 def visit_shard_map(
@@ -213,14 +217,14 @@ def visit_shard_map(
     p, names = eqn.params, jax_versions.manual_axes(eqn.params)
     values = list(operands)
     for k, (v, spec) in enumerate(zip(operands, p["in_specs"], strict=True)):
-        if not isinstance(v, Tracked):
+        if not isinstance(v, Followed):
             continue
         split_over = [axis for axis in spec if axis is not None]
-        if split_over or not p["check_vma"]:
-            over = (
-                f"over mesh axes {split_over}" if split_over else "with check_vma=False"
-            )
-            visitor.stop(where, v, Stop(f"inside a shard_map {over}"))
+        if split_over or not p["check_vma"] or not isinstance(v, Tracked):
+            over = "with check_vma=False" if not p["check_vma"] else ""
+            over = f"over mesh axes {split_over}" if split_over else over
+            for leaf in v.tracked:
+                visitor.stop(where, leaf, Stop(f"inside a shard_map {over}".strip()))
             values[k] = v.dense()
     if not any(isinstance(v, Tracked) for v in values):
         outs = jax_versions.bind(eqn, values)

@@ -13,10 +13,15 @@ import numpy as np
 
 from flexhinm_jax.paths import is_packed
 from flexhinm_jax.tracing import stops, views
-from flexhinm_jax.tracing.contractions import Product, Tracked, transposed
+from flexhinm_jax.tracing.contractions import (
+    Followed,
+    Product,
+    Tracked,
+    transposed,
+)
 from flexhinm_jax.tracing.dependence import Dependence, dependence
 from flexhinm_jax.tracing.program import Program, is_array, run
-from flexhinm_jax.tracing.stops import Kind, Stop, Where
+from flexhinm_jax.tracing.stops import Kind, Part, Stop, Where
 from flexhinm_jax.tracing.values import ALIASES, Numbering
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Layout, Use
@@ -93,7 +98,7 @@ class Finder(Visitor):
         self.stops: dict[str, set[Where]] = {}
         self.added: dict[str, dict[Where, str]] = {}
         self.products: dict[Where, Product] = {}
-        self.results: dict[int, tuple[Where, tuple[Any, ...]]] = {}
+        self.results: dict[int, tuple[tuple[Where, ...], tuple[Any, ...]]] = {}
         self.numbering = Numbering()
 
     def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
@@ -104,7 +109,7 @@ class Finder(Visitor):
             self.stop(where, product.weight, SCALED)
             return None, state
         readings = [self.reading(p, where) for p in product.readings()]
-        auxiliary = not any(self.dependence[where])
+        auxiliary = not any(self.dependence[stops.equation(where)])
         self.found[path, where] = Contraction(path, where, readings, auxiliary)
         self.products[where] = product
         return None, state
@@ -132,20 +137,32 @@ class Finder(Visitor):
 
     def bound(self, where: Where, eqn: Any, operands: list, results: list) -> None:
         """Follows values through casts and finds the biases."""
-        tracked = [v for v in operands if isinstance(v, Tracked)]
+        followed = [k for k, v in enumerate(operands) if isinstance(v, Followed)]
         name = eqn.primitive.name
-        if where in self.products:
-            self.remember(results[0], where, ())
-        elif not tracked:
+        if products := self.products_at(where):
+            self.remember(results[0], products, ())
+        elif not followed:
             self.numbering.computed(eqn, operands, results)
             if name == "transpose" or name in ALIASES:
-                at, moves = self.results.get(id(operands[0]), (None, ()))
-                if at is not None:
-                    self.remember(results[0], at, (*moves, eqn))
-        elif name == "add" and len(tracked) == 1:
-            other = operands[1] if operands[0] is tracked[0] else operands[0]
-            if id(other) in self.results:
-                self.add(tracked[0], where, *self.results[id(other)])
+                products, moves = self.results.get(id(operands[0]), ((), ()))
+                if products:
+                    self.remember(results[0], products, (*moves, eqn))
+        elif name == "add" and len(followed) == 1:
+            (k,) = followed
+            products, moves = self.results.get(id(operands[1 - k]), ((), ()))
+            leaves = operands[k].tracked
+            if len(leaves) == len(products):
+                for leaf, at in zip(leaves, products, strict=True):
+                    self.add(leaf, where, at, moves)
+
+    def products_at(self, where: Where) -> tuple[Where, ...]:
+        """The products of one equation; of joined leaves only if all parts are one."""
+        if where in self.products:
+            return (where,)
+        parts: list[Where] = []
+        while (*where, Part(len(parts))) in self.products:
+            parts.append((*where, Part(len(parts))))
+        return tuple(parts)
 
     def add(
         self, leaf: Tracked, where: Where, at: Where, moves: tuple[Any, ...]
@@ -167,10 +184,10 @@ class Finder(Visitor):
         other = self.stops[reading.bias] - {w for w, to in added.items() if to == path}
         return None if other else reading.bias
 
-    def remember(self, value: Any, where: Where, moves: tuple[Any, ...]) -> None:
-        """Notes that `value` is the result at `where` after these equations."""
+    def remember(self, value: Any, products: tuple, moves: tuple) -> None:
+        """Notes that `value` is the result of products after these equations."""
         self.numbering.alive.append(value)
-        self.results[id(value)] = where, moves
+        self.results[id(value)] = products, moves
 
     def looked_up(self, path: str) -> bool:
         """Whether rows of a leaf are read as from an embedding."""

@@ -34,6 +34,17 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
+def with_shapes(eqn: Any, operands: Sequence[Any]) -> Any:
+    """The same equation for operands of other shapes.
+
+    Args:
+      eqn: equation of a jaxpr.
+      operands: one array or `jax.ShapeDtypeStruct` per input.
+    """
+    traced = jax.make_jaxpr(lambda *xs: bind(eqn, xs))(*operands)
+    return opened(traced)[0].eqns[-1]
+
+
 class context:  # noqa: N801
     """Context with the mesh, compute type and source location of an equation."""
 

@@ -43,6 +43,21 @@ class Body(NamedTuple):
     number: int = 0
 
 
+class Part(NamedTuple):
+    """The part of a position that tells the products of one equation apart.
+
+    Attributes:
+      number: of the leaf, among those that the program put side by side.
+    """
+
+    number: int
+
+
+def equation(where: Where) -> Where:
+    """The position of the equation of a product."""
+    return where[:-1] if isinstance(where[-1], Part) else where
+
+
 def context(where: Where) -> Where:
     """The innermost body at a position; two positions in one body run together."""
     bodies = [k for k, step in enumerate(where) if isinstance(step, Body)]

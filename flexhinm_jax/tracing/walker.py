@@ -17,10 +17,18 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from flexhinm_jax.tracing import control_flow, jax_versions, views
+from flexhinm_jax.tracing import control_flow, jax_versions, joined, views
 from flexhinm_jax.tracing.changes import change
-from flexhinm_jax.tracing.contractions import MATCHERS, Product, Tracked, match, plain
-from flexhinm_jax.tracing.stops import LOOKUP, Kind, Stop, Where
+from flexhinm_jax.tracing.contractions import (
+    MATCHERS,
+    Followed,
+    Product,
+    Tracked,
+    match,
+    plain,
+)
+from flexhinm_jax.tracing.joined import Joined
+from flexhinm_jax.tracing.stops import LOOKUP, Kind, Part, Stop, Where
 
 
 class Visitor:
@@ -79,7 +87,7 @@ def walk(
 
     for k, eqn in enumerate(body.eqns):
         values, here = [read(v) for v in eqn.invars], (*where, k)
-        if any(isinstance(v, Tracked) for v in values):
+        if any(isinstance(v, Followed) for v in values):
             outs, state = visit(eqn, values, visitor, state, here)
         else:
             outs = jax_versions.bind(eqn, values)
@@ -109,44 +117,100 @@ def visit(
     if rule is not None and not params.get("branches_platforms"):
         return rule(eqn, operands, visitor, state, where, sub)
     if name in MATCHERS:
-        product = match(eqn, operands)
-        if isinstance(product, Stop):
-            reason = product
-        else:
-            y, state = visitor.product(where, product, state)
-            if y is None:
-                outs = jax_versions.bind(eqn, plain(operands))
-            else:
-                outs = [y.astype(product.result.dtype)]
-            visitor.bound(where, eqn, operands, outs)
-            return outs, state
-    elif name in KEPT:
+        return multiply(eqn, operands, visitor, state, where)
+    if name in KEPT:
         kind = "custom_jvp" if "jvp" in name else "custom_vjp"
         function = jax_versions.function_name(params)
         reason = Stop(
             f"inside a {kind} function '{function}': its derivative rule is kept"
         )
     else:
-        outs = relayout(eqn, operands) or changed(eqn, operands, visitor, where)
+        outs = (
+            joined.join(eqn, operands)
+            or relayout(eqn, operands)
+            or changed(eqn, operands, visitor, where)
+        )
         if outs is not None:
             return outs, state
         reason = Stop(f"stopped at '{name}'", Kind.PRIMITIVE)
         reason = LOOKUP if name == "gather" else reason
+    return stopped(eqn, operands, visitor, state, where, reason)
+
+
+def stopped(
+    eqn: Any, operands: list, visitor: Visitor, state: Any, where: Where, reason: Stop
+) -> tuple[list[Any], Any]:
+    """Runs an equation on dense values: (outputs, state)."""
     for v in operands:
-        if isinstance(v, Tracked):
-            visitor.stop(where, v, reason)
+        for leaf in v.tracked if isinstance(v, Followed) else ():
+            visitor.stop(where, leaf, reason)
     outs = jax_versions.bind(eqn, plain(operands))
     visitor.bound(where, eqn, operands, outs)
     return outs, state
 
 
-def relayout(eqn: Any, operands: list) -> list[Tracked] | None:
-    """The outputs of a layout primitive on a tracked leaf, None for any other."""
+def multiply(
+    eqn: Any, operands: list, visitor: Visitor, state: Any, where: Where
+) -> tuple[list[Any], Any]:
+    """Runs a contraction with a followed operand: (outputs, state)."""
+    followed = [k for k, v in enumerate(operands) if isinstance(v, Followed)]
+    if len(followed) == 1 and isinstance(operands[followed[0]], Joined):
+        role = joined.role(eqn, followed[0], operands[followed[0]].axis)
+        if role is None:
+            reason = Stop("put beside other leaves, then contracted", Kind.PRODUCT)
+            return stopped(eqn, operands, visitor, state, where, reason)
+        return multiply_parts(eqn, operands, visitor, state, where, role)
+    product = match(eqn, operands)
+    if isinstance(product, Stop):
+        return stopped(eqn, operands, visitor, state, where, product)
+    y, state = visitor.product(where, product, state)
+    if y is None:
+        outs = jax_versions.bind(eqn, plain(operands))
+    else:
+        outs = [y.astype(product.result.dtype)]
+    visitor.bound(where, eqn, operands, outs)
+    return outs, state
+
+
+def multiply_parts(
+    eqn: Any,
+    operands: list,
+    visitor: Visitor,
+    state: Any,
+    where: Where,
+    role: joined.Role,
+) -> tuple[list[Any], Any]:
+    """Runs a contraction of joined leaves, leaf by leaf: (outputs, state)."""
+    pieces, results = joined.pieces(eqn, operands, role), []
+    for k, piece in enumerate(pieces):
+        y, at = None, (*where, Part(k))
+        if isinstance(piece.product, Stop):
+            visitor.stop(at, piece.part, piece.product)
+        else:
+            y, state = visitor.product(at, piece.product, state)
+        results.append(y)
+    if all(y is None for y in results):
+        outs = jax_versions.bind(eqn, plain(operands))
+    else:
+        pairs = zip(results, pieces, strict=True)
+        dtype = eqn.outvars[0].aval.dtype
+        parts = [piece.run() if y is None else y.astype(dtype) for y, piece in pairs]
+        outs = [joined.combined(parts, role)]
+    visitor.bound(where, eqn, operands, outs)
+    return outs, state
+
+
+def relayout(eqn: Any, operands: list) -> Sequence[Followed] | None:
+    """The outputs of a layout primitive on followed leaves, None for any other."""
     weight, rest = operands[0], operands[1:]
-    if not isinstance(weight, Tracked) or any(isinstance(v, Tracked) for v in rest):
+    if any(isinstance(v, Followed) for v in rest):
         return None
     shapes = [v.aval.shape for v in eqn.outvars]
     static = [literal(v) for v in rest]
+    if isinstance(weight, Joined):
+        return joined.relayout(eqn, weight, static)
+    if not isinstance(weight, Tracked):
+        return None
     name = eqn.primitive.name
     moved = views.relayout(weight.view, name, eqn.params, shapes, static)
     if moved is None:
@@ -163,10 +227,10 @@ def relayout(eqn: Any, operands: list) -> list[Tracked] | None:
 
 def changed(
     eqn: Any, operands: list, visitor: Visitor, where: Where
-) -> list[Tracked] | None:
+) -> Sequence[Followed] | None:
     """The output of an equation that keeps the zeros of a leaf, None for any other."""
-    tracked = [k for k, v in enumerate(operands) if isinstance(v, Tracked)]
-    matrices = [k for k in tracked if operands[k].view.dims] or tracked
+    followed = [k for k, v in enumerate(operands) if isinstance(v, Followed)]
+    matrices = [k for k in followed if eqn.invars[k].aval.shape] or followed
     if len(matrices) != 1:
         return None
     (k,) = matrices
@@ -176,15 +240,16 @@ def changed(
     step = change(eqn, where, k, others)
     if step is None:
         return None
-    for other in tracked:
-        if other != k:
-            reason = Stop(f"stopped at '{eqn.primitive.name}'", Kind.PRIMITIVE)
-            visitor.stop(where, operands[other], reason)
+    reason = Stop(f"stopped at '{eqn.primitive.name}'", Kind.PRIMITIVE)
+    for leaf in (leaf for n in followed if n != k for leaf in operands[n].tracked):
+        visitor.stop(where, leaf, reason)
 
     def dense() -> Any:
         values = [weight.dense() if n == k else v for n, v in enumerate(others)]
         return jax_versions.bind(eqn, values)[0]
 
+    if isinstance(weight, Joined):
+        return [joined.changed(weight, step, dense)]
     view = weight.view._replace(changes=(*weight.view.changes, step))
     return [dataclasses.replace(weight, view=view, dense=dense)]
 

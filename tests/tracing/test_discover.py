@@ -60,14 +60,14 @@ def test_every_skipped_leaf_has_its_reason():
         "steps": np.zeros((2, 2), np.int32),
         "name": "text",
         "vector": normal(6),
-        "joined": normal(6, 2),
+        "padded": normal(6, 2),
         "position": normal(3, 8),
     }
 
     def apply_fn(p, ids):
         x = p["table"][ids] * p["scale"] + p["position"]
         h = x @ (p["w"] + p["lora_a"] @ p["lora_b"])
-        h = h @ jnp.concatenate([p["joined"], p["joined"]], 1)
+        h = h @ jnp.pad(p["padded"], ((0, 0), (1, 1)))
         return h.sum(-1) + p["vector"] @ jnp.ones(6)
 
     got = reasons(apply_fn, p, np.array([[1, 2, 3]]))
@@ -81,7 +81,7 @@ def test_every_skipped_leaf_has_its_reason():
         "steps": "not floating point (int32)",
         "name": "not an array (str)",
         "vector": "1-D; contracted as a vector",
-        "joined": "stopped at 'concatenate'",
+        "padded": "stopped at 'pad'",
         "position": "stopped at 'add'",
     }
 
