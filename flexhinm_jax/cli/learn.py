@@ -15,6 +15,7 @@ import optax
 from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import options, output, source
 from flexhinm_jax.cli.console import Console
+from flexhinm_jax.io import atomic
 from flexhinm_jax.methods import LearnedMethod, RefineMask
 from flexhinm_jax.methods.gated import Gated
 from flexhinm_jax.pruning import apply, prune, solve
@@ -160,6 +161,11 @@ examples:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
     job = _check(args)
+    with atomic.locked(args.out), atomic.locked(args.resume or args.out):
+        _run(args, job, console)
+
+
+def _run(args: argparse.Namespace, job: Job, console: Console) -> None:
     with console.step("reading the model"):
         model = source.load(args.model)
     result, history = _learn(args, job, model, console)

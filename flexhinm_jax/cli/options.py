@@ -1,13 +1,12 @@
 """What the commands that write a model directory read of their command line alike."""
 
 import argparse
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from flexhinm_jax import patterns
-from flexhinm_jax.io import atomic
+from flexhinm_jax.io import atomic, huggingface
 
 ACTIONS = ("skip", "prune")
 """What a rule may ask for besides a pattern; "prune" takes that of --pattern."""
@@ -22,13 +21,8 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """Refuses an --out that is the model, or that must not be replaced."""
-    here, there = (os.path.realpath(p) for p in (args.model, args.out))
-    if os.path.commonpath([here, there]) in (here, there):
-        raise ValueError(
-            f"--out {args.out} is {args.model}, or one lies inside the other; choose a"
-            " directory beside it"
-        )
+    """Refuses an --out that must not be written, and a model that cannot be copied."""
+    huggingface.check_copy(args.model, args.out)
     atomic.check_directory(args.out, overwrite=args.force)
 
 

@@ -11,6 +11,7 @@ import jax
 from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import allocation, options, output, source, stream
 from flexhinm_jax.cli.console import Console, bytes_text
+from flexhinm_jax.io import atomic
 from flexhinm_jax.pruning import apply, facts, prune, solve
 from flexhinm_jax.pruning.allocate import budgets
 from flexhinm_jax.pruning.share_orders import share_orders
@@ -176,9 +177,15 @@ def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
     decoder = args.model.is_dir() and source.is_decoder(args.model)
     job = _check(args, decoder)
-    if decoder:
-        stream.run(args, console, job.method, job.sparsity, job.rules, job.exceptions)
-        return
+    with atomic.locked(args.out):
+        if decoder:
+            plain = (job.method, job.sparsity, job.rules, job.exceptions)
+            stream.run(args, console, *plain)
+        else:
+            _run_encoder(args, job, console)
+
+
+def _run_encoder(args: argparse.Namespace, job: Job, console: Console) -> None:
     with console.step("reading the model"):
         model = source.load(args.model)
     result, notes = _prune(args, job, model, console)

@@ -1,8 +1,11 @@
-"""Writes that appear whole or not at all.
+"""Writes that appear whole or not at all, by one process at a time.
 
 A writer fills a temporary sibling of its target and renames it at the end. A rename
 inside one file system is atomic, so a reader never sees a half-written file and a
 failure (disk full, interrupt, bad data) leaves nothing behind.
+
+A long run holds the lock of its target from the beginning. The lock belongs to the
+process, so one that was killed leaves a file behind but no lock.
 """
 
 import contextlib
@@ -10,10 +13,92 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["check_directory", "directory", "file", "flush", "os_error", "swap"]
+try:
+    import fcntl
+except ImportError:  # a system without it locks nothing
+    fcntl = None
+
+__all__ = [
+    "InUse",
+    "check_directory",
+    "directory",
+    "file",
+    "flush",
+    "locked",
+    "os_error",
+    "swap",
+]
+
+
+class InUse(OSError):
+    """Another process is writing there."""
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike) -> Iterator[None]:
+    """Keeps other processes from writing `path` while the block runs.
+
+    The lock is a file `.NAME.lock` beside the target, which holds the number of the
+    process. Blocks of one process may be nested.
+
+    Args:
+      path: file or folder, which need not exist; missing parents are created.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      InUse: another process holds the lock; the message names it.
+    """
+    target = Path(os.path.realpath(path))
+    if target in _HELD or fcntl is None:
+        yield
+        return
+    created = [p for p in target.parents if not p.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(f".{target.name}.lock")
+    handle = _taken(lock, path)
+    _HELD.add(target)
+    try:
+        yield
+    finally:
+        _HELD.discard(target)
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+        _remove_empty(created)
+
+
+_HELD: set[Path] = set()
+"""Targets that this process has locked."""
+
+
+def _taken(lock: Path, path: str | os.PathLike) -> int:
+    """Opens and locks a file that holds the number of this process."""
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(handle, 200).decode(errors="replace").strip()
+            os.close(handle)
+            raise InUse(
+                f"{path} is being written by {owner or 'another process'}; wait for"
+                " its end, or choose another name"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        # The owner before may have removed the file between the two lines above.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(lock)):
+                break
+        os.close(handle)
+    os.ftruncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return handle
 
 
 @contextlib.contextmanager
@@ -118,10 +203,15 @@ def _sibling(target: Path) -> Iterator[Path]:
         yield temporary
     except BaseException:
         _remove(temporary)
-        for parent in created:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        _remove_empty(created)
         raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes folders, the innermost first, as far as they are empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def flush(folder: Path) -> None:

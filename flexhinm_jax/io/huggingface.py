@@ -15,7 +15,7 @@ would still hold the unpruned model.
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from flexhinm_jax.io import atomic, shards, tensors
 
 __all__ = [
     "Checkpoint",
-    "check_apart",
+    "check_copy",
     "copy_others",
     "read",
     "read_config",
@@ -103,13 +103,16 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
       FileNotFoundError: there is no such directory or no config in it.
       ValueError: the config is not a JSON object.
     """
-    directory = Path(directory)
+    return shards.read_json(_existing(Path(directory)) / CONFIG)
+
+
+def _existing(directory: Path) -> Path:
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{directory} is not a directory; give the folder that holds {CONFIG} and"
             f" {shards.SINGLE}"
         )
-    return shards.read_json(directory / CONFIG)
+    return directory
 
 
 def write(
@@ -138,7 +141,8 @@ def write(
       FileExistsError: `directory` exists and may not be replaced.
       FileNotFoundError: the source or a part of it is missing.
       ValueError: keys, shapes or dtypes differ from the source, a leaf is packed, tied
-        weights are not equal, or the output is not apart from the source.
+        weights are not equal, the output is not apart from the source, or the source
+        cannot be copied.
       OSError: the disk is full or not writable; nothing is left behind.
     """
     if isinstance(params, Checkpoint):
@@ -150,7 +154,7 @@ def write(
             " its config, tokenizer and shards"
         )
     source = Path(source.directory if isinstance(source, Checkpoint) else source)
-    check_apart(source, Path(directory))
+    check_copy(source, Path(directory))
     config = read_config(source)
     layout = shards.read_index(source)
     arrays = _as_stored(params, layout)
@@ -217,26 +221,65 @@ def _check_tied(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> 
             )
 
 
-def check_apart(source: Path, output: Path) -> None:
-    """Raises ValueError where one directory is the other or lies inside it."""
+def check_copy(source: Path, output: Path) -> None:
+    """Raises what copying a directory would raise, for asking before a computation.
+
+    Args:
+      source: model directory.
+      output: the directory that is going to be written.
+
+    Raises:
+      ValueError: one directory is the other or lies inside it, or the source holds
+        something that is no file, such as a pipe.
+      FileNotFoundError: a link that leads nowhere.
+      PermissionError: a file or folder that may not be read.
+    """
     a, b = Path(os.path.realpath(source)), Path(os.path.realpath(output))
     if a.is_relative_to(b) or b.is_relative_to(a):
         raise ValueError(
             f"{output} is the source {source}, or one lies inside the other; choose an"
             " output directory beside the source"
         )
+    for path in _others(_existing(source)):
+        if path.is_symlink() and not path.exists():
+            raise FileNotFoundError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist; remove"
+                " the link, or download the file again"
+            )
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is no file that can be copied (a pipe, socket or device);"
+                " remove it from the model directory"
+            )
+        if not os.access(path, os.R_OK):
+            raise PermissionError(f"{path} may not be read; give yourself the right to")
 
 
 def copy_others(source: Path, output: Path) -> None:
     """Copies every file that is not a weight file, with its folders."""
-    for folder, folders, names in os.walk(source):
-        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
-        here = output / Path(folder).relative_to(source)
+    for path in _others(source):
+        target = output / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The hub's cache is made of links: copies the file, not the link.
+        shutil.copyfile(path, target)
+
+
+def _others(source: Path) -> Iterator[Path]:
+    """Everything in a directory that is copied beside the weights, in order."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for folder, folders, names in os.walk(source, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        inner = sorted(set(folders) - SKIPPED_FOLDERS)
+        # A link may lead back to a folder above it.
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
+        folders[:] = [name for name in inner if real[name] not in seen]
         for name in sorted(names):
             if not name.endswith(tuple(WEIGHT_SUFFIXES)):
-                here.mkdir(parents=True, exist_ok=True)
-                # The hub's cache is made of links: copies the file, not the link.
-                shutil.copyfile(Path(folder) / name, here / name)
+                yield Path(folder, name)
 
 
 def _check_written(directory: Path, wanted: shards.Index) -> None:

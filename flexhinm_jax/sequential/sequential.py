@@ -17,13 +17,16 @@ The last two fit more and need more tokens: on a small sentence encoder they los
 "seq" at 128 calibration sentences and win from 512 on.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+import jax
 from jax import Array
 
 from flexhinm_jax import arguments
+from flexhinm_jax.io import atomic
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
@@ -85,6 +88,7 @@ def prune_sequential(
       Dense-with-zeros parameters, packed parameters, plans, uses and the report.
 
     Raises:
+      InUse: another process writes the folder of `resume`.
       ValueError: no batches, an unknown target, a method that needs gradients, a leaf
         that does not fit, statistics that are not finite, batches that use different
         weights, or a folder that belongs to another run.
@@ -132,10 +136,13 @@ def prune_sequential(
         token_mask,
         beside=target != "seq",
     )
-    if resume is not None:
-        job.finished = Finished(resume, record(job, target))
-    walk = Walk(job, target, Shelf(memory_limit))
-    plans = walk.run(progress)
+    with contextlib.ExitStack() as stack:
+        if resume is not None:
+            if jax.process_count() == 1:
+                stack.enter_context(atomic.locked(resume))
+            job.finished = Finished(resume, record(job, target))
+        walk = Walk(job, target, Shelf(memory_limit))
+        plans = walk.run(progress)
     return prune.applied(plans, params, uses)
 
 

@@ -144,12 +144,13 @@ def stream(
       ValueError: a directory that is not a supported decoder or is damaged, tokens out
         of range, budgets out of reach, a plan over the limit, NaN (the leaf is named),
         or an `OUT.partial` of another run.
+      InUse: another process writes `out`.
       OSError: no space.
     """
     check_target(target, method)
     check_mode(allocate)
     atomic.check_directory(out, overwrite=overwrite)
-    huggingface.check_apart(Path(directory), Path(out))
+    huggingface.check_copy(Path(directory), Path(out))
     blocks = open_blocks(Path(directory), dtype)
     shards.check_space(Path(out), blocks.index.size - Work.taken(Path(out)))
     setting = Setting(
@@ -173,7 +174,7 @@ def stream(
         planned(plan)
     plan.check()
     work = Work(Path(out), setting)
-    with work.kept(blocks.index.size + plan.on_disk):
+    with atomic.locked(out), work.kept(blocks.index.size + plan.on_disk):
         if allocate != "uniform":
             found = survey(setting, work, plan.shelf, progress)
             setting = dataclasses.replace(setting, targets=found)

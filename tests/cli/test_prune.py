@@ -262,6 +262,28 @@ def test_the_output_must_lie_beside_the_model(
     assert (model_dir / "config.json").exists()
 
 
+def test_a_second_process_is_refused_before_it_reads_the_model(
+    prune, tmp_path, capsys, monkeypatch
+):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(source, "load", None)
+    with open(tmp_path / ".out.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 123 on elsewhere")
+        lock.flush()
+        assert prune() == 2
+    assert "out is being written by process 123 on elsewhere" in error_line(capsys)
+
+
+def test_a_source_that_cannot_be_copied_is_refused_before_it_is_read(
+    prune, model_dir, capsys, monkeypatch
+):
+    monkeypatch.setattr(source, "load", None)
+    (model_dir / "vocab.txt").symlink_to(model_dir / "gone")
+    assert prune() == 2
+    assert "vocab.txt is a link to" in error_line(capsys)
+
+
 def test_another_kind_of_model_is_refused_by_name(prune, model_dir, capsys):
     config = json.loads((model_dir / "config.json").read_text())
     (model_dir / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))

@@ -1,9 +1,14 @@
+import contextlib
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
 from flexhinm_jax.io import atomic
+
+fcntl = pytest.importorskip("fcntl")
 
 
 def disk_full():
@@ -104,3 +109,62 @@ def test_the_old_directory_returns_when_the_last_rename_fails(tmp_path, monkeypa
             (temporary / "config.json").write_text("new")
     assert (target / "config.json").read_text() == "old"
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.fixture
+def owned(tmp_path):
+    """A target whose lock somebody else holds."""
+    lock = tmp_path / ".out.lock"
+    with open(lock, "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        f.write("process 123 on elsewhere\n")
+        f.flush()
+        yield tmp_path / "out"
+
+
+def test_a_second_process_is_told_who_writes(owned):
+    with (
+        pytest.raises(atomic.InUse, match="out is being written by process 123 on els"),
+        atomic.locked(owned),
+    ):
+        raise AssertionError("both have the lock")
+    assert (owned.parent / ".out.lock").exists()  # it is not ours to remove
+
+
+def test_a_lock_names_its_process_and_goes_with_it(tmp_path):
+    target = tmp_path / "new" / "out"
+    with atomic.locked(target), atomic.locked(target):  # of one process: nested
+        text = (tmp_path / "new" / ".out.lock").read_text()
+        assert text.startswith(f"process {os.getpid()} on ")
+        with pytest.raises(BlockingIOError), open(tmp_path / "new" / ".out.lock") as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert list(tmp_path.iterdir()) == []
+    with contextlib.suppress(ZeroDivisionError), atomic.locked(target):
+        target.mkdir()
+        raise ZeroDivisionError
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
+
+
+def test_a_lock_ends_with_a_process_that_was_killed(tmp_path):
+    code = (
+        "import sys; from flexhinm_jax.io import atomic\n"
+        "with atomic.locked(sys.argv[1]): print(1, flush=True); sys.stdin.read()"
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"1\n"
+    with (
+        pytest.raises(atomic.InUse, match=f"written by process {process.pid} on"),
+        atomic.locked(out),
+    ):
+        raise AssertionError("both have the lock")
+    process.kill()
+    process.communicate()
+    assert (tmp_path / ".out.lock").exists()
+    with atomic.locked(out):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -181,6 +181,54 @@ def test_the_source_is_never_written_over(single, place):
     assert listing(single) == before
 
 
+def pipe(folder):
+    os.mkfifo(folder / "queue")
+    return ValueError, r"queue is no file that can be copied \(a pipe"
+
+
+def dangling(folder):
+    (folder / "vocab.txt").symlink_to(folder / "blobs" / "gone")
+    return FileNotFoundError, r"vocab\.txt is a link to .*gone, which does not exist"
+
+
+def unreadable(folder):
+    (folder / "secret.json").write_text("{}")
+    return PermissionError, r"secret\.json may not be read"
+
+
+@pytest.mark.parametrize("trouble", [pipe, dangling, unreadable])
+@pytest.mark.parametrize("place", [".", "1_Pooling"])
+def test_what_cannot_be_copied_is_refused_before_and_not_after(
+    single, tmp_path, monkeypatch, trouble, place
+):
+    checkpoint = huggingface.read(single)
+    error, message = trouble(single / place)
+    # The rights of the one who runs the tests may be those of root.
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "secret" not in os.fspath(path)
+    )
+    before = listing(tmp_path)
+    with pytest.raises(error, match=message):
+        huggingface.check_copy(single, tmp_path / "out")
+    with pytest.raises(error, match=message):
+        huggingface.write(tmp_path / "out", checkpoint)
+    assert listing(tmp_path) == before
+
+
+def test_links_are_followed_once(single, tmp_path):
+    """The hub's cache is made of links; one may lead back to a folder above it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.txt").write_text("a")
+    (single / "more").symlink_to(elsewhere)
+    (single / "b.txt").symlink_to(elsewhere / "a.txt")
+    (single / "1_Pooling" / "up").symlink_to(single)
+    huggingface.write(tmp_path / "out", huggingface.read(single))
+    written = set(listing(tmp_path / "out"))
+    assert {"more/a.txt", "b.txt"} <= written and "1_Pooling/up" not in written
+    assert not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
+
+
 def test_a_full_disk_leaves_nothing_behind(source, tmp_path, monkeypatch):
     checkpoint = huggingface.read(source)
     before = listing(tmp_path)
