@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments, checks
 from flexhinm_jax.kernels.validation import verify_packed, verify_plan
@@ -158,6 +159,11 @@ def block_columns(packed: PackedWeight) -> Array:
     return groups.reshape(*packed.nm_values.shape[:-1], -1)
 
 
+def accumulator(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of sums of products: float32, or that of the factors if wider."""
+    return jnp.result_type(jnp.float32, dtype)
+
+
 def block_product(x: Array, factor: BlockDiagonal | None, axis: int = -1) -> Array:
     """Block-diagonal matrix times x along `axis`; x itself when there is no factor.
 
@@ -167,7 +173,7 @@ def block_product(x: Array, factor: BlockDiagonal | None, axis: int = -1) -> Arr
       axis: the axis to multiply.
 
     Returns:
-      f32 of the shape of x.
+      The shape of x, in the dtype of the accumulator.
     """
     if factor is None:
         return x
@@ -179,7 +185,7 @@ def block_product(x: Array, factor: BlockDiagonal | None, axis: int = -1) -> Arr
         "kab,...kb->...ka",
         factor.blocks,
         x.reshape(*x.shape[:-1], k, b),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=accumulator(jnp.result_type(x, factor.blocks)),
     )
     y = y.reshape(x.shape)
     if factor.order is not None:
@@ -229,5 +235,6 @@ def _unpack(packed: PackedWeight) -> Array:
         return weight
     # S @ right = (right^T @ S^T)^T
     right = None if packed.right is None else packed.right.T
-    weight = block_product(weight.astype(jnp.float32), right, axis=1)
+    weight = weight.astype(accumulator(packed.dtype))
+    weight = block_product(weight, right, axis=1)
     return block_product(weight, packed.left, axis=0).astype(packed.dtype)

@@ -3,27 +3,30 @@
 What every backend has in common is here: block-diagonal factors, dtypes, leading axes,
 derivatives and batching. A backend sees two axes and a packed matrix, nothing else.
 
-Derivatives are written out, because no kernel has any: with W = left S right,
-dL/dx = dL/dy W in plain XLA and the gradient of the values is gathered from
-dL/dy^T x at the stored positions. So reverse mode works for every backend and forward
-mode for `backend="reference"` alone.
+The sparse core is a primitive, because no kernel has derivatives of its own. It is
+linear in x and linear in the values, so its tangents are products with the same weight
+on the same backend. Its transposes are written out: with respect to x the product with
+the transposed weight in plain XLA, with respect to the values dL/dy^T x gathered at the
+stored positions. A batch of x becomes rows, a batch of weights a loop.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments
 from flexhinm_jax.kernels import backends, reference, xla
 from flexhinm_jax.kernels.backends import Choice
-from flexhinm_jax.kernels.packing import block_product
+from flexhinm_jax.kernels.packing import accumulator, block_product
 from flexhinm_jax.types import PackedWeight
 
 
@@ -37,11 +40,12 @@ def sparse_dot(
 ) -> Array:
     """Computes x @ W^T for a packed W `[o, i]`, or x @ W with `transposed`.
 
-    Differentiable in x and in the values, vmappable over x and over a stack of weights.
+    Differentiable in x and in the values, in forward and in reverse mode and any number
+    of times; vmappable over x and over a stack of weights.
 
     Args:
-      x: [..., i], or [..., o] with `transposed`; any floating dtype, any leading axes,
-        also empty ones.
+      x: [..., i], or [..., o] with `transposed`; any leading axes, also empty ones.
+        Integers and booleans are cast to the dtype of the result.
       packed: one packed matrix.
       transposed: multiply with W instead of its transpose; plain XLA everywhere.
       dtype: dtype of the result; None for what x and the values promote to.
@@ -49,13 +53,12 @@ def sparse_dot(
         "reference" and "xla" force those; "gpu" or the name of a kernel forces it.
 
     Returns:
-      [..., o], or [..., i] with `transposed`, accumulated in float32. In plain XLA a
-      NaN in x makes every output of its row NaN, as in the dense product; a GPU kernel
+      [..., o], or [..., i] with `transposed`, accumulated in float32, or in the
+      wider dtype of x, the values or the result. In plain XLA a NaN in x makes every output of its row NaN, as in the dense product; a GPU kernel
       passes it on to the outputs that store its column.
 
     Raises:
-      ValueError: an inner dimension that does not fit, a dtype that is not floating,
-        a stack of matrices, or derivatives with respect to the values of a prepared
+      ValueError: an inner dimension that does not fit, a stack of matrices, or derivatives with respect to the values of a prepared
         weight, whose layouts an update would leave behind.
       NotImplementedError: a forced backend that cannot serve, with the reason.
 
@@ -69,11 +72,19 @@ def sparse_dot(
       [7.0, 7.0]
     """  # noqa: E501
     _check(x, packed, transposed)
-    compute = jnp.result_type(x.dtype, packed.dtype)
-    dtype = jnp.dtype(dtype or compute)
-    rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), compute)
+    dtype = jnp.dtype(dtype or jnp.result_type(x.dtype, packed.dtype))
+    x = x.astype(_compute_dtype(x.dtype, packed.dtype, dtype))
+    rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
     choice = backends.choose(backend, rows, packed, transposed=transposed)
     return sparse_product(x, packed, transposed=transposed, dtype=dtype, choice=choice)
+
+
+def _compute_dtype(x: DTypeLike, values: DTypeLike, result: DTypeLike) -> jnp.dtype:
+    """The dtype that both factors are cast to before they are multiplied."""
+    whole = not jnp.issubdtype(x, jnp.inexact) and jnp.issubdtype(result, jnp.inexact)
+    if whole or jnp.dtype(result) == jnp.float64:
+        x = result
+    return jnp.result_type(x, values)
 
 
 def _check(x: Array, packed: PackedWeight, transposed: bool) -> None:
@@ -98,10 +109,6 @@ def _check(x: Array, packed: PackedWeight, transposed: bool) -> None:
             f"packed weight [out, in] = {packed.shape}"
             + (" used transposed" if transposed else "")
         )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"sparse_dot: x has dtype {x.dtype}, it must be floating; cast it first"
-        )
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype", "choice"))
@@ -114,143 +121,171 @@ def sparse_product(
     choice: Choice,
 ) -> Array:
     """`sparse_dot` without its checks: one named call in every jaxpr."""
-    compute = jnp.result_type(x.dtype, packed.dtype)
+    compute = x.dtype
     first, last = packed.right, packed.left
     if transposed:
         first = packed.left and packed.left.T
         last = packed.right and packed.right.T
-    lead, x = x.shape[:-1], x.astype(compute)
+    lead = x.shape[:-1]
     x = block_product(x, first).astype(compute)
     x = jnp.reshape(x, (math.prod(lead), x.shape[-1]))
-    given = dtype if last is None else jnp.dtype(jnp.float32)
-    core = dataclasses.replace(packed, left=None, right=None, layout=None)
+    inner = dtype if last is None else accumulator(compute)
+    bare = dataclasses.replace(packed, left=None, right=None, layout=None)
     side = packed.shape[1] if transposed else packed.shape[0]
     if x.shape[0] == 0:
-        y = jnp.zeros((0, side), given)
+        y = jnp.zeros((0, side), inner)
     elif choice.default == "reference":
-        y = _run(choice, transposed, given)(x, core)
+        multiply = reference.matmul_transposed if transposed else reference.matmul
+        y = multiply(x, bare, inner)
     else:
-        y: Any = _core(choice, transposed, given, *_alike(x, *_split(core)))
+        x, bare = _alike(x, bare)
+        y = _bind(x, bare, choice=choice, transposed=transposed, dtype=inner)
     return block_product(y.reshape(*lead, side), last).astype(dtype)
 
 
-Values = tuple[Array, Array]
-
-
-def _split(packed: PackedWeight) -> tuple[Values, PackedWeight]:
-    """The differentiable values, and the rest of a weight."""
-    values = (packed.dense_values, packed.nm_values)
-    return values, dataclasses.replace(packed, dense_values=None, nm_values=None)
-
-
-def _join(values: Values, rest: PackedWeight) -> PackedWeight:
-    return dataclasses.replace(rest, dense_values=values[0], nm_values=values[1])
-
-
-def _alike(x: Array, values: Values, rest: PackedWeight) -> tuple[Any, ...]:
+def _alike(x: Array, packed: PackedWeight) -> tuple[Array, PackedWeight]:
     """The arguments varying over the same manual mesh axes.
 
     Inside a shard_map the gradient of replicated weights is a sum over the axes that
-    shard x: the transpose of the cast, which the derivative rule cannot add itself.
+    shard x: the transpose of the cast, which the rules of the core cannot add.
     """
-    leaves = jax.tree.leaves((x, values, rest))
-    axes = frozenset[str]().union(*map(xla.varying, leaves))
-    if not axes:
-        return x, values, rest
+    axes = frozenset[str]().union(*map(xla.varying, jax.tree.leaves((x, packed))))
 
     def cast(leaf: Array) -> Array:
         missing = tuple(sorted(axes - xla.varying(leaf)))
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
-    return jax.tree.map(cast, (x, values, rest))
+    return jax.tree.map(cast, (x, packed))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _core(
+core = Primitive("packed_product")
+"""x [N, i] times the sparse core: [N, o], or x [N, o] to [N, i] with `transposed`.
+
+Operands are x and the leaves of a packed weight; parameters the `structure` of the
+weight, the `choice` of a program, `transposed`, and the `dtype` of the result.
+"""
+
+VALUES = ("dense_values", "nm_values")
+"""What the core is linear in, besides x."""
+
+
+def _bind(x: Array, packed: PackedWeight, **how: Any) -> Array:
+    leaves, structure = jax.tree.flatten(packed)
+    return core.bind(x, *leaves, structure=structure, **how)
+
+
+def _run(
+    x: Array,
+    *leaves: Array,
+    structure: Any,
     choice: Choice,
     transposed: bool,
     dtype: jnp.dtype,
-    x: Array,
-    values: Values,
-    rest: PackedWeight,
 ) -> Array:
-    """Sparse core on two axes: x [N, i] -> [N, o], or back with `transposed`."""
-    return _run(choice, transposed, dtype)(x, _join(values, rest))
-
-
-def _forward(
-    choice: Choice, transposed: bool, dtype: jnp.dtype, x: Any, values: Any, rest: Any
-) -> tuple[Array, Any]:
-    if jax.tree.leaves(rest.layouts) and any(v.perturbed for v in values):
-        raise ValueError(
-            "sparse_dot: the values of a prepared weight were differentiated, but an "
-            "update would not reach its layouts; differentiate the weight as `pack` "
-            "gives it and call `kernels.prepare` after training"
-        )
-    x, values, rest = jax.tree.map(
-        lambda v: v.value,
-        (x, values, rest),
-        is_leaf=lambda v: hasattr(v, "perturbed"),
-    )
-    return _core(choice, transposed, dtype, x, values, rest), (x, values, rest)
-
-
-def _backward(
-    choice: Choice, transposed: bool, dtype: jnp.dtype, saved: Any, g: Any
-) -> tuple[Any, ...]:
-    del choice, dtype
-    x, values, rest = saved
-    if isinstance(g, jax.custom_derivatives.SymbolicZero):
-        return None, None, None
-    packed = _join(values, rest)
-    g = g.astype(x.dtype)
-    dx = xla.multiply(g, packed, x.dtype, transposed=not transposed)
-    dvalues = xla.gradient_of_values(*((x, g) if not transposed else (g, x)), packed)
-    return dx, dvalues, None
-
-
-_core.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-@functools.cache
-def _run(choice: Choice, transposed: bool, dtype: jnp.dtype) -> Callable[..., Array]:
-    """A function of (x [N, i], packed) that batches by its own rule."""
-    module = reference if choice.default == "reference" else xla
-
     def plain(x: Array, packed: PackedWeight) -> Array:
         x = lax.optimization_barrier(x)  # the test for NaN must not compute it again
-        multiply = module.matmul_transposed if transposed else module.matmul
-        return multiply(x, packed, dtype)
+        return xla.multiply(x, packed, dtype, transposed=transposed)
 
-    if choice.default == "reference":
-        return plain
+    packed = jax.tree.unflatten(structure, leaves)
+    if choice.cuda is None:
+        return plain(x, packed)
+    kernel = backends.registry()[choice.cuda].load().matmul
+    fast = lambda x, packed: kernel(x, packed, dtype)  # noqa: E731
+    if choice.forced:
+        return fast(x, packed)
+    return lax.platform_dependent(x, packed, cuda=fast, default=plain)
 
-    def chosen(x: Array, packed: PackedWeight) -> Array:
-        if choice.cuda is None:
-            return plain(x, packed)
-        kernel = backends.registry()[choice.cuda].load().matmul
-        fast = lambda x, packed: kernel(x, packed, dtype)  # noqa: E731
-        if choice.forced:
-            return fast(x, packed)
-        return lax.platform_dependent(x, packed, cuda=fast, default=plain)
 
-    run = jax.custom_batching.custom_vmap(chosen)
+def _shape(
+    x: Any, *leaves: Any, structure: Any, transposed: bool, dtype: jnp.dtype, **_: Any
+) -> Any:
+    o, i = jax.tree.unflatten(structure, leaves).shape
+    return x.update((x.shape[0], i if transposed else o), dtype, weak_type=False)
 
-    @run.def_vmap
-    def _(size: int, batched: Any, x: Array, packed: PackedWeight) -> tuple:
-        of_x, of_packed = batched[0], jax.tree.leaves(batched[1])
-        if not any(of_packed):  # the batch of x becomes rows
-            y = run(x.reshape(-1, x.shape[-1]), packed)
-            return y.reshape(size, -1, y.shape[-1]), True
-        one = lambda flag, leaf: leaf if flag else None  # noqa: E731
-        moving = jax.tree.map(one, (of_x, batched[1]), (x, packed))
 
-        def entry(moving: Any) -> Array:
-            pick = lambda leaf, here: leaf if here is None else here  # noqa: E731
-            return run(
-                *jax.tree.map(pick, (x, packed), moving, is_leaf=lambda v: v is None)
+def _jvp(primals: Any, tangents: Any, *, structure: Any, **how: Any) -> Any:
+    """d(x @ S^T) = dx @ S^T + x @ dS^T."""
+    (x, *leaves), (dx, *moves) = primals, tangents
+    packed = jax.tree.unflatten(structure, leaves)
+    y, terms = _bind(x, packed, **how), []
+    if not isinstance(dx, ad.Zero):
+        terms.append(_bind(dx, packed, **how))
+    if not all(isinstance(move, ad.Zero) for move in moves):
+        if jax.tree.leaves(packed.layouts):
+            raise ValueError(
+                "sparse_dot: the values of a prepared weight were differentiated, but "
+                "an update would not reach its layouts; differentiate the weight as "
+                "`pack` gives it and call `kernels.prepare` after training"
             )
+        moved = jax.tree.unflatten(structure, moves)
+        turned = {name: ad.instantiate_zeros(getattr(moved, name)) for name in VALUES}
+        terms.append(_bind(x, dataclasses.replace(packed, **turned), **how))
+    return y, functools.reduce(jnp.add, terms)
 
-        return lax.map(entry, moving), True
 
-    return run
+def _transpose(
+    g: Any,
+    x: Any,
+    *leaves: Any,
+    structure: Any,
+    choice: Choice,
+    transposed: bool,
+    dtype: jnp.dtype,
+) -> list[Any]:
+    """The cotangent of x, or of those values that are linear operands."""
+    del choice, dtype
+    linear = [ad.is_undefined_primal(leaf) for leaf in leaves]
+    cotangents: list[Any] = [None] * (1 + len(leaves))
+    if isinstance(g, ad.Zero):
+        return cotangents
+    if ad.is_undefined_primal(x):
+        half = x.aval.dtype
+        packed = jax.tree.unflatten(structure, leaves)
+        how = {"choice": Choice("xla"), "transposed": not transposed, "dtype": half}
+        cotangents[0] = _bind(g.astype(half), packed, **how)
+        return cotangents
+    known = [
+        leaf.aval if free else leaf for leaf, free in zip(leaves, linear, strict=True)
+    ]
+    packed = jax.tree.unflatten(structure, known)
+    places = jax.tree.unflatten(structure, range(len(leaves)))
+    g = g.astype(x.dtype)
+    pair = (g, x) if transposed else (x, g)
+    for name, value in zip(VALUES, xla.gradient_of_values(*pair, packed), strict=True):
+        place = getattr(places, name)
+        if linear[place]:
+            cotangents[1 + place] = value
+    return cotangents
+
+
+def _batch(
+    operands: Sequence[Array], axes: Sequence[int | None], **how: Any
+) -> tuple[Array, int]:
+    """A batch of x becomes rows, one with several weights a loop."""
+    batched = [axis is not None for axis in axes]
+    first = [
+        operand if axis is None else jnp.moveaxis(operand, axis, 0)
+        for operand, axis in zip(operands, axes, strict=True)
+    ]
+    if not any(batched[1:]):
+        x, *leaves = first
+        size, rows, side = x.shape
+        y = core.bind(x.reshape(size * rows, side), *leaves, **how)
+        return y.reshape(size, rows, y.shape[-1]), 0
+
+    def entry(moving: Sequence[Array]) -> Array:
+        rest = iter(moving)
+        return core.bind(
+            *(next(rest) if b else a for a, b in zip(first, batched, strict=True)),
+            **how,
+        )
+
+    return lax.map(entry, [a for a, b in zip(first, batched, strict=True) if b]), 0
+
+
+core.def_impl(_run)
+core.def_abstract_eval(_shape)
+mlir.register_lowering(core, mlir.lower_fun(_run, multiple_results=False))
+ad.primitive_jvps[core] = _jvp
+ad.primitive_transposes[core] = _transpose
+batching.primitive_batchers[core] = _batch

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from flexhinm_jax.kernels.packing import block_columns
+from flexhinm_jax.kernels.packing import accumulator, block_columns
 from flexhinm_jax.types import PackedWeight
 
 
@@ -30,13 +30,13 @@ def prepare(packed: PackedWeight) -> dict[str, Array]:
 
 
 def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
-    """Sparse core: x [N, i] @ S^T -> [N, o], accumulated in float32."""
+    """Sparse core: x [N, i] @ S^T -> [N, o], summed in `accumulator`."""
     y = sum(
         jnp.einsum(
             "ntc,tvc->ntv",
             x[:, index],
             values.astype(x.dtype),
-            preferred_element_type=jnp.float32,
+            preferred_element_type=accumulator(x.dtype),
         )
         for index, values in parts(packed)
     )
@@ -45,16 +45,16 @@ def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
 
 
 def matmul_transposed(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
-    """Sparse core: x [N, o] @ S -> [N, i], accumulated in float32."""
+    """Sparse core: x [N, o] @ S -> [N, i], summed in `accumulator`."""
     t = packed.dense_index.shape[0]
     stored = x[:, packed.out_order].reshape(x.shape[0], t, -1)
-    y = jnp.zeros((x.shape[0], packed.shape[1]), jnp.float32)
+    y = jnp.zeros((x.shape[0], packed.shape[1]), accumulator(x.dtype))
     for index, values in parts(packed):
         part = jnp.einsum(
             "ntv,tvc->ntc",
             stored,
             values.astype(x.dtype),
-            preferred_element_type=jnp.float32,
+            preferred_element_type=accumulator(x.dtype),
         )
         y = y.at[:, index].add(part)
     return spread_nan(x, y.astype(dtype))

@@ -22,6 +22,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from flexhinm_jax.kernels import words
+from flexhinm_jax.kernels.packing import accumulator
 from flexhinm_jax.types import PackedWeight
 
 BLOCK = 8
@@ -78,18 +79,19 @@ def terms_of(packed: PackedWeight) -> Terms:
 
 
 def matmul(x: Array, terms: Terms, dtype: DTypeLike) -> Array:
-    """Sparse core: x [N, i] @ S^T -> [N, o], accumulated in float32.
+    """Sparse core: x [N, i] @ S^T -> [N, o], summed in `accumulator`.
 
     A NaN in x makes every output of its row NaN, as in the dense product.
     """
     rows, half, outputs = x.shape[0], x.dtype, terms.values.shape[1]
     chunk = chunk_of(rows)
     turn = functools.partial(_turned, terms.values[0, 0, 0])
-    x = jnp.pad(x.astype(jnp.float32), ((0, -rows % chunk), (0, 0)))
+    wide = accumulator(half)
+    x = jnp.pad(x.astype(wide), ((0, -rows % chunk), (0, 0)))
     columns = turn(x.reshape(-1, chunk, x.shape[1]))  # [chunks, i, chunk]
     # The columns that no row keeps are never read: a dense product would.
     unknown = jnp.isnan(columns).any(axis=1)
-    start = jnp.where(unknown, jnp.float32(jnp.nan), jnp.float32(0))
+    start = jnp.where(unknown, jnp.nan, 0.0).astype(wide)
     y = turn(_sum(columns, start, terms, half))
     return y.reshape(-1, outputs)[:rows].astype(dtype)
 
@@ -152,7 +154,7 @@ def _sum(columns: Array, start: Array, terms: Terms, half: DTypeLike) -> Array:
     def add(y: Array, first: Array, count: int) -> Array:
         for block in (first + jnp.int32(b) for b in range(count)):
             for k in range(BLOCK):
-                value = one(terms.values, block, k).astype(half).astype(jnp.float32)
+                value = one(terms.values, block, k).astype(half).astype(y.dtype)
                 column = one(terms.columns, block, k).astype(jnp.uint32)
                 y += value[:, None] * rows_of(columns, column)
         return y

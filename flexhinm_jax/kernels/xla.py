@@ -30,7 +30,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from flexhinm_jax.kernels import terms, words
-from flexhinm_jax.kernels.packing import block_columns
+from flexhinm_jax.kernels.packing import accumulator, block_columns
 from flexhinm_jax.kernels.reference import spread_nan
 from flexhinm_jax.kernels.terms import rows_of
 from flexhinm_jax.types import PackedWeight
@@ -102,7 +102,7 @@ def slots_of(packed: PackedWeight) -> Slots:
 
 
 def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
-    """Sparse core: x [N, i] @ S^T -> [N, o], accumulated in float32."""
+    """Sparse core: x [N, i] @ S^T -> [N, o], summed in `accumulator`."""
     # Otherwise what makes x and what reads y would be fused with the gathers and
     # computed once for every time that they read an element.
     x = lax.optimization_barrier(x)
@@ -162,7 +162,7 @@ def _slots(x: Array, packed: PackedWeight, slots: Slots) -> Array:
                 for part, start, end in parts
                 if end > start
             ),
-            start=jnp.zeros((dense.shape[0], x.shape[0]), jnp.float32),
+            start=jnp.zeros((dense.shape[0], x.shape[0]), accumulator(x.dtype)),
         )
         return None, y
 
@@ -186,7 +186,7 @@ def _stored(packed: PackedWeight, slots: Slots) -> tuple[Any, ...]:
 
 
 def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    return jnp.matmul(a, b, preferred_element_type=accumulator(b.dtype))
 
 
 def expand(values: tuple, positions: tuple, n: int, m: int) -> list[Array]:
@@ -215,18 +215,19 @@ def _select(x: Array, packed: PackedWeight, slots: Slots) -> Array:
     t, v, d = packed.dense_values.shape
     n, m, groups = packed.n, packed.m, slots.values[0].shape[-1]
     each = position_of(slots.positions, n, m)
-    ones = jnp.ones((groups, 1), jnp.float32)
+    wide = accumulator(x.dtype)
+    ones = jnp.ones((groups, 1), wide)
 
     def row(x: Array) -> Array:
         gathered = x[slots.index]  # [t, D + m * G]
         slot = gathered[:, d:].reshape(t, m, 1, groups)
-        terms = jnp.zeros((), jnp.float32)
+        terms = jnp.zeros((), wide)
         for k in range(n):
             chosen = slot[:, m - 1]
             for j in range(m - 1):
                 chosen = jnp.where(each[k] == j, slot[:, j], chosen)
-            value = slots.values[k].astype(x.dtype).astype(jnp.float32)
-            terms += value * chosen.astype(jnp.float32)
+            value = slots.values[k].astype(x.dtype).astype(wide)
+            terms += value * chosen.astype(wide)
         # A dot with ones adds vectorised; a reduction inside a fusion does not.
         terms = lax.optimization_barrier(terms).reshape(t * v, groups)
         y = (terms @ ones).reshape(t, v)
@@ -235,7 +236,7 @@ def _select(x: Array, packed: PackedWeight, slots: Slots) -> Array:
                 "tvc,tc->tv",
                 packed.dense_values.astype(x.dtype),
                 gathered[:, :d],
-                preferred_element_type=jnp.float32,
+                preferred_element_type=wide,
             )
         return y.reshape(t * v)[slots.inverse]
 
@@ -255,19 +256,19 @@ def multiply(
 
 
 def matmul_transposed(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
-    """Sparse core: x [N, o] @ S -> [N, i], accumulated in float32."""
+    """Sparse core: x [N, o] @ S -> [N, i], summed in `accumulator`."""
     t, v, _ = packed.dense_values.shape
-    slots = slots_of(packed)
+    slots, wide = slots_of(packed), accumulator(x.dtype)
     rows = x.T[packed.out_order].reshape(t, v, x.shape[0])
 
     def step(y: Array, tile: tuple) -> tuple[Array, None]:
         index, dense, values, positions, rows = tile
         whole = _joined(packed, dense, values, positions).astype(x.dtype)
-        part = jnp.einsum("vc,vn->cn", whole, rows, preferred_element_type=jnp.float32)
+        part = jnp.einsum("vc,vn->cn", whole, rows, preferred_element_type=wide)
         return y.at[index].add(part), None
 
     stored = (*_stored(packed, slots), rows)
-    start = jnp.zeros((packed.shape[1], x.shape[0]), jnp.float32)
+    start = jnp.zeros((packed.shape[1], x.shape[0]), wide)
     if axes := tuple(sorted(varying(x))):  # inside a shard_map
         start = lax.pcast(start, axes, to="varying")
     y = lax.scan(step, start, stored)[0].T.astype(dtype)
@@ -302,7 +303,10 @@ def gradient_of_values(x: Array, g: Array, packed: PackedWeight) -> tuple[Array,
         dense_index, nm_index, position, rows = given
         gathered = columns[jnp.concatenate([dense_index, nm_index])]
         full = jnp.einsum(
-            "vn,cn->vc", rows, gathered, preferred_element_type=jnp.float32
+            "vn,cn->vc",
+            rows,
+            gathered,
+            preferred_element_type=accumulator(x.dtype),
         )
         at = group + position.astype(jnp.int32)
         return full[:, :d], jnp.take_along_axis(full[:, d:], at, axis=1)

@@ -235,7 +235,7 @@ def test_importing_every_kernel_module_leaves_mosaic_alone():
     modules = "expand hopper layouts mma_sp ptx selfcheck support tcgen05 wgmma_sp"
     code = "; ".join(
         ["import sys", "import flexhinm_jax"]
-        + [f"import flexhinm_jax.kernels.gpu_{name}" for name in modules.split()]
+        + [f"import flexhinm_jax.gpu.{name}" for name in modules.split()]
         + [f"print(sorted(set(sys.modules) & set({PRIVATE})))"]
     )
     done = subprocess.run(

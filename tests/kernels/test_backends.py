@@ -159,13 +159,6 @@ def test_second_derivatives_in_reverse_mode():
     np.testing.assert_allclose(twice(f)(x), twice(dense)(x), rtol=1e-4, atol=1e-4)
 
 
-def test_forward_mode_works_on_the_reference_alone():
-    packed, w = pack(fh.FlexHiNM(8))
-    x = normal(2, 32)
-    f = lambda x: fh.sparse_dot(x, packed, backend="reference")  # noqa: E731
-    np.testing.assert_allclose(jax.jvp(f, (x,), (x,))[1], x @ w.T, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("prepare", [kernels.strip, ready])
 def test_vmap_over_inputs_weights_both_and_gradients(prepare):
     pairs = [pack(fh.FlexHiNM(8), seed=s, sparsity=0.6) for s in (0, 1)]
@@ -304,12 +297,6 @@ def test_unknown_and_unavailable_backends_say_why():
                 fh.sparse_dot(x, packed, backend=name)
     with backends.assume(9, 0), pytest.raises(NotImplementedError, match="transposed"):
         fh.sparse_dot(x[:, :16], packed, transposed=True, backend="gpu")
-
-
-def test_an_integer_input_is_refused():
-    packed, _ = pack(fh.NM(2, 4))
-    with pytest.raises(ValueError, match="must be floating; cast it first"):
-        fh.sparse_dot(jnp.ones((3, 32), jnp.int32), packed)
 
 
 class Kernel:
