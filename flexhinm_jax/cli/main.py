@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import flexhinm_jax
-from flexhinm_jax.cli import evaluate, generate, inspect, learn, prune
+from flexhinm_jax.cli import evaluate, generate, importer, inspect, learn, prune
 from flexhinm_jax.cli.console import Console
 
-COMMANDS = (inspect, prune, learn, evaluate, generate)
+COMMANDS = (inspect, prune, learn, evaluate, generate, importer)
 
 # What the library warns of is part of the results: without this it came out twice.
 logging.getLogger("flexhinm_jax").addHandler(logging.NullHandler())

@@ -1,0 +1,63 @@
+"""`flexhinm import`: a GGUF file as a Hugging Face model directory."""
+
+import argparse
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from flexhinm_jax.cli.console import Console, bytes_text
+from flexhinm_jax.io import gguf, shards
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "import",
+        help="turn a GGUF file into a model directory",
+        description=textwrap.dedent(f"""\
+            Writes the model of a GGUF file ({", ".join(gguf.ARCHITECTURES)}) as a
+            Hugging Face directory: config.json, model.safetensors, tokenizer.json.
+            Quantised weights are dequantised. Needs: pip install 'flexhinm_jax[gguf]'
+            """),
+        epilog=textwrap.dedent("""\
+            examples:
+              flexhinm import SmolLM2-135M-Instruct.Q4_1.gguf --out SmolLM2-135M
+              flexhinm import model.gguf --out model --dtype bfloat16
+            """),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE.gguf", help="the file, in one piece")
+    add("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    add(
+        "--dtype",
+        choices=list(gguf.DTYPES),
+        default="float32",
+        help="of the weights written (default: float32)",
+    )
+    add("--overwrite", action="store_true", help="replace an earlier output")
+    add("-q", "--quiet", action="store_true", help="show errors only")
+    add("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Runs the command."""
+    shown = -1
+
+    def tell(done: int, total: int) -> None:
+        nonlocal shown
+        if done * 10 // total > shown:
+            shown = done * 10 // total
+            console.progress(f"{bytes_text(done)} of {bytes_text(total)}")
+
+    out = gguf.convert(
+        args.file,
+        args.out,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        progress=tell,
+    )
+    size = shards.read_index(out).size
+    document = {"file": str(args.file), "out": str(out), "bytes": size}
+    console.result(document, f"{out}: {bytes_text(size)} of {args.dtype} weights")
