@@ -18,7 +18,9 @@ STAMP := $(VENV)/.installed
 TEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help house parity bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-masks bench-scale bench-training install demo distill bench-distill learn-masks train-digits train-bytes test test-all install-next test-next notebooks install-gpu gpu-compile bench-gpu lint format build clean bench bench-report docs
+.PHONY: help house parity install demo distill learn-masks train-digits train-bytes
+.PHONY: test test-all install-next test-next notebooks install-gpu gpu-compile docs
+.PHONY: lint format build clean bench bench-report
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -39,7 +41,8 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Prune a real sentence encoder and print what it cost
 	$(PY) -m train.demo $(ARGS)
 
-house test test-all notebooks bench bench-kernels bench-gyro bench-oneshot bench-minilm bench-peers bench-armor bench-permutation bench-masks bench-scale bench-training bench-distill distill learn-masks train-digits train-bytes: export JAX_PLATFORMS ?= cpu
+house test test-all notebooks bench: export JAX_PLATFORMS ?= cpu
+distill learn-masks train-digits train-bytes: export JAX_PLATFORMS ?= cpu
 
 distill: $(STAMP) ## Prune MiniLM at 2:4 and train it for 8 minutes to embed as before
 	$(PY) -m train.distill $(ARGS)
@@ -74,17 +77,12 @@ test-next: ## Run what depends on versions on a newer Python and the newest jax 
 bench: $(STAMP) ## Run every benchmark this machine can run (ARGS=--list shows them)
 	$(PY) -m bench.run $(ARGS)
 
+# One benchmark: make bench-gyro, make bench-scale ARGS="--only stream"; ARGS=--help
+bench-%: $(STAMP)
+	JAX_PLATFORMS=$${JAX_PLATFORMS-$(if $(filter gpu,$*),,cpu)} $(PY) -m bench.$* $(ARGS)
+
 bench-report: $(STAMP) ## Render bench/RESULTS.md from bench/results/*.json
 	$(PY) -m bench.report $(ARGS)
-
-bench-gyro: $(STAMP) ## Permutation search beside its anchors (ARGS=--quick)
-	$(PY) -m bench.gyro $(ARGS)
-
-bench-oneshot: $(STAMP) ## One-shot pruners and transposable masks beside anchors
-	$(PY) -m bench.oneshot $(ARGS)
-
-bench-minilm: $(STAMP) ## Quality of one-shot pruning on MiniLM, beside its cost
-	$(PY) -m bench.minilm $(ARGS)
 
 PEERS_VENV  ?= .venv-peers
 PEERS_PY    := $(PEERS_VENV)/bin/python
@@ -114,26 +112,6 @@ $(PARITY_STAMP): pyproject.toml
 parity: $(PARITY_STAMP) ## Decoders beside transformers on PyTorch (.venv-parity)
 	JAX_PLATFORMS=cpu $(PARITY_PY) -m tests.models.parity $(ARGS)
 
-bench-armor: $(STAMP) ## Block-diagonal factors around a 2:4 core beside their anchors
-	$(PY) -m bench.armor $(ARGS)
-	$(PY) -m bench.permutation
-
-bench-permutation: $(STAMP) ## Input orders for 2:4: searched, learned (ARGS="--only model")
-	$(PY) -m bench.permutation $(ARGS)
-
-bench-masks: $(STAMP) ## Learned masks: anchors, a layer, memory, MiniLM (ARGS="--part layer")
-	$(PY) -m bench.masks $(ARGS)
-
-bench-scale: $(STAMP) ## Decoders in bounded memory (ARGS="--only block-sparsegpt")
-	$(PY) -m bench.scale $(ARGS)
-
-bench-distill: $(STAMP) ## MiniLM pruned and distilled, fixed masks beside gates
-	$(PY) -m bench.distill $(ARGS)
-
-bench-training: $(STAMP) ## Training overhead, recipes compared, learned masks, bits per byte
-	$(PY) -m bench.training $(ARGS)
-	$(PY) -m bench.comparison
-
 # The GPU kernels need jax >= 0.11.2, so Python >= 3.12, and to compile them offline the
 # matching CUDA plugin and NVIDIA's assembler: an environment of its own, 1.5 GB.
 GPU_VENV := .venv-gpu
@@ -152,12 +130,6 @@ install-gpu: $(GPU_VENV)/.installed ## Make .venv-gpu, in which GPU kernels comp
 
 gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline for four chips (.venv-gpu)
 	JAX_PLATFORMS=cpu $(GPU_PY) -m bench.gpu_compile $(ARGS)
-
-bench-gpu: $(STAMP) ## GPU kernels: numerics, then times where there is a GPU
-	$(PY) -m bench.gpu $(ARGS)
-
-bench-kernels: $(STAMP) ## Packed products on the CPU beside dense ones (ARGS=--only layers)
-	$(PY) -m bench.kernels $(ARGS)
 
 # As for the tests: they compile much and compute little.
 notebooks: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true

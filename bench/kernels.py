@@ -7,34 +7,33 @@ A layer is timed as x @ W.T with W [out, in], as x @ Wt with Wt [in, out], packe
 files hold it, and packed and prepared (`kernels.prepare`). Repetitions are interleaved,
 so other work on the machine meets all programs alike; a ratio is that of the faster
 dense median to the packed median, and of the minima. CPU ratios compare process time,
-which other processes disturb least but which does not see idle cores. Every row names
+which other processes disturb least but which does not see idle cores. Every row keeps
 the form that the product takes (`kernels.xla`).
 """
 
 import argparse
 import functools
-import json
-import os
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 import flexhinm_jax as fh
+from bench import encoder
+from bench.study import Row, Study
 from flexhinm_jax import kernels
 from flexhinm_jax.kernels import xla
 from flexhinm_jax.patterns import FlexHiNM
 
-RESULTS = Path(__file__).parent / "results" / "kernels.json"
 SHAPES = ((1536, 384), (4096, 4096))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SPARSITY = 0.75
+LAYERS = "Packed products on a CPU, FlexHiNM at 75 %"
+MODEL = "MiniLM packed on a CPU, 75 %"
+GOAL = 1.15  # times as fast as dense
 
 
 def times(programs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
@@ -61,13 +60,10 @@ def times(programs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, A
     }
 
 
-def ratios(found: dict[str, Any], name: str) -> dict[str, float]:
+def ratio(found: dict[str, Any], name: str, figure: str = "cpu_ms") -> float:
     """How many times faster than the faster dense layout."""
-    dense = [found[k] for k in found if k.startswith("dense")]
-    return {
-        key: min(d[key] for d in dense) / found[name][key]
-        for key in ("median_ms", "min_ms", "cpu_ms")
-    }
+    dense = min(found[k][figure] for k in found if k.startswith("dense"))
+    return dense / found[name][figure]
 
 
 def pack(shape: tuple[int, int], vector_size: int) -> tuple[Any, Any]:
@@ -79,48 +75,38 @@ def pack(shape: tuple[int, int], vector_size: int) -> tuple[Any, Any]:
     return kernels.pack(plan), plan.weight
 
 
-def layers(
-    vector_size: int, batches: list[int], seconds: float
-) -> list[dict[str, Any]]:
-    rows = []
+def layers(flags: argparse.Namespace) -> Iterator[Row]:
+    """Products of single matrices."""
+    product = jax.jit(functools.partial(fh.sparse_dot, backend="xla"))
     for shape in SHAPES:
-        packed, w = pack(shape, vector_size)
+        packed, w = pack(shape, flags.vector_size)
         ready = kernels.prepare(packed, "xla")
-        wt = jnp.array(w.T)
-        xla = functools.partial(fh.sparse_dot, backend="xla")
         programs = {
             "dense [out, in]": (jax.jit(lambda x, w: x @ w.T), w),
-            "dense [in, out]": (jax.jit(lambda x, w: x @ w), wt),
-            "packed": (jax.jit(xla), packed),
-            "prepared": (jax.jit(xla), ready),
+            "dense [in, out]": (jax.jit(lambda x, w: x @ w), jnp.array(w.T)),
+            "packed": (product, packed),
+            "prepared": (product, ready),
         }
-        for batch in batches:
+        for batch in flags.batches:
             x = jax.random.normal(jax.random.key(2), (batch, shape[1]))
             check(programs, x)
-            found = times(
-                {k: functools.partial(f, x, a) for k, (f, a) in programs.items()},
-                seconds,
-            )
-            rows.append(
-                {
-                    "shape": shape,
-                    "vector_size": vector_size,
-                    "batch": batch,
-                    "bytes": packed.nbytes / w.nbytes,
-                    "prepared_bytes": ready.nbytes / w.nbytes,
-                    "forms": {"packed": form(packed, batch), "prepared": "terms"},
-                    "times": found,
-                    "packed": ratios(found, "packed"),
-                    "prepared": ratios(found, "prepared"),
-                }
-            )
-            show_layer(rows[-1])
-    return rows
-
-
-def form(packed: Any, batch: int) -> str:
-    """Name of the form of a product that is not prepared."""
-    return xla.form_of(batch, jax.eval_shape(xla.slots_of, packed))
+            runs = {k: functools.partial(f, x, a) for k, (f, a) in programs.items()}
+            found = times(runs, flags.seconds)
+            prepared = found["prepared"]["cpu_ms"]
+            dense = ratio(found, "prepared") * prepared
+            more = {
+                "dense / prepared": ratio(found, "prepared"),
+                "dense / packed": ratio(found, "packed"),
+                "packed bytes": packed.nbytes / w.nbytes,
+            }
+            data = {
+                "vector_size": flags.vector_size,
+                "prepared bytes": ready.nbytes / w.nbytes,
+                "form": xla.form_of(batch, jax.eval_shape(xla.slots_of, packed)),
+                "times": found,
+            }
+            what = f"{shape[0]} x {shape[1]}, batch {batch}"
+            yield Row(LAYERS, what, prepared, dense, None, more, data)
 
 
 def check(programs: dict[str, Any], x: jax.Array) -> None:
@@ -131,48 +117,35 @@ def check(programs: dict[str, Any], x: jax.Array) -> None:
         np.testing.assert_allclose(f(x, a), want, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
-def minilm_rows(vector_sizes: tuple[int, ...], seconds: float) -> list[dict[str, Any]]:
-    """Sentences per second of MiniLM, packed and dense, one batch of equal lengths."""
-    from flexhinm_jax.cli import source
-    from flexhinm_jax.models import encoder
-    from train import minilm
-
-    model = source.load(minilm.model_directory())
-    params = jax.tree.map(jnp.asarray, model.params)
-    embed = lambda p, tokens, mask: encoder.embed(p, tokens, mask, model.config)  # noqa: E731
-    rows = []
-    for vector_size in vector_sizes:
-        trees = pruned(embed, params, vector_size)
+def minilm(flags: argparse.Namespace) -> Iterator[Row]:
+    """MiniLM, packed and dense, one batch of equal lengths."""
+    model = encoder.load(1)
+    dense, sparse = jax.jit(model.embed), jax.jit(fh.sparsify(model.embed))
+    for vector_size in (flags.vector_size, 384):
+        trees = pruned(model.embed, model.params, vector_size)
         for sentences, length in ((32, 32), (8, 128)):
             shape = (sentences, length)
             tokens = jax.random.randint(jax.random.key(3), shape, 1000, 30000)
-            mask = jnp.ones(shape, jnp.int32)
-            dense, sparse = jax.jit(embed), jax.jit(fh.sparsify(embed))
+            args = tokens, jnp.ones(shape, jnp.int32)
             runs = {
-                "dense": functools.partial(dense, trees["dense"], tokens, mask),
-                "packed": functools.partial(sparse, trees["packed"], tokens, mask),
-                "prepared": functools.partial(sparse, trees["prepared"], tokens, mask),
+                name: functools.partial(
+                    dense if name == "dense" else sparse, trees[name], *args
+                )
+                for name in ("dense", "packed", "prepared")
             }
             np.testing.assert_allclose(
                 runs["prepared"](), runs["dense"](), rtol=1e-3, atol=1e-3
             )
-            found = times(runs, seconds)
-            rows.append(
-                {
-                    "vector_size": vector_size,
-                    "sentences": sentences,
-                    "tokens": length,
-                    "times": found,
-                    "sentences_per_second": {
-                        k: 1e3 * sentences / v["median_ms"] for k, v in found.items()
-                    },
-                    "packed": ratios(found, "packed"),
-                    "prepared": ratios(found, "prepared"),
-                    "bytes": trees["bytes"],
-                }
-            )
-            show_minilm(rows[-1])
-    return rows
+            found = times(runs, 2 * flags.seconds)
+            value = ratio(found, "prepared")
+            more = {
+                "wall ratio": ratio(found, "prepared", "median_ms"),
+                "ratio of minima": ratio(found, "prepared", "min_ms"),
+                "not prepared": ratio(found, "packed"),
+            }
+            what = f"V={vector_size}, {sentences} x {length} tokens"
+            data = {"times": found, "bytes": trees["bytes"]}
+            yield Row(MODEL, what, value, GOAL, None, more, data)
 
 
 def pruned(embed: Any, params: Any, vector_size: int) -> dict[str, Any]:
@@ -203,64 +176,21 @@ def pruned(embed: Any, params: Any, vector_size: int) -> dict[str, Any]:
     }
 
 
-CONSOLE = Console(width=110)
+STUDY = Study(
+    "kernels",
+    "Packed products, CPU",
+    {"layers": layers, "minilm": minilm},
+    {
+        LAYERS: "CPU milliseconds of a prepared packed product; the anchor is the "
+        "faster dense layout in the same run; a ratio below 1 is faster than dense.",
+        MODEL: "CPU time of the dense model over that of the prepared one, larger is "
+        "better; the anchor is the goal.",
+    },
+)
 
-
-def show_layer(row: dict[str, Any]) -> None:
-    parts = [
-        f"{k} as {row['forms'][k]} {row[k]['median_ms']:.2f} "
-        f"(min {row[k]['min_ms']:.2f}, cpu {row[k]['cpu_ms']:.2f})"
-        for k in ("packed", "prepared")
-    ]
-    best = min(v["min_ms"] for k, v in row["times"].items() if k.startswith("dense"))
-    CONSOLE.print(
-        f"{row['shape']} V={row['vector_size']} batch {row['batch']}: "
-        f"dense {best:.2f} ms | " + " | ".join(parts),
-        soft_wrap=True,
-    )
-
-
-def show_minilm(row: dict[str, Any]) -> None:
-    table = Table(title=f"MiniLM V={row['vector_size']}, {row['sentences']} sentences")
-    for name in ("form", "sentences/s", "ratio", "ratio of minima", "CPU ratio"):
-        table.add_column(name)
-    for k, rate in row["sentences_per_second"].items():
-        r = row.get(k, {"median_ms": 1.0, "min_ms": 1.0, "cpu_ms": 1.0})
-        table.add_row(
-            k,
-            f"{rate:.1f}",
-            *(f"{r[m]:.2f}" for m in ("median_ms", "min_ms", "cpu_ms")),
-        )
-    CONSOLE.print(table)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=("layers", "minilm"))
+if __name__ == "__main__":
+    parser = STUDY.parser(__doc__)
     parser.add_argument("--vector-size", type=int, default=64)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--seconds", type=float, default=3.0, help="per row")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    results = json.loads(args.out.read_text()) if args.out.exists() else {}
-    results["machine"] = {
-        "platform": jax.default_backend(),
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-        "load": os.getloadavg()[0],
-    }
-    if args.only != "minilm":
-        results["layers"] = layers(args.vector_size, args.batches, args.seconds)
-        save(args.out, results)
-    if args.only != "layers":
-        results["minilm"] = minilm_rows((args.vector_size, 384), 2 * args.seconds)
-        save(args.out, results)
-
-
-def save(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    STUDY.main(parser)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
+from bench.study import Row, chosen
 from flexhinm_jax.training import relax
 from flexhinm_jax.training.hyper import hyper_prune
 from train import learn_masks, mask_rows, mask_tasks
@@ -23,8 +25,24 @@ from train.mask_learner import started_at
 
 KEY = 0
 
-#: Part -> the model whose rows it compares.
-MODELS = {"model": "minilm", "longer": "minilm", "bytes": "bytes"}
+IDENTITIES = "Learned masks: identities"
+LAYER = "Learned masks: one layer"
+MEMORY = "Learned masks: memory"
+MODEL = "Learned masks on all-MiniLM-L6-v2"
+HYPER = "HyperPrune and its parts"
+NOISE = "Noise of MaskPro's gradient on the byte decoder"
+BYTE = "Learned masks of the byte decoder"
+
+NOTES = {
+    IDENTITIES: "The anchor is what the figure should be, to the tolerance.",
+    LAYER: "Relative squared output error of one 64 x 64 layer, smaller is better.",
+    MEMORY: "Bytes per weight while learning.",
+    MODEL: "Mean cosine.",
+    f"{MODEL}, longer": "Mean cosine.",
+    BYTE: "Bits per byte, less is better.",
+    HYPER: "Relative squared output error, mean over 8 attention matrices of MiniLM.",
+    NOISE: "Samples on one batch whose mean gradient has as much signal as noise.",
+}
 
 #: Rows of "longer", which is meant for more time than the others get.
 LONGER = ("refine_mask", "refine_mask>maskllm")
@@ -37,8 +55,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no continual term": {"continual": 0.0},
 }
 
-#: The ablations are made on the attention matrices of so many blocks: all of one shape,
-#: because compilation would take most of the time.
+#: The ablations are made on the attention matrices of this many blocks: all of one
+#: shape, because compilation would take most of the time.
 BLOCKS = 2
 
 #: Keeps the dense byte decoder; that of the part "bytes".
@@ -48,28 +66,28 @@ BYTES = Path("out/bench-masks-bytes")
 SAMPLES = 48
 
 
-def rows(part: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The comparison on one model, merged into what is known of it.
+def compared(part: str, model: str, table: str, choices: tuple[str, ...]) -> Any:
+    """A part: the comparison of learned masks on one model."""
 
-    Args:
-      part: of `MODELS`.
-      args: flags of `bench.masks`; `only` names rows, or a part of their text, `out` is
-        the file of the results.
-    """
-    named = args.only.split(",")
-    choices = LONGER if part == "longer" else mask_rows.DEFAULT
-    texts = [row for row in choices if row in named]
-    texts = texts or [row for row in choices if args.only in row]
-    work = args.work if part == "model" else Path(f"{args.work}-{part}")
-    flags = ["--model", MODELS[part], "--methods", ",".join(texts), "--out", str(work)]
-    flags += ["--cpu-seconds", str(args.cpu_seconds)] if not args.minutes else []
-    flags += ["--minutes", str(args.minutes)] if args.minutes else []
-    learn_masks.main([*flags, "--resume", *args.rest])
-    found = json.loads((work / "summary.json").read_text())
-    known = json.loads(args.out.read_text()) if args.out.exists() else {}
-    before = {r["row"]: r for r in known.get(part, {}).get("rows", ())}
-    before |= {r["row"]: r for r in found["rows"]}
-    return found | {"rows": [before[r] for r in choices if r in before]}
+    def rows(flags: argparse.Namespace) -> Iterator[Row]:
+        work = flags.work if part == "model" else Path(f"{flags.work}-{part}")
+        texts = chosen(choices, flags)
+        given = ["--model", model, "--methods", ",".join(texts), "--out", str(work)]
+        budget = ("--minutes", flags.minutes)
+        if flags.minutes is None:
+            budget = ("--cpu-seconds", flags.cpu_seconds)
+        learn_masks.main([*given, *map(str, budget), "--resume"])
+        summary = json.loads((work / "summary.json").read_text())
+        score = "cosine" if model == "minilm" else "bits_per_byte"
+        dense = summary["dense"] | {"row": "dense"} | summary["facts"]
+        for row in [dense, *(r for r in summary["rows"] if r["row"] in texts)]:
+            what, value, seconds = (
+                row.pop(k, None) for k in ("row", score, "cpu_seconds")
+            )
+            more = {"5 % quantile": row.pop("quantile")} if "quantile" in row else {}
+            yield Row(table, what, value, None, seconds, more, row)
+
+    return rows
 
 
 def attention() -> tuple[mask_tasks.Problem, Any, Any]:
@@ -81,10 +99,10 @@ def attention() -> tuple[mask_tasks.Problem, Any, Any]:
     return problem, uses, {path: problem.stats[path] for path in uses.leaves}
 
 
-def hyper() -> list[dict[str, Any]]:
+def hyper(_: argparse.Namespace) -> Iterator[Row]:
     """Error of the outputs, mean over attention matrices of MiniLM."""
     problem, uses, stats = attention()
-    found, wanda = [], mask_rows.ONE_SHOT["wanda"]
+    wanda = mask_rows.ONE_SHOT["wanda"]
     for name, method in {
         "Wanda, the prior": fh.RefineMask(wanda, sweeps=0, weights="dense"),
         "RefineMask": mask_rows.ONE_SHOT["refine_mask"],
@@ -94,48 +112,38 @@ def hyper() -> list[dict[str, Any]]:
         },
     }.items():
         before, key = time.process_time(), jax.random.key(KEY)
-        args = problem.params, uses, stats
-        worse = 0
+        args, worse = (key, problem.params, uses, stats), 0
         if isinstance(method, fh.HyperPrune):
-            learned = hyper_prune(method, key, *args).rows
+            learned = hyper_prune(method, *args).rows
             errors = [r["error"] for r in learned]
             worse = sum(r["error"] > r["prior"] for r in learned)
         else:
-            states = fh.solve(method, key, *args)
-            errors = [float(s.fixed["error"]) for s in states.values()]
-        found.append(
-            {
-                "row": name,
-                "error": float(np.mean(errors)),
-                "worse_than_prior": worse,
-                "cpu_seconds": time.process_time() - before,
-                "errors": errors,
-            }
-        )
-    return found
+            errors = [float(s.fixed["error"]) for s in fh.solve(method, *args).values()]
+        seconds = time.process_time() - before
+        more, data = {"matrices worse than the prior": worse}, {"errors": errors}
+        yield Row(HYPER, name, float(np.mean(errors)), None, seconds, more, data)
 
 
-def noise() -> list[dict[str, Any]]:
+def noise(_: argparse.Namespace) -> Iterator[Row]:
     """How much of MaskPro's gradient is signal, on one batch of the byte decoder.
 
     Two independent means of the gradient estimate its squared length by their product;
-    "steps to see it" is the number of samples whose mean has as much signal as noise.
+    the figure is the number of samples whose mean has as much signal as noise.
     """
     problem = mask_tasks.bytes_decoder(BYTES)
     uses, key = problem.uses, jax.random.key(KEY)
     keeps = mask_rows.one_shot(mask_rows.ONE_SHOT["refine_mask"], key, problem, uses)
     batch = problem.batch_at(0)
-    found = []
     for start in (10.0, 6.0, 3.0):
         method = fh.MaskPro(mask_rows.NM, start=start)
         states = fh.solve(method, key, problem.params, uses, problem.stats)
-        found.append(_noise(method, started_at(method, states, keeps), problem, batch))
-    return found
+        yield samples_needed(method, started_at(method, states, keeps), problem, batch)
 
 
-def _noise(
+def samples_needed(
     method: Any, states: Any, problem: mask_tasks.Problem, batch: Any
-) -> dict[str, Any]:
+) -> Row:
+    """One line."""
     params, uses = problem.params, problem.uses
     base = relax.baseline(method, states, params, uses)
     start = {path: s.learned for path, s in states.items()}
@@ -182,14 +190,22 @@ def _noise(
         halves.append(jax.tree.leaves(total))
     pairs = zip(*halves, strict=True)
     signal = sum(float(jnp.vdot(a, b)) for a, b in pairs) / (SAMPLES / 2) ** 2
-    return {
-        "row": f"start {method.start:g}",
-        "loss": first,
-        "weights_changed": float(drawn[:, 1].mean()),
+    more = {
+        "weights changed": float(drawn[:, 1].mean()),
         "gap": float(gaps.mean()),
-        "gap_deviation": float(gaps.std(ddof=1)),
+        "deviation of the gap": float(gaps.std(ddof=1)),
         "better": float(np.mean(gaps < 0)),
-        "signal": signal,
-        "noise": float(np.mean(squares)),
-        "cpu_seconds_per_sample": seconds / SAMPLES,
     }
+    data = {"loss": first, "signal": signal, "noise": float(np.mean(squares))}
+    samples = data["noise"] / signal if signal > 0 else None
+    what = f"start {method.start:g}"
+    return Row(NOISE, what, samples, None, seconds / SAMPLES, more, data)
+
+
+PARTS = {
+    "model": compared("model", "minilm", MODEL, mask_rows.DEFAULT),
+    "longer": compared("longer", "minilm", f"{MODEL}, longer", LONGER),
+    "bytes": compared("bytes", "bytes", BYTE, mask_rows.DEFAULT),
+    "hyper": hyper,
+    "noise": noise,
+}

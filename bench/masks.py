@@ -1,12 +1,12 @@
 """Learned masks: identities and anchors, one layer, MiniLM, and memory per weight.
 
     make bench-masks                                   # all parts, MiniLM takes hours
-    make bench-masks ARGS="--part figures,layer,memory"
-    make bench-masks ARGS="--part model --only patch --cpu-seconds 300"
-    make bench-masks ARGS="--part model --only 'refine_mask>maskllm'"  # > in quotes
-    make bench-masks ARGS="--part bytes --only wanda,proxsparse --cpu-seconds 60"
-    make bench-masks ARGS="--part longer --cpu-seconds 300"
-    make bench-masks ARGS="--part hyper,noise"         # ablations; MaskPro's gradient
+    make bench-masks ARGS="--only figures,layer,memory"
+    make bench-masks ARGS="--only model --rows patch --cpu-seconds 300"
+    make bench-masks ARGS="--only model --rows 'refine_mask>maskllm'"  # > in quotes
+    make bench-masks ARGS="--only bytes --rows wanda,proxsparse --cpu-seconds 60"
+    make bench-masks ARGS="--only longer --cpu-seconds 300"
+    make bench-masks ARGS="--only hyper,noise"         # ablations; MaskPro's gradient
 
 Figures and layer are beside the anchors of the measurements that the methods were
 built to. The layer is that recipe with inputs of our own: W 64 x 64 and X = Z (I + M /
@@ -20,7 +20,7 @@ import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.table import Table
 
 import flexhinm_jax as fh
 from bench import mask_models
+from bench.mask_models import IDENTITIES, LAYER, MEMORY
+from bench.study import Row, Study, anchors, timed
 from flexhinm_jax.ops import gates, pattern_logits, plackett_luce, prox
 from flexhinm_jax.types import Stats
-from train import log, mask_rows
+from train import mask_rows
 from train.mask_learner import Learner
 
 NM = fh.NM(2, 4)
@@ -52,23 +52,18 @@ PROX = (
     ([0.5, 2, -1, 0.9], 1.0, [0, 2, -1, 0]),
 )
 
-#: row -> error of the reference measurement (or its range over two seeds).
-LAYER = {
-    "magnitude": "0.1291",
-    "wanda": "0.0749",
-    "soft, 6 logits, 600 steps, no prior": "0.0567-0.0569",
-    "soft, 6 logits, 600 steps, magnitude prior": "0.0573-0.0574",
-    "soft, 6 logits, 600 steps, Wanda prior": "0.0565-0.0570",
-    "soft, 4 scores, 600 steps, Wanda prior": "0.0568-0.0571",
-    "straight-through, 600 steps, Wanda prior": "0.0616-0.0646",
-    "soft, 6 logits, 150 steps, Wanda prior": "0.0587-0.0591",
-    "soft, 6 logits, 40 steps, Wanda prior": "0.0621-0.0627",
-    "coordinate descent from Wanda": "0.0552",
-    "coordinate descent from magnitude": "0.0560",
-}
+
+def identity(
+    name: str, value: Any, want: float | None, tolerance: float, **data: Any
+) -> Row:
+    """One line; without `want` the tolerance is a limit from above."""
+    value = float(value)
+    within = value <= tolerance if want is None else abs(value - want) <= tolerance
+    more = {"tolerance": tolerance, "within": bool(within)}
+    return Row(IDENTITIES, name, value, want, None, more, data)
 
 
-def figures() -> list[dict[str, Any]]:
+def figures(_: argparse.Namespace) -> Iterator[Row]:
     """Identities and anchors, each beside what it should be."""
     keys = jax.random.split(jax.random.key(KEY), 5)
     logits = jax.random.normal(keys[0], (64, 64, 6), jnp.float32)
@@ -77,30 +72,29 @@ def figures() -> list[dict[str, Any]]:
         for t in (4.0, 1.0, 0.05)
     ]
     off = max(float(jnp.max(jnp.abs(jnp.sum(s, -1) - 2))) for s in soft)
-    found = [figure("soft groups: largest |sum - 2|", off, 0.0, 1e-6)]
-    found.append(figure("density of samples - identity", *density(keys[2]), 1e-6))
+    yield identity("soft groups: largest |sum - 2|", off, 0.0, 1e-6)
+    yield identity("density of samples - identity", *density(keys[2]), 1e-6)
     prior = pattern_logits.initial(jnp.array([True, True, False, False]), n=2, m=4)
     p = np.sort(np.asarray(jax.nn.softmax(100 * prior)))[::-1]
-    for name, mine, want in (
+    for name, value, want in (
         ("the prior pattern", p[0], 0.832),
         ("a neighbour of it", p[1], 0.041),
         ("its complement", p[5], 0.002),
     ):
-        found.append(figure(f"probability of {name}", mine, want, 5e-4))
-    for z, lam, want in PROX:
-        mine = np.asarray(prox.prox24(jnp.array(z, jnp.float32), lam, sweeps=400))
-        worst = float(np.max(np.abs(mine - want)))
-        found.append(figure(f"prox {z} at {lam}: largest error", worst, 0.0, 1e-6))
+        yield identity(f"probability of {name}", value, want, 5e-4)
+    for z, lam, best in PROX:
+        reached = np.asarray(prox.prox24(jnp.array(z, jnp.float32), lam, sweeps=400))
+        worst = np.max(np.abs(reached - best))
+        yield identity(f"prox {z} at {lam}: largest error", worst, 0.0, 1e-6)
     z = np.random.default_rng(KEY).normal(size=(100_000, 4)).astype(np.float32)
+    run = jax.jit(functools.partial(prox.prox24, sweeps=20))
     for lam, want in FRACTIONS.items():
-        run = jax.jit(functools.partial(prox.prox24, sweeps=20))
-        w = np.asarray(run(z, lam))
-        share = 100 * float(np.mean(np.sum(w != 0, -1) == 2))
-        found.append(figure(f"prox at {lam}: % of groups at 2:4", share, want, 0.3))
-        seconds = cpu(lambda: jax.block_until_ready(run(z, lam)))  # noqa: B023
+        found = timed(functools.partial(run, z, lam), repeats=5)
+        share = 100 * np.mean(np.sum(np.asarray(found.result) != 0, -1) == 2)
+        yield identity(f"prox at {lam}: % of groups at 2:4", share, want, 0.3)
         name = f"prox at {lam}: CPU s of 1e5 groups, 20 sweeps"
-        found.append(figure(name, seconds, None, 0.5))
-    return found + maskpro()
+        yield identity(name, found.median, None, 0.5)
+    yield from maskpro()
 
 
 def density(key: Any) -> tuple[float, float]:
@@ -121,7 +115,7 @@ def density(key: Any) -> tuple[float, float]:
     return float(jnp.mean(mask)), float(0.5 + jnp.mean(gate) / 2)
 
 
-def maskpro() -> list[dict[str, Any]]:
+def maskpro() -> Iterator[Row]:
     """The log-probability of a pair, its gradient, and the sum over all pairs."""
     logits = jnp.array([0.3, -0.2, 0.5, 0.1], jnp.float32)
     pair = jnp.array([True, False, True, False])
@@ -130,33 +124,10 @@ def maskpro() -> list[dict[str, Any]]:
     want = np.array([0.510614, -0.406410, 0.444392, -0.548596])
     table = jnp.asarray(gates.pattern_table(2, 4), bool)
     each = jax.vmap(lambda keep: plackett_luce.log_prob(logits, keep, n=2))(table)
-    worst = float(np.max(np.abs(np.asarray(grad) - want)))
-    return [
-        figure("MaskPro: log-probability", float(value), -1.3293316402, 1e-6),
-        figure("MaskPro: largest error of its gradient", worst, 0.0, 1e-6),
-        figure("MaskPro: sum over six pairs", float(jnp.exp(each).sum()), 1.0, 1e-6),
-    ]
-
-
-def figure(
-    name: str, value: Any, want: float | None, tolerance: float
-) -> dict[str, Any]:
-    """One line; without `want` the tolerance is a limit from above."""
-    value = float(value)
-    fine = value <= tolerance if want is None else abs(value - want) <= tolerance
-    row = {"name": name, "value": value, "want": want, "tolerance": tolerance}
-    return row | {"within": bool(fine)}
-
-
-def cpu(run: Callable[[], Any], times: int = 5) -> float:
-    """Median CPU seconds of a call that is compiled."""
-    run()
-    found = []
-    for _ in range(times):
-        before = time.process_time()
-        run()
-        found.append(time.process_time() - before)
-    return float(np.median(found))
+    worst = np.max(np.abs(np.asarray(grad) - want))
+    yield identity("MaskPro: log-probability", value, -1.3293316402, 1e-6)
+    yield identity("MaskPro: largest error of its gradient", worst, 0.0, 1e-6)
+    yield identity("MaskPro: sum over six pairs", jnp.exp(each).sum(), 1.0, 1e-6)
 
 
 def ones(inputs: int) -> Stats:
@@ -165,7 +136,7 @@ def ones(inputs: int) -> Stats:
     return Stats(jnp.diag(gram), jnp.zeros(inputs), jnp.float32(1), gram)
 
 
-def layer(seed: int) -> tuple[Any, Stats]:
+def layer_of(seed: int) -> tuple[Any, Stats]:
     """The 64 x 64 layer of a seed and its statistics."""
     rng = np.random.default_rng(seed)
     w, z = rng.normal(size=(64, 64)), rng.normal(size=(512, 64))
@@ -237,80 +208,59 @@ def layer_methods() -> dict[str, tuple[Any, int]]:
     }
 
 
-def layer_table(seeds: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
-    """Every row on the layers of all seeds."""
-    found = []
+def layer(_: argparse.Namespace) -> Iterator[Row]:
+    """Every row on the layers of two seeds."""
     for name, (method, steps) in layer_methods().items():
-        errors, seconds = [], []
-        for seed in seeds:
-            w, given = layer(seed)
+        errors = []
+        for seed in (0, 1):
+            w, stats = layer_of(seed)
             key = jax.random.key(seed)
             before = time.process_time()
             if steps:
-                error = learn(method, steps, key, w, given)
+                error = learn(method, steps, key, w, stats)
             else:
-                plan = method.decide(method.solve(key, w, given), w)
-                error = lost(w, jnp.where(plan.support.keep, w, 0), given.gram)
+                plan = method.decide(method.solve(key, w, stats), w)
+                error = lost(w, jnp.where(plan.support.keep, w, 0), stats.gram)
             errors.append(float(error))
-            seconds.append(time.process_time() - before)
-        found.append(
-            {
-                "row": name,
-                "errors": errors,
-                "mean": float(np.mean(errors)),
-                "anchor": LAYER.get(name),
-                "cpu_seconds_compiled": seconds[-1],
-            }
-        )
-    return found
+            seconds = time.process_time() - before  # of the second: compiled
+        known = anchors(f"{LAYER}, reference")
+        more = {"reference": known[name]} if name in known else {}
+        data = {"errors": errors}
+        yield Row(LAYER, name, float(np.mean(errors)), None, seconds, more, data)
 
 
-def memory(side: int = 512) -> list[dict[str, Any]]:
+def memory(_: argparse.Namespace) -> Iterator[Row]:
     """Bytes per prunable weight, of the arrays of a training state."""
-    w = jax.random.normal(jax.random.key(KEY), (side, side), jnp.float32)
-    apply_fn = lambda p, x: x @ p["w"].T  # noqa: E731
-    params = {"w": w}
-    x = jnp.ones((2, side), jnp.float32)
-    uses = fh.discover(apply_fn, params, x)
-    given = {"w": ones(side)}
-    found = []
+    params = {"w": jax.random.normal(jax.random.key(KEY), (512, 512), jnp.float32)}
+    x = jnp.ones((2, 512), jnp.float32)
+    uses = fh.discover(lambda p, x: x @ p["w"].T, params, x)
     learners = dict(mask_rows.LEARNERS)
-    adam = {n: dataclasses.replace(x, optimizer="adam") for n, x in learners.items()}
-    for name, learner in {
-        **learners,
-        **{f"{n}, Adam": x for n, x in adam.items()},
-    }.items():
-        if name.endswith(", Adam") and learners[name[:-6]].optimizer == "adam":
-            continue
-        found.append(bytes_of(name, learner, params, uses, given))
-    theta = fh.HyperPrune(fh.Wanda(NM)).net(jax.random.key(KEY), 6, 6)
-    held = size(theta)
-    row = {"row": "hyperprune (bytes of the net, any model)", "learned": held}
-    return [*found, row | {"gradient": held, "optimizer": 2 * held, "total": 4 * held}]
+    for name, learner in list(learners.items()):
+        if learner.optimizer != "adam":
+            learners[f"{name}, Adam"] = dataclasses.replace(learner, optimizer="adam")
+    for name, learner in learners.items():
+        yield bytes_of(name, learner, params, uses)
+    held = size(fh.HyperPrune(fh.Wanda(NM)).net(jax.random.key(KEY), 6, 6))
+    more = {"learned": held, "gradient": held, "optimizer": 2 * held}
+    yield Row(MEMORY, "hyperprune (bytes of the net, any model)", 4 * held, more=more)
 
 
-def bytes_of(
-    name: str, learner: Learner, params: Any, uses: Any, given: Any
-) -> dict[str, Any]:
+def bytes_of(name: str, learner: Learner, params: Any, uses: Any) -> Row:
     """One line."""
-    method: Any = learner.method
+    method, target = learner.method, None
     if isinstance(method, fh.Patch):
-        method = method.with_pattern(fh.Tiles(128))
-    target = None if not isinstance(method, fh.Patch) else 0.25
-    key = jax.random.key(KEY)
-    states = fh.solve(method, key, params, uses, given, target)
+        method, target = method.with_pattern(fh.Tiles(128)), 0.25
+    key, stats = jax.random.key(KEY), {"w": ones(512)}
+    states = fh.solve(method, key, params, uses, stats, target)
     state = fh.init_training(
         method, params, uses, states, None, key=key, mask_tx=learner.tx()
     )
-    weights = sum(x.size for x in jax.tree.leaves(params))
-    learned = size([s.learned for s in state.states.values()])
-    parts = {
-        "learned": learned / weights,
-        "gradient": learned / weights,
-        "optimizer": size(state.learned_opt) / weights,
-    }
-    fixed = size([s.fixed for s in state.states.values()]) / weights
-    return {"row": name, **parts, "total": sum(parts.values()), "masks": fixed}
+    weights = params["w"].size
+    learned = size([s.learned for s in state.states.values()]) / weights
+    optimizer = size(state.learned_opt) / weights
+    more = {"learned": learned, "gradient": learned, "optimizer": optimizer}
+    data = {"masks": size([s.fixed for s in state.states.values()]) / weights}
+    return Row(MEMORY, name, sum(more.values()), more=more, data=data)
 
 
 def size(tree: Any) -> int:
@@ -318,57 +268,18 @@ def size(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Prints rows as a table."""
-    made = Table(title=title)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    for name in columns:
-        made.add_column(name, no_wrap=name in ("row", "name"))
-    for row in rows:
-        made.add_row(*(text(row.get(name)) for name in columns))
-    Console(width=150).print(made)
+STUDY = Study(
+    "masks",
+    "Learned masks",
+    {"figures": figures, "layer": layer, "memory": memory, **mask_models.PARTS},
+    mask_models.NOTES,
+)
 
-
-def text(value: Any) -> str:
-    """A cell."""
-    if isinstance(value, list):
-        return " ".join(map(text, value))
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else str(value)
-
-
-RUNS: dict[str, Callable[[], Any]] = {
-    "figures": figures,
-    "layer": layer_table,
-    "memory": memory,
-    "hyper": mask_models.hyper,
-    "noise": mask_models.noise,
-}
-PARTS = (*RUNS, *mask_models.MODELS)
-
-
-def main() -> None:
-    """Runs the benchmark; a part that is not run keeps its last result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+if __name__ == "__main__":
+    parser = STUDY.parser(__doc__)
     add = parser.add_argument
-    add("--part", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
-    add("--only", default="", help="rows of the models, or a part of their text")
+    add("--rows", default="", help="of the models, or a part of their text")
     add("--cpu-seconds", type=float, default=1000.0, help="per learned row")
     add("--minutes", type=float, help="wall time per learned row instead")
     add("--work", type=Path, default=Path("out/bench-masks"))
-    add("--out", type=Path, default=Path("bench/results/masks.json"))
-    args, args.rest = parser.parse_known_args()
-    for part in args.part.split(","):
-        if part not in PARTS:
-            raise SystemExit(f"--part {part}: choose from {', '.join(PARTS)}")
-        if part in mask_models.MODELS:
-            found: Any = mask_models.rows(part, args)
-        else:
-            found = RUNS[part]()
-            show(part, found)
-        log.update(args.out, **{part: found, "jax": jax.__version__})
-
-
-if __name__ == "__main__":
-    main()
+    STUDY.main(parser)

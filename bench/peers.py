@@ -13,26 +13,23 @@ and with its default.
 
 import argparse
 import functools
-import json
 import math
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from rich.console import Console
 
 import flexhinm_jax as fh
-from bench import oneshot_inputs as inputs
-from bench.oneshot import FIFTY, RESULTS, relative_error, table
+from bench import inputs
+from bench.oneshot import FIFTY
+from bench.study import Row, Study, timed
 from flexhinm_jax.ops import transport
 
 DAMP = 0.01
+TABLE = "Beside PyTorch"
 
 #: Largest relative difference of the errors, by method.
 TOLERANCE = {"magnitude": 1e-4, "wanda": 1e-4, "ria": 1e-4, "sparsegpt": 0.01}
@@ -222,121 +219,87 @@ PEERS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
-def least(call: Callable[[], Any]) -> tuple[Any, float]:
-    """(result, least CPU seconds of three calls)."""
-    seconds = []
-    for _ in range(3):
-        began = time.process_time()
-        found = call()
-        seconds.append(time.process_time() - began)
-    return found, min(seconds)
-
-
-def torch_times(call: Callable[[], Any], threads: int) -> tuple[Any, dict[str, float]]:
-    """(result, CPU seconds with one thread and with `threads`)."""
-    times = {}
-    for name, count in (("torch 1 thread", 1), ("torch default", threads)):
+def torch_seconds(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """(result, CPU seconds with one thread and with the default number)."""
+    threads, seconds = torch.get_num_threads(), []
+    for count in (1, threads):
         torch.set_num_threads(count)
         with torch.inference_mode():
-            call()
-            found, times[name] = least(call)
-    return found, times
+            found = timed(call)
+        seconds.append(found.least)
+    return found.result, *seconds
 
 
-def ours(call: Callable[[], Any]) -> tuple[Any, float]:
-    """(result, least CPU seconds of three calls after compilation)."""
-    wait = lambda: jax.block_until_ready(call())  # noqa: E731
-    wait()
-    return least(wait)
+def row(
+    what: str, ours: float, theirs: float, seconds: float, peer: tuple, **more: Any
+) -> Row:
+    """One line.
+
+    Raises:
+      SystemExit: the figures do not agree.
+    """
+    ratio, name = ours / theirs, what.split()[0]
+    if abs(ratio - 1) > TOLERANCE[name]:
+        raise SystemExit(f"{what} disagree: {ours:g} and {theirs:g}")
+    _, one, default = peer
+    more = {"error or score, ours / PyTorch": ratio} | more
+    more |= {"PyTorch, default threads": default}
+    data = {"ours": ours, "torch": theirs, "version": torch.__version__}
+    return Row(TABLE, what, seconds, one, None, more, data)
 
 
-def layers(seeds: range, sizes: list[tuple[int, int]], threads: int) -> list[dict]:
+def layers(flags: argparse.Namespace) -> Iterator[Row]:
     """Every method on the calibrated 768 x 768 layers."""
-    found = []
-    for seed in seeds:
-        w, x, _ = inputs.layer(seed)
-        h = x.T.astype(np.float64) @ x
-        stats = fh.Stats(
-            sq_norm=jnp.asarray(np.diag(h), jnp.float32),
-            mean=jnp.asarray(x.mean(0)),
-            count=jnp.float32(len(x)),
-            gram=jnp.asarray(h, jnp.float32),
-        )
+    for seed in range(1 if flags.quick else 3):
+        w, x, _ = inputs.held_out_layer(seed)
+        h, stats = x.T.astype(np.float64) @ x, inputs.statistics(x)
         given = torch.from_numpy(w), torch.from_numpy(h.astype(np.float32))
-        for n, m in sizes:
-            for name, (peer, made) in PEERS.items():
-                method = made(fh.NM(n, m))
+        for n, m in [(2, 4)] if flags.quick else [(2, 4), (4, 8)]:
+            for name, (formula, method_class) in PEERS.items():
+                method = method_class(fh.NM(n, m))
                 run = jax.jit(functools.partial(method.solve, jax.random.key(0)))
-                state, cpu = ours(functools.partial(run, jnp.asarray(w), stats))
-                mine = np.asarray(method.decide(state, jnp.asarray(w)).weight)
-                call = functools.partial(peer, *given, n, m)
-                theirs, times = torch_times(call, threads)
-                errors = [relative_error(w, y, h) for y in (mine, theirs.numpy())]
-                same = np.mean((mine != 0) == (theirs.numpy() != 0))
-                row = {"method": f"{name} {n}:{m}", "seed": seed}
-                row |= {"ours": errors[0], "torch": errors[1]}
-                row |= {"same support": float(same)}
-                row |= {"ratio": errors[0] / errors[1], "ours cpu_s": cpu, **times}
-                # Less error than the formula is not a disagreement of ALPS.
-                gap = abs(row["ratio"] - 1)
-                found.append(row | {"agrees": bool(gap <= TOLERANCE[name])})
-    return found
+                found = timed(functools.partial(run, jnp.asarray(w), stats))
+                plan = method.decide(found.result, jnp.asarray(w))
+                peer = torch_seconds(functools.partial(formula, *given, n, m))
+                both = np.asarray(plan.weight), peer[0].numpy()
+                errors = (inputs.relative_error(w, y, h) for y in both)
+                same = float(np.mean((both[0] != 0) == (both[1] != 0)))
+                what = f"{name} {n}:{m}, seed {seed}"
+                yield row(what, *errors, found.least, peer, **{"same support": same})
 
 
-def masks(size: int, sizes: list[tuple[int, int]], threads: int) -> list[dict]:
-    """The transposable solver on |W| of a size x size matrix, same sweeps."""
-    found = []
-    for n, m in sizes:
-        a = inputs.tiles(inputs.scores(0, size=size), m)
+def masks(flags: argparse.Namespace) -> Iterator[Row]:
+    """The transposable solver on |W| of a 1024 x 1024 matrix, same sweeps."""
+    for n, m in [(4, 8)] if flags.quick else [(4, 8), (16, 32)]:
+        a = inputs.tiles(inputs.scores(0), m)
         solve = jax.jit(
             lambda a, n=n: transport.solve(a, n=n, stages=FIFTY, exchanges=0).keep
         )
-        keep, cpu = ours(functools.partial(solve, jnp.asarray(a)))
-        call = functools.partial(transposable, torch.from_numpy(a), n)
-        peer, times = torch_times(call, threads)
-        sides = [np.asarray(keep), peer.numpy()]
+        found = timed(functools.partial(solve, jnp.asarray(a)))
+        peer = torch_seconds(functools.partial(transposable, torch.from_numpy(a), n))
+        sides = np.asarray(found.result), peer[0].numpy()
         exact = all((s.sum(1) == n).all() and (s.sum(2) == n).all() for s in sides)
-        kept = [
-            float((a * s).sum(dtype=np.float64) / a.sum(dtype=float)) for s in sides
-        ]
-        row = {"method": f"transposable {n}:{m}", "size": size}
-        row |= {"ours": kept[0], "torch": kept[1], "ratio": kept[0] / kept[1]}
-        row |= {"same support": float(np.mean(sides[0] == sides[1]))}
-        row |= {"sums exact": exact, "ours cpu_s": cpu, **times}
-        gap = abs(kept[0] / kept[1] - 1)
-        found.append(row | {"agrees": bool(exact and gap <= TOLERANCE["transposable"])})
-    return found
+        if not exact:
+            raise SystemExit(f"transposable {n}:{m}: a row or column does not keep {n}")
+        total = a.sum(dtype=float)
+        kept = (float((a * s).sum(dtype=np.float64) / total) for s in sides)
+        same = {"same support": float(np.mean(sides[0] == sides[1]))}
+        what = f"transposable {n}:{m}, 1024"
+        yield row(what, *kept, found.least, peer, **same, **{"sums exact": exact})
 
 
-def main() -> int:
-    """Runs, prints and writes `results/peers.json`; 1 where results disagree."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, 2:4 alone")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    flags = parser.parse_args()
-    threads = torch.get_num_threads()
-    sizes = [(2, 4)] if flags.quick else [(2, 4), (4, 8)]
-    results: dict[str, Any] = {
-        "jax": jax.__version__,
-        "torch": torch.__version__,
-        "torch default threads": threads,
-        "layers": layers(range(1 if flags.quick else 3), sizes, threads),
-        "masks": masks(1024, [(4, 8)] if flags.quick else [(4, 8), (16, 32)], threads),
-    }
-    console = Console(width=160)
-    console.print(table("768 x 768 layers: relative squared error", results["layers"]))
-    console.print(table("Transposable: share of |W| kept", results["masks"]))
-    flags.out.mkdir(parents=True, exist_ok=True)
-    path = flags.out / "peers.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"written: {path}")
-    wrong = [
-        r["method"] for r in results["layers"] + results["masks"] if not r["agrees"]
-    ]
-    if wrong:
-        console.print(f"disagree: {', '.join(wrong)}")
-    return 1 if wrong else 0
-
+STUDY = Study(
+    "peers",
+    "Peers",
+    {"layers": layers, "masks": masks},
+    {
+        TABLE: f"CPU seconds after compilation; the anchor is the published formula in "
+        f"PyTorch {torch.__version__} with one thread, in the same run; a ratio below "
+        "1 is faster."
+    },
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = STUDY.parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="one seed, 2:4 alone")
+    STUDY.main(parser)

@@ -5,10 +5,10 @@
     make bench ARGS="--only oneshot,gyro"
     make bench ARGS=--quick                    # the short form, where there is one
 
-A benchmark is a module of this folder that can be started: a new one is found by
-itself. Each runs in a process of its own, prints into out/bench/NAME.log and writes
-bench/results/. One that fails is reported and the others run. At the end
-`bench.report` renders bench/RESULTS.md. Exits with 1 if anything failed.
+A benchmark is a module of this folder with a `Study`: a new one is found by itself.
+Each runs in a process of its own, prints into out/bench/NAME.log and writes
+bench/results/. One that fails is reported and the others run. At the end `bench.report`
+renders bench/RESULTS.md. Exits with 1 if anything failed.
 """
 
 import argparse
@@ -16,33 +16,30 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-BENCH = Path(__file__).parent
-ROOT = BENCH.parent
+from bench import report
+
+ROOT = report.BENCH.parent
 LOGS = ROOT / "out" / "bench"
-
-#: Short ones first; modules that are not listed come after these, by name.
-ORDER = ("oneshot", "gyro", "kernels", "training", "armor", "permutation", "minilm")
-ORDER += ("comparison", "masks", "distill", "peers", "gpu_compile", "gpu")
 
 #: Modules that need an environment of their own, and the target that makes it.
 ENVIRONMENTS = {
     "peers": (".venv-peers", "make bench-peers"),
     "gpu_compile": (".venv-gpu", "make gpu-compile"),
 }
-NEEDS_GPU = {"gpu"}
+SHARED = {"study", "report", "run", "picture", "house"}
 
 
 def benchmarks() -> list[str]:
-    """Names of the modules that can be started, in order."""
-    own = {"run", "report", "picture"}
-    found = [
-        path.stem
-        for path in BENCH.glob("*.py")
-        if path.stem not in own and '__name__ == "__main__"' in path.read_text()
-    ]
-    return sorted(found, key=lambda n: (ORDER.index(n) if n in ORDER else 99, n))
+    """Names of the modules that can be started, in the order of the report."""
+    return sorted(
+        (
+            path.stem
+            for path in report.BENCH.glob("*.py")
+            if path.stem not in SHARED and '__name__ == "__main__"' in path.read_text()
+        ),
+        key=report.place,
+    )
 
 
 def has_gpu() -> bool:
@@ -56,12 +53,12 @@ def has_gpu() -> bool:
 
 def reason_to_skip(name: str, quick: bool) -> str | None:
     """Why a benchmark cannot run here, or None."""
-    if name in NEEDS_GPU and not has_gpu():
+    if name == "gpu" and not has_gpu():
         return "needs an NVIDIA GPU"
     folder, target = ENVIRONMENTS.get(name, (None, None))
     if folder is not None and not (ROOT / folder / "bin" / "python").exists():
         return f"needs {folder}; `{target}` makes it and runs this benchmark"
-    if quick and '"--quick"' not in (BENCH / f"{name}.py").read_text():
+    if quick and '"--quick"' not in (report.BENCH / f"{name}.py").read_text():
         return "has no short form"
     return None
 
@@ -88,8 +85,7 @@ def run(name: str, quick: bool, limit: float | None) -> str:
             return f"STOPPED after {limit:g} s"
     if done.returncode == 0:
         return "done"
-    lines = log.read_text().strip().splitlines()
-    last = lines[-1] if lines else "no output"
+    last = [*log.read_text().splitlines(), "no output"][-2:][0]
     return f"FAILED ({done.returncode}): {last[:120]}; see {log.relative_to(ROOT)}"
 
 
@@ -100,27 +96,27 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="short forms alone")
     parser.add_argument("--limit", type=float, help="seconds for each of them")
     parser.add_argument("--list", action="store_true", help="say what would run")
-    args = parser.parse_args()
+    flags = parser.parse_args()
     known = benchmarks()
-    chosen = args.only.split(",") if args.only else known
+    chosen = flags.only.split(",") if flags.only else known
     unknown = [name for name in chosen if name not in known]
     if unknown:
         parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(known)}")
     failed = 0
     for place, name in enumerate(chosen, start=1):
         head = f"[{place}/{len(chosen)}] {name:12}"
-        skip = reason_to_skip(name, args.quick)
-        if skip is not None or args.list:
+        skip = reason_to_skip(name, flags.quick)
+        if skip is not None or flags.list:
             print(head, f"skipped: {skip}" if skip else "would run", flush=True)
             continue
         print(head, end=" ", flush=True)
         began = time.monotonic()
-        ended = run(name, args.quick, args.limit)
+        ended = run(name, flags.quick, flags.limit)
         print(f"{ended} ({time.monotonic() - began:.0f} s)", flush=True)
         failed += ended != "done"
-    if not args.list:
-        report = [sys.executable, "-m", "bench.report"]
-        failed += subprocess.run(report, cwd=ROOT, check=False).returncode != 0
+    if not flags.list:
+        command = [sys.executable, "-m", "bench.report"]
+        failed += subprocess.run(command, cwd=ROOT, check=False).returncode != 0
     return int(failed > 0)
 
 

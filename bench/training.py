@@ -1,21 +1,18 @@
 """What training with masks costs: steps against dense steps, and the change of a stage.
 
-    python -m bench.training            # both models
-    python -m bench.training --only vit --repeats 10
+    make bench-training
+    make bench-training ARGS="--only vit --repeats 10"
 
 The dense step is the same loss under the same optimiser, jitted alone. Repetitions of
 all variants are interleaved and the median of their CPU seconds is taken, so that a
-busy machine slows all of them alike. Writes bench/results/overhead.json.
+busy machine slows all of them alike.
 """
 
 import argparse
 import dataclasses
 import functools
-import json
-import platform
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,12 +21,14 @@ import numpy as np
 import optax
 
 import flexhinm_jax as fh
+from bench.study import Row, Study
 from flexhinm_jax.models import decoder
 from flexhinm_jax.models.vision import create
 from train import data, language, programs, vision
 
-RESULTS = Path(__file__).parent / "results" / "overhead.json"
-GOALS = {"keep_sparse": 1.05, "flexhinm_gp": 1.25, "stage change, dense steps": 20}
+TABLE = "Training, CPU time over the dense step"
+GOALS = {"keep_sparse": 1.05, "flexhinm_gp": 1.25}
+STAGE_GOAL = 20  # dense steps
 TX = optax.adamw(1e-3)
 KEY = jax.random.key(0)
 
@@ -89,22 +88,19 @@ def byte_lm() -> Case:
     return Case(params, uses, loss_fn, (tokens,), config.vector_size)
 
 
-CASES = {"vit": vit, "byte_lm": byte_lm}
-
-
-def dense(case: Case) -> Callable[[], Any]:
-    """One dense step."""
+def plain(loss_fn: Any, params: Any, tx: Any, batch: Any) -> Callable[[], Any]:
+    """One step of an optimiser."""
     copy = functools.partial(jax.tree.map, lambda x: jnp.array(x, copy=True))
-    carry = [copy(case.params), TX.init(case.params)]
+    carry = [copy(params), tx.init(params)]
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, *batch):
-        loss, grads = jax.value_and_grad(case.loss_fn)(params, *batch)
-        updates, state = TX.update(grads, state, params)
+        loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
+        updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
     def run():
-        *carry[:], loss = step(*carry, *case.batch)
+        *carry[:], loss = step(*carry, *batch)
         return loss
 
     return run
@@ -117,20 +113,7 @@ def kept(case: Case) -> Callable[[], Any]:
     plans = fh.decide(method, states, case.params, case.uses)
     params = fh.densify(plans, case.params, case.uses)
     tx = fh.keep_sparse(TX, fh.keep_tree(plans, params, case.uses))
-    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    carry = [params, tx.init(params)]
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, *batch):
-        loss, grads = jax.value_and_grad(case.loss_fn)(params, *batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    def run():
-        *carry[:], loss = step(*carry, *case.batch)
-        return loss
-
-    return run
+    return plain(case.loss_fn, params, tx, case.batch)
 
 
 def learned(case: Case, method: fh.Method, sparsity: float = 0.5) -> Callable[[], Any]:
@@ -149,92 +132,72 @@ def learned(case: Case, method: fh.Method, sparsity: float = 0.5) -> Callable[[]
 
 
 def stage_change(case: Case) -> float:
-    """CPU seconds of regions and Gyro on all weights, then of a later stage, summed."""
+    """CPU seconds of regions and Gyro on all weights; a later stage's if longer."""
     method = fh.HardConcrete(fh.FlexHiNM(case.vector_size))
-
-    def both(key):
-        first = fh.solve(method, key, case.params, case.uses, sparsity=0.5)
+    solve = functools.partial(fh.solve, method)
+    spent: list[tuple[float, float]] = []
+    for j in range(4):  # the first compiles
+        start, key = time.process_time(), jax.random.key(j)
+        first = solve(key, case.params, case.uses, sparsity=0.5)
         jax.block_until_ready(first)
         middle = time.process_time()
-        second = fh.solve(
-            method, key, case.params, case.uses, sparsity=0.75, prev=first
-        )
-        jax.block_until_ready(second)
-        return middle
-
-    both(KEY)  # compiles
-    spent = []
-    for j in range(3):
-        start = time.process_time()
-        middle = both(jax.random.key(j))
+        later = solve(key, case.params, case.uses, sparsity=0.75, prev=first)
+        jax.block_until_ready(later)
         spent.append((middle - start, time.process_time() - middle))
-    first, later = (sorted(x)[1] for x in zip(*spent, strict=True))
-    return max(first, later)
+    return max(sorted(x)[1] for x in zip(*spent[1:], strict=True))
 
 
-def measure(
-    case: Case, repeats: int, calls: int, chosen: list[str], stages: bool
-) -> dict[str, Any]:
-    """Medians of CPU milliseconds per step, and ratios to the dense step."""
-    flex = fh.FlexHiNM(case.vector_size, permute=None)
-    known = {
-        "dense": lambda: dense(case),
-        "keep_sparse": lambda: kept(case),
-        "magnitude": lambda: learned(case, fh.Magnitude(flex)),
-        "flexhinm_gp": lambda: learned(case, fh.HardConcrete(flex)),
-        "gumbel": lambda: learned(case, fh.GumbelPatterns(flex)),
-    }
-    variants = {name: known[name]() for name in known if name in chosen}
-    spent: dict[str, list[float]] = {name: [] for name in variants}
-    for run in variants.values():
-        for _ in range(3):
-            jax.block_until_ready(run())
-    for _ in range(repeats):
-        for name, run in variants.items():
-            start = time.process_time()
-            for _ in range(calls):
-                loss = run()
-            jax.block_until_ready(loss)
-            spent[name].append((time.process_time() - start) / calls)
-    cost = {name: float(np.median(times)) for name, times in spent.items()}
-    ratio = {name: cost[name] / cost["dense"] for name in cost}
-    found: dict[str, Any] = {
-        "weights": sum(x.size for x in jax.tree.leaves(case.params)),
-        "cpu_ms": {name: round(1e3 * x, 3) for name, x in cost.items()},
-        "ratio": {name: round(x, 3) for name, x in ratio.items()},
-    }
-    if stages:
-        change = stage_change(case)
-        found["stage_change_cpu_s"] = round(change, 3)
-        found["stage_change_dense_steps"] = round(change / cost["dense"], 1)
-    return found
+def costs(make: Callable[[], Case]) -> Callable[[argparse.Namespace], Iterator[Row]]:
+    """A part: one model."""
+
+    def part(flags: argparse.Namespace) -> Iterator[Row]:
+        case, name = make(), make.__name__
+        flex = fh.FlexHiNM(case.vector_size, permute=None)
+        variants = {
+            "dense": plain(case.loss_fn, case.params, TX, case.batch),
+            "keep_sparse": kept(case),
+            "magnitude": learned(case, fh.Magnitude(flex)),
+            "flexhinm_gp": learned(case, fh.HardConcrete(flex)),
+            "gumbel": learned(case, fh.GumbelPatterns(flex)),
+        }
+        spent: dict[str, list[float]] = {variant: [] for variant in variants}
+        for run in variants.values():
+            for _ in range(3):
+                jax.block_until_ready(run())
+        for _ in range(flags.repeats):
+            for variant, run in variants.items():
+                start = time.process_time()
+                for _ in range(flags.calls):
+                    loss = run()
+                jax.block_until_ready(loss)
+                spent[variant].append((time.process_time() - start) / flags.calls)
+        cost = {variant: float(np.median(times)) for variant, times in spent.items()}
+        weights = {"weights": sum(x.size for x in jax.tree.leaves(case.params))}
+        for variant, seconds in cost.items():
+            ratio, more = seconds / cost["dense"], {"CPU ms": 1e3 * seconds}
+            goal = GOALS.get(variant)
+            what = f"{name}: {variant}"
+            yield Row(TABLE, what, ratio, goal, more=more, data=weights)
+        seconds = stage_change(case)
+        steps, what = seconds / cost["dense"], "change of a stage, in dense steps"
+        more = {"CPU ms": 1e3 * seconds}
+        yield Row(TABLE, f"{name}: {what}", steps, STAGE_GOAL, more=more)
+
+    return part
 
 
-def main() -> None:
-    """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default=",".join(CASES), help="models, with commas")
-    parser.add_argument("--repeats", type=int, default=15, help="interleaved rounds")
-    parser.add_argument("--calls", type=int, default=10, help="steps per round")
-    every = "dense,keep_sparse,magnitude,flexhinm_gp,gumbel"
-    parser.add_argument("--variants", default=every, help="kinds of step, with commas")
-    parser.add_argument("--no-stages", action="store_true", help="steps only")
-    args = parser.parse_args()
-    names = args.only.split(",")
-    if unknown := [name for name in names if name not in CASES]:
-        raise SystemExit(f"error: --only {unknown[0]}: choose from {', '.join(CASES)}")
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in names:
-        chosen = ["dense", *args.variants.split(",")]
-        case = CASES[name]()
-        new = measure(case, args.repeats, args.calls, chosen, not args.no_stages)
-        found[name] = found.get(name, {}) | new
-        print(name, json.dumps(new, indent=1), flush=True)
-    found["machine"] = {"jax": jax.__version__, "python": platform.python_version()}
-    found["goals"] = GOALS
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-
+STUDY = Study(
+    "training",
+    "Cost of training",
+    {"byte_lm": costs(byte_lm), "vit": costs(vit)},
+    {
+        TABLE: "Median CPU time relative to the dense step of the same run, smaller is "
+        "better; the anchor is the goal in `bench/training.py`; below 1 meets it."
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    parser = STUDY.parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=15, help="interleaved rounds")
+    parser.add_argument("--calls", type=int, default=10, help="steps per round")
+    STUDY.main(parser)

@@ -1,48 +1,87 @@
-"""The page of measurements shows what the files hold, and nothing else."""
+"""The page of measurements shows what the files hold, and a new file needs no edit."""
 
 import json
 
 import pytest
 
-from bench import figures, report, run
-from bench.tables import Row, Table, markdown
+from bench import figures, report, run, study
 
-RESULTS = report.load()
+ROW = {"table": "t", "what": "speed", "value": 2.0, "command": "make it"}
+
+
+def page(rows):
+    return report.render({"novel": {"title": "Novel", "rows": rows}}, {})
 
 
 def test_the_page_is_what_the_files_of_the_repository_give():
-    want = report.render(RESULTS, figures.captions(report.RESULTS))
+    want = report.render(report.load(), figures.captions(report.RESULTS))
     assert want == report.PAGE.read_text(), "run: make bench-report"
 
 
-@pytest.mark.parametrize("name", sorted(RESULTS.keys() & report.RENDERERS.keys()))
-def test_every_known_file_has_the_form_that_its_renderer_expects(name):
-    page = report.render({name: RESULTS[name]}, [])
-    assert "another form than expected" not in page
+@pytest.mark.parametrize("name", sorted(report.load()))
+def test_every_row_has_the_schema_and_a_name_of_its_own(name):
+    document = report.load()[name]
+    for row in document["rows"]:
+        assert set(row) <= set(study.Row._fields), row["what"]
+        assert {"table", "what", "value", "command"} <= set(row), row["what"]
+        assert row["table"] in document["notes"]
+    names = [(row["table"], row["what"]) for row in document["rows"]]
+    assert len(set(names)) == len(names)
 
 
-def test_a_file_without_renderer_and_a_new_part_are_listed_by_name():
-    page = report.render({"novel": {}, "armor": {"layers": [], "extra": 1}}, [])
-    end = page.split("## Not shown")[1]
-    assert "`novel.json`" in end and "`armor.json`: part `extra`" in end
+@pytest.mark.parametrize("name", sorted(report.load()))
+def test_anchors_of_the_file_are_those_that_rows_were_held_against(name):
+    for row in report.load()[name]["rows"]:
+        known = study.anchors(row["table"]).get(row["what"])
+        assert known in (None, row["anchor"]), row["what"]
 
 
-def test_a_file_of_another_form_does_not_break_the_page():
-    page = report.render({"minilm": {"rows": [{"name": "x"}]}}, [])
-    assert "another form than expected" in page
+def test_a_new_file_is_shown_without_an_edit():
+    shown = page([ROW | {"anchor": 4.0, "seconds": 0.5, "more": {"kept": True}}])
+    assert "| speed | 2 | 4 | 0.5 | yes | 0.5 | `make it` |" in shown
+    assert "## Novel" in shown and "### t" in shown
 
 
-def test_what_a_file_does_not_hold_was_not_measured():
-    page = report.render({}, [])
-    assert page.count("Not measured: no `") == len(report.RENDERERS)
-    table = Table("t", "n", [Row("speed", None, 2.0, None, "make it")])
-    assert "| speed | not measured | 2 |  | `make it` |" in markdown(table)
+def test_a_figure_that_is_not_there_was_not_measured():
+    assert "| speed | not measured | `make it` |" in page([ROW | {"value": None}])
 
 
-def test_times_of_a_gpu_are_shown_beside_the_roofline():
-    times = [{"size": "2:4", "n": 1, "dense": 2e-6, "floor": 1e-6, "expand": 4e-6}]
-    page = report.render({"gpu": {"times": times}}, [])
-    assert "| 2:4, 1 tokens, expand | 4 | 2 | 2 | 0.5 | 0.25 |" in page
+def test_what_is_kept_in_data_is_not_a_column():
+    assert "curve" not in page([ROW | {"data": {"curve": [1, 2]}}])
+
+
+def test_a_row_takes_the_place_of_the_former_one_of_its_name(tmp_path):
+    path, known = (
+        tmp_path / "x.json",
+        study.Study("x", "X", {}, {"t": "less is better"}),
+    )
+    for what, value in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
+        study.merge(path, known, study.Row("t", what, value).document())
+    document = json.loads(path.read_text())
+    assert [(r["what"], r["value"]) for r in document["rows"]] == [
+        ("a", 3.0),
+        ("b", 2.0),
+    ]
+    assert document["notes"] == {"t": "less is better"}
+
+
+def test_a_command_chooses_the_row_and_repeats_the_other_flags(monkeypatch):
+    one = study.Study("x", "X", {"p": list, "q": list}, {}, by_row=True)
+    monkeypatch.setattr("sys.argv", ["x", "--only", "p", "--seconds", "3", "--rows=a"])
+    command = one._command("p", study.Row("t", "a, 8 minutes", 1.0))
+    assert command == 'make bench-x ARGS="--only p --rows a --seconds 3"'
+
+
+def test_a_study_runs_its_parts_and_prints_their_tables(tmp_path, monkeypatch, capsys):
+    parts = {"p": lambda flags: [study.Row("t", "a", 1.0)], "q": list}
+    one, out = study.Study("x", "X", parts, {"t": "note"}), tmp_path / "x.json"
+    monkeypatch.setattr("sys.argv", ["x", "--only", "p", "--out", str(out)])
+    one.main(one.parser("About"))
+    assert "### t\n\nnote\n" in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"][0]["command"].startswith("make bench-x")
+    monkeypatch.setattr("sys.argv", ["x", "--only", "r"])
+    with pytest.raises(SystemExit, match="--only r: choose from p, q"):
+        one.main(one.parser("About"))
 
 
 def test_all_benchmarks_are_found_and_those_without_a_device_skipped(monkeypatch):
@@ -52,8 +91,3 @@ def test_all_benchmarks_are_found_and_those_without_a_device_skipped(monkeypatch
     assert run.reason_to_skip("gpu", False) == "needs an NVIDIA GPU"
     assert run.reason_to_skip("minilm", False) is None
     assert run.reason_to_skip("minilm", True) == "has no short form"
-
-
-def test_the_files_of_results_are_json():
-    for path in report.RESULTS.glob("*.json"):
-        json.loads(path.read_text())

@@ -20,6 +20,7 @@ from flexhinm_jax.methods.base import ScoreMethod
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.methods.magnitude import Magnitude
 from flexhinm_jax.ops import groups, masks, saliency
+from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.types import Plan, State, Stats, Support
 
 
@@ -43,7 +44,7 @@ class Gated(LearnedMethod):
     temperature: tuple[float, float] = (2 / 3, 0.1)
     start: float = 2.0
 
-    adopts_plans: ClassVar[bool] = True
+    accepts: ClassVar[tuple[type[Pattern], ...]] = (Pattern,)
 
     def __post_init__(self):
         """Validates the configuration."""

@@ -26,9 +26,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from flexhinm_jax import arguments
 from flexhinm_jax.methods.reconstruction import Solved
-from flexhinm_jax.methods.wrapper import Nested
+from flexhinm_jax.methods.wrapper import Wrapper
 from flexhinm_jax.ops import (
     descent,
     gates,
@@ -38,7 +37,7 @@ from flexhinm_jax.ops import (
     pattern_logits,
 )
 from flexhinm_jax.ops.grouped_layer import Layer
-from flexhinm_jax.patterns import Pattern
+from flexhinm_jax.patterns import NM, FlexHiNM, HiNM, Pattern
 from flexhinm_jax.types import State, Stats, Support
 
 NEVER = -1e9  # logit of a pattern that an earlier stage has ruled out
@@ -53,7 +52,7 @@ class _Static:
 
 
 @dataclasses.dataclass(frozen=True)
-class HyperPrune(Nested):
+class HyperPrune(Wrapper):
     """Learns the masks of N:M groups with a net; the weights stay as they are.
 
     As a method every matrix has a net of its own. `training.hyper.hyper_prune` shares
@@ -91,7 +90,7 @@ class HyperPrune(Nested):
     cache: int = 1024
     checks: int = 6
 
-    chooses_groups: ClassVar[bool] = True
+    accepts: ClassVar[tuple[type[Pattern], ...]] = (NM, HiNM, FlexHiNM)
 
     def __post_init__(self):
         """Validates the configuration."""
@@ -111,16 +110,16 @@ class HyperPrune(Nested):
     @classmethod
     def fits(cls, pattern: Pattern) -> bool:
         """Patterns with groups, at most 70 choices in each."""
-        if not super().fits(pattern) or pattern.form is None:
+        if not super().fits(pattern):
             return False
-        n, m = pattern.form
-        return math.comb(m, n) <= descent.PATTERNS
+        assert isinstance(pattern, NM | HiNM | FlexHiNM)
+        return math.comb(pattern.m, pattern.n) <= descent.PATTERNS
 
     @property
     def form(self) -> dict[str, int]:
         """The n and m of a group."""
-        assert self.pattern.form is not None
-        return dict(zip(("n", "m"), self.pattern.form, strict=True))
+        assert isinstance(self.pattern, NM | HiNM | FlexHiNM)
+        return {"n": self.pattern.n, "m": self.pattern.m}
 
     def net(self, key: Array, layers: int = 0, components: int = 0) -> hypernet.Theta:
         """The net at its start; without embeddings when there are no layers."""
@@ -133,6 +132,16 @@ class HyperPrune(Nested):
             layers=layers,
             components=components,
         )
+
+    def improve(
+        self,
+        task: gram.Problem,
+        start: Array,
+        support: Support,
+        before: Support | None,
+    ) -> Solved:
+        """Not used: the net needs a key, see `learn`."""
+        raise NotImplementedError
 
     @functools.partial(jax.jit, static_argnums=0)
     def _solve(self, key, w, stats, sparsity, prev):
@@ -368,12 +377,3 @@ class HyperPrune(Nested):
 
         flat = jnp.broadcast_to(live, shape).reshape(-1)
         return hypernet.remember(key, cache, x, flat, place)
-
-
-def check_hyperprune(method: Any) -> None:
-    """Raises ValueError unless the argument is a configured HyperPrune."""
-    if not isinstance(method, HyperPrune):
-        raise ValueError(
-            f"method={arguments.shown(method)}: need HyperPrune(inner), such as "
-            "HyperPrune(Wanda(NM(2, 4)))"
-        )

@@ -20,6 +20,7 @@ from flexhinm_jax.methods.gated import Gated, mean_where, open_groups
 from flexhinm_jax.methods.learned import ScoreFunction
 from flexhinm_jax.methods.wanda import Wanda
 from flexhinm_jax.ops import groups, masks, plackett_luce
+from flexhinm_jax.patterns import NM, FlexHiNM, HiNM, Pattern
 from flexhinm_jax.types import Plan, State, Support
 
 
@@ -43,13 +44,13 @@ class MaskPro(Gated, ScoreFunction):
     temperature: tuple[float, float] = (1.0, 1.0)
     start: float = 10.0
 
-    chooses_groups: ClassVar[bool] = True
+    accepts: ClassVar[tuple[type[Pattern], ...]] = (NM, HiNM, FlexHiNM)
     frozen_weights: ClassVar[bool] = True
 
     def __post_init__(self):
         """Validates the configuration."""
         super().__post_init__()
-        n, _ = self.pattern.form or (1, 1)
+        n = getattr(self.pattern, "n", 1)
         if n > plackett_luce.EXACT:
             raise ValueError(
                 f"{self.pattern}: MaskPro sums over 2^n subsets and stops at n="

@@ -20,7 +20,7 @@ where the paper gives every weight the same share of dense tiles.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,8 @@ class Patch(LearnedMethod):
     @property
     def tiles(self) -> Tiles:
         """The pattern."""
-        return cast(Tiles, self.pattern)
+        assert isinstance(self.pattern, Tiles)
+        return self.pattern
 
     def solve(
         self,

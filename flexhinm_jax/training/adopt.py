@@ -40,7 +40,7 @@ def adopt(
         every group that the gates of the method are for.
     """
     check_method(method)
-    if not method.adopts_plans:
+    if not isinstance(method, Gated):
         raise ValueError(
             f"adopt: {type(method).__name__} has no gates; give HardConcrete, "
             "GumbelPatterns or MaskLLM"
