@@ -22,7 +22,6 @@ from flexhinm_jax.methods import LearnedMethod
 from flexhinm_jax.methods.gated import Gated
 from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.training import resume
-from flexhinm_jax.training.optimizer import KeepSparseState
 from train import log
 from train.recipes import Recipe
 from train.tasks import Task
@@ -266,7 +265,7 @@ class Trainer:
             plans = fh.decide(method, states, params, task.uses)
             keep = fh.keep_tree(plans, params, task.uses)
             params = fh.densify(plans, params, task.uses)
-            return params, KeepSparseState(keep, opt.inner)
+            return params, opt.under(keep)
 
         run = Run(title, config.steps, path, before, kept, memory)
         (params, _), records = self._run(self._masked_step(), carry, run)

@@ -147,7 +147,10 @@ def densify(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
       uses: from `discover`.
 
     Returns:
-      A tree of the same structure, shapes and dtypes, in original channel order.
+      A tree of the same structure, shapes and dtypes, in original channel order. It
+      shares memory: leaves that are not pruned are those of `params`, and one stored
+      as [out, in] is that of its plan. A step that is donated the tree takes these
+      too; give it `jax.tree.map(jnp.copy, tree)`.
     """
 
     def weight(plan: Plan, use: Use) -> Array:

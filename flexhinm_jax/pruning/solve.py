@@ -56,7 +56,8 @@ def keys_for(key: Array, use: Use) -> Array:
     """One key per matrix of a leaf, from the path alone."""
     own = jax.random.fold_in(key, zlib.crc32(use.path.encode()) & 0x7FFFFFFF)
     shape = use.layout.stack_shape
-    return jax.random.split(own, math.prod(shape)).reshape(shape)
+    keys = jax.random.split(own, math.prod(shape))
+    return keys.reshape(*shape, *own.shape)  # a raw key has an axis of its own
 
 
 def check_targets(sparsity: Any, uses: Uses) -> None:

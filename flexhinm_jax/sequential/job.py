@@ -200,7 +200,7 @@ def record(job: Job, target: str) -> dict[str, str]:
         sparsity=job.sparsity,
         target=target,
         center=job.center,
-        key=job.key,
+        key=str(fingerprint.key_words(job.key)),
         params=job.tree(job.leaves),
         batches=job.batches,
         token_mask=masks,

@@ -195,7 +195,7 @@ def record(setting: Setting) -> dict[str, str]:
         allocate=setting.allocate,
         exceptions=setting.exceptions,
         rules=setting.uses.actions,
-        key=setting.key,
+        key=str(fingerprint.key_words(setting.key)),
         target=setting.target,
         center=setting.center,
         dtype=blocks.dtype,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
 
 from flexhinm_jax import arguments
 from flexhinm_jax.paths import leaf_paths
@@ -24,13 +24,26 @@ class KeepSparseState(NamedTuple):
     """State of `keep_sparse`.
 
     Attributes:
-      keep: the supports, bool leaves or None. Replacing it (a later pruning stage)
-        does not retrace a jitted step as long as the same leaves are pruned.
+      keep: the supports, bool leaves or None; `under` replaces them.
       inner: state of the inner optimiser.
     """
 
     keep: Any
     inner: Any
+
+    def under(self, keep: Any) -> "KeepSparseState":
+        """The state under other supports, as of a later pruning stage.
+
+        A jitted step is not traced again as long as the same leaves are pruned.
+
+        Args:
+          keep: tree like the parameters, bool leaves or None; copied.
+
+        Returns:
+          The state. Arrays of the inner state that belong to a pruned leaf, such as
+          moments and averages of the weights, are zero where it is now pruned.
+        """
+        return KeepSparseState(owned(keep), _zeros_inside(self.inner, keep))
 
 
 def keep_sparse(
@@ -39,14 +52,18 @@ def keep_sparse(
     """Wraps an optimiser so that pruned weights stay exactly zero.
 
     Use it outermost: a transformation applied after it could move the zeros again.
-    Gradients of pruned weights are zeroed before the inner optimiser, so they enter
-    neither its moments nor a gradient norm. Weights that were not zero become zero with
-    the first update.
+    The inner optimiser sees neither pruned weights nor their gradients: they enter no
+    moment, no gradient norm and no average of the weights (schedule-free, lookahead),
+    also when the parameters that it starts from are dense. Weights that were not zero
+    become zero with the first update.
 
     Args:
       tx: any optax optimiser.
       keep: tree like the parameters, bool leaves of the leaf's shape, None for leaves
-        that are not pruned; from `keep_tree` or `keep_from_zeros`.
+        that are not pruned; from `keep_tree` or `keep_from_zeros`. Parameters may hold
+        None in place of a leaf (`equinox.partition`), `keep` then does too. It stays
+        the caller's: the state gets a copy, so a step may be donated its arguments.
+        With `optax.LookaheadParams` it holds for the fast and for the slow ones.
 
     Returns:
       An optimiser whose `update` needs `params`.
@@ -68,8 +85,9 @@ def keep_sparse(
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> KeepSparseState:
-        _check(keep, params)
-        return KeepSparseState(keep, inner.init(params))
+        _check(keep, _fast(params))
+        state = inner.init(_zeroed(_for_all(keep, params), params))
+        return KeepSparseState(owned(keep), apart(state, params))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any
@@ -78,11 +96,12 @@ def keep_sparse(
             raise ValueError(
                 "keep_sparse needs the parameters: tx.update(grads, state, params)"
             )
-        _check_like(updates, params, state.keep)
-        zeroed = _where(state.keep, updates, jax.tree.map(jnp.zeros_like, updates))
-        moved, after = inner.update(zeroed, state.inner, params, **extra)
+        _check_like(updates, _fast(params), state.keep)
+        every = _for_all(state.keep, params)
+        sparse, zeroed = _zeroed(every, params), _zeroed(state.keep, updates)
+        moved, after = inner.update(zeroed, state.inner, sparse, **extra)
         back = jax.tree.map(jnp.negative, params)
-        return _where(state.keep, moved, back), KeepSparseState(state.keep, after)
+        return _where(every, moved, back), KeepSparseState(state.keep, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -108,48 +127,107 @@ def keep_from_zeros(params: Any, uses: Uses) -> Any:
     return leaves.tree({path: mask(path, leaf) for path, leaf in leaves.items()})
 
 
+def owned(x: Any) -> Any:
+    """A copy in memory of its own, without weak types: either would cost a retrace."""
+
+    def copy(leaf: Any) -> Array:
+        leaf = jnp.array(leaf, copy=True)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        return lax.convert_element_type(leaf, leaf.dtype)
+
+    return jax.tree.map(copy, x)
+
+
+def apart(x: Any, other: Any) -> Any:
+    """A tree that shares no array with another one: those that it does are copied."""
+    shared = {id(leaf) for leaf in jax.tree.leaves(other)}
+    return jax.tree.map(lambda leaf: owned(leaf) if id(leaf) in shared else leaf, x)
+
+
 def _is_none(x: Any) -> bool:
     return x is None
 
 
+def _fast(params: Any) -> Any:
+    """The parameters that gradients are taken at."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
+def _for_all(keep: Any, params: Any) -> Any:
+    """The supports of fast and slow parameters, where there are both."""
+    both = isinstance(params, optax.LookaheadParams)
+    return optax.LookaheadParams(keep, keep) if both else keep
+
+
+def _zeros_inside(inner: Any, keep: Any) -> Any:
+    """The state of an optimiser with zeros where its arrays of a leaf are pruned.
+
+    An array belongs to the leaf that its path ends with, if it has the leaf's shape.
+    """
+    masks = {path: mask for path, mask in jax.tree_util.tree_leaves_with_path(keep)}
+
+    def zero(path: Any, leaf: Any) -> Any:
+        ends = (path[k:] for k in range(len(path) + 1))
+        mask = next((masks[end] for end in ends if end in masks), None)
+        if mask is None or np.shape(leaf) != mask.shape:
+            return leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return jnp.where(mask, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree_util.tree_map_with_path(zero, inner)
+
+
+def _zeroed(keep: Any, x: Any) -> Any:
+    """A tree like the parameters with zeros where they are pruned."""
+    return _where(keep, x, jax.tree.map(jnp.zeros_like, x))
+
+
 def _where(keep: Any, kept: Any, pruned: Any) -> Any:
-    """Leaves of `kept` where there is no support, otherwise chosen entry by entry."""
+    """Leaves of `kept` where there is no support, otherwise chosen entry by entry.
+
+    A gradient may be None (a leaf that is frozen): then it is 0.
+    """
 
     def choose(k: Array | None, a: Any, b: Any) -> Any:
-        return a if k is None else jnp.where(k, a, b)
+        if k is None or b is None:
+            return a
+        return jnp.where(k, jnp.zeros_like(b) if a is None else a, b)
 
     return jax.tree.map(choose, keep, kept, pruned, is_leaf=_is_none)
 
 
 def _check(keep: Any, params: Any) -> None:
     masks, structure = jax.tree.flatten(keep, is_leaf=_is_none)
-    leaves, wanted = jax.tree.flatten(params)
+    leaves, wanted = jax.tree.flatten(params, is_leaf=_is_none)
     if structure != wanted:
         raise ValueError(
             "keep has another tree structure than the parameters; build it with "
             f"keep_tree or keep_from_zeros for these parameters\nkeep: {structure}\n"
             f"parameters: {wanted}"
         )
-    for path, mask, leaf in zip(leaf_paths(params), masks, leaves, strict=True):
+    paths = iter(leaf_paths(params))
+    for mask, leaf in zip(masks, leaves, strict=True):
+        path = None if leaf is None else next(paths)
         if mask is None:
             continue
         shape, dtype = np.shape(mask), getattr(mask, "dtype", type(mask).__name__)
-        if shape != leaf.shape or str(dtype) != "bool":
+        if leaf is None or shape != leaf.shape or str(dtype) != "bool":
+            expected = "None" if leaf is None else f"bool{list(leaf.shape)}"
             raise ValueError(
-                f"{path}: keep is {dtype}{list(shape)}, expected "
-                f"bool{list(leaf.shape)}, True where a weight stays; build it with "
+                f"{path or 'a None in the parameters'}: keep is {dtype}{list(shape)}, "
+                f"expected {expected}, True where a weight stays; build it with "
                 "keep_tree or keep_from_zeros"
             )
 
 
 def _check_like(updates: Any, params: Any, keep: Any) -> None:
-    wanted = jax.tree.structure(params)
-    for name, found in (
-        ("gradients", jax.tree.structure(updates)),
-        ("state", jax.tree.structure(keep, is_leaf=_is_none)),
-    ):
-        if found != wanted:
+    wanted = jax.tree.structure(params, is_leaf=_is_none)
+    for name, tree in (("gradients", updates), ("state", keep)):
+        structure = jax.tree.structure(tree, is_leaf=_is_none)
+        if structure != wanted:
             raise ValueError(
                 f"keep_sparse: the {name} have another tree structure than the "
-                f"parameters\n{name}: {found}\nparameters: {wanted}"
+                f"parameters\n{name}: {structure}\nparameters: {wanted}"
             )

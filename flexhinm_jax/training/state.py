@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from flexhinm_jax import arguments
@@ -21,7 +21,7 @@ from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.pruning import apply, solve
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.training import relax, sharding
-from flexhinm_jax.training.optimizer import KeepSparseState, keep_sparse
+from flexhinm_jax.training.optimizer import apart, keep_sparse, owned
 from flexhinm_jax.types import Regions, State, Stats, Uses
 
 #: Optimiser of gates and logits unless another is given: ten times a usual rate of the
@@ -114,8 +114,8 @@ def init_training(
         keep = _keep_all(params, uses)
     else:
         params, keep = _pruned(method, states, params, uses)
-    params, keep = _own(_as_params(params, like)), _own(_as_params(keep, like))
-    states = {path: _own(state) for path, state in states.items()}
+    params, keep = owned(_as_params(params, like)), owned(_as_params(keep, like))
+    states = {path: owned(state) for path, state in states.items()}
     states = _as_weights(states, like, uses)
     if isinstance(method, LearnedMethod):
         learned_opt = mask_tx.init(learned_trees(states))
@@ -127,7 +127,7 @@ def init_training(
             states=states,
             opt_state=opt,
             learned_opt=learned_opt,
-            key=_own(key),
+            key=owned(key),
             step=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
             progress=jnp.zeros((), jnp.float32),
@@ -147,7 +147,9 @@ def harden(method: Method, training: Training, uses: Uses) -> Training:
 
     Returns:
       The training with hard states. For a method that learns nothing it is the given
-      one.
+      one, otherwise parameters and states are in memory of their own. What hardening
+      does not change, the states of the optimisers, belongs to both: go on with one
+      of them.
     """
     check_method(method)
     check_training(training)
@@ -160,11 +162,11 @@ def harden(method: Method, training: Training, uses: Uses) -> Training:
     params, keep = _pruned(method, states, whole, uses)
     opt = training.opt_state
     if not frozen(method):
-        opt = KeepSparseState(_own(_as_params(keep, like)), opt.inner)
+        opt = opt.under(_as_params(keep, like))
     return dataclasses.replace(
         training,
-        states=_as_weights(states, like, uses),
-        params=_as_params(params, like),
+        states=apart(_as_weights(states, like, uses), training.states),
+        params=apart(_as_params(params, like), like),
         opt_state=opt,
     )
 
@@ -191,13 +193,14 @@ def next_stage(
       mask_tx: optimiser of what the method learns; begins anew.
 
     Returns:
-      The training at the start of the stage. The optimiser of the weights goes on.
+      The training at the start of the stage. The optimiser of the weights goes on. It
+      shares memory with the given one: go on with this one.
     """
     check_training(training)
     like = training.params
     whole, before = sharding.gather(like), sharding.gather(training.states)
     found = solve.solve(method, key, whole, uses, stats, sparsity, before)
-    states = {path: _own(state) for path, state in found.items()}
+    states = {path: owned(state) for path, state in found.items()}
     states = _as_weights(states, like, uses)
     training = dataclasses.replace(training, states=states).at(0.0)
     if isinstance(method, LearnedMethod):
@@ -205,11 +208,10 @@ def next_stage(
         learned_opt = _on_mesh(learned_opt, sharding.mesh_of(like))
         return dataclasses.replace(training, learned_opt=learned_opt)
     params, keep = _pruned(method, found, whole, uses)
-    keep = _own(_as_params(keep, like))
     return dataclasses.replace(
         training,
         params=_as_params(params, like),
-        opt_state=KeepSparseState(keep, training.opt_state.inner),
+        opt_state=training.opt_state.under(_as_params(keep, like)),
     )
 
 
@@ -230,18 +232,6 @@ def frozen(method: Method) -> bool:
 def learned_trees(states: Mapping[str, State]) -> dict[str, Any]:
     """Path -> `State.learned`: what the second optimiser moves."""
     return {path: state.learned for path, state in states.items()}
-
-
-def _own(x: Any) -> Any:
-    """A copy in memory of its own, without weak types: either would cost a retrace."""
-
-    def copy(leaf: Any) -> Array:
-        leaf = jnp.array(leaf, copy=True)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return leaf
-        return lax.convert_element_type(leaf, leaf.dtype)
-
-    return jax.tree.map(copy, x)
 
 
 def _keep_all(params: Any, uses: Uses) -> Any:

@@ -1,3 +1,6 @@
+import functools
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,8 @@ INNER = {
     "adamw": optax.adamw(0.1, weight_decay=0.1),
     "clipped lion": optax.chain(optax.clip_by_global_norm(1.0), optax.lion(0.01)),
     "adafactor": optax.adafactor(0.1),
+    "schedule-free": optax.contrib.schedule_free_adamw(0.1, weight_decay=0.1),
+    "madgrad": optax.contrib.madgrad(0.1),
 }
 
 
@@ -40,12 +45,13 @@ def loss(params, x):
 
 
 def train(tx, params, state, steps, dtype=jnp.float32):
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, x):
         grads = jax.grad(loss)(params, x)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
+    params = jax.tree.map(jnp.copy, params)
     for k in jax.random.split(jax.random.key(1), steps):
         params, state = step(params, state, jax.random.normal(k, (8, 16)).astype(dtype))
     return params, state
@@ -63,12 +69,120 @@ def test_pruned_weights_stay_exactly_zero_and_the_rest_learns(name, dtype):
         assert np.any(np.asarray(params[leaf] != result.params[leaf]))
 
 
+def test_what_an_optimiser_remembers_of_the_weights_has_zeros_too():
+    _, keep = pruned()
+    tx = fh.keep_sparse(INNER["schedule-free"], keep)
+    dense = make()
+    params, state = train(tx, dense, tx.init(dense), 3)
+    averaged = optax.contrib.schedule_free_eval_params(state.inner, params)
+    np.testing.assert_array_equal(averaged["w"] == 0, ~keep["w"])
+    assert jnp.all(state.inner.base_optimizer_state[0].nu["w"][~keep["w"]] == 0)
+    smaller = {**keep, "w": keep["w"] & (jnp.arange(8) < 4)}
+    params, state = train(tx, params, state.under(smaller), 1)
+    averaged = optax.contrib.schedule_free_eval_params(state.inner, params)
+    np.testing.assert_array_equal(averaged["w"] == 0, ~smaller["w"])
+
+
+def test_fast_and_slow_parameters_stay_zero():
+    result, keep = pruned()
+    tx = fh.keep_sparse(optax.lookahead(optax.adam(0.1), 2, 0.5), keep)
+    both = optax.LookaheadParams(make(), jax.tree.map(jnp.copy, make()))
+    state = tx.init(both)
+    for _ in range(3):
+        grads = jax.grad(loss)(both.fast, jnp.ones((4, 16)))
+        updates, state = tx.update(grads, state, both)
+        both = optax.apply_updates(both, updates)
+    for params in both:
+        np.testing.assert_array_equal(params["w"] == 0, ~keep["w"])
+        assert jnp.any(params["v"] != result.params["v"])
+
+
+def test_supports_and_plans_survive_a_step_that_is_donated_the_state():
+    def apply_fn(params, x):
+        return x @ params["w"].T
+
+    params, x = {"w": jax.random.normal(KEY, (8, 8))}, jnp.ones((4, 8))
+    found = fh.prune(apply_fn, params, [x], fh.Magnitude(fh.NM(2, 4)), key=KEY)
+    keep = fh.keep_tree(found.plans, found.params, found.uses)
+    tx = fh.keep_sparse(INNER["schedule-free"], keep)
+    state = tx.init(found.params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    now = state.under(keep)
+    step({"w": jnp.copy(found.params["w"])}, now)
+    assert now.inner.z["w"].is_deleted()
+    for tree in (keep, found.plans, found.params, params):
+        assert not any(x.is_deleted() for x in jax.tree.leaves(tree))
+
+
+def partitioned():
+    """An Equinox model with None where there is no array, pruned."""
+    model = eqx.nn.MLP(8, 4, width_size=8, depth=1, use_bias=False, key=KEY)
+    params, static = eqx.partition(model, eqx.is_array)
+
+    def apply_fn(params, x):
+        return jax.vmap(eqx.combine(params, static))(x)
+
+    x = jax.random.normal(KEY, (16, 8))
+    rules = {"layers/1": "skip"}
+    method = fh.Magnitude(fh.NM(2, 4))
+    found = fh.prune(apply_fn, params, [x], method, key=KEY, rules=rules)
+    assert None in jax.tree.leaves(params, is_leaf=lambda leaf: leaf is None)
+    return found, lambda p: jnp.mean(apply_fn(p, x) ** 2)
+
+
+@pytest.mark.parametrize("kind", ["plans", "zeros"])
+def test_trees_with_none_in_place_of_leaves_keep_their_zeros(kind):
+    found, loss_fn = partitioned()
+    if kind == "plans":
+        keep = fh.keep_tree(found.plans, found.params, found.uses)
+    else:
+        keep = fh.keep_from_zeros(found.params, found.uses)
+    tx = fh.keep_sparse(optax.adamw(0.1), keep)
+    state = tx.init(found.params)
+    updates, state = tx.update(jax.grad(loss_fn)(found.params), state, found.params)
+    params = optax.apply_updates(found.params, updates)
+    first, second = params.layers
+    assert jnp.all((first.weight == 0) == ~keep.layers[0].weight)
+    assert jnp.all(
+        first.weight != found.params.layers[0].weight, where=first.weight != 0
+    )
+    assert keep.layers[1].weight is None and jnp.all(second.weight != 0)
+    with pytest.raises(ValueError, match="keep is bool.*, expected None"):
+        bad = eqx.tree_at(
+            lambda t: t.layers[0].bias,
+            keep,
+            jnp.ones(8, bool),
+            is_leaf=lambda leaf: leaf is None,
+        )
+        tx = fh.keep_sparse(optax.sgd(0.1), bad)
+        tx.init(found.params)
+
+
+def test_a_leaf_without_a_gradient_loses_its_pruned_weights_and_nothing_else():
+    _, keep = pruned()
+    params, tx = make(), fh.keep_sparse(optax.sgd(0.1), keep)
+    grads = {"w": None, "b": jnp.ones(8), "v": None}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    moved = optax.apply_updates(
+        params, jax.tree.map(lambda p, u: 0 * p if u is None else u, params, updates)
+    )
+    np.testing.assert_array_equal(moved["w"], jnp.where(keep["w"], params["w"], 0))
+    np.testing.assert_array_equal(moved["v"], params["v"])
+
+
 def test_momentum_from_dense_steps_cannot_revive_a_weight():
     params, tx = make(), optax.adamw(0.1)
     params, dense_state = train(tx, params, tx.init(params), 3)
     keep = {"w": params["w"] > 0, "b": None, "v": None}
     wrapped = fh.keep_sparse(tx, keep)
-    params, _ = train(wrapped, params, KeepSparseState(keep, dense_state), 7)
+    params, _ = train(
+        wrapped, params, KeepSparseState(None, dense_state).under(keep), 7
+    )
     np.testing.assert_array_equal(np.asarray(params["w"] == 0), ~np.asarray(keep["w"]))
 
 

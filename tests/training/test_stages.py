@@ -1,4 +1,5 @@
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +122,41 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(tmp_path):
     chex.assert_tree_all_finite(run.params)
     tolerant = program.make(tmp_path, resume=True, max_skipped=1, **options)
     assert list(tolerant)[-1]["skipped"] == 1
+
+
+def test_a_tree_with_none_in_place_of_leaves_is_trained_saved_and_resumed(tmp_path):
+    model = eqx.nn.MLP(8, 4, 8, 1, use_bias=False, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_array)
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+
+    def loss_fn(params, x):
+        return jnp.mean(jax.vmap(eqx.combine(params, static))(x) ** 2)
+
+    def run(resume):
+        return fh.gradual(
+            fh.HardConcrete(fh.NM(2, 4)),
+            loss_fn,
+            params,
+            fh.discover(loss_fn, params, x),
+            lambda step: (x,),
+            [fh.Stage(None, 3)],
+            optax.adamw(1e-2),
+            key=jax.random.key(2),
+            checkpoints=tmp_path,
+            save_every=2,
+            log_every=1,
+            resume=resume,
+        )
+
+    first = run(False)
+    rows = iter(first)
+    assert [next(rows)["step"] for _ in range(2)] == [1, 2]
+    second = run(True)
+    assert [row["step"] for row in second][0] in (2, 3)
+    weight = second.params.layers[0].weight
+    assert jnp.mean(weight == 0) == 0.5
+    assert second.params.layers[0].bias is None
+    assert not params.layers[0].weight.is_deleted()
 
 
 def test_gates_can_start_from_the_plans_of_another_method():
