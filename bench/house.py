@@ -205,14 +205,27 @@ def long_functions(trees: dict[Path, ast.Module]) -> tuple[list[str], list[str]]
 
 
 def concrete(trees: dict[Path, ast.Module], room: str) -> set[str]:
-    """Names of the classes of a room, its contract (base.py) left out."""
+    """Names of the classes of a room, its contracts left out.
+
+    A contract is in base.py, or has abstract verbs of its own.
+    """
     return {
         node.name
         for path, tree in trees.items()
         if path.parent.name == room and path.name != "base.py"
         for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
+        if isinstance(node, ast.ClassDef) and not has_abstract_verbs(node)
     }
+
+
+def has_abstract_verbs(owner: ast.ClassDef) -> bool:
+    """Whether a class leaves verbs to its subclasses."""
+    return any(
+        isinstance(mark, ast.Attribute) and mark.attr == "abstractmethod"
+        for verb in owner.body
+        if isinstance(verb, ast.FunctionDef)
+        for mark in verb.decorator_list
+    )
 
 
 def questions(trees: dict[Path, ast.Module], room: str) -> list[str]:

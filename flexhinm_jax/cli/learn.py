@@ -17,7 +17,6 @@ from flexhinm_jax.cli import options, output, source
 from flexhinm_jax.cli.console import Console
 from flexhinm_jax.io import atomic
 from flexhinm_jax.methods import LearnedMethod, RefineMask
-from flexhinm_jax.methods.gated import Gated
 from flexhinm_jax.pruning import apply, prune, solve
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.tracing.discover import discover
@@ -209,7 +208,7 @@ def _check(args: argparse.Namespace) -> Job:
 
 def _start(name: str | None, method: LearnedMethod) -> methods.Method | None:
     """The method whose plans come first."""
-    if not isinstance(method, Gated):
+    if not method.adopts_plans:
         if name not in (None, "own"):
             raise ValueError(
                 f"--start {name}: {type(method).__name__} begins with a start of its"
@@ -220,9 +219,7 @@ def _start(name: str | None, method: LearnedMethod) -> methods.Method | None:
         return None
     if name is None and not RefineMask.fits(method.pattern):
         return None
-    found = methods.parse(name or "refine_mask", method.pattern)
-    if isinstance(found, RefineMask):
-        found = dataclasses.replace(found, weights="dense")
+    found = methods.parse(name or "refine_mask", method.pattern).for_fixed_weights()
     if isinstance(found, LearnedMethod) or found.needs == "gradients":
         raise ValueError(f"--start {name}: need a method that 'flexhinm prune' runs")
     return found
@@ -303,7 +300,7 @@ def _states(
     sparsity: float | None,
 ) -> dict[str, State]:
     """Where learning begins."""
-    if job.start is None or not isinstance(job.method, Gated):
+    if job.start is None or not job.method.adopts_plans:
         return solve.solve(job.method, key, params, uses, stats, sparsity)
     found = solve.solve(job.start, key, params, uses, stats, sparsity)
     plans = apply.decide(job.start, found, params, uses)

@@ -27,7 +27,7 @@ from flexhinm_jax.methods.ria import RIA
 from flexhinm_jax.methods.sparsegpt import SparseGPT
 from flexhinm_jax.methods.staged import StagedALPS
 from flexhinm_jax.methods.wanda import Wanda
-from flexhinm_jax.methods.wrapper import Wrapper
+from flexhinm_jax.methods.wrapper import Nested, Wrapper
 from flexhinm_jax.patterns import Pattern
 
 METHODS: dict[str, type[Method]] = {
@@ -110,13 +110,13 @@ def parse(name: str, pattern: Pattern) -> Method:
         )
     form = re.fullmatch(r"(\w+)(?:\((.*)\))?", name.strip())
     if form is None or form[1] not in METHODS:
-        wrappers = [k for k, v in METHODS.items() if issubclass(v, Wrapper)]
+        wrappers = [k for k, v in METHODS.items() if issubclass(v, Nested)]
         raise ValueError(
             f"unknown method {name!r}; known: {', '.join(METHODS)}; "
             f"{', '.join(wrappers)} wrap another one, as in refit(wanda)"
         )
     method, inner = METHODS[form[1]], form[2]
-    if issubclass(method, Wrapper):
+    if issubclass(method, Nested):
         return method(parse(inner or "wanda", pattern))
     if inner is not None:
         raise ValueError(

@@ -9,6 +9,7 @@ that projection is approximate.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -53,8 +54,8 @@ class Iterate(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ALPS(Reconstruction):
-    """Support and weights together, by splitting and a growing penalty.
+class ADMM(Reconstruction):
+    """What `ALPS` and `StagedALPS` share: the iteration and its schedule.
 
     The state also holds `steps`, i32[], the iterations done, and `settled`, bool[],
     whether the support had stopped to change before they ran out.
@@ -89,7 +90,7 @@ class ALPS(Reconstruction):
                 f"at least {CHECK} and 0"
             )
 
-    def reconstruct(
+    def alternate(
         self,
         key: Array,
         task: gram.Problem,
@@ -105,7 +106,9 @@ class ALPS(Reconstruction):
         g = task.cross / s
         steps = {"steps": jnp.zeros((), jnp.int32), "settled": jnp.ones((), bool)}
         if before is None or self.pattern.free_rows:
-            support, steps = self.split(target, h, g, support, before)
+            support, steps = self.split(
+                target, h, g, support, self.pattern.refine, before
+            )
         b = jnp.where(support.keep, target, 0)
         solved = least_squares.descend(b, support.keep, h, g, self.refit_steps)
         return Solved(solved / s, support, steps)
@@ -116,6 +119,7 @@ class ALPS(Reconstruction):
         h: Array,
         g: Array,
         support: Support,
+        refine: Callable[[Support, Array], Support],
         before: Support | None = None,
     ) -> tuple[Support, dict[str, Array]]:
         """The support that the iteration settles on, and how it went.
@@ -125,6 +129,7 @@ class ALPS(Reconstruction):
           h: f[i, i], Gram with unit diagonal.
           g: f[o, i], cross Gram.
           support: where to start; fixes order and regions.
+          refine: the best support with the regions of a support, for scores.
           before: an earlier support to stay within, or None.
         """
         values, vectors = jnp.linalg.eigh(h)
@@ -132,9 +137,9 @@ class ALPS(Reconstruction):
 
         def choose(scores, keep):
             if before is None:
-                return self.pattern.refine(Support(keep, support.regions), scores).keep
+                return refine(Support(keep, support.regions), scores).keep
             scores = jnp.where(before.keep, scores, -1.0)
-            fresh = self.pattern.refine(Support(keep, support.regions), scores)
+            fresh = refine(Support(keep, support.regions), scores)
             return fresh.keep & before.keep
 
         def project(x, keep):
@@ -210,3 +215,30 @@ class ALPS(Reconstruction):
         )
         found = Support(at.keep, support.regions)
         return found, {"steps": at.step, "settled": at.done}
+
+
+@dataclasses.dataclass(frozen=True)
+class ALPS(ADMM):
+    """Support and weights together, by splitting and a growing penalty.
+
+    The state also holds `steps`, i32[], the iterations done, and `settled`, bool[],
+    whether the support had stopped to change before they ran out.
+
+    Attributes:
+      pattern: the supports to choose from.
+      rho: first penalty.
+      iterations: at most so many steps.
+      growth: penalty factors for many, some and few changes of the support. The paper's
+        are the default; smaller ones take longer and find better supports.
+      refit_steps: conjugate-gradient steps on the final support.
+    """
+
+    def reconstruct(
+        self,
+        key: Array,
+        task: gram.Problem,
+        sparsity: Array | float | None,
+        before: Support | None,
+    ) -> Solved:
+        """Iterates until the support settles; with `before`, only inside it."""
+        return self.alternate(key, task, sparsity, before)

@@ -22,10 +22,9 @@ from jax import Array
 
 from flexhinm_jax import checks
 from flexhinm_jax.methods.base import Method
-from flexhinm_jax.methods.reconstruction import Reconstruction, Solved
+from flexhinm_jax.methods.reconstruction import LayerFit
 from flexhinm_jax.ops import blocks, factorised, gram, group_updates, masks, proxy
 from flexhinm_jax.ops.factorised import Factors, Groups
-from flexhinm_jax.patterns import NM
 from flexhinm_jax.types import BlockDiagonal, Plan, State, Stats, Support
 
 BLOCK = 32  # block sizes that are not given: the largest divisor up to this
@@ -33,7 +32,7 @@ STEPS = {"exact": 20, "adam": 2000}
 
 
 @dataclasses.dataclass(frozen=True)
-class ARMOR(Reconstruction):
+class ARMOR(LayerFit):
     """Fits block-diagonal factors, the values of the core and, for N:M, its support.
 
     The core starts as the plan of `start`, with identity factors, and the fit is never
@@ -112,14 +111,19 @@ class ARMOR(Reconstruction):
                 "start=ARMOR(...): need a method whose plans have no factors, such as "
                 "Wanda()"
             )
-        if isinstance(self.pattern, NM) and self.updates > 0:
-            n, m = self.pattern.n, self.pattern.m
+        if self.groups is not None and self.updates > 0:
+            n, m = self.groups
             if math.comb(m, n) > group_updates.PATTERNS:
                 raise ValueError(
                     f"{n}:{m} has {math.comb(m, n)} patterns per group, more than the "
                     f"{group_updates.PATTERNS} that are tried; pass updates=0 to keep "
                     "the support of the start"
                 )
+
+    @property
+    def groups(self) -> tuple[int, int] | None:
+        """(n, m) of groups that are chosen again, None where the support stays."""
+        return self.pattern.form if self.pattern.one_order else None
 
     @property
     def needs(self) -> Literal["nothing", "norms", "gram", "gradients"]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -132,7 +136,7 @@ class ARMOR(Reconstruction):
     def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Block sizes on the outputs and on the inputs of a matrix `[o, i]`."""
         if self.block is None:
-            unit = self.pattern.m if isinstance(self.pattern, NM) else 1
+            unit = 1 if self.groups is None else self.groups[1]
             return (
                 blocks.largest_block(shape[0], BLOCK),
                 blocks.largest_block(shape[1], BLOCK, unit),
@@ -154,10 +158,10 @@ class ARMOR(Reconstruction):
         p, q = self.sides(w.shape)
         checks.divisible(w.shape[0], p, "out", "block", path)
         checks.divisible(w.shape[1], q, "in", "block", path)
-        if isinstance(self.pattern, NM) and q > 1 and q % self.pattern.m:
+        if self.groups is not None and q > 1 and q % self.groups[1]:
             raise ValueError(
                 f"{path}: blocks of {q} inputs cut through groups of m="
-                f"{self.pattern.m}; need a multiple of m, or 1"
+                f"{self.groups[1]}; need a multiple of m, or 1"
             )
 
     @property
@@ -167,16 +171,6 @@ class ARMOR(Reconstruction):
             return None
         start = self.start.with_pattern(self.pattern)
         return start.centered(self.center, has_bias=self.center)
-
-    def reconstruct(
-        self,
-        key: Array,
-        task: gram.Problem,
-        sparsity: Array | float | None,
-        before: Support | None,
-    ) -> Solved:
-        """Not used: the result has factors, see `solve`."""
-        raise NotImplementedError
 
     @functools.partial(jax.jit, static_argnums=0)
     def _solve(self, key, w, stats, sparsity, prev):
@@ -255,7 +249,7 @@ class ARMOR(Reconstruction):
 
     def _order(self, support: Support) -> Array | None:
         """i32[i]: the order in which the inputs are cut into blocks; None: natural."""
-        if isinstance(self.pattern, NM) and self.pattern.permute is not None:
+        if self.groups is not None and self.pattern != self.pattern.natural():
             assert support.regions is not None
             return support.regions.in_order[0]
         return None
@@ -265,8 +259,8 @@ class ARMOR(Reconstruction):
     ) -> tuple[Factors, Array]:
         """The best factors and the trace of losses; `fixed` keeps the support."""
         groups = Groups(1, 1, 0)
-        if isinstance(self.pattern, NM) and not fixed and first.b.shape[1] > 1:
-            n, m = self.pattern.n, self.pattern.m
+        if self.groups is not None and not fixed and first.b.shape[1] > 1:
+            n, m = self.groups
             groups = Groups(n, m, self.updates if n < m else 0)
         steps = STEPS[self.solver] if self.steps is None else self.steps
         if self.solver == "adam":

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexhinm_jax import arguments, checks
-from flexhinm_jax.ops import masks
+from flexhinm_jax.ops import masks, saliency
 from flexhinm_jax.patterns import NM, Pattern
 from flexhinm_jax.types import Plan, State, Stats
 
@@ -35,6 +35,21 @@ class Method(abc.ABC):
     #: The families of supports that the method can choose from.
     accepts: ClassVar[tuple[type[Pattern], ...]] = (Pattern,)
 
+    #: Whether the pattern must let every row choose without looking at other rows.
+    free_rows: ClassVar[bool] = False
+
+    #: Whether these choices must be n of every m.
+    chooses_groups: ClassVar[bool] = False
+
+    #: Whether the groups must be along one order of the inputs that all rows share.
+    one_order: ClassVar[bool] = False
+
+    #: Whether training can begin from any plan of the pattern, see `training.adopt`.
+    adopts_plans: ClassVar[bool] = False
+
+    #: Whether it puts its groups along `Stats.order`.
+    follows_order: ClassVar[bool] = False
+
     def __post_init__(self):
         """Validates the configuration."""
         arguments.configuration(self)
@@ -45,16 +60,29 @@ class Method(abc.ABC):
                 'patterns.parse("2:4") for its text form'
             )
         if not self.fits(self.pattern):
-            known = " or ".join(family.__name__ for family in self.accepts)
             raise ValueError(
-                f"{type(self).__name__} works with {known}, not with {self.pattern}; "
-                "give such a pattern, or another method"
+                f"{type(self).__name__} works with {self.works_with()}, not with "
+                f"{self.pattern}; give such a pattern, or another method"
             )
 
     @classmethod
     def fits(cls, pattern: Pattern) -> bool:
-        """Whether the method works with a pattern: a family of `accepts`."""
-        return isinstance(pattern, cls.accepts)
+        """Whether the method works with a pattern: what it has, and its family."""
+        free = pattern.free_rows or not (cls.free_rows or cls.chooses_groups)
+        groups = pattern.form is not None or not cls.chooses_groups
+        order = pattern.one_order or not cls.one_order
+        return free and groups and order and isinstance(pattern, cls.accepts)
+
+    @classmethod
+    def works_with(cls) -> str:
+        """The patterns that `fits` lets through, in words."""
+        if cls.chooses_groups:
+            return "NM or HiNM or FlexHiNM, where every row chooses n of m in groups"
+        if cls.free_rows:
+            return "patterns where every row chooses alone, such as NM or FlexHiNM"
+        if cls.one_order:
+            return "NM, where all rows share one order of the inputs"
+        return " or ".join(family.__name__ for family in cls.accepts)
 
     def with_pattern(self, pattern: Pattern) -> "Method":
         """The same method with another pattern."""
@@ -99,6 +127,38 @@ class Method(abc.ABC):
         Returns:
           The plan; its weight has the dtype of `w`.
         """
+
+    def importance(self, w: Array, stats: Stats | None) -> Array:
+        """What budgets weigh a weight by: the Wanda score, unless it has its own.
+
+        Args:
+          w: [o, i].
+          stats: statistics of its inputs, or None for magnitudes.
+
+        Returns:
+          f32[o, i], non-negative; larger stays.
+        """
+        if stats is None:
+            return saliency.magnitude(w)
+        return saliency.wanda(w, stats.sq_norm)
+
+    def order_scores(self, w: Array, stats: Stats | None) -> Array:
+        """What a searched order of inputs is to retain: the squared Wanda score.
+
+        Args:
+          w: [o, i].
+          stats: statistics of its inputs, or None for squared magnitudes.
+
+        Returns:
+          f32[o, i], non-negative.
+        """
+        if stats is None:
+            return saliency.squared(w)
+        return jnp.square(saliency.wanda(w, stats.sq_norm))
+
+    def for_fixed_weights(self) -> "Method":
+        """The method for a support whose kept weights stay as they are."""
+        return self
 
     def diagnostics(self, state: State) -> dict[str, Array]:
         """How the solving went; nothing, unless a method has something to report.
@@ -174,6 +234,14 @@ class ScoreMethod(Method):
     @abc.abstractmethod
     def score(self, w: Array, stats: Stats | None) -> Array:
         """Importance of every weight, f32[o, i], non-negative; larger stays."""
+
+    def importance(self, w: Array, stats: Stats | None) -> Array:
+        """The score."""
+        return self.score(w, stats)
+
+    def order_scores(self, w: Array, stats: Stats | None) -> Array:
+        """The score."""
+        return self.score(w, stats)
 
     def solve(
         self,

@@ -20,7 +20,6 @@ from flexhinm_jax.methods.base import ScoreMethod
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.methods.magnitude import Magnitude
 from flexhinm_jax.ops import groups, masks, saliency
-from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.types import Plan, State, Stats, Support
 
 
@@ -44,7 +43,7 @@ class Gated(LearnedMethod):
     temperature: tuple[float, float] = (2 / 3, 0.1)
     start: float = 2.0
 
-    accepts: ClassVar[tuple[type[Pattern], ...]] = (Pattern,)
+    adopts_plans: ClassVar[bool] = True
 
     def __post_init__(self):
         """Validates the configuration."""

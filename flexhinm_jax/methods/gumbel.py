@@ -14,8 +14,6 @@ from jax import Array
 
 from flexhinm_jax.methods.gated import Gated
 from flexhinm_jax.ops import gates, groups
-from flexhinm_jax.patterns import NM, Pattern, Unstructured
-from flexhinm_jax.patterns.tiled import Tiled
 from flexhinm_jax.types import State, Support
 
 MOST = 256  # patterns of a group; 4:8 has 70
@@ -32,12 +30,12 @@ class GumbelPatterns(Gated):
       start: the first pattern's logit begins here, the others at 0.
     """
 
-    accepts: ClassVar[tuple[type[Pattern], ...]] = (NM, Tiled, Unstructured)
+    free_rows: ClassVar[bool] = True
 
     def __post_init__(self):
         """Validates the configuration."""
         super().__post_init__()
-        n, m = getattr(self.pattern, "n", 1), getattr(self.pattern, "m", 1)
+        n, m = self.pattern.form or (1, 1)
         if math.comb(m, n) > MOST:
             raise ValueError(
                 f"{self.pattern}: {n} of {m} has {math.comb(m, n)} patterns per group, "

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from flexhinm_jax import arguments
 from flexhinm_jax.methods.reconstruction import Solved
-from flexhinm_jax.methods.wrapper import Wrapper
+from flexhinm_jax.methods.wrapper import Nested
 from flexhinm_jax.ops import (
     descent,
     gates,
@@ -37,7 +38,7 @@ from flexhinm_jax.ops import (
     pattern_logits,
 )
 from flexhinm_jax.ops.grouped_layer import Layer
-from flexhinm_jax.patterns import NM, FlexHiNM, HiNM, Pattern
+from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.types import State, Stats, Support
 
 NEVER = -1e9  # logit of a pattern that an earlier stage has ruled out
@@ -52,7 +53,7 @@ class _Static:
 
 
 @dataclasses.dataclass(frozen=True)
-class HyperPrune(Wrapper):
+class HyperPrune(Nested):
     """Learns the masks of N:M groups with a net; the weights stay as they are.
 
     As a method every matrix has a net of its own. `training.hyper.hyper_prune` shares
@@ -90,7 +91,7 @@ class HyperPrune(Wrapper):
     cache: int = 1024
     checks: int = 6
 
-    accepts: ClassVar[tuple[type[Pattern], ...]] = (NM, HiNM, FlexHiNM)
+    chooses_groups: ClassVar[bool] = True
 
     def __post_init__(self):
         """Validates the configuration."""
@@ -110,16 +111,16 @@ class HyperPrune(Wrapper):
     @classmethod
     def fits(cls, pattern: Pattern) -> bool:
         """Patterns with groups, at most 70 choices in each."""
-        if not super().fits(pattern):
+        if not super().fits(pattern) or pattern.form is None:
             return False
-        assert isinstance(pattern, NM | HiNM | FlexHiNM)
-        return math.comb(pattern.m, pattern.n) <= descent.PATTERNS
+        n, m = pattern.form
+        return math.comb(m, n) <= descent.PATTERNS
 
     @property
     def form(self) -> dict[str, int]:
         """The n and m of a group."""
-        assert isinstance(self.pattern, NM | HiNM | FlexHiNM)
-        return {"n": self.pattern.n, "m": self.pattern.m}
+        assert self.pattern.form is not None
+        return dict(zip(("n", "m"), self.pattern.form, strict=True))
 
     def net(self, key: Array, layers: int = 0, components: int = 0) -> hypernet.Theta:
         """The net at its start; without embeddings when there are no layers."""
@@ -132,16 +133,6 @@ class HyperPrune(Wrapper):
             layers=layers,
             components=components,
         )
-
-    def improve(
-        self,
-        task: gram.Problem,
-        start: Array,
-        support: Support,
-        before: Support | None,
-    ) -> Solved:
-        """Not used: the net needs a key, see `learn`."""
-        raise NotImplementedError
 
     @functools.partial(jax.jit, static_argnums=0)
     def _solve(self, key, w, stats, sparsity, prev):
@@ -377,3 +368,12 @@ class HyperPrune(Wrapper):
 
         flat = jnp.broadcast_to(live, shape).reshape(-1)
         return hypernet.remember(key, cache, x, flat, place)
+
+
+def check_hyperprune(method: Any) -> None:
+    """Raises ValueError unless the argument is a configured HyperPrune."""
+    if not isinstance(method, HyperPrune):
+        raise ValueError(
+            f"method={arguments.shown(method)}: need HyperPrune(inner), such as "
+            "HyperPrune(Wanda(NM(2, 4)))"
+        )

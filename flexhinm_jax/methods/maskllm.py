@@ -21,7 +21,6 @@ from flexhinm_jax.methods.base import ScoreMethod
 from flexhinm_jax.methods.gated import Gated, mean_where, open_groups
 from flexhinm_jax.methods.wanda import Wanda
 from flexhinm_jax.ops import gates, groups, pattern_logits
-from flexhinm_jax.patterns import NM, FlexHiNM, HiNM, Pattern
 from flexhinm_jax.types import Plan, State, Support
 
 
@@ -53,7 +52,7 @@ class MaskLLM(Gated):
     scale: tuple[float, float] = (100.0, 500.0)
     reward: float = 0.1
 
-    accepts: ClassVar[tuple[type[Pattern], ...]] = (NM, HiNM, FlexHiNM)
+    chooses_groups: ClassVar[bool] = True
     frozen_weights: ClassVar[bool] = True
 
     def __post_init__(self):

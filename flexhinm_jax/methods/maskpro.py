@@ -20,7 +20,6 @@ from flexhinm_jax.methods.gated import Gated, mean_where, open_groups
 from flexhinm_jax.methods.learned import ScoreFunction
 from flexhinm_jax.methods.wanda import Wanda
 from flexhinm_jax.ops import groups, masks, plackett_luce
-from flexhinm_jax.patterns import NM, FlexHiNM, HiNM, Pattern
 from flexhinm_jax.types import Plan, State, Support
 
 
@@ -44,13 +43,13 @@ class MaskPro(Gated, ScoreFunction):
     temperature: tuple[float, float] = (1.0, 1.0)
     start: float = 10.0
 
-    accepts: ClassVar[tuple[type[Pattern], ...]] = (NM, HiNM, FlexHiNM)
+    chooses_groups: ClassVar[bool] = True
     frozen_weights: ClassVar[bool] = True
 
     def __post_init__(self):
         """Validates the configuration."""
         super().__post_init__()
-        n = getattr(self.pattern, "n", 1)
+        n, _ = self.pattern.form or (1, 1)
         if n > plackett_luce.EXACT:
             raise ValueError(
                 f"{self.pattern}: MaskPro sums over 2^n subsets and stops at n="

@@ -16,7 +16,7 @@ from jax import Array
 from flexhinm_jax.methods.base import Method
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.methods.wanda import Wanda
-from flexhinm_jax.patterns import NM, Pattern
+from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.types import BlockDiagonal, Plan, State, Stats, Support
 
 
@@ -37,7 +37,8 @@ class Ordered(Method):
 
     #: An order is carried by statistics, also for a method that looks at none.
     needs: ClassVar[Any] = "norms"
-    accepts: ClassVar[tuple[type[Pattern], ...]] = (NM,)
+    one_order: ClassVar[bool] = True
+    follows_order: ClassVar[bool] = True
 
     def __post_init__(self):
         """Validates the configuration and takes the pattern over."""
@@ -53,12 +54,12 @@ class Ordered(Method):
     @property
     def natural(self) -> Method:
         """The inner method without a search."""
-        return self.inner.with_pattern(dataclasses.replace(self.pattern, permute=None))  # type: ignore[call-arg]
+        return self.inner.with_pattern(self.pattern.natural())
 
     def with_pattern(self, pattern: Pattern) -> Method:
         """The same with another pattern; one that is not N:M is solved by `inner`."""
         inner = self.inner.with_pattern(pattern)
-        return Ordered(inner) if isinstance(pattern, NM) else inner
+        return Ordered(inner) if self.fits(pattern) else inner
 
     def check(
         self,
@@ -99,6 +100,14 @@ class Ordered(Method):
             key, w[:, order], given, sparsity=sparsity, prev=before
         )
         return State(learned=(), fixed={"order": order, "inner": state})
+
+    def importance(self, w: Array, stats: Stats | None) -> Array:
+        """That of the inner method."""
+        return self.inner.importance(w, stats)
+
+    def order_scores(self, w: Array, stats: Stats | None) -> Array:
+        """Those of the inner method."""
+        return self.inner.order_scores(w, stats)
 
     def diagnostics(self, state: State) -> dict[str, Array]:
         """Those of the inner method."""

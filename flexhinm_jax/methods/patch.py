@@ -20,7 +20,7 @@ where the paper gives every weight the same share of dense tiles.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +123,7 @@ class Patch(LearnedMethod):
     @property
     def tiles(self) -> Tiles:
         """The pattern."""
-        assert isinstance(self.pattern, Tiles)
-        return self.pattern
+        return cast(Tiles, self.pattern)
 
     def solve(
         self,

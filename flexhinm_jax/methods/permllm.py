@@ -76,7 +76,8 @@ class PermLLM(LearnedMethod):
     mask_temperature: float = 0.5
 
     needs: ClassVar[Literal["nothing", "norms", "gram"]] = "gram"
-    accepts: ClassVar[tuple[type[Pattern], ...]] = (NM,)
+    one_order: ClassVar[bool] = True
+    follows_order: ClassVar[bool] = True
     frozen_weights: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -99,6 +100,12 @@ class PermLLM(LearnedMethod):
                 f"mask_temperature={self.mask_temperature}: need numbers > 0"
             )
 
+    @property
+    def form(self) -> tuple[int, int]:
+        """(n, m) of a group."""
+        assert self.pattern.form is not None
+        return self.pattern.form
+
     def sides(self, inputs: int, path: str = "weight") -> tuple[int, int]:
         """(number of blocks, channels of a block) for that many inputs.
 
@@ -114,7 +121,7 @@ class PermLLM(LearnedMethod):
             raise ValueError(
                 f"{path}: in={inputs} is not a multiple of {what}; choose a divisor"
             )
-        if b % self.pattern.m:  # pyright: ignore[reportAttributeAccessIssue]
+        if b % self.form[1]:
             raise ValueError(
                 f"{path}: blocks of {b} channels ({what}) are no multiple of the "
                 f"groups of {self.pattern}; choose another block"
@@ -138,6 +145,11 @@ class PermLLM(LearnedMethod):
             return saliency.relative_importance(w, stats.sq_norm, 0.5)
         found = saliency.wanda(w, stats.sq_norm)
         return jnp.square(found) if self.scores == "squared" else found
+
+    def order_scores(self, w: Array, stats: Stats | None) -> Array:
+        """The score."""
+        assert stats is not None
+        return self.score(w, stats)
 
     def solve(
         self,
@@ -234,7 +246,7 @@ class PermLLM(LearnedMethod):
         """
         logits = state.learned["logits"]
         k, b = logits.shape[:2]
-        pattern: Any = self.pattern
+        n, m = self.form
         logits = logits + self.bias * jnp.eye(b, dtype=jnp.float32)
         if self.variant == "cost":  # a cost of any unit: the largest counts as one
             top = jnp.max(jnp.abs(logits), axis=(1, 2), keepdims=True)
@@ -248,12 +260,12 @@ class PermLLM(LearnedMethod):
         scores = state.fixed["scores"][:, order].reshape(-1, k, b)
         exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
         groups = exact("okb,kbc->okc", scores, p)
-        groups = groups.reshape(*groups.shape[:2], -1, pattern.m)
+        groups = groups.reshape(*groups.shape[:2], -1, m)
         mean = lax.stop_gradient(jnp.mean(groups, axis=-1, keepdims=True))
         scaled = groups / jnp.where(mean > 0, mean, 1)
-        hard = masks.group_ranks(groups) < pattern.n
+        hard = masks.group_ranks(groups) < n
         mask = gates.straight_through(
-            pattern.n * jax.nn.softmax(scaled / self.mask_temperature, axis=-1), hard
+            n * jax.nn.softmax(scaled / self.mask_temperature, axis=-1), hard
         )
         keep = exact("okc,kbc->okb", mask.reshape(-1, k, b), p)
         return keep.reshape(-1, k * b)[:, jnp.argsort(order)], choice
@@ -265,12 +277,12 @@ class PermLLM(LearnedMethod):
     def _support(self, state: State) -> Support:
         """The support of the state's order alone."""
         order, scores = state.fixed["order"], state.fixed["scores"]
-        pattern: Any = self.pattern
-        keep = masks.n_of_m(scores[:, order], n=pattern.n, m=pattern.m)
+        n, m = self.form
+        keep = masks.n_of_m(scores[:, order], n=n, m=m)
         o, i = scores.shape
         ends = jnp.zeros((1,), jnp.int32), jnp.full((1,), i, jnp.int32)
         rows = jnp.arange(o, dtype=jnp.int32)
-        regions = Regions(rows, order[None], *ends, pattern.n, pattern.m)
+        regions = Regions(rows, order[None], *ends, n, m)
         return Support(keep[:, jnp.argsort(order)], regions)
 
     def decide(self, state: State, w: Array, *, key: Array | None = None) -> Plan:

@@ -1,7 +1,7 @@
 """What methods that move weights share: the layer-wise problem in, a state out.
 
-A subclass says how support and weight are found for one `gram.Problem`; targets, means,
-damping and dtypes are dealt with here.
+`LayerFit` poses the problem: targets, means, damping and dtypes are dealt with there.
+A `Reconstruction` says how support and weight are found for one `gram.Problem`.
 """
 
 import abc
@@ -39,7 +39,7 @@ class Solved(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reconstruction(Method):
+class LayerFit(Method):
     """A method that fits the pruned layer to its targets.
 
     The state holds `support`, `weight`, `retained` (share of the squared Wanda score),
@@ -71,23 +71,6 @@ class Reconstruction(Method):
             raise ValueError(
                 f"precision={self.precision!r}: choose 'float32' or 'float64'"
             )
-
-    @abc.abstractmethod
-    def reconstruct(
-        self,
-        key: Array,
-        task: gram.Problem,
-        sparsity: Array | float | None,
-        before: Support | None,
-    ) -> Solved:
-        """Finds the pruned weight and its support for one problem.
-
-        Args:
-          key: PRNG key, consumed.
-          task: the problem.
-          sparsity: fraction of weights removed, or None.
-          before: a support to stay within, or None.
-        """
 
     #: Entries of `State.fixed` that say how the solving went; scalars per matrix.
     reports: ClassVar[tuple[str, ...]] = ("damping",)
@@ -147,12 +130,9 @@ class Reconstruction(Method):
             sparsity = jnp.asarray(sparsity, jnp.float32)
         return self._solve(key, w, stats, sparsity, prev)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _solve(self, key, w, stats, sparsity, prev):
+    @abc.abstractmethod
+    def _solve(self, key, w, stats, sparsity, prev) -> State:
         """`solve` after the checks: one program, also when called outside jit."""
-        task = self.problem(w, stats)
-        before = None if prev is None else prev.fixed["support"]
-        return self.state(w, stats, task, self.reconstruct(key, task, sparsity, before))
 
     def state(
         self,
@@ -187,6 +167,35 @@ class Reconstruction(Method):
             retained=state.fixed["retained"],
             bias=None if bias is None else bias.astype(w.dtype),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction(LayerFit):
+    """A method that finds support and weight from the problem alone."""
+
+    @abc.abstractmethod
+    def reconstruct(
+        self,
+        key: Array,
+        task: gram.Problem,
+        sparsity: Array | float | None,
+        before: Support | None,
+    ) -> Solved:
+        """Finds the pruned weight and its support for one problem.
+
+        Args:
+          key: PRNG key, consumed.
+          task: the problem.
+          sparsity: fraction of weights removed, or None.
+          before: a support to stay within, or None.
+        """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _solve(self, key, w, stats, sparsity, prev):
+        """Poses the problem and reconstructs."""
+        task = self.problem(w, stats)
+        before = None if prev is None else prev.fixed["support"]
+        return self.state(w, stats, task, self.reconstruct(key, task, sparsity, before))
 
 
 def first_scores(task: gram.Problem, start: Array, before: Support | None) -> Array:

@@ -13,6 +13,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
+from flexhinm_jax.methods.base import Method
 from flexhinm_jax.methods.reconstruction import Solved
 from flexhinm_jax.methods.wrapper import Wrapper
 from flexhinm_jax.ops import descent, elimination, gram, least_squares, masks, regions
@@ -49,6 +50,10 @@ class RefineMask(Wrapper):
             )
         if self.weights not in ("solve", "dense"):
             raise ValueError(f"weights={self.weights!r}: choose 'solve' or 'dense'")
+
+    def for_fixed_weights(self) -> Method:
+        """Refines the support under the dense weights."""
+        return dataclasses.replace(self, weights="dense")
 
     def improve(
         self,

@@ -10,7 +10,7 @@ import jax
 from jax import Array
 
 from flexhinm_jax.methods.base import Method
-from flexhinm_jax.methods.reconstruction import Reconstruction, Solved
+from flexhinm_jax.methods.reconstruction import LayerFit, Solved
 from flexhinm_jax.methods.wanda import Wanda
 from flexhinm_jax.ops import gram
 from flexhinm_jax.patterns import Pattern
@@ -20,8 +20,8 @@ INNER = "inner."
 
 
 @dataclasses.dataclass(frozen=True)
-class Wrapper(Reconstruction):
-    """Improves the plan of another method on the Gram.
+class Nested(LayerFit):
+    """A method on the Gram that starts from the plan of another one.
 
     Attributes:
       inner: the method whose plan is the start; its pattern is that of the wrapper. A
@@ -48,32 +48,9 @@ class Wrapper(Reconstruction):
         """The same method around the same inner one with another pattern."""
         return dataclasses.replace(self, inner=self.inner.with_pattern(pattern))
 
-    @abc.abstractmethod
-    def improve(
-        self,
-        task: gram.Problem,
-        start: Array,
-        support: Support,
-        before: Support | None,
-    ) -> Solved:
-        """A better weight and support.
-
-        Args:
-          task: the problem.
-          start: f[o, i], the weight of the inner plan, zero outside its support.
-          support: its support.
-          before: an earlier support to stay within, or None.
-        """
-
-    def reconstruct(
-        self,
-        key: Array,
-        task: gram.Problem,
-        sparsity: Array | float | None,
-        before: Support | None,
-    ) -> Solved:
-        """Not used: a wrapper starts from a plan, see `improve`."""
-        raise NotImplementedError
+    def order_scores(self, w: Array, stats: Stats | None) -> Array:
+        """Those of the inner method, which finds the support."""
+        return self.inner.order_scores(w, stats)
 
     def diagnostics(self, state: State) -> dict[str, Array]:
         """The own ones, and those of the inner method as "inner.damping" etc."""
@@ -108,18 +85,6 @@ class Wrapper(Reconstruction):
         super().check(w, stats, sparsity, path)
         self.inner.check(w, stats, sparsity, path)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _solve(self, key, w, stats, sparsity, prev):
-        """Solves with the inner method and improves its plan."""
-        before, state = self._first(key, w, stats, sparsity, prev)
-        plan = self.inner.decide(state, w)
-        self._check_factors(plan)
-        task = self.problem(w, stats)
-        start = plan.weight.astype(task.gram.dtype)
-        found = self.improve(task, start, plan.support, before)
-        mine = self.state(w, stats, task, found)
-        return State(learned=(), fixed=mine.fixed | {"inner": state})
-
     def _first(self, key, w, stats, sparsity, prev):
         """An earlier support or None, and the state of the inner method within it."""
         before = inner = None
@@ -129,6 +94,46 @@ class Wrapper(Reconstruction):
             inner = dataclasses.replace(inner, fixed=inner.fixed | {"support": before})
         state = self.inner.solve(key, w, stats, sparsity=sparsity, prev=inner)
         return before, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper(Nested):
+    """Improves the plan of another method on the Gram.
+
+    Attributes:
+      inner: the method whose plan is the start; its pattern is that of the wrapper. A
+        pattern stands for Wanda with it.
+      pattern: the pattern of `inner`; not an argument.
+    """
+
+    @abc.abstractmethod
+    def improve(
+        self,
+        task: gram.Problem,
+        start: Array,
+        support: Support,
+        before: Support | None,
+    ) -> Solved:
+        """A better weight and support.
+
+        Args:
+          task: the problem.
+          start: f[o, i], the weight of the inner plan, zero outside its support.
+          support: its support.
+          before: an earlier support to stay within, or None.
+        """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _solve(self, key, w, stats, sparsity, prev):
+        """Solves with the inner method and improves its plan."""
+        before, state = self._first(key, w, stats, sparsity, prev)
+        plan = self.inner.decide(state, w)
+        self._check_factors(plan)
+        task = self.problem(w, stats)
+        start = plan.weight.astype(task.gram.dtype)
+        improved = self.improve(task, start, plan.support, before)
+        outer = self.state(w, stats, task, improved)
+        return State(learned=(), fixed=outer.fixed | {"inner": state})
 
     def _check_factors(self, plan: Plan) -> None:
         if plan.left is not None or plan.right is not None:

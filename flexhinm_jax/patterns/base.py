@@ -98,6 +98,32 @@ class Pattern(abc.ABC):
     #: Whether every row may choose its weights without looking at other rows.
     free_rows: ClassVar[bool] = True
 
+    #: Whether every input is in a group, along one order that all rows share, and every
+    #: row may choose its n of m: what `Stats.order` can order.
+    one_order: ClassVar[bool] = False
+
+    #: Whether `regroup` finds columns and orders for weights that have moved.
+    regroups: ClassVar[bool] = False
+
+    def natural(self) -> "Pattern":
+        """The same pattern without a search of the order of rows or columns."""
+        return self
+
+    def regroup(self, key: Array, support: Support, scores: Array) -> Support:
+        """Re-chooses columns and their order; rows and sizes of regions stay.
+
+        Args:
+          key: consumed.
+          support: a support of this pattern.
+          scores: f32[o, i], non-negative; larger stays.
+
+        Returns:
+          The support with its columns chosen for these scores; the given one where
+          `regroups` is False.
+        """
+        del key, scores
+        return support
+
     def refine(self, support: Support, scores: Array) -> Support:
         """Re-chooses weights where the structure of a support leaves a choice.
 

@@ -48,6 +48,12 @@ class NM(Pattern):
                 "ChannelSearch() or None"
             )
 
+    one_order: ClassVar[bool] = True
+
+    def natural(self) -> Pattern:
+        """Groups of consecutive inputs."""
+        return dataclasses.replace(self, permute=None)
+
     def project(
         self,
         key: Array,

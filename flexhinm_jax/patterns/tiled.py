@@ -78,6 +78,31 @@ class Tiled(Pattern):
                 "or None"
             )
 
+    def natural(self) -> Pattern:
+        """Natural rows, columns dealt to groups by strength."""
+        return dataclasses.replace(self, permute=None)  # type: ignore[call-arg]
+
+    @property
+    def regroups(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where there are groups."""
+        return self.has_groups
+
+    def regroup(self, key: Array, support: Support, scores: Array) -> Support:
+        """The best columns by score, dealt to groups and searched."""
+        given = support.regions
+        assert given is not None
+        n, m = given.n, given.m
+        tiles = regions.tile(scores, given.out_order, self.vector_size)
+        dense = given.dense_end[0]
+        groups = (given.nm_end[0] - dense) // m
+        rank = regions.ranked(jnp.sum(tiles, axis=1, dtype=jnp.float32))
+        order = regions.column_order(rank, dense, groups, m)
+        if self.permute is not None:
+            order = self.permute.columns(key, tiles, order, dense, groups, n, m)
+        keep = regions.kept(tiles, order, given.dense_end, given.nm_end, n, m)
+        chosen = dataclasses.replace(given, in_order=order)
+        return Support(masks.fold_tiles(keep, given.out_order), chosen)
+
     @property
     @abc.abstractmethod
     def n_of_m(self) -> tuple[int, int]:

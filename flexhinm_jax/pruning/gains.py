@@ -10,8 +10,7 @@ import numpy as np
 from jax import Array
 
 from flexhinm_jax import checks
-from flexhinm_jax.methods import Method, ScoreMethod
-from flexhinm_jax.ops import saliency
+from flexhinm_jax.methods import Method
 from flexhinm_jax.patterns import Levels, Pattern
 from flexhinm_jax.pruning.solve import method_for
 from flexhinm_jax.pruning.statistics import blank
@@ -177,10 +176,5 @@ def _flat(use: Use, tree: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _scored(method: Method, w: Array, stats: Stats | None) -> Levels:
     """`levels` of the scores of [stack, o, i]."""
-    if isinstance(method, ScoreMethod):
-        scores = jax.vmap(method.score)(w, stats)
-    elif stats is not None:
-        scores = jax.vmap(saliency.wanda)(w, stats.sq_norm)
-    else:
-        scores = saliency.magnitude(w)
+    scores = jax.vmap(method.importance)(w, stats)
     return levels(scores.reshape(-1, w.shape[-1]), method.pattern)

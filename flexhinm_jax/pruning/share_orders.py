@@ -19,16 +19,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexhinm_jax import arguments, checks
-from flexhinm_jax.methods import (
-    LearnedMethod,
-    Method,
-    PermLLM,
-    ScoreMethod,
-    Wrapper,
-)
+from flexhinm_jax.methods import LearnedMethod, Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.ordered import Ordered
-from flexhinm_jax.ops import saliency
 from flexhinm_jax.paths import over_stack
 from flexhinm_jax.patterns import NM, ChannelSearch
 from flexhinm_jax.tracing.tree import Leaves
@@ -87,12 +80,12 @@ def share_orders(
     """
     check_method(method)
     arguments.key(key)
-    if isinstance(method, LearnedMethod) and not isinstance(method, PermLLM):
+    if isinstance(method, LearnedMethod) and not method.follows_order:
         raise ValueError(
             f"share_orders: {type(method).__name__} learns; give a method that solves, "
             "such as Wanda(NM(2, 4)), or PermLLM"
         )
-    if not isinstance(method.pattern, NM):
+    if not method.pattern.one_order:
         raise ValueError(
             f"share_orders: {method.pattern} has no one order for all rows; give a "
             "method with an N:M pattern, such as NM(2, 4)"
@@ -102,11 +95,9 @@ def share_orders(
             f"share_orders: search={arguments.shown(search)}: need ChannelSearch(), "
             "or None"
         )
-    knows = isinstance(method, Ordered | PermLLM)
-    ordered = method if knows else Ordered(method)
-    inner = ordered.inner if isinstance(ordered, Ordered) else ordered
+    ordered = method if method.follows_order else Ordered(method)
     orders = shared_orders(
-        inner, key, params, uses, stats, search=search, within=within
+        method, key, params, uses, stats, search=search, within=within
     )
     found = dict(stats or {})
     for path, order in orders.items():
@@ -133,7 +124,7 @@ def shared_orders(
     patterns: dict[str, Any] = {
         path: use.pattern or method.pattern
         for path, use in uses.leaves.items()
-        if isinstance(use.pattern or method.pattern, NM)
+        if (use.pattern or method.pattern).one_order
     }
     if not patterns:
         raise ValueError(
@@ -227,17 +218,7 @@ def _last(w: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _scores(method: Method, w: Array, stats: Stats | None, stack: int) -> Array:
     """f32[*stack, o, i]: what decides about the order."""
-    while isinstance(method, Wrapper):
-        method = method.inner
-
-    def one(w: Array, stats: Stats | None) -> Array:
-        if isinstance(method, ScoreMethod | PermLLM):
-            return method.score(w, stats)  # type: ignore[arg-type]
-        if stats is None:
-            return saliency.squared(w)
-        return jnp.square(saliency.wanda(w, stats.sq_norm))
-
-    return over_stack(one, stack)(w, stats)
+    return over_stack(method.order_scores, stack)(w, stats)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

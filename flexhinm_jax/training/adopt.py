@@ -40,7 +40,7 @@ def adopt(
         every group that the gates of the method are for.
     """
     check_method(method)
-    if not isinstance(method, Gated):
+    if not method.adopts_plans:
         raise ValueError(
             f"adopt: {type(method).__name__} has no gates; give HardConcrete, "
             "GumbelPatterns or MaskLLM"

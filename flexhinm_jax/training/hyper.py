@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from flexhinm_jax import arguments, checks
-from flexhinm_jax.methods.hyperprune import HyperPrune
+from flexhinm_jax.methods.hyperprune import HyperPrune, check_hyperprune
 from flexhinm_jax.ops import hypernet
 from flexhinm_jax.pruning import solve
 from flexhinm_jax.tracing.tree import Leaves
@@ -124,11 +124,7 @@ def hyper_prune(
       >>> all(row["error"] <= row["prior"] for row in found.rows), found.layers
       (True, ((0,), (1,)))
     """
-    if not isinstance(method, HyperPrune):
-        raise ValueError(
-            f"method={arguments.shown(method)}: need HyperPrune(inner), such as "
-            "HyperPrune(Wanda(NM(2, 4)))"
-        )
+    check_hyperprune(method)
     arguments.key(key)
     leaves = Leaves.of(params).dense(uses)
     solve.check_targets(sparsity, uses)
