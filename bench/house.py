@@ -29,6 +29,8 @@ PACKAGE = ROOT / "flexhinm_jax"
 MAX_CODE_LINES = 80
 MAX_PARAMETERS = 10
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
 #: What should be done in one place -> how the files that do it are recognised.
 TWINS = {
     "statistics (X^T X over tokens)": r"ti,\.\.\.tj|\.\.\.to,\.\.\.ti->",
@@ -174,8 +176,7 @@ def code_lines(path: Path, tree: ast.AST) -> set[int]:
         for line in range(token.start[0], token.end[0] + 1)
     }
     for node in ast.walk(tree):
-        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
             text = node.body[0]
             lines -= set(range(text.lineno, (text.end_lineno or 0) + 1))
     return lines
@@ -318,8 +319,7 @@ def undocumented(tree: ast.Module) -> ast.Module:
     """A copy of a syntax tree without docstrings."""
     bare = copy.deepcopy(tree)
     for node in ast.walk(bare):
-        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
             node.body[0] = ast.Pass()
     return bare
 

@@ -2,7 +2,9 @@
 
 The function runs as it is; at every contraction of a leaf the other operand is read as
 tokens `[*stack, tokens, i]` and X^T X is added to a running sum. Activations are never
-kept. Leaves that contract the same inputs share one sum.
+kept. Leaves that contract the same inputs share one sum. What a product saw, which of
+its tokens count, and what sums become of them is the same where a model is pruned in
+one pass (`sequential`).
 """
 
 import dataclasses
@@ -10,7 +12,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,6 +34,14 @@ from flexhinm_jax.types import Stats, Use, Uses
 logger = logging.getLogger("flexhinm_jax")
 
 Sums = dict[str, dict[str, Array]]
+
+HIGHEST: dict[str, Any] = {
+    "precision": lax.Precision.HIGHEST,
+    "preferred_element_type": jnp.float32,
+}
+
+#: Inputs from which on a Gram matrix is summed in bands.
+MIN_BANDED_WIDTH = 768
 
 
 def calibrate(
@@ -101,7 +111,10 @@ def calibrate(
         sums, empty = step(sums, arrays, skeleton), False
     if empty:
         raise ValueError("batches is empty: give at least one batch to run")
-    return finish(sums, uses, owners, params)
+    done = {}
+    for path in dict.fromkeys(owners.values()):
+        done[path] = finish(path, sums.pop(path), params)
+    return {path: done[owners[path]] for path in uses.leaves}
 
 
 def finite_parameters(params: Any) -> None:
@@ -220,7 +233,7 @@ def make_step(
                     "discover found it; call discover with a batch like this one"
                 )
         places = {(key[0], here[key][0]): use for key, use in wanted.items()}
-        mask = None if token_mask is None else jnp.asarray(token_mask(*batch))
+        mask = None if token_mask is None else jnp.asarray(token_mask(*batch)) != 0
         mesh = jax_versions.explicit_mesh(arrays)
         if mesh is not None:
             sums = jax_versions.replicated(sums, mesh)
@@ -252,18 +265,12 @@ class Accumulate(Visitor):
 
         def add(own: dict, operand: Array, index: list, mask: Array | None) -> dict:
             at = tuple(slice(None) if i is None else i for i in index)
-            x, n = read(fitted, operand, mask)
-            highest = {
-                "precision": lax.Precision.HIGHEST,
-                "preferred_element_type": jnp.float32,
-            }
-            found = {"total": x.sum(axis=-2), "count": n}
-            if "gram" in own:
-                found["gram"] = jnp.einsum("...ti,...tj->...ij", x, x, **highest)
-            else:
-                found["sq_norm"] = jnp.square(x).sum(axis=-2)
+            valid = counting(mask, fitted.free)
+            tokens = None if valid is None else Tokens(valid)
+            x = read(fitted, operand, tokens)
+            new = sums_of(x, tokens, "gram" in own)
             share = 1.0 / copies(operand)
-            return {k: own[k].at[at].add(share * found[k]) for k in own}
+            return {k: own[k].at[at].add(share * new[k]) for k in own}
 
         own = jax_versions.automatic(
             add, None, state[use.path], product.operand, index, self.mask
@@ -289,44 +296,116 @@ def copies(x: Array) -> int:
     return math.prod(n for axis, n in sizes.items() if axis not in varying)
 
 
-def read(product: Product, operand: Array, mask: Array | None) -> tuple[Array, Array]:
-    """(tokens f32[*stacked, t, i] with those masked out zero, their number)."""
-    x = product.tokens(operand).astype(jnp.float32)
-    count = math.prod(product.free)
-    if mask is None or mask.shape != product.free[: mask.ndim]:
-        return x, jnp.full((), count, jnp.float32)
-    rest = product.free[mask.ndim :]
-    keep = mask.reshape(mask.shape + (1,) * len(rest))
-    keep = jnp.broadcast_to(keep, product.free).reshape(-1)
-    return jnp.where(keep[:, None], x, 0.0), keep.sum(dtype=jnp.float32)
+class Tokens(NamedTuple):
+    """Which tokens of a product count.
+
+    Attributes:
+      valid: bool[t], whether each one does.
+      positions: i32[t], which tokens are meant, or None for all of them in order.
+    """
+
+    valid: Any
+    positions: Any = None
 
 
-def finish(
-    sums: Sums, uses: Uses, owners: dict[str, str], params: Any = ()
-) -> dict[str, Stats]:
-    """The sums as statistics.
+def counting(mask: Any, free: tuple[int, ...]) -> Any:
+    """The mask of a batch over the flat tokens of a product, bool[t].
+
+    Args:
+      mask: booleans, numpy or jax, or None.
+      free: sizes of the token axes of the product.
+
+    Returns:
+      None where all tokens count: the mask is not over leading axes of these.
+    """
+    if mask is None or mask.shape != free[: mask.ndim]:
+        return None
+    rest = (1,) * (len(free) - mask.ndim)
+    return (mask.reshape(mask.shape + rest) & np.ones(free, bool)).reshape(-1)
+
+
+def read(product: Product, operand: Array, tokens: Tokens | None) -> Array:
+    """What a product saw, f32[*stacked, t, i]; a token that does not count is zero."""
+    return picked(product.tokens(operand).astype(jnp.float32), tokens)
+
+
+def picked(x: Array, tokens: Tokens | None) -> Array:
+    """The tokens of [*stacked, t, ...] that count, the others zero or left out."""
+    if tokens is None:
+        return x
+    if tokens.positions is not None:
+        x = jnp.take(x, tokens.positions, axis=-2)
+    return jnp.where(tokens.valid[:, None], x, 0.0)
+
+
+def sums_of(x: Array, tokens: Tokens | None, gram: bool = True) -> dict[str, Array]:
+    """What tokens add to the statistics of their product.
+
+    Args:
+      x: f32[*stacked, t, i], from `read`.
+      tokens: which of them count; None for all.
+      gram: with X^T X; False keeps its diagonal alone.
+
+    Returns:
+      "total" f32[*stacked, i]; "count" f32[]; "gram" f32[*stacked, i, i], of which only
+      the part on and above the diagonal is right, or "sq_norm" f32[*stacked, i].
+    """
+    count = jnp.full((), x.shape[-2], jnp.float32)
+    if tokens is not None:
+        count = jnp.sum(tokens.valid, dtype=jnp.float32)
+    squares = upper(x) if gram else jnp.sum(jnp.square(x), axis=-2)
+    name = "gram" if gram else "sq_norm"
+    return {"total": jnp.sum(x, axis=-2), "count": count, name: squares}
+
+
+def across(t: Array, x: Array) -> Array:
+    """T^T X over tokens, f32[*stacked, o, i]."""
+    return jnp.einsum("...to,...ti->...oi", t, x, **HIGHEST)
+
+
+def upper(x: Array) -> Array:
+    """X^T X on and above the diagonal; wide ones in bands, which saves a third."""
+    size = x.shape[-1]
+    if size < MIN_BANDED_WIDTH:
+        return across(x, x)
+    edges = np.linspace(0, size, 5).astype(int)
+    bands = []
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        band = across(x[..., low:high], x[..., low:])
+        bands.append(jnp.pad(band, [(0, 0)] * (band.ndim - 1) + [(int(low), 0)]))
+    return jnp.concatenate(bands, axis=-2)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def symmetric(upper: Array) -> Array:
+    """The matrix of which only the part on and above the diagonal is right."""
+    return jnp.triu(upper) + jnp.swapaxes(jnp.triu(upper, 1), -1, -2)
+
+
+def finish(path: str, sums: dict[str, Array], params: Any) -> Stats:
+    """The sums of the inputs of one leaf as its statistics; uses them up.
+
+    Args:
+      path: the leaf, for the message.
+      sums: "total", "count" and "gram" or "sq_norm", as `sums_of` names them.
+      params: the parameters, which are searched when the sums are not finite.
 
     Raises:
-      ValueError: a statistic that is not finite, by the parameter or the leaf.
+      ValueError: a sum that is not finite, by the parameter or the leaf.
     """
-    done: dict[str, Stats] = {}
-    for path in dict.fromkeys(owners.values()):
-        own = sums.pop(path)
-        if not np.isfinite(jax.device_get(sum(x.sum() for x in own.values()))):
-            bad = [name for name, x in own.items() if not bool(jnp.isfinite(x).all())]
-            if bad:
-                finite_parameters(params)
-                raise ValueError(
-                    f"the inputs of {path!r} contain NaN or Inf, or overflow in "
-                    f"{', '.join(bad)}; look at the calibration batches and at the "
-                    "activations before this leaf (the parameters are finite)"
-                )
-        gram = own.get("gram")
-        diagonal = None if gram is None else jnp.diagonal(gram, axis1=-2, axis2=-1)
-        done[path] = Stats(
-            sq_norm=own["sq_norm"] if diagonal is None else diagonal,
-            mean=own["total"] / jnp.maximum(own["count"], 1.0)[..., None],
-            count=own["count"],
-            gram=gram,
-        )
-    return {path: done[owners[path]] for path in uses.leaves}
+    if not np.isfinite(jax.device_get(sum(x.sum() for x in sums.values()))):
+        bad = [name for name, x in sums.items() if not bool(jnp.isfinite(x).all())]
+        if bad:
+            finite_parameters(params)
+            raise ValueError(
+                f"the inputs of {path!r} contain NaN or Inf, or overflow in "
+                f"{', '.join(bad)}; look at the calibration batches and at the "
+                "activations before this leaf (the parameters are finite)"
+            )
+    total, gram = sums["total"], None
+    count = jnp.broadcast_to(sums["count"], total.shape[:-1])
+    if "gram" in sums:
+        gram = symmetric(sums.pop("gram"))
+        sums["sq_norm"] = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    mean = total / jnp.maximum(count, 1.0)[..., None]
+    return Stats(sq_norm=sums["sq_norm"], mean=mean, count=count, gram=gram)

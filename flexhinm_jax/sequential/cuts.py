@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.facts import worst
 from flexhinm_jax.pruning.statistics import calibrate
-from flexhinm_jax.sequential import moments, segments, solver
+from flexhinm_jax.sequential import segments, solver, targets
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.straight import Cut, straighten
 from flexhinm_jax.tracing import jax_versions, meshes
@@ -267,13 +267,13 @@ class Walk:
             sums = self.add(k, sums, runner, mask)
         sums, job = meshes.released(sums), self.job.released()
         with meshes.automatic():
-            stats = moments.finish(job, self.cuts[k], sums)
+            stats = targets.finish(job, self.cuts[k], sums)
             del sums
             self.shelf.trim()
             if self.target != "seq":
                 # Explicit targets everywhere: one program per shape instead of two.
                 stats = {
-                    n: moments.with_targets(job.weight(*n), s) for n, s in stats.items()
+                    n: targets.with_targets(job.weight(*n), s) for n, s in stats.items()
                 }
             return solver.solve(job, stats, self.programs.solver)
 
@@ -282,7 +282,7 @@ class Walk:
     ) -> Any:
         """Adds the tokens of one batch to the sums of cut `k`."""
         cut = runner.line.cuts[k]
-        inputs = moments.inputs(
+        inputs = targets.inputs(
             cut,
             runner.changed,
             self.target == "resid",
@@ -291,7 +291,7 @@ class Walk:
             self.job.weight,
             mask,
         )
-        tokens = functools.partial(moments.tokens_of, cut)
+        tokens = functools.partial(targets.tokens_of, cut)
         made = functools.partial(jax_versions.automatic, tokens, None)
         if sums is None:
             like = jax.eval_shape(made, inputs)

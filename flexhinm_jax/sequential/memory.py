@@ -17,7 +17,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from flexhinm_jax.pruning.statistics import blank
-from flexhinm_jax.sequential import moments, segments, solver
+from flexhinm_jax.sequential import segments, solver, targets
 from flexhinm_jax.sequential.cuts import Walk
 
 
@@ -107,10 +107,10 @@ def running(walk: Walk, segment: segments.Segment) -> int:
 def solving(walk: Walk, k: int, ahead: solver.Ahead) -> tuple[int, int, int]:
     """(summing, statistics, solving) of a cut."""
     job, cut, runner = walk.job, walk.lines[0][0].cuts[k], walk.runners[0]
-    inputs = moments.inputs(
+    inputs = targets.inputs(
         cut, runner.changed, walk.target == "resid", like, like, job.like, None
     )
-    made = functools.partial(moments.tokens_of, cut)
+    made = functools.partial(targets.tokens_of, cut)
     sums = jax.eval_shape(made, inputs)
 
     def add(sums: Any, inputs: Any) -> Any:

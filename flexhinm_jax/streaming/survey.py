@@ -155,7 +155,7 @@ class Look(Walk):
         for runner, mask in zip(self.runners, self.masks, strict=True):
             sums = self.add(k, sums, runner, mask)
         assert sums is not None
-        squares = jnp.diagonal(sums["upper"], axis1=-2, axis2=-1)
+        squares = jnp.diagonal(sums["gram"], axis1=-2, axis2=-1)
         checks.finite(squares, "norms of its inputs", self.cuts[k].members[0].path)
         found = Stats(
             sq_norm=squares,

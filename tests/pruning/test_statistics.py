@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from jax import lax
 
-from flexhinm_jax.pruning.statistics import calibrate, statistics_bytes
+from flexhinm_jax.pruning.statistics import (
+    MIN_BANDED_WIDTH,
+    calibrate,
+    statistics_bytes,
+    symmetric,
+    upper,
+)
 from flexhinm_jax.tracing.discover import discover
 from tests.tracing.cases import CASES, assert_close, normal, rows
 
@@ -146,3 +152,10 @@ def test_windows_of_a_fused_projection_count_their_input_once():
     uses = discover(case.apply_fn, case.params, *case.args)
     assert len([use for use in uses if use.path == "qkv"]) == 3
     assert calibrate(case.apply_fn, case.params, uses, [case.args])["qkv"].count == 6
+
+
+def test_wide_grams_are_summed_in_bands_and_are_whole():
+    x = normal(2, 5, MIN_BANDED_WIDTH + 3)
+    gram = symmetric(upper(jnp.asarray(x)))
+    assert_close(gram, np.einsum("sti,stj->sij", x, x), 1e-4)
+    np.testing.assert_array_equal(gram, np.swapaxes(gram, -1, -2))

@@ -12,10 +12,10 @@ from flexhinm_jax.sequential import (
     cuts,
     finished,
     memory,
-    moments,
     segments,
     sequential,
     solver,
+    targets,
 )
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.types import Stats
@@ -155,6 +155,7 @@ def test_masked_tokens_do_not_count(monkeypatch):
     found = seen(monkeypatch)
     x = X.reshape(4, 16, 8)
     mask = jnp.arange(16)[None] < jnp.array([16, 3, 9, 0])[:, None]
+    x = jnp.where(mask[..., None], x, jnp.nan)
 
     def apply_fn(params, x, mask):
         return chain(params, x)
@@ -177,7 +178,7 @@ def test_masked_tokens_do_not_count(monkeypatch):
 @pytest.mark.parametrize("count", [1000, 1500, 2047])
 def test_the_rows_that_count_are_padded_to_few_sizes(count):
     mask = np.arange(2048) < count
-    positions, valid = moments.rows(mask, (2048,))
+    valid, positions = targets.tokens_for(mask, (2048,))
     assert valid.sum() == count
     if positions is not None:
         assert len(positions) % 256 == 0
