@@ -191,9 +191,11 @@ class AxisFactor:
 class Layout:
     """How a parameter leaf is read as a stack of matrices `[*stack, o, i]`.
 
-    Each group lists leaf axes (or factors of one) in leaf order, major first. Unit axes
-    belong to no group. A Flax Dense kernel `[in, out]` has `out = (axis 1,)` and
-    `inputs = (axis 0,)`; a convolution HWIO has `inputs = (H, W, I)`.
+    Each group lists leaf axes (or factors of one) in the order in which the matrix has
+    them, major first: in leaf order, but for the inputs of a convolution, which are
+    positions of the kernel, then input channels, whatever the order of the leaf. Unit
+    axes belong to no group. A Flax Dense kernel `[in, out]` has `out = (axis 1,)` and
+    `inputs = (axis 0,)`; convolutions HWIO and OIHW both have `inputs = (H, W, I)`.
 
     Attributes:
       shape: shape of the leaf.

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flexhinm_jax import arguments, checks
 from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.tracing import jax_versions
-from flexhinm_jax.tracing.contractions import Product
+from flexhinm_jax.tracing.contractions import Chunk, Product
 from flexhinm_jax.tracing.finder import find
 from flexhinm_jax.tracing.program import Skeleton, is_array, run, split, trace
 from flexhinm_jax.tracing.stops import Where
@@ -32,6 +32,9 @@ from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Stats, Use, Uses
 
 logger = logging.getLogger("flexhinm_jax")
+
+#: What the patches of a convolution may take at a time.
+CHUNK_BYTES = 1 << 26
 
 Sums = dict[str, dict[str, Array]]
 
@@ -68,7 +71,8 @@ def calibrate(
       batches: tuples of the other arguments, or single arguments; read once, in order.
         Traced once per batch shape.
       gram: take X^T X; False keeps the norms and means alone.
-      memory_limit: bytes that the statistics may take, None for any.
+      memory_limit: bytes that the statistics may take, None for any; the patches of
+        convolutions, made for some images or rows at a time, fit into the rest.
       token_mask: called as token_mask(*batch), gives booleans whose shape is a prefix
         of the token axes, such as [batch, length]; tokens with False are left out.
         Where the shape is not a prefix of the token axes of a product, all its tokens
@@ -102,7 +106,8 @@ def calibrate(
             f"raise the limit, {remedy}"
         )
     sums = zeros(uses, owners, params, gram)
-    step = make_step(apply_fn, uses, owners, token_mask)
+    left = CHUNK_BYTES if memory_limit is None else memory_limit - need
+    step = make_step(apply_fn, uses, owners, token_mask, min(CHUNK_BYTES, left))
     empty = True
     for batch in batches:
         arrays, skeleton = split(
@@ -212,6 +217,7 @@ def make_step(
     uses: Uses,
     owners: dict[str, str],
     token_mask: Callable[..., Array] | None,
+    chunk_bytes: int,
 ) -> Callable:
     """A jitted (sums, arrays, skeleton) -> sums that adds one batch."""
     wanted = {
@@ -237,7 +243,9 @@ def make_step(
         mesh = jax_versions.explicit_mesh(arrays)
         if mesh is not None:
             sums = jax_versions.replicated(sums, mesh)
-        return run(program, params, paths, Accumulate(places, mask), sums)[1]
+        return run(program, params, paths, Accumulate(places, mask, chunk_bytes), sums)[
+            1
+        ]
 
     return step
 
@@ -249,10 +257,12 @@ class Accumulate(Visitor):
     Attributes:
       places: (leaf path, position of the equation) -> use.
       mask: booleans over leading token axes, or None.
+      chunk_bytes: what patches of a convolution may take at a time.
     """
 
     places: dict[tuple[str, Where], Use]
     mask: Array | None
+    chunk_bytes: int
 
     def product(self, where: Where, product: Product, state: Sums) -> tuple[Any, Sums]:
         """Adds one product; it runs dense."""
@@ -261,14 +271,25 @@ class Accumulate(Visitor):
             return None, state
         fitted = product.fit(use.layout)
         assert fitted is not None, "find and walk disagree"
+        if fitted.least_bytes > self.chunk_bytes:
+            raise ValueError(
+                f"{use.path}: one row of the patches of this convolution takes "
+                f"{fitted.least_bytes} bytes, and memory_limit leaves "
+                f"{self.chunk_bytes} beside the statistics; raise it"
+            )
         index = [fitted.index.get(f) for f in use.layout.stack]
 
         def add(own: dict, operand: Array, index: list, mask: Array | None) -> dict:
             at = tuple(slice(None) if i is None else i for i in index)
             valid = counting(mask, fitted.free)
             tokens = None if valid is None else Tokens(valid)
-            x = read(fitted, operand, tokens)
-            new = sums_of(x, tokens, "gram" in own)
+
+            def moments(chunk: Chunk) -> dict:
+                own_tokens = part(chunk, tokens)
+                x = read(chunk, operand, own_tokens)
+                return sums_of(x, own_tokens, "gram" in own)
+
+            new = fitted.summed(moments, self.chunk_bytes)
             share = 1.0 / copies(operand)
             return {k: own[k].at[at].add(share * new[k]) for k in own}
 
@@ -308,6 +329,13 @@ class Tokens(NamedTuple):
     positions: Any = None
 
 
+def part(chunk: Chunk, tokens: Tokens | None) -> Tokens | None:
+    """Which tokens of a chunk count; one with positions is the whole product."""
+    if tokens is None or tokens.positions is not None:
+        return tokens
+    return Tokens(chunk.rows(tokens.valid, axis=-1))
+
+
 def counting(mask: Any, free: tuple[int, ...]) -> Any:
     """The mask of a batch over the flat tokens of a product, bool[t].
 
@@ -324,9 +352,9 @@ def counting(mask: Any, free: tuple[int, ...]) -> Any:
     return (mask.reshape(mask.shape + rest) & np.ones(free, bool)).reshape(-1)
 
 
-def read(product: Product, operand: Array, tokens: Tokens | None) -> Array:
+def read(chunk: Chunk, operand: Array, tokens: Tokens | None) -> Array:
     """What a product saw, f32[*stacked, t, i]; a token that does not count is zero."""
-    return picked(product.tokens(operand).astype(jnp.float32), tokens)
+    return picked(chunk.tokens(operand).astype(jnp.float32), tokens)
 
 
 def picked(x: Array, tokens: Tokens | None) -> Array:

@@ -13,9 +13,16 @@ from jax import Array
 from jax import numpy as jnp
 
 from flexhinm_jax.pruning import statistics
-from flexhinm_jax.pruning.statistics import HIGHEST, Tokens, across, counting
+from flexhinm_jax.pruning.statistics import (
+    CHUNK_BYTES,
+    HIGHEST,
+    Tokens,
+    across,
+    counting,
+)
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.straight import Cut
+from flexhinm_jax.tracing.contractions import Chunk
 from flexhinm_jax.types import Stats
 
 
@@ -76,11 +83,19 @@ def tokens_of(cut: Cut, inputs: Mapping[str, Any]) -> dict[str, Any]:
       What `statistics.sums_of` gives; and where the target differs from W x: "mixed"
       X_dense^T X and "total_dense", or per direct member "cross" T^T X and "target".
     """
-    product, tokens = cut.members[0].product, inputs["tokens"]
-    x = dense = statistics.read(product, inputs["x"], tokens)
+    # Positions are those of all tokens; without, convolutions are read in chunks.
+    tokens, product = inputs["tokens"], cut.members[0].product
+    limit = None if tokens is not None and tokens.positions is not None else CHUNK_BYTES
+    return product.summed(lambda chunk: sums_of(cut, inputs, chunk), limit)
+
+
+def sums_of(cut: Cut, inputs: Mapping[str, Any], chunk: Chunk) -> dict[str, Any]:
+    """What a chunk of the tokens adds."""
+    tokens = statistics.part(chunk, inputs["tokens"])
+    x = dense = statistics.read(chunk, inputs["x"], tokens)
     sums: dict[str, Any] = dict(statistics.sums_of(x, tokens))
     if inputs["dense"] is not None:
-        dense = statistics.read(product, inputs["dense"], tokens)
+        dense = statistics.read(chunk, inputs["dense"], tokens)
         if len(inputs["direct"]) < len(cut.members):
             sums |= {"mixed": across(dense, x), "total_dense": dense.sum(axis=-2)}
     sums |= {"cross": {}, "target": {}}
@@ -90,7 +105,7 @@ def tokens_of(cut: Cut, inputs: Mapping[str, Any]) -> dict[str, Any]:
             there, here = inputs["streams"][n]
             lacks = there.astype(jnp.float32) - here.astype(jnp.float32)
             lacks = cut.members[n].stream.back(lacks)  # type: ignore[union-attr]
-            t = t + statistics.picked(lacks, tokens)
+            t = t + statistics.picked(chunk.rows(lacks, axis=-2), tokens)
         sums["cross"][n], sums["target"][n] = across(t, x), t.sum(axis=-2)
     return sums
 

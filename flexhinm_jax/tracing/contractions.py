@@ -8,15 +8,14 @@ matrices and never the axes of the program.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
+import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
 from flexhinm_jax.tracing import views
-from flexhinm_jax.tracing.stops import Kind, Stop
 from flexhinm_jax.tracing.views import Atom, Dims, View
 from flexhinm_jax.types import AxisFactor, Layout, PackedWeight
 
@@ -75,6 +74,10 @@ class Product:
         and `transpose` alone, so it serves numpy as well.
       result: shape, dtype and sharding of the result.
       reading: what `arrange` does, hashable: same operand and reading, same x.
+      order: of the inputs in the matrix, by number of atom; None for leaf order.
+      parts: (product, bytes) -> chunks of its tokens, for an `arrange` that takes more
+        than the operand; see `convolutions.Window.parts`.
+      least_bytes: what the least chunk takes.
     """
 
     weight: Tracked
@@ -87,6 +90,9 @@ class Product:
     finish: Callable[[Any], Any]
     result: Any
     reading: tuple
+    order: tuple[int, ...] | None = None
+    parts: Callable[..., Iterator[tuple[int, Any]]] | None = None
+    least_bytes: int = 0
 
     @property
     def index(self) -> dict[AxisFactor, Any]:
@@ -101,8 +107,28 @@ class Product:
             self.weight.shape,
             views.factors(stack, merge=False),
             views.factors(views.flat(self.out)),
-            views.factors(views.flat(self.inputs)),
+            views.factors(self.ordered_inputs, sort=False),
         )
+
+    @property
+    def ordered_inputs(self) -> list[Atom]:
+        """The atoms of the inputs in the order of the columns of the matrix."""
+        atoms = views.flat(self.inputs)
+        return ordered(atoms) if self.order is None else [atoms[k] for k in self.order]
+
+    def ordered_as(self, inputs: Sequence[AxisFactor]) -> "Product":
+        """The same product with its inputs in the order of these factors."""
+
+        def rank(a: Atom) -> tuple[int, int]:
+            """Number of the factor that contains the atom, then major first."""
+            for k, f in enumerate(inputs):
+                if f.axis == a.axis and f.stride <= a.stride < f.stride * f.size:
+                    return k, -a.stride
+            return len(inputs), -a.stride
+
+        atoms = views.flat(self.inputs)
+        order = sorted(range(len(atoms)), key=lambda k: rank(atoms[k]))
+        return dataclasses.replace(self, order=tuple(order))
 
     @property
     def stacked(self) -> tuple[AxisFactor, ...]:
@@ -113,8 +139,8 @@ class Product:
     def columns(self) -> tuple:
         """Hashable: which columns of which x the inputs of the matrix are."""
         atoms = views.flat(self.inputs)
-        order = tuple(sorted(range(len(atoms)), key=lambda k: atoms[k][:2]))
-        spans = tuple((a.start, a.size, a.full) for a in atoms)
+        order = tuple(atoms.index(a) for a in self.ordered_inputs)
+        spans = tuple((a.start, a.size, a.full, a.flipped) for a in atoms)
         stack = views.flat(self.batch)
         return self.reading, order, spans, tuple(stack.index(a) for a in ordered(stack))
 
@@ -155,9 +181,10 @@ class Product:
     def fit(self, layout: Layout) -> "Product | None":
         """This product in terms of `layout` or its transpose; None if impossible."""
         for product in self.readings():
-            own = product.layout
-            if own == layout or own == transposed(layout):
-                return product
+            for wanted in (layout, transposed(layout)):
+                fitted = product.ordered_as(wanted.inputs)
+                if fitted.layout == wanted:
+                    return fitted
         return None
 
     def tokens(self, operand: Any) -> Array:
@@ -165,18 +192,45 @@ class Product:
 
         Inputs outside the window of the weight are zeros.
         """
+        return self.columns_of(self.arrange(operand), math.prod(self.free))
+
+    def columns_of(self, x: Array, count: int) -> Array:
+        """`tokens` of what `arrange` makes of `count` of them."""
         stack, inputs = views.flat(self.batch), views.flat(self.inputs)
-        x = self.arrange(operand)
-        count = math.prod(self.free)
         x = x.reshape([a.size for a in stack] + [count] + [a.size for a in inputs])
+        turned = [k for k, a in enumerate(stack) if a.flipped]
+        turned += [len(stack) + 1 + k for k, a in enumerate(inputs) if a.flipped]
+        x = jnp.flip(x, turned) if turned else x
         margins = [(a.start, a.full - a.start - a.size) for a in inputs]
         if any(low or high for low, high in margins):
             x = jnp.pad(x, [(0, 0)] * (len(stack) + 1) + margins)
         first = len(stack)
         order = [stack.index(a) for a in ordered(stack)] + [first]
-        order += [first + 1 + inputs.index(a) for a in ordered(inputs)]
+        order += [first + 1 + inputs.index(a) for a in self.ordered_inputs]
         x = x.transpose(order)
         return x.reshape(*x.shape[: first + 1], -1)
+
+    def summed(self, statistic: Callable[["Chunk"], Any], limit: int | None) -> Any:
+        """The sum of `statistic(chunk)` over all tokens, a chunk at a time.
+
+        Args:
+          statistic: tree of sums over the tokens of a chunk, equal in all shapes.
+          limit: bytes that the tokens of a chunk may take where they take more than
+            the operand; one row of one image is the least. None for any.
+        """
+        if self.parts is None or limit is None or 0 in self.free:
+            whole = Chunk(self.tokens, 0, math.prod(self.free))
+            return statistic(whole)
+        total: Any = None
+        for number, chunk in self.parts(self, limit):
+
+            def add(k: Any, total: Any, chunk: Any = chunk) -> Any:
+                return jax.tree.map(jnp.add, total, statistic(chunk(k)))
+
+            first = statistic(chunk(0))
+            more = lax.fori_loop(1, number, add, first) if number > 1 else first
+            total = more if total is None else jax.tree.map(jnp.add, total, more)
+        return total
 
     def restore(self, y: Any) -> Any:
         """[*stacked, tokens, o] as the result of the equation, its window cut out.
@@ -195,6 +249,11 @@ class Product:
         first = len(stack)
         order = [by_stack.index(a) for a in stack] + [first]
         y = y.transpose(order + [first + 1 + by_out.index(a) for a in out])
+        turned = [*stack, None, *out]
+        if any(a and a.flipped for a in turned):
+            y = y[
+                tuple(slice(None, None, -1 if a and a.flipped else 1) for a in turned)
+            ]
         y = y.reshape([*views.sizes(self.batch), *free, *views.sizes(self.out)])
         return self.finish(y)
 
@@ -210,6 +269,27 @@ class Product:
             elif eqn.primitive.name in RESHAPES:
                 y = y.reshape(eqn.outvars[0].aval.shape)
         return y
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Some of the tokens of a product.
+
+    Attributes:
+      tokens: operand of the product -> [*stacked, t, i].
+      first: the first token, an int or traced.
+      count: number of tokens, t.
+    """
+
+    tokens: Callable[[Any], Array]
+    first: Any
+    count: int
+
+    def rows(self, values: Array, axis: int) -> Array:
+        """These tokens of values with all tokens along an axis."""
+        if self.count == values.shape[axis]:
+            return values
+        return lax.dynamic_slice_in_dim(values, self.first, self.count, axis=axis)
 
 
 #: Primitives that read the same elements in the same order under another shape.
@@ -229,147 +309,3 @@ def ordered(atoms: list[Atom]) -> list[Atom]:
 def transposed(layout: Layout) -> Layout:
     """The layout with inputs and outputs exchanged."""
     return dataclasses.replace(layout, out=layout.inputs, inputs=layout.out)
-
-
-def match(eqn: Any, operands: list) -> Product | Stop:
-    """Reads a dot_general or convolution with a Tracked operand as a product.
-
-    Returns:
-      The product, or the reason why the leaf is not the matrix of one.
-    """
-    if sum(isinstance(v, Followed) for v in operands) > 1:
-        kind = Kind.AUXILIARY if is_vector(eqn, operands) else Kind.PRODUCT
-        return Stop("contracted with another parameter", kind)
-    product = MATCHERS[eqn.primitive.name](eqn, operands)
-    if isinstance(product, Stop):
-        return product
-    parts = [views.flat(dims) for dims in (product.batch, product.out, product.inputs)]
-    if any(a.axis == views.REPEAT for part in parts for a in part):
-        return Stop("broadcast before it is contracted", Kind.PRODUCT)
-    if not parts[2]:
-        return Stop("scales its input by one value per output", Kind.PRODUCT)
-    if not parts[1]:
-        return Stop("contracted as a vector", Kind.PRODUCT)
-    if not all(a.whole for a in parts[0]):
-        return Stop("contracted over a part of a batch axis", Kind.PRODUCT)
-    return product
-
-
-def is_vector(eqn: Any, operands: list) -> bool:
-    """Whether an operand of a product of two leaves is one vector or a row of one."""
-    if eqn.primitive.name != "dot_general":
-        return False
-    if not all(isinstance(v, Tracked) for v in operands):
-        return False
-    contracted = eqn.params["dimension_numbers"][0]
-    for v, axes in zip(operands, contracted, strict=True):
-        sizes = views.sizes(v.view.dims)
-        if math.prod(sizes) == math.prod(sizes[d] for d in axes):
-            return True
-    return False
-
-
-def match_dot(eqn: Any, operands: list) -> Product:
-    """The product of a dot_general with one Tracked operand."""
-    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
-    right = isinstance(operands[1], Tracked)
-    if right:
-        w, x, wc, wb, xc, xb = operands[1], operands[0], rc, rb, lc, lb
-    else:
-        w, x, wc, wb, xc, xb = operands[0], operands[1], lc, lb, rc, rb
-    tokens = [d for d in range(x.ndim) if d not in (*xc, *xb)]
-    dims = w.view.dims
-    out = tuple(dims[d] for d in range(len(dims)) if d not in (*wc, *wb))
-    b, f = len(wb), len(tokens)
-
-    def finish(y: Any) -> Any:
-        swapped = [*range(b), *range(b + f, y.ndim), *range(b, b + f)]
-        return y if right else y.transpose(swapped)
-
-    return Product(
-        weight=w,
-        batch=tuple(dims[d] for d in wb),
-        out=out,
-        inputs=tuple(dims[d] for d in wc),
-        operand=x,
-        arrange=lambda x: x.transpose([*xb, *tokens, *xc]),
-        free=tuple(x.shape[d] for d in tokens),
-        finish=finish,
-        result=eqn.outvars[0].aval,
-        reading=("dot", tuple(xb), tuple(xc)),
-    )
-
-
-def match_conv(eqn: Any, operands: list) -> Product | Stop:
-    """The product of a convolution: a dot with patches, one stack entry per group."""
-    p, shape = eqn.params, eqn.invars[1].aval.shape
-    if isinstance(operands[0], Tracked):
-        return Stop("convolved as the image, not as the kernel", Kind.PRODUCT)
-    if p["batch_group_count"] != 1:
-        return Stop("a convolution with batch groups", Kind.PRODUCT)
-    lhs, rhs, out_spec = p["dimension_numbers"]
-    w, groups = operands[1], p["feature_group_count"]
-    split = (groups, shape[rhs[0]] // groups)
-    out = views.regroup((w.view.dims[rhs[0]],), split)
-    if out is None or not all(a.whole for a in out[0]):
-        text = "feature groups of a convolution cut an axis of the leaf"
-        return Stop(text, Kind.PRODUCT)
-    if groups > 1 and split[1] == 1:
-        return Stop("a depthwise convolution: one output per group", Kind.PRODUCT)
-    images = tuple(operands[0].shape[d] for d in lhs)
-    space = tuple(eqn.outvars[0].aval.shape[d] for d in out_spec[2:])
-    kernel = tuple(shape[d] for d in rhs[2:])
-
-    def finish(y: Any) -> Any:
-        y = y.transpose([*range(1, y.ndim - 1), 0, y.ndim - 1])  # [n, *space, g, o / g]
-        y = y.reshape(*y.shape[:-2], -1)
-        y = y.transpose([0, y.ndim - 1, *range(1, y.ndim - 1)])  # [n, o, *space]
-        return y.transpose([int(d) for d in np.argsort(out_spec)])
-
-    return Product(
-        weight=w,
-        batch=out[:1],
-        out=out[1:],
-        inputs=tuple(w.view.dims[d] for d in rhs[1:]),
-        operand=operands[0],
-        arrange=lambda x: patches(x.transpose(lhs), kernel, groups, p),
-        free=(images[0], *space),
-        finish=finish,
-        result=eqn.outvars[0].aval,
-        reading=("conv", kernel, groups, *map(str, window_params(p).items()), str(lhs)),
-    )
-
-
-MATCHERS: dict[str, Callable[[Any, list], Product | Stop]] = {
-    "dot_general": match_dot,
-    "conv_general_dilated": match_conv,
-}
-
-
-def window_params(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a convolution that choose the patches."""
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
-    return {name: params[name] for name in names}
-
-
-def patches(x: Array, kernel: tuple[int, ...], groups: int, params: dict) -> Array:
-    """im2col.
-
-    Args:
-      x: [n, features, *space].
-      kernel: spatial shape of the kernel.
-      groups: number of feature groups.
-      params: parameters of the convolution.
-
-    Returns:
-      [groups, n, *space, features / groups * prod(kernel)], features major.
-    """
-    out = lax.conv_general_dilated_patches(
-        x,
-        filter_shape=kernel,
-        precision=lax.Precision.HIGHEST,
-        **window_params(params),
-    )
-    n, space = out.shape[0], out.shape[2:]
-    out = out.reshape(n, groups, -1, *space)
-    return jnp.moveaxis(out, (1, 2), (0, -1))

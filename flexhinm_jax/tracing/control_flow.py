@@ -158,7 +158,9 @@ def scannable(x: Followed) -> bool:
     if not isinstance(x, Tracked):
         return False
     dim = x.view.dims[0]
-    return not dim or (len(dim) == 1 and dim[0].whole and dim[0].axis != views.REPEAT)
+    if len(dim) != 1:
+        return not dim
+    return dim[0].whole and not dim[0].flipped and dim[0].axis != views.REPEAT
 
 
 def is_stacked(x: Tracked) -> bool:

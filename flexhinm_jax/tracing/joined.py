@@ -17,7 +17,8 @@ from jax import numpy as jnp
 
 from flexhinm_jax.tracing import jax_versions, views
 from flexhinm_jax.tracing.changes import Change
-from flexhinm_jax.tracing.contractions import Followed, Product, Tracked, match
+from flexhinm_jax.tracing.contractions import Followed, Product, Tracked
+from flexhinm_jax.tracing.matching import match
 from flexhinm_jax.tracing.stops import Stop
 
 

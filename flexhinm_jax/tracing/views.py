@@ -27,6 +27,7 @@ class Atom(NamedTuple):
       full: number of positions of the factor.
       start: first position in the window.
       size: number of positions in the window.
+      flipped: whether the value shows the last position first.
     """
 
     axis: int
@@ -34,6 +35,7 @@ class Atom(NamedTuple):
     full: int
     start: int
     size: int
+    flipped: bool = False
 
     @property
     def whole(self) -> bool:
@@ -86,10 +88,13 @@ def leaf_order(atom: Atom | AxisFactor) -> tuple[int, int]:
     return atom.axis, -atom.stride
 
 
-def factors(atoms: Iterable[Atom], merge: bool = True) -> tuple[AxisFactor, ...]:
-    """The factors of `atoms` in leaf order, adjacent ones merged if `merge`."""
+def factors(
+    atoms: Iterable[Atom], merge: bool = True, sort: bool = True
+) -> tuple[AxisFactor, ...]:
+    """The factors of `atoms`; `sort` into leaf order, `merge` those that adjoin."""
     out: list[AxisFactor] = []
-    for f in sorted((atom.factor for atom in atoms), key=leaf_order):
+    given = [atom.factor for atom in atoms]
+    for f in sorted(given, key=leaf_order) if sort else given:
         if merge and out and out[-1].axis == f.axis:
             if out[-1].stride == f.stride * f.size:
                 f = AxisFactor(f.axis, f.stride, f.size * out.pop().size)
@@ -114,9 +119,10 @@ def regroup(dims: Dims, shape: Sequence[int]) -> Dims | None:
                 minor = a.size // n
                 if a.size % n or a.full % minor or a.start % minor:
                     return None
-                atoms.insert(0, Atom(a.axis, a.stride, minor, 0, minor))
+                rest = a._replace(full=minor, start=0, size=minor)
+                atoms.insert(0, rest)
                 stride, full = a.stride * minor, a.full // minor
-                a = Atom(a.axis, stride, full, a.start // minor, n)
+                a = Atom(a.axis, stride, full, a.start // minor, n, a.flipped)
             dim.append(a)
             n //= a.size
         out.append(tuple(dim))
@@ -135,7 +141,10 @@ def window(view: View, d: int, start: int, n: int) -> View | None:
         return view
     if start % minor or n % minor or not n:
         return None
-    a = dim[0]._replace(start=dim[0].start + start // minor, size=n // minor)
+    a, first, count = dim[0], start // minor, n // minor
+    if a.flipped:
+        first = a.size - first - count
+    a = a._replace(start=a.start + first, size=count)
     kept, gone = ((a,), ()) if a.size > 1 else ((), ((a, a.start),))
     dims = (*view.dims[:d], kept + dim[1:], *view.dims[d + 1 :])
     return view._replace(dims=dims, index=view.index + gone)
@@ -151,7 +160,7 @@ def take(view: View, d: int, position: Any) -> View | None:
     if isinstance(position, int):
         top = math.prod(atom.size for atom in dim) - 1
         return window(view, d, min(max(position, 0), top), 1)
-    if len(dim) != 1 or not dim[0].whole:
+    if len(dim) != 1 or not dim[0].whole or dim[0].flipped:
         return None
     dims = (*view.dims[:d], (), *view.dims[d + 1 :])
     return view._replace(dims=dims, index=(*view.index, (dim[0], position)))
@@ -171,8 +180,13 @@ def parted(
     if a.full % a.size:
         return dim, ()
     part = Atom(a.axis, a.stride * a.size, a.full // a.size, a.start // a.size, 1)
-    inside = Atom(a.axis, a.stride, a.size, 0, a.size)
+    inside = a._replace(full=a.size, start=0)
     return (inside, *dim[1:]), ((part, part.start),)
+
+
+def flip(dim: Iterable[Atom]) -> tuple[Atom, ...]:
+    """The atoms of an axis that is read backwards."""
+    return tuple(atom._replace(flipped=not atom.flipped) for atom in dim)
 
 
 def broadcast(view: View, shape: Sequence[int], onto: Sequence[int]) -> View:
@@ -216,6 +230,12 @@ def relayout(
     elif name == "transpose":
         dims = tuple(view.dims[d] for d in params["permutation"])
         out = [view._replace(dims=dims)]
+    elif name == "rev":
+        dims = tuple(
+            flip(dim) if d in params["dimensions"] else dim
+            for d, dim in enumerate(view.dims)
+        )
+        out = [view._replace(dims=dims)]
     elif name == "squeeze" or (name == "reshape" and params["dimensions"] is None):
         dims = regroup(view.dims, shapes[0])
         out = [None if dims is None else view._replace(dims=dims)]
@@ -254,7 +274,8 @@ def positions(view: View, shape: Sequence[int]) -> np.ndarray:
         along = np.zeros((), np.int64)
         for a in dim if real else ():
             step = 0 if a.axis == REPEAT else a.stride * strides[a.axis]
-            along = along[..., None] + step * (a.start + np.arange(a.size))
+            own = np.arange(a.size)[:: -1 if a.flipped else 1]
+            along = along[..., None] + step * (a.start + own)
         out = out[..., None] + along.reshape(-1)
     return out
 

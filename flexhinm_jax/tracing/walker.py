@@ -19,15 +19,9 @@ from jax.extend.core import Literal
 
 from flexhinm_jax.tracing import control_flow, jax_versions, joined, views
 from flexhinm_jax.tracing.changes import change
-from flexhinm_jax.tracing.contractions import (
-    MATCHERS,
-    Followed,
-    Product,
-    Tracked,
-    match,
-    plain,
-)
+from flexhinm_jax.tracing.contractions import Followed, Product, Tracked, plain
 from flexhinm_jax.tracing.joined import Joined
+from flexhinm_jax.tracing.matching import MATCHERS, match
 from flexhinm_jax.tracing.stops import LOOKUP, Kind, Part, Stop, Where
 
 

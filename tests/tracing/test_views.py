@@ -31,13 +31,18 @@ def moved(draw) -> tuple[tuple[int, ...], views.View, np.ndarray]:
     shape = tuple(draw(SIZES))
     view, value = views.whole(shape), np.arange(math.prod(shape)).reshape(shape)
     for _ in range(draw(st.integers(0, 6))):
-        name = draw(st.sampled_from(["transpose", "reshape", "slice", "broadcast"]))
+        name = draw(
+            st.sampled_from(["transpose", "reshape", "slice", "broadcast", "rev"])
+        )
         if name == "transpose":
             order = tuple(draw(st.permutations(range(value.ndim))))
             new, params = value.transpose(order), {"permutation": order}
         elif name == "reshape":
             target = tuple(draw(factorisations(value.size)))
             new, params = value.reshape(target), {"dimensions": None}
+        elif name == "rev":
+            axes = tuple(d for d in range(value.ndim) if draw(st.booleans()))
+            new, params = np.flip(value, axes), {"dimensions": axes}
         elif name == "slice":
             low = [draw(st.integers(0, n - 1)) for n in value.shape]
             spans = zip(low, value.shape, strict=True)
