@@ -36,7 +36,7 @@ import numpy as np
 import flexhinm_jax as fh
 from bench import inputs
 from bench.study import Row, Study, alone, timed
-from flexhinm_jax.cli.stream import size
+from flexhinm_jax.cli.flags import size
 from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.models import decoder
 from flexhinm_jax.sequential import memory

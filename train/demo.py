@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import flexhinm_jax as fh
-from flexhinm_jax.cli import source
+from flexhinm_jax.cli import directory
 from flexhinm_jax.io import atomic, huggingface, packed
 from flexhinm_jax.models import encoder
 from train import corpus
@@ -121,13 +121,13 @@ def main() -> None:
         def step(text: str) -> None:
             progress.update(task, description=text, advance=1)
 
-        model = source.load(model_directory())
+        model = directory.read_encoder(model_directory())
         params = jax.tree.map(jnp.asarray, model.params)
         splits = {
             "calibration": corpus.sentences("calibration", args.calibration),
             "evaluation": corpus.sentences("evaluation", args.evaluation),
         }
-        batches = {k: source.tokenize(model, v, 32, None) for k, v in splits.items()}
+        batches = {k: model.tokenize(v, 32, None) for k, v in splits.items()}
         count = len(splits["evaluation"])
 
         def embed(params: Any, tokens: Any, mask: Any) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
-from flexhinm_jax.cli import source
+from flexhinm_jax.cli import directory
 from flexhinm_jax.models import batches, encoder
 from flexhinm_jax.pruning.prune import Pruned, applied
 from train import corpus, minilm
@@ -31,7 +31,7 @@ class Encoder:
       dense: their embeddings by the dense model.
     """
 
-    model: source.Source
+    model: directory.Encoder
     params: dict[str, Any]
     evaluation: list[batches.Batch]
     dense: np.ndarray
@@ -64,24 +64,24 @@ def method(pattern: str) -> fh.Method:
     return fh.StagedALPS(parsed)
 
 
-def load(directory: Path, evaluation: int) -> Encoder:
+def load(folder: Path, evaluation: int) -> Encoder:
     """Reads a model directory and embeds the evaluation sentences."""
-    model = source.load(directory)
+    model = directory.read_encoder(folder)
     params = jax.tree.map(jnp.asarray, dict(model.params))
     text = corpus.sentences("evaluation", evaluation)
-    held_out = source.tokenize(model, text, 32, None)
+    held_out = model.tokenize(text, 32, None)
     made = Encoder(model, params, held_out, np.zeros((len(text), 0), np.float32))
     embed = jax.jit(made.embed)
     made.dense = minilm.embeddings(embed, params, held_out, len(text))
     return made
 
 
-def tokenize(model: source.Source, text: Sequence[str]) -> list[list[int]]:
+def tokenize(model: directory.Encoder, text: Sequence[str]) -> list[list[int]]:
     """Token ids of sentences, cut at `LONGEST` tokens."""
     longest = min(LONGEST, model.config.max_position_embeddings)
     return [
         row[mask != 0].tolist()
-        for batch in source.tokenize(model, list(text), 128, longest)
+        for batch in model.tokenize(list(text), 128, longest)
         for row, mask in zip(batch.tokens[: len(batch.rows)], batch.mask, strict=False)
     ]
 

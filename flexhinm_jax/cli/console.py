@@ -7,12 +7,14 @@ goes to stderr, and only to a terminal, so that a log file or a pipe never holds
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import rich.console
 import rich.progress
 from rich.table import Table
+
+from flexhinm_jax.pruning.report import Report
 
 T = TypeVar("T")
 
@@ -67,16 +69,75 @@ class Console:
         return iter(rich.progress.track(items, name, total=total, console=self._err))
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    """An empty table; a column named with a leading ">" is aligned to the right."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in columns:
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    total: Sequence[str] | None = None,
+) -> Table:
+    """A table without the columns that are empty in every row.
+
+    Args:
+      columns: names; one with a leading ">" is aligned to the right.
+      rows: one cell per column.
+      total: a last row, apart from the others.
+    """
+    rows = list(rows)
+    used = [k for k in range(len(columns)) if any(row[k] for row in rows)]
+    made = Table(box=None, pad_edge=False)
+    for k in used:
+        right = columns[k].startswith(">")
         made.add_column(
-            column.removeprefix(">"),
-            justify="right" if column.startswith(">") else "left",
+            columns[k].removeprefix(">"),
+            justify="right" if right else "left",
             overflow="fold",
         )
+    for row in rows:
+        made.add_row(*(row[k] for k in used))
+    if total is not None:
+        made.add_section()
+        made.add_row(*(total[k] for k in used))
     return made
+
+
+def report_table(
+    report: Report, errors: Mapping[str, float] | None = None, *, packed: bool = True
+) -> Table:
+    """What pruning did to every weight.
+
+    Args:
+      report: of the run.
+      errors: path -> relative error of the outputs, where that is known.
+      packed: whether there is a packed form.
+    """
+    errors = errors or {}
+
+    def sizes(dense: float, small: float) -> tuple[str, str]:
+        return (bytes_text(int(dense)), bytes_text(int(small))) if packed else ("", "")
+
+    total = report.total
+    return table(
+        (
+            *("weight", "shape", ">zeros", ">error", ">dense", ">packed"),
+            *(">saliency kept", "note"),
+        ),
+        [
+            (
+                row.path,
+                "x".join(map(str, row.shape)),
+                f"{row.zeros:.2%}",
+                f"{errors[row.path]:.4f}" if row.path in errors else "",
+                *sizes(row.dense_bytes, row.packed_bytes),
+                f"{row.retained:.2%}",
+                row.note if packed else "",
+            )
+            for row in report.rows
+        ],
+        (
+            *("all pruned weights", "", f"{total['zeros']:.2%}", ""),
+            *sizes(total["dense_bytes"], total["packed_bytes"]),
+            *(f"{total['retained']:.2%}", ""),
+        ),
+    )
 
 
 def bytes_text(count: int) -> str:

@@ -10,7 +10,6 @@ tokens to look back at. The mean is over tokens, not over windows.
 import argparse
 import functools
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flexhinm_jax.cli import language, options, source
+from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.cli.console import Console, table
 from flexhinm_jax.models import decoder, encoder
 
@@ -32,67 +31,64 @@ _embed = jax.jit(encoder.embed, static_argnames="config")
 
 def add_parser(commands: Any) -> None:
     """Adds the command to the parser."""
-    parser = commands.add_parser(
+    parser = flags.command(
+        commands,
         "eval",
         help="perplexity of a text, or similarity of embeddings, dense beside pruned",
-        description=textwrap.dedent("""\
+        description="""\
             Decoders (llama, mistral, qwen2, qwen3): perplexity and bits per byte of a
             text file, for one directory or two beside each other. Every token but the
             first is scored once.
             Encoders (bert): cosine similarity of the embeddings that two directories
             give to the lines of the file.
-            """),
-        epilog=textwrap.dedent("""\
+            """,
+        epilog="""\
             examples:
               flexhinm eval Qwen2.5-0.5B pruned --text wiki.txt
               flexhinm eval Llama-2-7b --text wiki.txt --length 4096 --stride 512
               flexhinm eval all-MiniLM-L6-v2 pruned --text sentences.txt
-            """),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+            """,
     )
+    flags.add_model(parser)
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL_DIR", help="model directory")
     add("other", type=Path, nargs="?", metavar="OTHER_DIR", help="pruned, for example")
     add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
     add(
         "--length",
-        type=options.positive,
+        type=flags.positive,
         metavar="N",
         help=f"decoders: tokens of a window (default: {LENGTH}, or what the model"
         " reads); encoders: cut lines to N tokens (default: 128)",
     )
     add(
         "--stride",
-        type=options.positive,
+        type=flags.positive,
         metavar="N",
         help="decoders: tokens from one window to the next, at most --length (default:"
         " --length, windows that do not overlap)",
     )
     add(
         "--limit",
-        type=options.positive,
+        type=flags.positive,
         metavar="N",
         help="use the first N tokens (encoders: lines) only",
     )
     add(
         "--batch-size",
-        type=options.positive,
+        type=flags.positive,
         metavar="N",
         help="windows or lines in one step (default: 1 window, 32 lines)",
     )
-    add("-q", "--quiet", action="store_true", help="show errors only")
-    add(
-        "--json", action="store_true", help="print one JSON document instead of a table"
-    )
+    flags.add_shown(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    directories = [args.model] + ([args.other] if args.other else [])
-    kinds = [source.is_decoder(directory) for directory in directories]
+    paths = [args.model] + ([args.other] if args.other else [])
+    kinds = [directory.is_decoder(path) for path in paths]
     if all(kinds):
-        _perplexities(args, directories, console)
+        _perplexities(args, paths, console)
     elif not any(kinds):
         _similarity(args, console)
     else:
@@ -133,32 +129,36 @@ def windows(
 
 
 def _perplexities(
-    args: argparse.Namespace, directories: list[Path], console: Console
+    args: argparse.Namespace, paths: list[Path], console: Console
 ) -> None:
-    text = _read(args.text)
+    text = directory.read_text(args.text)
     rows = []
-    for directory in directories:
-        with console.step(f"reading {directory}"):
-            model = language.load(directory)
+    for path in paths:
+        with console.step(f"reading {path}"):
+            model = directory.read_decoder(path)
         rows.append(_perplexity(model, text, args, console))
-    shown = table("model", ">zeros", ">perplexity", ">bits per byte", ">tokens")
-    for row in rows:
-        shown.add_row(
-            row["model"],
-            f"{row['zeros']:.1%}",
-            f"{row['perplexity']:.4f}",
-            f"{row['bits_per_byte']:.4f}",
-            f"{row['tokens']:,}",
-        )
+    shown = table(
+        ("model", ">zeros", ">perplexity", ">bits per byte", ">tokens"),
+        [
+            (
+                row["model"],
+                f"{row['zeros']:.1%}",
+                f"{row['perplexity']:.4f}",
+                f"{row['bits_per_byte']:.4f}",
+                f"{row['tokens']:,}",
+            )
+            for row in rows
+        ],
+    )
     note = f"windows of {rows[0]['length']} tokens, one every {rows[0]['stride']}"
     document = {"text": str(args.text), "kind": "decoder", "models": rows}
     console.result(document, shown, note)
 
 
 def _perplexity(
-    model: language.Language, text: str, args: argparse.Namespace, console: Console
+    model: directory.Decoder, text: str, args: argparse.Namespace, console: Console
 ) -> dict[str, Any]:
-    tokens, offsets = language.encode(model, text)
+    tokens, offsets = model.encode(text)
     tokens, offsets = tokens[: args.limit], offsets[: args.limit]
     if len(tokens) < 2:
         raise ValueError(
@@ -190,7 +190,7 @@ def _perplexity(
         batch = [np.pad(part, missing) for part in batch]
         nats += float(_nats(model.params, *batch, config=model.config))
     if not math.isfinite(nats):
-        language.check_finite(model)
+        model.check_finite()
         raise ValueError(f"{model.directory} gives logits that are not finite")
     count = len(tokens) - 1
     read = len(text[offsets[1][0] : offsets[-1][1]].encode())
@@ -220,17 +220,17 @@ def _nats(
 
 def _similarity(args: argparse.Namespace, console: Console) -> None:
     models = []
-    for directory in (args.model, args.other):
-        if directory is None:
+    for path in (args.model, args.other):
+        if path is None:
             raise ValueError(
                 f"{args.model} is no decoder: give OTHER_DIR too, to compare the"
                 " embeddings of two encoders"
             )
-        with console.step(f"reading {directory}"):
-            models.append(source.load(directory))
+        with console.step(f"reading {path}"):
+            models.append(directory.read_encoder(path))
     if args.stride:
         raise ValueError("--stride has no use for encoders")
-    text = source.read_text(args.text, args.limit)
+    text = directory.read_sentences(args.text, args.limit)
     first, second = (_embeddings(model, text, args) for model in models)
     if first.shape != second.shape:
         raise ValueError(
@@ -243,14 +243,10 @@ def _similarity(args: argparse.Namespace, console: Console) -> None:
         "quantile_5": float(np.quantile(cosines, 0.05)),
         "lowest": float(cosines.min()),
     }
+    figures = (f"{value:.4f}" for value in found.values())
     shown = table(
-        "model", "other", ">mean cosine", ">5 % quantile", ">lowest", ">lines"
-    )
-    shown.add_row(
-        str(args.model),
-        str(args.other),
-        *(f"{value:.4f}" for value in found.values()),
-        f"{len(text):,}",
+        ("model", "other", ">mean cosine", ">5 % quantile", ">lowest", ">lines"),
+        [(str(args.model), str(args.other), *figures, f"{len(text):,}")],
     )
     document = {
         "text": str(args.text),
@@ -262,22 +258,13 @@ def _similarity(args: argparse.Namespace, console: Console) -> None:
 
 
 def _embeddings(
-    model: source.Source, text: list[str], args: argparse.Namespace
+    model: directory.Encoder, text: list[str], args: argparse.Namespace
 ) -> np.ndarray:
     """Unit rows, f64[lines, hidden]."""
     found: dict[int, np.ndarray] = {}
-    for batch in source.tokenize(model, text, args.batch_size or 32, args.length):
+    for batch in model.tokenize(text, args.batch_size or 32, args.length):
         rows = _embed(model.params, batch.tokens, batch.mask, config=model.config)
         rows = np.asarray(rows, np.float64)
         found |= dict(zip(batch.rows.tolist(), rows, strict=False))
     stacked = np.stack([found[row] for row in sorted(found)])
     return stacked / np.linalg.norm(stacked, axis=-1, keepdims=True)
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; give a text to score")
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error

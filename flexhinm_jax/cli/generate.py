@@ -2,37 +2,35 @@
 
 import argparse
 import functools
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flexhinm_jax.cli import language
+from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.cli.console import Console
 from flexhinm_jax.models import generation
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command to the parser."""
-    parser = commands.add_parser(
+    parser = flags.command(
+        commands,
         "generate",
         help="continue a text with a decoder",
-        description=textwrap.dedent("""\
+        description="""\
             Continues TEXT with the decoder in MODEL_DIR (llama, mistral, qwen2, qwen3)
             and prints the continuation. Takes the likeliest token every time unless
             --temperature is given. Stops at the model's own end token.
-            """),
-        epilog=textwrap.dedent("""\
+            """,
+        epilog="""\
             examples:
               flexhinm generate pruned --prompt "Once upon a time" --tokens 40
               flexhinm generate pruned --prompt "Once" --temperature 0.8 --top-k 50
-            """),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+            """,
     )
+    flags.add_model(parser)
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL_DIR", help="decoder directory")
     add("--prompt", required=True, metavar="TEXT", help="text to continue")
     add(
         "--tokens",
@@ -49,16 +47,16 @@ def add_parser(commands: Any) -> None:
         help="draw from softmax(logits / T); 0, the default, draws nothing",
     )
     add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens only")
-    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
-    add("--json", action="store_true", help="print one JSON document")
+    flags.add_seed(parser)
+    flags.add_shown(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
     with console.step("reading the model"):
-        model = language.load(args.model)
-    tokens, _ = language.encode(model, args.prompt)
+        model = directory.read_decoder(args.model)
+    tokens, _ = model.encode(args.prompt)
     if tokens.size == 0:
         raise ValueError("--prompt has no tokens; give at least one")
     go_on = functools.partial(

@@ -1,13 +1,12 @@
 """`flexhinm inspect`: every leaf of a model, prunable or skipped, and why."""
 
 import argparse
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flexhinm_jax.cli import source
+from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.cli.console import Console, bytes_text, table
 from flexhinm_jax.io import tensors
 from flexhinm_jax.streaming.blocks import open_blocks
@@ -17,46 +16,44 @@ from flexhinm_jax.types import Use, Uses
 
 def add_parser(commands: Any) -> None:
     """Adds the command to the parser."""
-    parser = commands.add_parser(
+    parser = flags.command(
+        commands,
         "inspect",
         help="list every weight: prunable, or skipped and why",
-        description=textwrap.dedent("""\
+        description="""\
             Lists every array of a Hugging Face model directory with its shape, size and
             share of zeros, and whether it can be pruned or why not. The matrix of a
             prunable array is [out, in], as patterns see it. Of a decoder only the
             headers of the files are read, so zeros are not counted.
-            """),
-        epilog=textwrap.dedent("""\
+            """,
+        epilog="""\
             examples:
               flexhinm inspect all-MiniLM-L6-v2
               flexhinm inspect pruned --json > leaves.json
-            """),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+            """,
     )
-    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="model directory")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document instead of a table"
-    )
+    flags.add_model(parser)
+    flags.add_shown(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    if source.is_decoder(args.model):
+    if directory.is_decoder(args.model):
         with console.step("finding the weights"):
             leaves = _decoder_leaves(args.model)
     else:
         with console.step("reading the model"):
-            model = source.load(args.model)
+            model = directory.read_encoder(args.model)
         with console.step("finding the weights"):
             uses = discover(model.apply_fn, model.params, *model.sample())
         leaves = [_describe(path, leaf, uses) for path, leaf in model.params.items()]
     console.result(_summary(args.model, leaves), _table(leaves), *_totals(leaves))
 
 
-def _decoder_leaves(directory: Path) -> list[dict[str, Any]]:
+def _decoder_leaves(path: Path) -> list[dict[str, Any]]:
     """The leaves of a decoder, from the headers of its files alone."""
-    blocks = open_blocks(directory)
+    blocks = open_blocks(path)
     uses = blocks.uses(None)
     every: list[Uses] = [uses.of(layer) for layer in range(blocks.count)]
     skipped = dict.fromkeys(blocks.index.files, "outside the blocks: never pruned")
@@ -99,10 +96,10 @@ def _use(use: Use | None, reason: str | None) -> dict[str, Any]:
     }
 
 
-def _summary(directory: Path, leaves: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(path: Path, leaves: list[dict[str, Any]]) -> dict[str, Any]:
     prunable = [leaf for leaf in leaves if leaf["prunable"]]
     return {
-        "model": str(directory),
+        "model": str(path),
         "leaves": leaves,
         "prunable": {
             "leaves": len(prunable),
@@ -113,21 +110,21 @@ def _summary(directory: Path, leaves: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _table(leaves: list[dict[str, Any]]) -> Any:
-    made = table("leaf", "shape", "dtype", ">bytes", ">zeros", "prunable or why not")
-    for leaf in leaves:
-        stack = "".join(f"{size} x " for size in leaf["stack"] or ())
-        matrix = (
-            leaf["matrix"] and f"yes, {stack}[{leaf['matrix'][0]}, {leaf['matrix'][1]}]"
-        )
-        made.add_row(
-            leaf["path"],
-            "x".join(map(str, leaf["shape"])) or "scalar",
-            leaf["dtype"],
-            bytes_text(leaf["bytes"]),
-            "" if leaf["zeros"] is None else f"{leaf['zeros']:.1%}",
-            matrix or f"no: {leaf['reason']}",
-        )
-    return made
+    columns = ("leaf", "shape", "dtype", ">bytes", ">zeros", "prunable or why not")
+    return table(columns, map(_cells, leaves))
+
+
+def _cells(leaf: dict[str, Any]) -> tuple[str, ...]:
+    stack = "".join(f"{size} x " for size in leaf["stack"] or ())
+    matrix = leaf["matrix"]
+    return (
+        leaf["path"],
+        "x".join(map(str, leaf["shape"])) or "scalar",
+        leaf["dtype"],
+        bytes_text(leaf["bytes"]),
+        "" if leaf["zeros"] is None else f"{leaf['zeros']:.1%}",
+        f"yes, {stack}{matrix}" if matrix else f"no: {leaf['reason']}",
+    )
 
 
 def _totals(leaves: list[dict[str, Any]]) -> list[str]:

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import numpy as np
 import optax
 
 from flexhinm_jax import __version__, checks, methods, patterns
-from flexhinm_jax.cli import options, output, source
-from flexhinm_jax.cli.console import Console
+from flexhinm_jax.cli import directory, flags
+from flexhinm_jax.cli.console import Console, report_table
+from flexhinm_jax.cli.directory import PACKED, REPORT
 from flexhinm_jax.io import atomic
 from flexhinm_jax.methods import LearnedMethod, RefineMask
 from flexhinm_jax.pruning import apply, prune, solve
@@ -49,12 +49,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "permllm": {"steps": 0},  # the loss is that of the model
 }
 
+BATCH_SENTENCES = 16
 LOOKS = 20  # validations of the hard masks in a run
 HELD = 0.125  # share of the batches that validate
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Choices:
     """What to do, checked before anything is computed.
 
     Attributes:
@@ -74,21 +75,20 @@ class Job:
 
 def add_parser(commands: Any) -> None:
     """Adds the command to the parser."""
-    parser = commands.add_parser(
+    parser = flags.command(
+        commands,
         "learn",
         help="learn the masks of a Hugging Face model directory",
-        description=textwrap.dedent(f"""\
+        description=f"""\
             Learns which weights of the model in MODEL_DIR stay and leaves the weights
             as they are: the outputs on the calibration text are to be those of the
             dense model. Writes DIR as 'flexhinm prune' does: zeros in place,
-            {output.PACKED} and {output.REPORT}.
-            """),
+            {PACKED} and {REPORT}. For encoders of the BERT family.
+            """,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL_DIR", help="model directory (bert family)")
-    add("--out", type=Path, metavar="DIR", required=True, help="directory to write")
+    flags.add_model(parser)
     add(
         "--method",
         default="maskllm",
@@ -109,7 +109,7 @@ def add_parser(commands: Any) -> None:
         required=True,
         help="UTF-8 text, one sentence a line; an eighth of it validates the masks",
     )
-    add("--steps", type=options.positive, default=300, metavar="N", help="default: 300")
+    add("--steps", type=flags.positive, default=300, metavar="N", help="default: 300")
     add("--rate", type=float, metavar="R", help="learning rate; default by method")
     add(
         "--start",
@@ -128,24 +128,10 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="REGEX=PATTERN",
-        help="as in 'flexhinm prune'",
+        help="as in 'flexhinm prune', but no sparsities",
     )
-    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
-    add("--limit", type=options.positive, metavar="N", help="first N sentences only")
-    add(
-        "--batch-size",
-        type=options.positive,
-        default=16,
-        metavar="N",
-        help="sentences of a step (default: 16)",
-    )
-    add(
-        "--max-length",
-        type=options.positive,
-        metavar="N",
-        help="cut sentences to N tokens (default: 128, or what the model reads)",
-    )
-    options.add_writing(parser)
+    flags.add_sentences(parser, f"sentences of a step (default: {BATCH_SENTENCES})")
+    flags.add_written(parser)
     parser.set_defaults(run=run)
 
 
@@ -159,39 +145,44 @@ examples:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    job = _check(args)
+    choices = _check(args)
     with atomic.locked(args.out), atomic.locked(args.resume or args.out):
-        _run(args, job, console)
+        _run(args, choices, console)
 
 
-def _run(args: argparse.Namespace, job: Job, console: Console) -> None:
+def _run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
     with console.step("reading the model"):
-        model = source.load(args.model)
-    result, history = _learn(args, job, model, console)
+        model = directory.read_encoder(args.model)
+    result, history = _learn(args, choices, model, console)
     first, best = history[0]["value"], min(entry["value"] for entry in history)
     document = {
         "model": str(args.model),
         "out": str(args.out),
-        "method": repr(job.method),
-        "start": None if job.start is None else repr(job.start),
+        "method": repr(choices.method),
+        "start": None if choices.start is None else repr(choices.start),
         "sparsity": args.sparsity,
-        "rules": {regex: str(value) for regex, value in job.rules.items()},
+        "rules": {regex: str(value) for regex, value in choices.rules.items()},
         "seed": args.seed,
         "steps": args.steps,
-        "rate": job.rate,
-        "sentences": len(job.text),
+        "rate": choices.rate,
+        "sentences": len(choices.text),
         "version": __version__,
         "validation": {"first": first, "best": best},
         "history": [{k: v for k, v in e.items() if v == v} for e in history],
         **result.report.to_dict(),
     }
     with console.step(f"writing {args.out}"):
-        output.write(args, result, model, document)
-    told = f"loss on held-back text: {first:.4f} of the first masks, {best:.4f} now"
-    console.result(document, *output.summary(args.out, result.report, {}), told)
+        directory.write(args, result, model, document)
+    console.result(
+        document,
+        report_table(result.report),
+        "",
+        *directory.ending(args.out, result.report, PACKED),
+        f"loss on held-back text: {first:.4f} of the first masks, {best:.4f} now",
+    )
 
 
-def _check(args: argparse.Namespace) -> Job:
+def _check(args: argparse.Namespace) -> Choices:
     """Everything that can be refused before the model is read."""
     pattern = patterns.parse(args.pattern)
     method: Any = methods.parse(args.method, pattern)
@@ -200,10 +191,16 @@ def _check(args: argparse.Namespace) -> Job:
     rate = RATES[args.method] if args.rate is None else args.rate
     if not 0 < rate < math.inf:
         raise ValueError(f"--rate {rate}: need a positive number")
-    options.check_out(args)
+    directory.check_out(args)
     start = _start(args.start, method)
-    text = source.read_text(args.calibration, args.limit)
-    return Job(method, start, rate, options.rules(args.rule), text)
+    text = directory.read_sentences(args.calibration, args.limit)
+    rules, numbers = flags.rules(args.rule)
+    if numbers:
+        raise ValueError(
+            f"--rule {next(iter(numbers))}=...: 'flexhinm learn' takes one sparsity for"
+            " all weights; give a pattern or skip"
+        )
+    return Choices(method, start, rate, rules, text)
 
 
 def _start(name: str | None, method: LearnedMethod) -> methods.Method | None:
@@ -226,30 +223,34 @@ def _start(name: str | None, method: LearnedMethod) -> methods.Method | None:
 
 
 def _learn(
-    args: argparse.Namespace, job: Job, model: source.Source, console: Console
+    args: argparse.Namespace,
+    choices: Choices,
+    model: directory.Encoder,
+    console: Console,
 ) -> tuple[prune.Pruned, list[dict[str, float]]]:
     """The result, and the validations on the way."""
     params: Any = jax.tree.map(jnp.asarray, model.params)
-    uses = discover(model.apply_fn, params, *model.sample(), rules=job.rules)
-    source.check_found(args.model, uses)
-    given = source.tokenize(model, job.text, args.batch_size, args.max_length)
-    steps = [(jnp.asarray(b.tokens), jnp.asarray(b.mask)) for b in given]
+    uses = discover(model.apply_fn, params, *model.sample(), rules=choices.rules)
+    directory.check_uses(args.model, uses)
+    size = args.batch_size or BATCH_SENTENCES
+    batches = model.tokenize(choices.text, size, args.max_length)
+    steps = [(jnp.asarray(b.tokens), jnp.asarray(b.mask)) for b in batches]
     stats = calibrate(
         model.apply_fn,
         params,
         uses,
         console.track(steps, "calibrating", len(steps)),
-        token_mask=source.real,
+        token_mask=directory.real,
     )
     key, fit_key, mix_key = jax.random.split(jax.random.key(args.seed), 3)
     with console.step(f"solving {len(uses.leaves)} weights"):
-        states = _states(job, key, params, uses, stats, args.sparsity)
+        states = _states(choices, key, params, uses, stats, args.sparsity)
     order = np.asarray(jax.random.permutation(mix_key, len(steps)))
     steps = [steps[k] for k in order]
     held = math.ceil(HELD * len(steps)) if len(steps) > 1 else 0
     # every dense output is computed once
     learned_from = objectives.taught(model.apply_fn, params, steps)
-    loss_fn = objectives.distillation(model.apply_fn, token_mask=source.real)
+    loss_fn = objectives.distillation(model.apply_fn, token_mask=directory.real)
     value = jax.jit(loss_fn)
 
     def evaluate(now: Any) -> float:
@@ -262,14 +263,14 @@ def _learn(
             f" back {entry['value']:.4f}"
         )
 
-    rate = optax.cosine_decay_schedule(job.rate, args.steps, 0.1)
+    rate = optax.cosine_decay_schedule(choices.rate, args.steps, 0.1)
     tx = optax.adam(rate, b2=0.95)
     if args.method == "maskpro":
-        tx = optax.sgd(job.rate)
+        tx = optax.sgd(choices.rate)
     elif args.method in ("maskllm", "patch"):
         tx = optax.chain(relative(0.95), optax.sgd(rate))
     states, history = fit(
-        job.method,
+        choices.method,
         states,
         loss_fn,
         params,
@@ -283,16 +284,16 @@ def _learn(
         progress=progress,
         checkpoints=args.resume,
         resume="auto" if args.resume else False,
-        config={"rate": job.rate, "method": args.method},
+        config={"rate": choices.rate, "method": args.method},
     )
     with console.step("packing"):
-        plans = apply.decide(job.method, states, params, uses)
+        plans = apply.decide(choices.method, states, params, uses)
         result = prune.applied(plans, params, uses)
     return result, history
 
 
 def _states(
-    job: Job,
+    choices: Choices,
     key: Any,
     params: Any,
     uses: Uses,
@@ -300,9 +301,9 @@ def _states(
     sparsity: float | None,
 ) -> dict[str, State]:
     """Where learning begins."""
-    if job.start is None or not job.method.adopts_plans:
-        return solve.solve(job.method, key, params, uses, stats, sparsity)
-    found = solve.solve(job.start, key, params, uses, stats, sparsity)
-    plans = apply.decide(job.start, found, params, uses)
+    if choices.start is None or not choices.method.adopts_plans:
+        return solve.solve(choices.method, key, params, uses, stats, sparsity)
+    found = solve.solve(choices.start, key, params, uses, stats, sparsity)
+    plans = apply.decide(choices.start, found, params, uses)
     # The weights and biases of these plans are not used: nothing but masks moves.
-    return adopt(job.method, plans, params, uses)[0]
+    return adopt(choices.method, plans, params, uses)[0]

@@ -1,7 +1,13 @@
-"""`flexhinm prune`: a model directory in, a pruned one with a packed file out."""
+"""`flexhinm prune`: a model directory in, a pruned one with a packed file out.
+
+An encoder is read whole and pruned in memory. A decoder is pruned block by block, in
+bounded memory, by `streaming`.
+"""
 
 import argparse
 import dataclasses
+import math
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -9,21 +15,37 @@ from typing import Any
 import jax
 
 from flexhinm_jax import __version__, checks, methods, patterns
-from flexhinm_jax.cli import allocation, options, output, source, stream
-from flexhinm_jax.cli.console import Console, bytes_text
+from flexhinm_jax.cli import directory, flags
+from flexhinm_jax.cli.console import Console, bytes_text, report_table
+from flexhinm_jax.cli.directory import PACKED, REPORT
 from flexhinm_jax.io import atomic
+from flexhinm_jax.models import decoder
 from flexhinm_jax.pruning import apply, facts, prune, solve
 from flexhinm_jax.pruning.allocate import budgets
 from flexhinm_jax.pruning.share_orders import share_orders
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.sequential.sequential import TARGETS, Layer, prune_sequential
+from flexhinm_jax.streaming import streaming, work
+from flexhinm_jax.streaming.blocks import Blocks, open_blocks
+from flexhinm_jax.streaming.budget import Budget
 from flexhinm_jax.tracing.discover import discover
 
-BATCH = 32
+BATCH_SENTENCES = 32
+BATCH_SAMPLES = 4
+SAMPLES = 128
+LENGTH = 512
+
+ONLY_ENCODERS = {
+    "resume": "a decoder goes on by itself from OUT.partial beside --out",
+    "limit": "give --samples",
+    "max_length": "give --length",
+    "share_orders": "it is not for --sequential",
+}
+ONLY_DECODERS = ("memory", "length", "samples", "dtype", "pack", "first_last")
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Choices:
     """What to do, checked before anything is computed.
 
     Attributes:
@@ -31,7 +53,7 @@ class Job:
       sparsity: fraction of weights removed, or None.
       rules: regular expression on leaf paths -> pattern or "skip".
       exceptions: regular expression on leaf paths -> sparsity.
-      text: calibration sentences; empty for a method that needs none.
+      text: calibration sentences of an encoder; empty for a method that needs none.
     """
 
     method: methods.Method
@@ -43,25 +65,24 @@ class Job:
 
 def add_parser(commands: Any) -> None:
     """Adds the command to the parser."""
-    parser = commands.add_parser(
+    parser = flags.command(
+        commands,
         "prune",
         help="prune a Hugging Face model directory",
-        description=textwrap.dedent(f"""\
+        description=f"""\
             Prunes the model in MODEL_DIR and writes DIR: the same files with zeros in
-            place, {output.PACKED} with the weights as the sparse kernels read them, and
-            {output.REPORT}. DIR appears complete or not at all.
+            place, {PACKED} with the weights as the sparse kernels read them, and
+            {REPORT}. DIR appears complete or not at all.
 
             A decoder (llama, mistral, qwen2, qwen3) is pruned block by block, which
             takes the memory of one block: give --sequential, and --memory for a limit.
             A run that is stopped or killed goes on by itself when the same command is
             given again: its state is in DIR.partial, beside DIR.
-            """),
+            """,
         epilog=_epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL_DIR", help="model directory")
-    add("--out", type=Path, metavar="DIR", required=True, help="directory to write")
+    flags.add_model(parser)
     add("--method", default="wanda", metavar="NAME", help="see below (default: wanda)")
     add(
         "--pattern",
@@ -77,13 +98,36 @@ def add_parser(commands: Any) -> None:
         "pattern fixes it (2:4)",
     )
     add(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="REGEX=WHAT",
+        help="what the weights get whose name matches: another pattern, a sparsity (the"
+        " other weights make up for it), dense (or skip), or prune; repeatable, the"
+        " first match wins, for patterns and for sparsities apart ('flexhinm inspect'"
+        " lists the names)",
+    )
+    add(
+        "--allocate",
+        type=flags.mode,
+        default="uniform",
+        metavar="MODE",
+        help="uniform: the same sparsity for every weight (default); global: more where"
+        " less is lost; owl: less in blocks with many outliers, with options such as"
+        " owl:multiple=5,spread=0.08. The total over all pruned weights is --sparsity",
+    )
+    add(
         "--calibration",
         type=Path,
         metavar="TEXT",
         help="UTF-8 text, one sentence a line; needed by methods that look at the "
         "inputs of the weights",
     )
-    allocation.add_arguments(parser)
+    flags.add_sentences(
+        parser,
+        "calibration sentences (or samples of a decoder) in one step (default:"
+        f" {BATCH_SENTENCES}, or {BATCH_SAMPLES})",
+    )
     add(
         "--sequential",
         action="store_true",
@@ -110,29 +154,50 @@ def add_parser(commands: Any) -> None:
         help="search one input order for all weights that read the same input, such as"
         " query, key and value; for N:M patterns",
     )
-    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
-    add(
-        "--limit",
-        type=options.positive,
-        metavar="N",
-        help="use the first N sentences only (default: all)",
-    )
-    add(
-        "--batch-size",
-        type=options.positive,
-        metavar="N",
-        help="calibration sentences (or samples of a decoder) in one step (default:"
-        f" {BATCH}, or {stream.BATCH})",
-    )
-    add(
-        "--max-length",
-        type=options.positive,
-        metavar="N",
-        help="cut sentences to N tokens (default: 128, or what the model reads)",
-    )
-    stream.add_arguments(parser)
-    options.add_writing(parser)
+    _add_decoders(parser)
+    flags.add_written(parser)
     parser.set_defaults(run=run)
+
+
+def _add_decoders(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that are for decoders."""
+    add = parser.add_argument_group("decoders (with --sequential)").add_argument
+    add(
+        "--memory",
+        type=flags.size,
+        metavar="SIZE",
+        help="most memory to take besides that of the interpreter, such as 8GiB; hidden"
+        " states that do not fit go to disk",
+    )
+    add(
+        "--length",
+        type=flags.positive,
+        metavar="N",
+        help=f"tokens of a sample (default: {LENGTH}, or what the model reads)",
+    )
+    add(
+        "--samples",
+        type=flags.positive,
+        metavar="N",
+        help=f"samples to calibrate on (default: all of TEXT, at most {SAMPLES})",
+    )
+    add(
+        "--dtype",
+        choices=("checkpoint", "float32"),
+        help="what to compute in (default: the dtype of the checkpoint)",
+    )
+    add(
+        "--pack",
+        action="store_true",
+        help="also write the weights as the sparse kernels read them, one file per"
+        f" block in {streaming.PACKED}/",
+    )
+    add(
+        "--first-last",
+        metavar="WHAT",
+        help="what the first and the last block get, before all rules: dense, a"
+        " sparsity or a pattern",
+    )
 
 
 EXAMPLES = """\
@@ -175,63 +240,55 @@ def _entry(name: str, described: type) -> list[str]:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    decoder = args.model.is_dir() and source.is_decoder(args.model)
-    job = _check(args, decoder)
+    is_decoder = args.model.is_dir() and directory.is_decoder(args.model)
+    choices = _check(args, is_decoder)
     with atomic.locked(args.out):
-        if decoder:
-            plain = (job.method, job.sparsity, job.rules, job.exceptions)
-            stream.run(args, console, *plain)
-        else:
-            _run_encoder(args, job, console)
+        prune_model = _prune_decoder if is_decoder else _prune_encoder
+        prune_model(args, choices, console)
 
 
-def _run_encoder(args: argparse.Namespace, job: Job, console: Console) -> None:
-    with console.step("reading the model"):
-        model = source.load(args.model)
-    result, notes = _prune(args, job, model, console)
-    document = {
-        "model": str(args.model),
-        "out": str(args.out),
-        "method": repr(job.method),
-        "sparsity": job.sparsity,
-        "rules": {regex: str(value) for regex, value in job.rules.items()},
-        "allocate": str(args.allocate),
-        "exceptions": job.exceptions,
-        "seed": args.seed,
-        "target": (args.target or "seq") if args.sequential else None,
-        "sentences": len(job.text),
-        "version": __version__,
-        "notes": notes,
-        **result.report.to_dict(),
-    }
-    with console.step(f"writing {args.out}"):
-        output.write(args, result, model, document)
-    console.result(document, *output.summary(args.out, result.report, notes))
-
-
-def _check(args: argparse.Namespace, decoder: bool) -> Job:
+def _check(args: argparse.Namespace, is_decoder: bool) -> Choices:
     """Everything that can be refused before the model is read."""
     pattern = patterns.parse(args.pattern)
     method = methods.parse(args.method, pattern)
-    checks.sparsity(args.sparsity, *pattern.sparsity_range(), pattern, "--sparsity")
-    rules, exceptions = allocation.split(args.rule)
-    options.check_out(args)
+    low, high = pattern.sparsity_range()
+    checks.sparsity(args.sparsity, low, high, pattern, "--sparsity")
+    rules, exceptions = flags.rules(args.rule)
+    directory.check_out(args)
     if method.needs == "gradients":
         raise ValueError(
             f"--method {args.method} needs gradients of a loss, which the command line"
             " has not; use it from Python, or choose another method"
         )
-    low, high = pattern.sparsity_range()
     if args.allocate != "uniform" and low == high:
         raise ValueError(
             f"--allocate {args.allocate}: --pattern {args.pattern} has only one"
             f" sparsity, {low:g}, so there is nothing to spread; choose one that can"
             " have several (flexhinm, hinm, vector), or leave --allocate out"
         )
-    if decoder:
-        stream.check(args)
-        return Job(method, args.sparsity, rules, exceptions, [])
-    for option in stream.OPTIONS:
+    check = _check_decoder if is_decoder else _check_encoder
+    text = check(args, method)
+    return Choices(method, args.sparsity, rules, exceptions, text)
+
+
+def _check_decoder(args: argparse.Namespace, method: methods.Method) -> list[str]:
+    del method
+    if not args.sequential:
+        raise ValueError(
+            f"{args.model} is a decoder, which is pruned block by block in order of"
+            " execution; add --sequential"
+        )
+    for option, why in ONLY_ENCODERS.items():
+        if getattr(args, option):
+            raise ValueError(f"--{option.replace('_', '-')} is for encoders; {why}")
+    if args.calibration is None:
+        raise ValueError("--sequential needs --calibration TEXT, a UTF-8 text file")
+    return []
+
+
+def _check_encoder(args: argparse.Namespace, method: methods.Method) -> list[str]:
+    """The calibration sentences that are needed."""
+    for option in ONLY_DECODERS:
         if getattr(args, option):
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is for decoders; leave it out")
@@ -242,28 +299,70 @@ def _check(args: argparse.Namespace, decoder: bool) -> Job:
         raise ValueError(f"{option} is for --sequential; add that")
     plain = args.allocate in ("uniform", "global")
     if method.needs == "nothing" and not args.sequential and plain:
-        return Job(method, args.sparsity, rules, exceptions, [])
+        return []
     if args.calibration is None:
         asker = "--sequential" if args.sequential else f"--method {args.method}"
         asker = asker if plain else "--allocate owl"
         raise ValueError(
             f"{asker} needs --calibration TEXT, a file with one sentence a line"
         )
-    text = source.read_text(args.calibration, args.limit)
-    return Job(method, args.sparsity, rules, exceptions, text)
+    return directory.read_sentences(args.calibration, args.limit)
 
 
-def _prune(
-    args: argparse.Namespace, job: Job, model: source.Source, console: Console
+def _document(args: argparse.Namespace, choices: Choices) -> dict[str, Any]:
+    """What decides about the result, as the report says it."""
+    return {
+        "model": str(args.model),
+        "out": str(args.out),
+        "method": repr(choices.method),
+        "sparsity": choices.sparsity,
+        "rules": {regex: str(value) for regex, value in choices.rules.items()},
+        "allocate": str(args.allocate),
+        "exceptions": choices.exceptions,
+        "seed": args.seed,
+        "target": (args.target or "seq") if args.sequential else None,
+        "version": __version__,
+    }
+
+
+def _prune_encoder(
+    args: argparse.Namespace, choices: Choices, console: Console
+) -> None:
+    """Reads the model whole, prunes it and writes it."""
+    with console.step("reading the model"):
+        model = directory.read_encoder(args.model)
+    result, notes = _pruned(args, choices, model, console)
+    document = _document(args, choices) | {
+        "sentences": len(choices.text),
+        "notes": notes,
+        **result.report.to_dict(),
+    }
+    with console.step(f"writing {args.out}"):
+        directory.write(args, result, model, document)
+    console.result(
+        document,
+        report_table(result.report),
+        "",
+        *(f"{path}: {text}" for path, text in notes.items()),
+        *directory.ending(args.out, result.report, PACKED),
+    )
+
+
+def _pruned(
+    args: argparse.Namespace,
+    choices: Choices,
+    model: directory.Encoder,
+    console: Console,
 ) -> tuple[prune.Pruned, dict[str, str]]:
     """The result, and what a person should know about single weights."""
-    uses = discover(model.apply_fn, model.params, *model.sample(), rules=job.rules)
-    source.check_found(args.model, uses)
+    method = choices.method
+    uses = discover(model.apply_fn, model.params, *model.sample(), rules=choices.rules)
+    directory.check_uses(args.model, uses)
     steps: list[Any] = []
-    if job.text:
-        size = args.batch_size or BATCH
-        found = source.tokenize(model, job.text, size, args.max_length)
-        steps = [(batch.tokens, batch.mask) for batch in found]
+    if choices.text:
+        size = args.batch_size or BATCH_SENTENCES
+        batches = model.tokenize(choices.text, size, args.max_length)
+        steps = [(batch.tokens, batch.mask) for batch in batches]
     stats = None
     if steps and (not args.sequential or args.allocate != "uniform"):
         stats = calibrate(
@@ -271,24 +370,24 @@ def _prune(
             model.params,
             uses,
             console.track(steps, "calibrating", len(steps)),
-            gram=job.method.needs == "gram" and not args.sequential,
-            token_mask=source.real,
+            gram=method.needs == "gram" and not args.sequential,
+            token_mask=directory.real,
         )
-    sparsity: Any = job.sparsity
-    if args.allocate != "uniform" or job.exceptions:
+    sparsity: Any = choices.sparsity
+    if args.allocate != "uniform" or choices.exceptions:
         sparsity = budgets(
-            job.method,
+            method,
             model.params,
             uses,
             stats,
             sparsity,
             mode=args.allocate,
-            exceptions=job.exceptions,
+            exceptions=choices.exceptions,
         )
     if args.sequential:
-        return _in_order(args, job, model, steps, sparsity, console)
+        return _in_order(args, choices, model, steps, sparsity, console)
     with console.step(f"solving {len(uses.leaves)} weights"):
-        key, method = jax.random.key(args.seed), job.method
+        key = jax.random.key(args.seed)
         if args.share_orders:
             key, order_key = jax.random.split(key)
             method, stats = share_orders(method, order_key, model.params, uses, stats)
@@ -296,13 +395,13 @@ def _prune(
         plans = apply.decide(method, states, model.params, uses)
     with console.step("packing"):
         result = prune.applied(plans, model.params, uses)
-    return result, facts.notes(job.method, states, uses)
+    return result, facts.notes(choices.method, states, uses)
 
 
 def _in_order(
     args: argparse.Namespace,
-    job: Job,
-    model: source.Source,
+    choices: Choices,
+    model: directory.Encoder,
     steps: list[Any],
     sparsity: Any,
     console: Console,
@@ -311,7 +410,7 @@ def _in_order(
     notes: dict[str, str] = {}
 
     def progress(layer: Layer) -> None:
-        console.progress(_line(layer))
+        console.progress(layer_text(layer))
         if layer.note:
             notes[layer.path] = layer.note
 
@@ -320,22 +419,155 @@ def _in_order(
             model.apply_fn,
             model.params,
             steps,
-            job.method,
+            choices.method,
             sparsity=sparsity,
             key=jax.random.key(args.seed),
             target=args.target or "seq",
-            rules=job.rules,
-            token_mask=source.real,
+            rules=choices.rules,
+            token_mask=directory.real,
             progress=progress,
             resume=args.resume,
         )
     return result, notes
 
 
-def _line(layer: Layer) -> str:
+def _prune_decoder(
+    args: argparse.Namespace, choices: Choices, console: Console
+) -> None:
+    """Prunes and writes block by block."""
+    blocks = open_blocks(args.model)
+    if args.first_last:
+        first, last = map(decoder.block_prefix, (0, blocks.count - 1))
+        regex = f"^({re.escape(first)}|{re.escape(last)})"
+        rules, exceptions = flags.rules([f"{regex}={args.first_last}"])
+        choices = dataclasses.replace(
+            choices,
+            rules=rules | choices.rules,
+            exceptions=exceptions | choices.exceptions,
+        )
+    tokens = _samples(args, blocks)
+    notes: dict[str, str] = {}
+
+    def progress(done: Layer | streaming.Told) -> None:
+        if isinstance(done, Layer):
+            console.progress(layer_text(done))
+            if done.note:
+                notes[done.path] = done.note
+        elif isinstance(done, streaming.Surveyed):
+            seconds = f"{done.seconds:.1f} s"
+            console.progress(f"block {done.layer + 1}/{done.total} read, {seconds}")
+        elif isinstance(done, streaming.Allocated):
+            console.note(budgets_text(done, blocks))
+        else:
+            console.note(block_text(done))
+
+    def document(result: streaming.Streamed) -> dict[str, Any]:
+        return _document(args, choices) | {
+            "budgets": dict(result.targets),
+            "samples": tokens.shape[0],
+            "length": tokens.shape[1],
+            "errors": result.errors,
+            **result.report.to_dict(),
+        }
+
+    partial = args.out.with_name(args.out.name + work.PARTIAL)
+    if partial.exists():
+        console.note(f"going on with {partial}")
+    try:
+        result = streaming.stream(
+            args.model,
+            args.out,
+            tokens,
+            choices.method,
+            sparsity=choices.sparsity,
+            allocate=args.allocate,
+            exceptions=choices.exceptions,
+            key=jax.random.key(args.seed),
+            target=args.target or "seq",
+            rules=choices.rules,
+            memory_limit=args.memory,
+            batch=args.batch_size or BATCH_SAMPLES,
+            dtype=args.dtype or "checkpoint",
+            pack=args.pack,
+            overwrite=args.force,
+            planned=lambda plan: console.note(plan_text(plan, tokens.shape)),
+            progress=progress,
+            extra=lambda result: {REPORT: directory.report_text(document(result))},
+        )
+    except BaseException:
+        if partial.exists():
+            console.note(f"{partial} is kept: the same command goes on from there")
+        raise
+    console.result(
+        document(result),
+        report_table(result.report, result.errors, packed=args.pack),
+        "",
+        *(f"{path}: {text}" for path, text in notes.items()),
+        *directory.ending(args.out, result.report),
+    )
+
+
+def _samples(args: argparse.Namespace, blocks: Blocks) -> Any:
+    """The calibration text as i32[samples, length]."""
+    longest = blocks.config.max_position_embeddings or LENGTH
+    length = args.length or min(LENGTH, longest)
+    if length > longest:
+        raise ValueError(
+            f"--length {length} is more than this model reads:"
+            f" max_position_embeddings={longest}"
+        )
+    return directory.samples(
+        args.model,
+        directory.read_text(args.calibration),
+        length,
+        args.samples,
+        SAMPLES,
+        blocks.config.vocab_size,
+    )
+
+
+def plan_text(plan: Budget, shape: tuple[int, ...]) -> str:
+    """The plan of memory for people."""
+    lines = [f"planned memory for {shape[0]} samples of {shape[1]} tokens:"]
+    lines += [f"  {name:<28}{bytes_text(value):>10}" for name, value in plan.rows()]
+    if plan.limit is not None:
+        lines.append(f"  {'limit':<28}{bytes_text(plan.limit):>10}")
+    return "\n".join(lines)
+
+
+def budgets_text(made: streaming.Allocated, blocks: Blocks) -> str:
+    """The sparsity of every block, in one paragraph."""
+    shown = []
+    for layer in range(blocks.count):
+        keys = [key for key in blocks.keys(layer) if key in made.sparsity]
+        sizes = [math.prod(blocks.index.shape(key)) for key in keys]
+        pairs = zip(keys, sizes, strict=True)
+        removed = sum(made.sparsity[key] * size for key, size in pairs)
+        shown.append(f"{removed / sum(sizes):.3f}" if keys else "dense")
+    return f"sparsity of the blocks: {' '.join(shown)}"
+
+
+def layer_text(layer: Layer) -> str:
     """One line about a finished matrix."""
     at = "".join(f"[{':' if i is None else i}]" for i in layer.at)
     return (
         f"{layer.done}/{layer.total} {layer.path}{at}: error {layer.error:.4f},"
         f" {layer.seconds:.1f} s, {bytes_text(layer.held)} held"
     )
+
+
+def block_text(block: streaming.Block) -> str:
+    """One line about a finished block."""
+    left = f"{duration(block.left)} left"
+    return (
+        f"block {block.layer + 1}/{block.total}: error {block.error:.4f},"
+        f" {block.seconds:.1f} s, peak {bytes_text(block.peak)}, {left}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes, or seconds below two minutes."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"

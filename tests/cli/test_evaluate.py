@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from flexhinm_jax.cli import evaluate, language
+from flexhinm_jax.cli import directory, evaluate
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.models import decoder
 from flexhinm_jax.models.decoder import DecoderConfig
@@ -46,7 +46,7 @@ def logits(params, tokens):
 
 def by_hand(folder, length, stride):
     """Nats of all tokens but the first, one at a time, each with its own context."""
-    model = language.load(folder)
+    model = directory.read_decoder(folder)
     tokens = model.tokenizer.encode(TEXT).ids
     total = 0.0
     for target in range(1, len(tokens)):
@@ -132,7 +132,7 @@ def test_embeddings_of_two_encoders_are_compared(model_dir, text_file, capsys):
 def test_generation_prints_the_likeliest_continuation(folders, capsys):
     prompt = ["--prompt", "hé", "--tokens", "4"]
     found = run(capsys, "generate", folders / "dense", *prompt)
-    model = language.load(folders / "dense")
+    model = directory.read_decoder(folders / "dense")
     tokens = model.tokenizer.encode("hé").ids
     for new in found["tokens"]:
         padded = np.zeros((1, 16), np.int32)

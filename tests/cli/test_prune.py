@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 from flexhinm_jax import NM, SparseGPT, Wanda, methods
-from flexhinm_jax.cli import allocation, source
+from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, packed
 from flexhinm_jax.kernels import unpack
@@ -266,7 +266,7 @@ def test_a_second_process_is_refused_before_it_reads_the_model(
     prune, tmp_path, capsys, monkeypatch
 ):
     fcntl = pytest.importorskip("fcntl")
-    monkeypatch.setattr(source, "load", None)
+    monkeypatch.setattr(directory, "read_encoder", None)
     with open(tmp_path / ".out.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("process 123 on elsewhere")
@@ -278,7 +278,7 @@ def test_a_second_process_is_refused_before_it_reads_the_model(
 def test_a_source_that_cannot_be_copied_is_refused_before_it_is_read(
     prune, model_dir, capsys, monkeypatch
 ):
-    monkeypatch.setattr(source, "load", None)
+    monkeypatch.setattr(directory, "read_encoder", None)
     (model_dir / "vocab.txt").symlink_to(model_dir / "gone")
     assert prune() == 2
     assert "vocab.txt is a link to" in error_line(capsys)
@@ -328,8 +328,8 @@ def test_a_failed_write_leaves_the_old_output(prune, tmp_path, monkeypatch, caps
 
 
 def test_text_is_cut_by_the_tokenizer_and_keeps_its_closing_token(model_dir):
-    model = source.load(model_dir)
-    (batch,) = source.tokenize(model, ["the cat sat on the mat"], 1, 4)
+    model = directory.read_encoder(model_dir)
+    (batch,) = model.tokenize(["the cat sat on the mat"], 1, 4)
     assert batch.tokens.tolist() == [[2, 4, 6, 3]]
 
 
@@ -347,7 +347,7 @@ def test_a_global_budget_is_refused_where_there_is_nothing_to_spread(prune, caps
     assert "2:4 has only one sparsity, 0.5" in error_line(capsys)
     for text, match in (("owl:lambda=2", "owl takes multiple="), ("x", "uniform, gl")):
         with pytest.raises(argparse.ArgumentTypeError, match=match):
-            allocation.mode(text)
+            flags.mode(text)
 
 
 def test_exceptions_and_owl_in_order(prune, capsys):

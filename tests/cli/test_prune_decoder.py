@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from flexhinm_jax.cli import stream
+from flexhinm_jax.cli import flags
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, tensors
 from flexhinm_jax.pruning.owl import OWL
@@ -203,10 +203,10 @@ def test_a_decoder_is_pruned_in_order_only(prune, capsys):
     [("8GiB", 8 << 30), ("1.5 G", 3 << 29), ("800MB", 8 * 10**8), ("77", 77)],
 )
 def test_sizes_are_read(text, value):
-    assert stream.size(text) == value
+    assert flags.size(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1G", "8 gigs", "0"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(stream.argparse.ArgumentTypeError, match="8GiB"):
-        stream.size(text)
+    with pytest.raises(flags.argparse.ArgumentTypeError, match="8GiB"):
+        flags.size(text)

@@ -1,0 +1,164 @@
+"""What commands read alike of their command line, and the types of their options."""
+
+import argparse
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flexhinm_jax import patterns
+from flexhinm_jax.pruning.allocate import MODES, Mode
+from flexhinm_jax.pruning.owl import OWL
+
+ACTIONS = ("skip", "prune")
+"""What a rule may ask for besides a pattern; "prune" takes that of --pattern."""
+
+DENSE = "dense"
+"""Another word for "skip"."""
+
+NUMBER = re.compile(r"[01]|[01]?\.\d+")
+
+UNITS = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+UNITS |= {f"{u}IB": UNITS[u] for u in "KMGT"}
+UNITS |= {f"{u}B": 1000**k for k, u in enumerate("KMGT", 1)}
+
+
+def command(
+    commands: Any, name: str, *, help: str, description: str, epilog: str
+) -> argparse.ArgumentParser:
+    """Adds a command; its texts are laid out as they are shown."""
+    return commands.add_parser(
+        name,
+        help=help,
+        description=textwrap.dedent(description),
+        epilog=textwrap.dedent(epilog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the model that a command reads."""
+    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="model directory")
+
+
+def add_shown(parser: argparse.ArgumentParser) -> None:
+    """Adds what is printed."""
+    add = parser.add_argument
+    add("-q", "--quiet", action="store_true", help="show errors only")
+    add("--json", action="store_true", help="print one JSON document, no table")
+
+
+def add_written(parser: argparse.ArgumentParser) -> None:
+    """Adds where a model directory goes, and what decides about it."""
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", required=True, help="directory to write")
+    add("--force", action="store_true", help="replace DIR if it is a model directory")
+    add_seed(parser)
+    add_shown(parser)
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Adds the random seed."""
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed (default: 0)"
+    )
+
+
+def add_sentences(parser: argparse.ArgumentParser, batch: str) -> None:
+    """Adds how text is cut into batches of sentences."""
+    add = parser.add_argument
+    add(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="use the first N sentences only (default: all)",
+    )
+    add("--batch-size", type=positive, metavar="N", help=batch)
+    add(
+        "--max-length",
+        type=positive,
+        metavar="N",
+        help="cut sentences to N tokens (default: 128, or what the model reads)",
+    )
+
+
+def rules(texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Every --rule: ({regex: pattern or action}, {regex: sparsity})."""
+    others, numbers = {}, {}
+    for text in texts:
+        regex, _, value = text.rpartition("=")
+        if regex and NUMBER.fullmatch(value):
+            numbers[_regex(regex, text)] = float(value)
+        else:
+            regex, action = _rule(text)
+            others[regex] = action
+    return others, numbers
+
+
+def _rule(text: str) -> tuple[str, Any]:
+    """(regex, pattern or action) of one --rule; the regex may hold "=" too."""
+    first: ValueError | None = None
+    cut = text.find("=")
+    while cut > 0:
+        regex, value = text[:cut], text[cut + 1 :]
+        value = "skip" if value == DENSE else value
+        try:
+            action = value if value in ACTIONS else patterns.parse(value)
+        except ValueError as error:
+            first = first or error
+            cut = text.find("=", cut + 1)
+            continue
+        return _regex(regex, text), action
+    if first is None:
+        raise ValueError(f"--rule {text!r} is not REGEX=PATTERN or REGEX=skip")
+    raise ValueError(f"--rule {text!r}: {first}, {', '.join(ACTIONS)}")
+
+
+def _regex(regex: str, text: str) -> str:
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise ValueError(
+            f"--rule {text!r}: {regex!r} is no regular expression: {error}"
+        ) from error
+    return regex
+
+
+def mode(text: str) -> Mode:
+    """The type of --allocate: a mode, or owl with options."""
+    name, _, rest = text.partition(":")
+    if name not in MODES or (rest and name != "owl"):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose {', '.join(MODES)}")
+    if not rest:
+        return text  # type: ignore[return-value]
+    values: dict[str, Any] = {}
+    for option in rest.split(","):
+        key, _, value = option.partition("=")
+        try:
+            if key not in ("multiple", "spread"):
+                raise ValueError("owl takes multiple= and spread=")
+            values[key] = float(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{option!r}: {error}") from error
+    try:
+        return OWL(**values)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def size(text: str) -> int:
+    """Bytes of a text such as 8GiB, 800MB or 1000000."""
+    parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = None if parts is None else UNITS.get(parts[2].upper())
+    if parts is None or unit is None or float(parts[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 8GiB or 800MB")
+    return int(float(parts[1]) * unit)
