@@ -11,6 +11,7 @@ says in JSON what they are: program -> [[name, dtype, shape], ...].
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,20 @@ def load() -> dict[str, programs.Arrays]:
     return out
 
 
-if __name__ == "__main__":
-    results = {}
-    for name, (program, _) in programs.programs().items():
-        results[name] = program()
+def main(names: list[str]) -> None:
+    """Records the named programs again, or all of them."""
+    known = programs.programs()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"no program {unknown[0]!r}; there are {', '.join(known)}")
+    results = load() if names else {}
+    for name in names or known:
+        results[name] = known[name][0]()
         size = sum(x.nbytes for x in results[name].values())
         print(f"{name}: {len(results[name])} arrays, {size} bytes", flush=True)
-    save(results)
+    save({name: results[name] for name in known})
     print(f"{FILE.name}: {FILE.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
