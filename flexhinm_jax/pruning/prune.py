@@ -23,6 +23,8 @@ from flexhinm_jax.pruning.solve import solve
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.discover import discover
+from flexhinm_jax.tracing.finder import Traced
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Plan, Uses
 
 logger = logging.getLogger("flexhinm_jax")
@@ -103,6 +105,7 @@ def prune(
             "the weights"
         ) from None
     example = first if isinstance(first, tuple) else (first,)
+    apply_fn, leaves = Traced.of(apply_fn), Leaves.of(params)
     uses = discover(apply_fn, params, *example, rules=rules)
     check_found(uses)
     stats = None
@@ -111,12 +114,11 @@ def prune(
         stats = calibrate(apply_fn, params, uses, _chain(first, batches), **calibration)
     if share_orders:
         key, order_key = jax.random.split(key)
-        method, stats = with_shared_orders(method, order_key, params, uses, stats)
-    states = solve(method, key, params, uses, stats, sparsity)
+        method, stats = with_shared_orders(method, order_key, leaves, uses, stats)
+    states = solve(method, key, leaves, uses, stats, sparsity)
     for path, text in notes(method, states, uses).items():
         logger.warning("%s: %s", path, text)
-    plans = decide(method, states, params, uses)
-    return applied(plans, params, uses)
+    return applied(decide(method, states, leaves, uses), leaves, uses)
 
 
 def check_found(uses: Uses) -> None:
@@ -131,10 +133,11 @@ def check_found(uses: Uses) -> None:
 
 def applied(plans: dict[str, Plan], params: Any, uses: Uses) -> Pruned:
     """The plans in every form that `prune` returns: dense, packed, reported."""
-    plans = meshes.whole(plans)
-    packed = pack(plans, params, uses)
+    plans, leaves = meshes.whole(plans), Leaves.of(params)
+    packed = pack(plans, leaves, uses)
+    dense = Leaves.of(densify(plans, leaves, uses))
     return Pruned(
-        params=jax.tree.map(_beside, densify(plans, params, uses), params),
+        params=jax.tree.map(_beside, dense, leaves).tree(),
         packed=packed,
         plans=plans,
         uses=uses,

@@ -21,11 +21,10 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexhinm_jax import arguments, checks
-from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.tracing import jax_versions
 from flexhinm_jax.tracing.contractions import Chunk, Product
-from flexhinm_jax.tracing.finder import find
-from flexhinm_jax.tracing.program import Skeleton, is_array, run, split, trace
+from flexhinm_jax.tracing.finder import Finder, Traced
+from flexhinm_jax.tracing.program import Skeleton, is_array, run, split
 from flexhinm_jax.tracing.stops import Where
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.walker import Visitor
@@ -107,13 +106,18 @@ def calibrate(
         )
     sums = zeros(uses, owners, params, gram)
     left = CHUNK_BYTES if memory_limit is None else memory_limit - need
-    step = make_step(apply_fn, uses, owners, token_mask, min(CHUNK_BYTES, left))
-    empty = True
+    traced, empty = Traced.of(apply_fn), True
+    step = make_step(
+        summed(uses, owners),
+        list(Leaves.of(params)),
+        token_mask,
+        min(CHUNK_BYTES, left),
+    )
     for batch in batches:
-        arrays, skeleton = split(
-            (params, batch if isinstance(batch, tuple) else (batch,))
-        )
-        sums, empty = step(sums, arrays, skeleton), False
+        batch = batch if isinstance(batch, tuple) else (batch,)
+        arrays, skeleton = split((params, batch))
+        found = traced.find(params, batch)
+        sums, empty = step(sums, arrays, skeleton, found), False
     if empty:
         raise ValueError("batches is empty: give at least one batch to run")
     done = {}
@@ -212,42 +216,54 @@ def zeros(uses: Uses, owners: dict[str, str], params: Any, gram: bool) -> Sums:
     return jax.jit(build, out_shardings=everywhere)()
 
 
+def summed(uses: Uses, owners: dict[str, str]) -> list[Use]:
+    """The uses whose inputs are added up."""
+    kept = counted(uses).items()
+    return [use for path, own in kept if owners[path] == path for use in own]
+
+
 def make_step(
-    apply_fn: Callable,
-    uses: Uses,
-    owners: dict[str, str],
+    wanted: list[Use],
+    paths: list[str],
     token_mask: Callable[..., Array] | None,
     chunk_bytes: int,
-) -> Callable:
-    """A jitted (sums, arrays, skeleton) -> sums that adds one batch."""
-    wanted = {
-        use.key: use
-        for path, kept in counted(uses).items()
-        if owners[path] == path
-        for use in kept
-    }
+) -> Callable[..., Sums]:
+    """A jitted (sums, arrays, skeleton, found) -> sums that adds one batch.
 
-    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-    def step(sums: Sums, arrays: list[Any], skeleton: Skeleton) -> Sums:
+    Args:
+      wanted: the uses whose inputs are added up.
+      paths: path per leaf of the parameters.
+      token_mask: as in `calibrate`.
+      chunk_bytes: of tokens that are read at a time.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
+    def step(sums: Sums, arrays: list[Any], skeleton: Skeleton, found: Finder) -> Sums:
         params, batch = skeleton.fill(arrays)
-        program, paths = trace(apply_fn, params, batch, {}), leaf_paths(params)
-        here = {use.key: (at, use) for at, use in find(program, params, paths).uses()}
-        for key, use in wanted.items():
-            if key not in here or here[key][1].layout != use.layout:
-                raise ValueError(
-                    f"the program of this batch has no use {key[1]} of {key[0]!r} as "
-                    "discover found it; call discover with a batch like this one"
-                )
-        places = {(key[0], here[key][0]): use for key, use in wanted.items()}
         mask = None if token_mask is None else jnp.asarray(token_mask(*batch)) != 0
         mesh = jax_versions.explicit_mesh(arrays)
         if mesh is not None:
             sums = jax_versions.replicated(sums, mesh)
-        return run(program, params, paths, Accumulate(places, mask, chunk_bytes), sums)[
-            1
-        ]
+        visitor = Accumulate(places(found, wanted), mask, chunk_bytes)
+        return run(found.program, params, paths, visitor, sums, arrays)[1]
 
     return step
+
+
+def places(found: Finder, wanted: list[Use]) -> dict[tuple[str, Where], Use]:
+    """(leaf path, position in the program of a batch) -> wanted use.
+
+    Raises:
+      ValueError: the program lacks one of them.
+    """
+    here = {use.key: (where, use) for where, use in found.uses()}
+    for use in wanted:
+        if use.key not in here or here[use.key][1].layout != use.layout:
+            raise ValueError(
+                f"the program of this batch has no use {use.ordinal} of {use.path!r} "
+                "as discover found it; call discover with a batch like this one"
+            )
+    return {(use.path, here[use.key][0]): use for use in wanted}
 
 
 @dataclasses.dataclass

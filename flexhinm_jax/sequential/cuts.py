@@ -21,7 +21,8 @@ from flexhinm_jax.sequential import segments, solver, targets
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.straight import Cut, straighten
 from flexhinm_jax.tracing import jax_versions, meshes
-from flexhinm_jax.tracing.program import is_array, split, trace
+from flexhinm_jax.tracing.finder import Traced
+from flexhinm_jax.tracing.program import is_array, split
 from flexhinm_jax.types import Plan, Uses
 
 logger = logging.getLogger("flexhinm_jax")
@@ -113,12 +114,12 @@ class Walk:
         lines: dict[Any, tuple] = {}
         self.runners: list[segments.Runner] = []
         self.masks: list[np.ndarray | None] = []
-        params = job.tree(job.leaves)
+        params, traced = job.tree(job.leaves), Traced.of(job.apply_fn)
         for n, batch in enumerate(job.batches):
             arrays, skeleton = split(batch)
             shapes = tuple((x.shape, str(x.dtype)) for x in arrays)
             if (shapes, skeleton) not in lines:
-                program = trace(job.apply_fn, params, batch, {})
+                program = traced.program(params, batch)
                 line = straighten(program, params, job.paths, layouts)
                 pairs = zip(names, line.params, strict=True)
                 sources = [v for name, v in pairs if name in moved]

@@ -36,6 +36,7 @@ from flexhinm_jax.sequential.cuts import Layer, Walk
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.job import Job, record
 from flexhinm_jax.tracing.discover import discover
+from flexhinm_jax.tracing.finder import Traced
 
 Target = Literal["seq", "asym", "resid"]
 TARGETS = ("seq", "asym", "resid")
@@ -121,6 +122,7 @@ def prune_sequential(
     given = [b if isinstance(b, tuple) else (b,) for b in batches]
     if not given:
         raise ValueError("batches is empty: give at least one batch to run")
+    apply_fn = Traced.of(apply_fn)
     uses = discover(apply_fn, params, *given[0], rules=rules)  # type: ignore[arg-type]
     prune.check_found(uses)
     check_targets(sparsity, uses)

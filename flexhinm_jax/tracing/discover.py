@@ -11,15 +11,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
-
 from flexhinm_jax import arguments
-from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.patterns import Pattern
-from flexhinm_jax.tracing.finder import find
-from flexhinm_jax.tracing.program import is_packed, trace
+from flexhinm_jax.tracing.finder import Traced
 from flexhinm_jax.tracing.stops import Kind, Stop
 from flexhinm_jax.tracing.tables import aligned
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import AxisFactor, Layout, Use, Uses
 
 logger = logging.getLogger("flexhinm_jax")
@@ -52,9 +49,8 @@ def discover(
         whose leaves can all not be pruned.
     """
     arguments.parameters(params)
-    paths = leaf_paths(params)
-    leaves = dict(zip(paths, jax.tree.leaves(params, is_leaf=is_packed), strict=True))
-    found = find(trace(apply_fn, params, batch, {}), params, paths)
+    leaves = Leaves.of(params)
+    paths, found = list(leaves), Traced.of(apply_fn).find(params, batch)
     chosen = choose(rules or {}, paths)
     by_leaf = {path: found.of(path) for path in paths}
     skipped, prunable = {}, set()

@@ -6,13 +6,14 @@ of a product.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from flexhinm_jax.paths import is_packed
-from flexhinm_jax.tracing import stops, views
+from flexhinm_jax.tracing import meshes, stops, views
 from flexhinm_jax.tracing.contractions import (
     Followed,
     Product,
@@ -20,8 +21,9 @@ from flexhinm_jax.tracing.contractions import (
     transposed,
 )
 from flexhinm_jax.tracing.dependence import Dependence, dependence
-from flexhinm_jax.tracing.program import Program, is_array, run
+from flexhinm_jax.tracing.program import Program, is_array, run, trace
 from flexhinm_jax.tracing.stops import Kind, Part, Stop, Where
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.values import ALIASES, Numbering
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Layout, Use
@@ -34,17 +36,80 @@ TIED = Stop(
 )
 
 
-def find(program: Program, params: Any, paths: list[str]) -> "Finder":
-    """Walks a program without running it."""
-    leaves = jax.tree.leaves(params, is_leaf=is_packed)
-    count = sum(is_array(leaf) or is_packed(leaf) for leaf in leaves)
-    finder = Finder(dependence(program.jaxpr, count))
+class Traced:
+    """A function of parameters that is traced and searched once per shape of a batch.
 
-    def walked(*arrays: Any) -> list[Any]:
-        return run(program, params, paths, finder, (), arrays)[0]
+    Whatever takes a function of (params, *batch) takes its `Traced` as well: what is
+    found is handed on from `discover` to what sums and solves.
+    """
 
-    jax.eval_shape(walked, *program.arrays)
-    return finder
+    def __init__(self, apply_fn: Callable[..., Any]):
+        """Starts with nothing traced; `of` takes a function that may be one of these.
+
+        Args:
+          apply_fn: pure function, called as apply_fn(params, *batch).
+        """
+        self.apply_fn = apply_fn
+        self.programs: dict[Any, Program] = {}
+        self.finders: dict[Any, Finder] = {}
+
+    @classmethod
+    def of(cls, apply_fn: Callable[..., Any]) -> "Traced":
+        """The function with what is known about it."""
+        return apply_fn if isinstance(apply_fn, Traced) else cls(apply_fn)
+
+    def __call__(self, params: Any, *batch: Any) -> Any:
+        """The function."""
+        return self.apply_fn(params, *batch)
+
+    def program(self, params: Any, batch: tuple[Any, ...]) -> Program:
+        """The program of a batch of this shape."""
+        key = _shapes((params, batch))
+        if key not in self.programs:
+            program = trace(self.apply_fn, params, batch, {})
+            shapes = list(map(_shape, program.arrays))  # keeps no arrays alive
+            self.programs[key] = program._replace(arrays=shapes)
+        return self.programs[key]
+
+    def find(self, params: Any, batch: tuple[Any, ...]) -> "Finder":
+        """What a walk through that program finds, which runs nothing."""
+        key = _shapes((params, batch))
+        if key not in self.finders:
+            program = self.program(params, batch)
+            leaves = Leaves.of(params)
+            count = sum(is_array(x) or is_packed(x) for x in leaves.values())
+            finder = Finder(program, dependence(program.jaxpr, count))
+
+            def walked(*arrays: Any) -> list[Any]:
+                return run(program, params, list(leaves), finder, (), arrays)[0]
+
+            jax.eval_shape(walked, *program.arrays)
+            self.finders[key] = finder
+        return self.finders[key]
+
+
+def _shape(x: Any) -> Any:
+    """Shape and dtype; an array on a mesh with explicit axes as it is."""
+    if meshes.explicit(x) is not None:
+        return x
+    weak = getattr(x, "weak_type", False)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak)
+
+
+def _shapes(tree: Any) -> Any:
+    """Hashable, and equal for arguments with which one program can be run."""
+    leaves, structure = jax.tree.flatten(tree)
+    forms = tuple(
+        (x.shape, x.dtype, getattr(x, "weak_type", False), meshes.explicit(x))
+        if is_array(x)
+        else (type(x), x)
+        for x in leaves
+    )
+    try:
+        hash(forms)
+    except TypeError:  # something static that cannot be compared: traced every time
+        return object()
+    return structure, forms
 
 
 @dataclasses.dataclass
@@ -86,13 +151,14 @@ class Reading:
 class Finder(Visitor):
     """Records every product and every place where a leaf is needed dense."""
 
-    def __init__(self, dependence: Dependence):
+    def __init__(self, program: Program, dependence: Dependence):
         """Starts with nothing found.
 
         Args:
-          dependence: which operands depend on the batch.
+          program: what is walked.
+          dependence: which of its operands depend on the batch.
         """
-        self.dependence = dependence
+        self.program, self.dependence = program, dependence
         self.found: dict[tuple[str, Where], Contraction] = {}
         self.reasons: dict[str, dict[Stop, None]] = {}
         self.stops: dict[str, set[Where]] = {}

@@ -4,7 +4,7 @@ Whatever a call does with a tree (solve, decide, densify, pack, report) it does 
 leaf, by path. `Leaves` is that view: built once per call and handed on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,16 +17,20 @@ from flexhinm_jax.types import Use, Uses
 
 
 @jax.tree_util.register_pytree_node_class
-class Leaves(Mapping[str, Any]):
+class Leaves(dict[str, Any]):
     """The leaves of a tree by normalised path, in the order of `jax.tree.leaves`.
 
-    A mapping path -> leaf, and a pytree of these leaves. A packed weight is one leaf.
+    A dict path -> leaf, and a pytree of these leaves. A packed weight is one leaf.
     Functions that take parameters take their `Leaves` as well.
+
+    Attributes:
+      structure: of the tree, packed weights as leaves.
     """
 
-    def __init__(self, by_path: dict[str, Any], structure: Any):
+    def __init__(self, leaves: Iterable[tuple[str, Any]], structure: Any):
         """Takes the parts of a tree; `of` takes a tree."""
-        self.by_path, self.structure = by_path, structure
+        super().__init__(leaves)
+        self.structure = structure
 
     @classmethod
     def of(cls, params: Any) -> "Leaves":
@@ -38,29 +42,17 @@ class Leaves(Mapping[str, Any]):
         if isinstance(params, Leaves):
             return params
         leaves, structure = jax.tree.flatten(params, is_leaf=is_packed)
-        return cls(dict(zip(leaf_paths(params), leaves, strict=True)), structure)
+        return cls(zip(leaf_paths(params), leaves, strict=True), structure)
 
-    def __getitem__(self, path: str) -> Any:
-        """The leaf."""
-        return self.by_path[path]
-
-    def __iter__(self) -> Iterator[str]:
-        """The paths."""
-        return iter(self.by_path)
-
-    def __len__(self) -> int:
-        """Number of leaves."""
-        return len(self.by_path)
-
-    def tree_flatten(self) -> tuple[list[Any], tuple]:
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple]:
         """(leaves, paths and structure)."""
-        return list(self.by_path.values()), (tuple(self.by_path), self.structure)
+        return tuple(self.values()), (tuple(self), self.structure)
 
     @classmethod
     def tree_unflatten(cls, static: tuple, leaves: Any) -> "Leaves":
         """The inverse of `tree_flatten`."""
         paths, structure = static
-        return cls(dict(zip(paths, leaves, strict=True)), structure)
+        return cls(zip(paths, leaves, strict=True), structure)
 
     def dense(self, uses: Uses) -> "Leaves":
         """These leaves, after checking that every prunable one is here and dense.
@@ -99,6 +91,6 @@ class Leaves(Mapping[str, Any]):
         shape = *use.layout.stack_shape, *use.layout.matrix_shape
         return jax.ShapeDtypeStruct(shape, self[use.path].dtype)
 
-    def tree(self, changed: Mapping[str, Any] | None = None) -> Any:
+    def tree(self, changed: dict[str, Any] | None = None) -> Any:
         """The tree, with other leaves at some paths."""
-        return self.structure.unflatten((self.by_path | dict(changed or {})).values())
+        return self.structure.unflatten((self | (changed or {})).values())

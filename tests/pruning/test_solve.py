@@ -5,6 +5,7 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax.pruning import solve
+from flexhinm_jax.tracing.finder import Finder, Traced
 from flexhinm_jax.types import BlockDiagonal, PackedWeight, Plan
 
 KEY = jax.random.key(3)
@@ -282,3 +283,36 @@ def test_prune_names_a_leaf_whose_gram_needed_more_damping(caplog):
             key=jax.random.key(1),
         )  # fmt: skip
     assert any(r.getMessage().startswith("w: ") for r in caplog.records)
+
+
+def test_prune_traces_and_searches_the_function_once_per_shape(monkeypatch):
+    traces, searches = [], []
+    find = Finder.__init__
+
+    def counted(finder, *args):
+        searches.append(1)
+        find(finder, *args)
+
+    monkeypatch.setattr(Finder, "__init__", counted)
+
+    def apply(params, x):
+        traces.append(x.shape)
+        return x @ params["w"]
+
+    params = {"w": jax.random.normal(KEY, (8, 4))}
+    batches = [jnp.ones((2, 8)), jnp.ones((2, 8)), jnp.ones((3, 8))]
+    fh.prune(apply, params, batches, fh.Wanda(fh.NM(2, 4)), key=KEY)
+    assert traces == [(2, 8), (3, 8)] and len(searches) == 2
+    traces.clear()
+    fh.prune_sequential(apply, params, batches, fh.Wanda(fh.NM(2, 4)), key=KEY)
+    assert traces == [(2, 8), (3, 8)]
+
+
+def test_arguments_that_cannot_be_compared_are_traced_every_time():
+    traced = Traced(lambda params, x, names: x @ params["w"])
+    params, x = {"w": jnp.ones((8, 4))}, jnp.ones((2, 8))
+    first = traced.find(params, (x, frozenset("a")))
+    assert traced.find(params, (x, frozenset("a"))) is first
+    assert traced.find(params, (x, frozenset("b"))) is not first
+    assert traced.find(params, (x, {1, 2})) is not traced.find(params, (x, {1, 2}))
+    assert traced.find(params, (x, True)) is not traced.find(params, (x, 1))
