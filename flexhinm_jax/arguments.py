@@ -6,6 +6,7 @@ it fails deep inside as an AttributeError.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import difflib
 import functools
@@ -20,6 +21,59 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexhinm_jax.types import PackedWeight, Uses
+
+#: What a message tells a caller to give, in the words of Python. Another door to the
+#: library, such as the command line, brings words of its own, under the same names.
+WORDS = {
+    "allocate": "allocate",
+    "batch": "a smaller batch",
+    "continue": "resume=True",
+    "describe": "print(describe(uses))",
+    "exceptions": "exceptions",
+    "length": "a shorter length",
+    "memory": "memory_limit={}",
+    "no sparsity": "leave sparsity=None",
+    "older": 'resume="older" continues from {}',
+    "overwrite": "overwrite=True",
+    "owl blocks": "name the blocks with OWL(block=...), or allocate by 'uniform'",
+    "restart": 'resume=False, or "auto" to begin where there is none',
+    "share orders": "share_orders",
+    "skip": 'rules={{"<regex>": "skip"}}',
+    "some sparsity": "sparsity=",
+    "sparsity": "sparsity={}",
+    "target": "target 'seq', or the dtype of the checkpoint",
+}
+
+_spoken: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
+    "words", default=WORDS
+)
+
+
+def say(name: str, *values: Any) -> str:
+    """How the one who called writes an argument, for a message.
+
+    Args:
+      name: of `WORDS`.
+      *values: for the places in it.
+
+    Returns:
+      The text, in the words of the door through which the caller came.
+
+    Example:
+      >>> say("sparsity", 0.5)
+      'sparsity=0.5'
+    """
+    return _spoken.get()[name].format(*values)
+
+
+@contextlib.contextmanager
+def speaking(words: Mapping[str, str]) -> Iterator[None]:
+    """Messages inside the block use these words; as many as `WORDS` has."""
+    token = _spoken.set(words)
+    try:
+        yield
+    finally:
+        _spoken.reset(token)
 
 
 def shown(value: Any) -> str:

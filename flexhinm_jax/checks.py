@@ -15,8 +15,6 @@ from jax.core import Tracer
 from flexhinm_jax import arguments
 from flexhinm_jax.types import BlockDiagonal, Plan, Regions, Stats, Support
 
-SKIP_HINT = 'or exclude the leaf with rules={"<regex>": "skip"}'
-
 
 def is_concrete(x: Any) -> bool:
     """True when `x` holds a value that the host can read without tracing."""
@@ -51,7 +49,8 @@ def divisible(size: int, by: int, axis: str, unit: str, path: str = "weight") ->
     fits = ", ".join(str(d) for d in near[-4:]) or "none"
     raise ValueError(
         f"{path}: {axis}={size} is not a multiple of {unit}={by}; give a divisor of "
-        f"{size} as {unit} (below {by}: {fits}), pad the weight, {SKIP_HINT}"
+        f"{size} as {unit} (below {by}: {fits}), pad the weight, or exclude the leaf "
+        f"with {arguments.say('skip')}"
     )
 
 
@@ -75,8 +74,9 @@ def sparsity(
         if low == high:
             return
         raise ValueError(
-            f"{path}: {pattern} needs a target: pass sparsity= in "
-            f"[{low:g}, {high:g}], the fraction of weights removed"
+            f"{path}: {pattern} needs a target: pass "
+            f"{arguments.say('some sparsity')} in [{low:g}, {high:g}], the fraction of "
+            "weights removed"
         )
     if not is_concrete(value):
         return
@@ -87,21 +87,23 @@ def sparsity(
         targets = targets.astype(np.float64)
     except (TypeError, ValueError):
         raise ValueError(
-            f"{path}: sparsity={arguments.shown(value)}: need a number, the fraction "
-            "of weights removed, such as 0.75"
+            f"{path}: {arguments.say('sparsity', arguments.shown(value))}: need a "
+            "number, the fraction of weights removed, such as 0.75"
         ) from None
     for target in targets:
         if low - 1e-6 <= target <= high + 1e-6:
             continue
         if low == high:
             raise ValueError(
-                f"{path}: sparsity={target:g}, but {pattern} always removes {low:g}; "
-                "leave sparsity=None or choose another pattern"
+                f"{path}: {arguments.say('sparsity', f'{target:g}')}, but {pattern} "
+                f"always removes {low:g}; {arguments.say('no sparsity')} or choose "
+                "another pattern"
             )
         percent = f"; for {target:g} % give {target / 100:g}" * bool(1 < target <= 100)
         raise ValueError(
-            f"{path}: sparsity={target:g} is outside [{low:g}, {high:g}], what "
-            f"{pattern} can express; it is the fraction of weights removed{percent}"
+            f"{path}: {arguments.say('sparsity', f'{target:g}')} is outside "
+            f"[{low:g}, {high:g}], what {pattern} can express; it is the fraction of "
+            f"weights removed{percent}"
         )
 
 
@@ -177,7 +179,7 @@ def stats(
     if is_concrete(given.count) and (np.asarray(given.count) <= 0).any():
         raise ValueError(
             f"{path}: no calibration token reached this weight; pass batches that run "
-            f"it {SKIP_HINT}"
+            f"it or exclude the leaf with {arguments.say('skip')}"
         )
     finite(given.sq_norm, "input norms", path)
     finite(given.gram, "gram", path)

@@ -23,6 +23,27 @@ UNITS = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 UNITS |= {f"{u}IB": UNITS[u] for u in "KMGT"}
 UNITS |= {f"{u}B": 1000**k for k, u in enumerate("KMGT", 1)}
 
+WORDS = {
+    "allocate": "--allocate",
+    "batch": "a smaller --batch-size",
+    "continue": "the same --resume",
+    "describe": "'flexhinm inspect MODEL_DIR'",
+    "exceptions": "--rule REGEX=SPARSITY",
+    "length": "a shorter --length",
+    "memory": "--memory {}",
+    "no sparsity": "leave --sparsity out",
+    "older": "remove the damaged one to continue from {}",
+    "overwrite": "--force",
+    "owl blocks": "choose --allocate global or uniform",
+    "restart": "another --resume",
+    "share orders": "--share-orders",
+    "skip": "--rule 'REGEX=skip'",
+    "some sparsity": "--sparsity",
+    "sparsity": "--sparsity {}",
+    "target": "--target seq, or --dtype checkpoint",
+}
+"""The words of `arguments.WORDS` on the command line."""
+
 
 def command(
     commands: Any, name: str, *, help: str, description: str, epilog: str

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import flexhinm_jax
-from flexhinm_jax.cli import evaluate, generate, importer, inspect, learn, prune
+from flexhinm_jax import arguments
+from flexhinm_jax.cli import evaluate, flags, generate, importer, inspect, learn, prune
 from flexhinm_jax.cli.console import Console
 
 COMMANDS = (inspect, prune, learn, evaluate, generate, importer)
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     console = Console(quiet=getattr(args, "quiet", False), json=args.json)
     try:
-        args.run(args, console)
+        with arguments.speaking(flags.WORDS):
+            args.run(args, console)
         sys.stdout.flush()
     except BrokenPipeError:  # `flexhinm inspect DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,6 +17,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from flexhinm_jax import arguments
+
 try:
     import fcntl
 except ImportError:  # a system without it locks nothing
@@ -261,6 +263,6 @@ def _flush(path: Path) -> None:
 
 def _exists(path: str | os.PathLike) -> FileExistsError:
     return FileExistsError(
-        f"{path} exists; pass overwrite=True (--force on the command line) to replace"
-        " it, or choose another name"
+        f"{path} exists; pass {arguments.say('overwrite')} to replace it, or choose"
+        " another name"
     )

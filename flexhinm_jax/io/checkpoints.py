@@ -172,12 +172,13 @@ class Checkpoints:
         if self.resume is False and there:
             raise FileExistsError(
                 f"{self.folder} holds {len(there)} checkpoints, the newest"
-                f" {there[-1].name}; continue with resume=True, or give another folder"
+                f" {there[-1].name}; continue with {arguments.say('continue')}, or give"
+                " another folder"
             )
         if self.resume is True and not there:
             raise FileNotFoundError(
                 f"{self.folder} holds no checkpoint to resume from; begin with"
-                ' resume=False, or "auto" to begin where there is none'
+                f" {arguments.say('restart')}"
             )
         for path in reversed(there):
             try:
@@ -189,7 +190,7 @@ class Checkpoints:
                 if not older:
                     raise
                 raise Damaged(
-                    f'{error}\nresume="older" continues from {older[-1]}'
+                    f"{error}\n{arguments.say('older', older[-1])}"
                 ) from error
         if there:
             raise Damaged(

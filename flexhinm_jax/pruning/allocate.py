@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flexhinm_jax import checks
+from flexhinm_jax import arguments, checks
 from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning.gains import Increments, offered, plain
 from flexhinm_jax.pruning.owl import OWL, densities, outlier_shares
@@ -77,8 +77,8 @@ def allocate(
     """
     if not layers:
         raise ValueError(
-            "allocate: there is no layer to prune; print(describe(uses)) says why each "
-            "leaf was skipped"
+            f"allocate: there is no layer to prune; {arguments.say('describe')} says "
+            "why each leaf was skipped"
         )
     if isinstance(mode, Mapping):
         exceptions, mode = {**mode, **(exceptions or {})}, "uniform"
@@ -216,8 +216,10 @@ def _reachable(
     if not rest:
         if abs(fixed - wanted) > EXACT * total:
             raise ValueError(
-                f"the exceptions cover every layer and remove {fixed / total:g} of all"
-                f" weights, not sparsity={wanted / total:g}; leave one layer without"
+                f"{arguments.say('exceptions')} cover every layer and remove"
+                f" {fixed / total:g} of all weights, not"
+                f" {arguments.say('sparsity', f'{wanted / total:g}')}; leave one layer"
+                " without"
             )
         return 0.0
     size = sum(x.size for x in rest.values())
@@ -225,10 +227,11 @@ def _reachable(
     needed = wanted - fixed
     if not least - EXACT * total <= needed <= most + EXACT * total:
         raise ValueError(
-            f"sparsity={wanted / total:g} cannot be met: the {len(rest)} layers without"
-            f" an exception would need sparsity {needed / size:g}, and patterns and"
-            f" bounds let them have [{least / size:g}, {most / size:g}]; choose a"
-            f" target in [{(fixed + least) / total:g}, {(fixed + most) / total:g}], or"
+            f"{arguments.say('sparsity', f'{wanted / total:g}')} cannot be met: the"
+            f" {len(rest)} layers without an exception would need sparsity"
+            f" {needed / size:g}, and patterns and bounds let them have"
+            f" [{least / size:g}, {most / size:g}]; choose a target in"
+            f" [{(fixed + least) / total:g}, {(fixed + most) / total:g}], or"
             " change patterns, bounds or exceptions"
         )
     return min(max(needed, least), most)

@@ -161,7 +161,7 @@ def densities(owl: OWL, shares: Mapping[str, float]) -> dict[str, float]:
     if len(names) < 2:
         raise ValueError(
             f"owl compares blocks, but all weights are of one, {', '.join(names)!r};"
-            " name the blocks with OWL(block=...), or allocate by 'uniform'"
+            f" {arguments.say('owl blocks')}"
         )
     least, most = min(shares.values()), max(shares.values())
     scale = 2 * owl.spread / (most - least) if most > least else 0.0

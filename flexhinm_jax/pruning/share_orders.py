@@ -87,8 +87,8 @@ def share_orders(
         )
     if not method.pattern.one_order:
         raise ValueError(
-            f"share_orders: {method.pattern} has no one order for all rows; give a "
-            "method with an N:M pattern, such as NM(2, 4)"
+            f"{arguments.say('share orders')}: {method.pattern} has no one order for "
+            "all rows; give a method with an N:M pattern, such as NM(2, 4)"
         )
     if search is not None and type(search) is not ChannelSearch:
         raise ValueError(

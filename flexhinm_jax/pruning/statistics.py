@@ -96,7 +96,7 @@ def calibrate(
     need = statistics_bytes(uses, gram=gram)
     logger.info("statistics of %d leaves take %d bytes", len(owners), need)
     if memory_limit is not None and need > memory_limit:
-        remedy = "calibrate fewer leaves at a time with rules={...: 'skip'}"
+        remedy = f"calibrate fewer leaves at a time with {arguments.say('skip')}"
         if gram:
             less = statistics_bytes(uses, gram=False)
             remedy += f", or pass gram=False ({less} bytes)"

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from flexhinm_jax import arguments
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.facts import worst
 from flexhinm_jax.pruning.statistics import calibrate
@@ -161,7 +162,7 @@ class Walk:
         if missing:
             raise ValueError(
                 f"{missing[0]}: its products read it in different ways; exclude it "
-                "with rules={...: 'skip'}"
+                f"with {arguments.say('skip')}"
             )
 
     def run(

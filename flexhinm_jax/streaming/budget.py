@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flexhinm_jax import arguments
 from flexhinm_jax.pruning.gains import scoring_bytes
 from flexhinm_jax.sequential import memory
 from flexhinm_jax.sequential.cuts import Walk
@@ -76,19 +77,21 @@ class Budget:
         if self.limit is None or self.least <= self.limit:
             return
         if self.step >= self.gram + self.solver:
-            advice = "a smaller batch or a shorter length"
+            advice = f"{arguments.say('batch')} or {arguments.say('length')}"
         elif self.working > self.weights:
             advice = "a cheaper method (magnitude and wanda take less than sparsegpt, "
-            advice += "sparsegpt less than alps), or skip this matrix with a rule"
+            advice += "sparsegpt less than alps), or skip this matrix with "
+            advice += arguments.say("skip")
         else:
-            advice = "target 'seq', or the dtype of the checkpoint"
+            advice = arguments.say("target")
         raise ValueError(
             f"the plan needs {self.least / GIB:.2f} GiB, the limit is"
             f" {self.limit / GIB:.2f} GiB: block weights {self.weights / GIB:.2f},"
             f" statistics {self.gram / GIB:.2f} and solver {self.solver / GIB:.2f} (at"
             f" {self.leaf}), one batch {self.step / GIB:.2f}, programs"
             f" {SLACK / GIB:.2f}; hidden states, {self.hidden / GIB:.2f}, would be on"
-            f" disk. Allow {self.least / GIB + 0.01:.2f} GiB, or take {advice}"
+            f" disk. Allow {self.least / GIB + 0.01:.2f} GiB"
+            f" ({arguments.say('memory', self.least)}), or take {advice}"
         )
 
     def rows(self) -> list[tuple[str, int]]:
@@ -170,4 +173,7 @@ def check_all(setting: Setting) -> None:
         job = setting.job(layer, setting.blocks.like(layer), [h])
         total += len(job.uses.leaves)
     if not total:
-        raise ValueError("no weight is left to prune; the rules skip too many")
+        raise ValueError(
+            "no weight is left to prune; the rules skip too many:"
+            f" {arguments.say('describe')} lists them all"
+        )

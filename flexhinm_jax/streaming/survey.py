@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from flexhinm_jax import checks
+from flexhinm_jax import arguments, checks
 from flexhinm_jax.io import records
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning import allocate, gains
@@ -62,8 +62,9 @@ def first_targets(setting: Setting) -> float | Mapping[str, float] | None:
         return given
     if given is None or isinstance(given, Mapping):
         raise ValueError(
-            "allocate and exceptions need one sparsity, the fraction of all pruned"
-            f" weights removed; got sparsity={given!r}"
+            f"{arguments.say('allocate')} and {arguments.say('exceptions')} need one"
+            " sparsity, the fraction of all pruned weights removed; got"
+            f" {arguments.say('sparsity', given)}"
         )
     layers = {
         path: layer

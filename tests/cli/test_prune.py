@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from flexhinm_jax import NM, SparseGPT, Wanda, methods
+from flexhinm_jax import NM, SparseGPT, Wanda, arguments, methods
 from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, packed
@@ -197,7 +197,7 @@ BAD = {
     "percent as sparsity": (
         dict(pattern="hinm:v=8", sparsity="75"),
         [],
-        r"sparsity=75 .*fraction",
+        r"--sparsity 75 .*fraction",
     ),
     "missing sparsity": (dict(pattern="hinm:v=8"), [], "needs a target"),
     "sparsity of another pattern": (dict(sparsity="0.7"), [], "always removes 0.5"),
@@ -225,6 +225,58 @@ def test_a_mistake_is_one_line_and_leaves_nothing(prune, case, capsys, tmp_path)
     assert status == 2
     assert re.search(wanted, error_line(capsys))
     assert not (tmp_path / "out").exists()
+
+
+PYTHON = r"\w=|\w\(|\{|None|True|False"
+
+
+@pytest.mark.parametrize(
+    ("options", "extra", "wanted"),
+    [
+        (dict(pattern="nm:n=2,m=24"), [], "exclude the leaf with --rule 'REGEX=skip'"),
+        (dict(pattern="2:4", sparsity="0.7"), [], "leave --sparsity out"),
+        (dict(pattern="vector:v=8"), [], "pass --sparsity in"),
+        (dict(pattern="vector:v=8", sparsity="75"), [], "--sparsity 75 is outside"),
+        (
+            dict(pattern="vector:v=8", sparsity="0.5"),
+            ["--rule", ".=0.25"],
+            "--rule REGEX=SPARSITY cover every layer and remove 0.25 of all weights,"
+            " not --sparsity 0.5",
+        ),
+        (
+            dict(pattern="vector:v=8", sparsity="0.9"),
+            ["--rule", "attention=0.1"],
+            "--sparsity 0.9 cannot be met",
+        ),
+        (
+            dict(pattern="vector:v=8", sparsity="0.5"),
+            ["--share-orders", "--method", "magnitude"],
+            "--share-orders: ",
+        ),
+        (dict(), ["--out", "{model}/../text.txt/x/.."], "text.txt"),
+    ],
+)
+def test_hints_speak_the_words_of_the_command_line(
+    prune, model_dir, capsys, options, extra, wanted
+):
+    assert prune(*(x.format(model=model_dir) for x in extra), **options) == 2
+    line = error_line(capsys)
+    assert wanted in line
+    # The name of a pattern, as its options are written, is the command line's too.
+    spoken = re.sub(
+        r"(NM|Vector)\(.*?\)", "", line.replace("in=", "").replace("m=", "")
+    )
+    spoken = re.sub(r"max_position_embeddings=|REGEX=|v=", "", spoken)
+    assert not re.search(PYTHON, spoken), line
+
+
+def test_the_command_line_has_a_word_for_every_word_of_python():
+    assert flags.WORDS.keys() == arguments.WORDS.keys()
+    for name, text in arguments.WORDS.items():
+        assert text.count("{}") == flags.WORDS[name].count("{}"), name
+    with arguments.speaking(flags.WORDS):
+        assert arguments.say("sparsity", 0.5) == "--sparsity 0.5"
+    assert arguments.say("skip") == 'rules={"<regex>": "skip"}'
 
 
 @pytest.mark.parametrize(
