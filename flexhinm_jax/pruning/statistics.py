@@ -295,7 +295,13 @@ class Accumulate(Visitor):
             )
         index = [fitted.index.get(f) for f in use.layout.stack]
 
-        def add(own: dict, operand: Array, index: list, mask: Array | None) -> dict:
+        def add(
+            own: dict,
+            operand: Array,
+            index: list,
+            mask: Array | None,
+            routes: Array | None,
+        ) -> dict:
             at = tuple(slice(None) if i is None else i for i in index)
             valid = counting(mask, fitted.free)
             tokens = None if valid is None else Tokens(valid)
@@ -305,12 +311,18 @@ class Accumulate(Visitor):
                 x = read(chunk, operand, own_tokens)
                 return sums_of(x, own_tokens, "gram" in own)
 
-            new = fitted.summed(moments, self.chunk_bytes)
+            new = fitted.summed(moments, self.chunk_bytes, routes)
             share = 1.0 / copies(operand)
             return {k: own[k].at[at].add(share * new[k]) for k in own}
 
         own = jax_versions.automatic(
-            add, None, state[use.path], product.operand, index, self.mask
+            add,
+            None,
+            state[use.path],
+            product.operand,
+            index,
+            self.mask,
+            fitted.routes(),
         )
         return None, {**state, use.path: own}
 
@@ -347,9 +359,15 @@ class Tokens(NamedTuple):
 
 def part(chunk: Chunk, tokens: Tokens | None) -> Tokens | None:
     """Which tokens of a chunk count; one with positions is the whole product."""
-    if tokens is None or tokens.positions is not None:
-        return tokens
-    return Tokens(chunk.rows(tokens.valid, axis=-1))
+    members = chunk.members
+    if tokens is None:
+        return None if members is None else Tokens(members)
+    valid = tokens.valid
+    if tokens.positions is None:
+        valid = chunk.rows(valid, axis=-1)
+    elif members is not None:
+        members = members[tokens.positions]
+    return tokens._replace(valid=valid if members is None else valid & members)
 
 
 def counting(mask: Any, free: tuple[int, ...]) -> Any:

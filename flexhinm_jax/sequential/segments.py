@@ -81,7 +81,8 @@ def cut(line: Line, outputs: Iterable[Any] = ()) -> list[Segment]:
 def read_at(cut: Cut) -> set[Any]:
     """The values that are read at a cut."""
     streams = {m.stream.var for m in cut.members if m.stream is not None}
-    return streams | {cut.operand} if cut.members else streams
+    read = {v for v in (cut.operand, cut.routes) if v is not None}
+    return streams | read
 
 
 def static_part(

@@ -72,12 +72,14 @@ class Cut:
     Attributes:
       position: the cut lies before this equation.
       operand: the common input of all members; None without members.
+      routes: which entry of their stack every token meets, or None.
       members: products with this input.
       plain: leaf -> why it cannot be cut; solved here on statistics of a plain walk.
     """
 
     position: int
     operand: Any
+    routes: Any
     members: tuple[Member, ...]
     plain: Mapping[str, str]
 
@@ -132,14 +134,14 @@ def straighten(
 
     body, consts = jax_versions.opened(jax.make_jaxpr(flat)(*program.arrays))
     count = sum(map(is_array, jax.tree.leaves(params)))
-    places: dict[tuple[str, int], tuple[int, Any]] = {}
+    places: dict[tuple[str, int], tuple[int, list[Any]]] = {}
     eqns: list[Any] = []
     for k, eqn in enumerate(body.eqns):
         is_mark = eqn.primitive is mark
         eqns.append(None if is_mark else eqn)
         if is_mark:
-            var = eqn.invars[0] if eqn.invars else None
-            places.setdefault((eqn.params["role"], eqn.params["index"]), (k, var))
+            key = eqn.params["role"], eqn.params["index"]
+            places.setdefault(key, (k, list(eqn.invars)))
     users: dict[Any, list[Any]] = defaultdict(list)
     made: dict[Any, int] = dict.fromkeys(body.invars[count:], -1)
     for k, eqn in enumerate(eqns):
@@ -190,6 +192,7 @@ class Marker(Visitor):
         self.products: list[Product] = []
         self.hidden: dict[str, tuple[str, int]] = {}
         self.places: dict[Where, int] = {}
+        self.computed: dict[tuple, tuple[Any, Any]] = {}
         self.blocks = 0
         self.reason: str | None = None
         self.rules = RULES
@@ -203,9 +206,22 @@ class Marker(Visitor):
             self.hidden.setdefault(path, (self.reason, self.blocks - 1))
             return None, state
         self.places[where] = len(self.products)
-        mark.bind(product.operand, role="input", index=len(self.products))
+        routes = self.routes(product)
+        read = [product.operand] if routes is None else [product.operand, routes]
+        mark.bind(*read, role="input", index=len(self.products))
         self.products.append(product)
         return None, state
+
+    def routes(self, product: Product) -> Any:
+        """The routes of a product, computed once for all that share them."""
+        if product.route is None:
+            return None
+        _, lookup = product.route
+        key = id(lookup.source), lookup.key, product.routed.tobytes()  # type: ignore
+        if key not in self.computed:
+            # The source is kept, so that its id stays its own.
+            self.computed[key] = product.routes(), lookup.source
+        return self.computed[key][0]
 
     def bound(self, where: Where, eqn: Any, operands: list, results: list) -> None:
         """Marks the result of a product."""
@@ -286,13 +302,14 @@ RULES = {
 
 
 def find_cuts(
-    line: Line, marker: Marker, places: Mapping[tuple[str, int], tuple[int, Any]]
+    line: Line, marker: Marker, places: Mapping[tuple[str, int], tuple[int, list]]
 ) -> list[Cut]:
     """The cuts of a line, in order; every wanted leaf that is used is in one."""
     same = numbered(line)
     first: dict[str, int] = {}
     found: dict[str, dict[tuple, tuple]] = defaultdict(dict)
     plain_at: dict[str, str] = {}
+    constant: list[str] = []
     for path, (reason, block) in marker.hidden.items():
         first[path], plain_at[path] = places["block", block][0], reason
     for k, given in enumerate(marker.products):
@@ -300,36 +317,40 @@ def find_cuts(
         product = given.fit(layout)
         if product is None or product.layout != layout:
             continue  # another reading of a tied leaf: not counted, as in calibrate
-        where, operand = places["input", k]
+        where, (operand, *routes) = places["input", k]
         first[path] = min(where, first.get(path, where))
         at = tuple(product.index.get(f) for f in layout.stack)
         if any(i is not None and not isinstance(i, int) for i in at):
             plain_at.setdefault(path, "indexed by a computed position")
         elif operand not in line.data:
+            constant.append(path)
+        else:
+            key = at, (same.same(operand), *routes), product.columns
+            (result,) = places.get(("result", k), (0, [None]))[1]
+            found[path].setdefault(key, (where, result, product))
+    for path in constant:
+        if path not in found:  # beside others it is an auxiliary product
             plain_at.setdefault(path, "its input does not depend on the batch")
-        elif (at, same.same(operand), product.columns) not in found[path]:
-            key = at, same.same(operand), product.columns
-            found[path][key] = where, places.get(("result", k), (0, None))[1], product
     groups: dict[tuple, list[tuple]] = defaultdict(list)
     for path, uses in found.items():
         reason = plain_at.get(path) or overlap(uses, marker.layouts[path])
         if reason is not None:
             plain_at[path] = reason
             continue
-        for (at, operand, columns), rest in uses.items():
-            groups[operand, columns].append((path, at, *rest))
+        for (at, read, columns), rest in uses.items():
+            groups[read, columns].append((path, at, *rest))
     cuts = []
-    for (operand, _), uses in groups.items():
+    for ((operand, *routes), _), uses in groups.items():
         start = min(where for _, _, where, _, _ in uses)
         members = tuple(
             Member(path, at, product, stream(line, result, product, start))
             for path, at, _, result, product in uses
         )
-        cuts.append(Cut(start, operand, members, {}))
+        cuts.append(Cut(start, operand, routes[0] if routes else None, members, {}))
     blocks: dict[int, dict[str, str]] = defaultdict(dict)
     for path, reason in plain_at.items():
         blocks[first[path]][path] = reason
-    cuts += [Cut(where, None, (), leaves) for where, leaves in blocks.items()]
+    cuts += [Cut(where, None, None, (), leaves) for where, leaves in blocks.items()]
     return sorted(cuts, key=lambda cut: cut.position)
 
 

@@ -5,6 +5,7 @@ members of a cut share what does not depend on their weights.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,6 +64,7 @@ def inputs(
     }
     return {
         "x": now(cut.operand),
+        "routes": None if cut.routes is None else now(cut.routes),
         "dense": dense(cut.operand) if differs else None,
         "streams": streams,
         "direct": direct,
@@ -86,7 +88,8 @@ def tokens_of(cut: Cut, inputs: Mapping[str, Any]) -> dict[str, Any]:
     # Positions are those of all tokens; without, convolutions are read in chunks.
     tokens, product = inputs["tokens"], cut.members[0].product
     limit = None if tokens is not None and tokens.positions is not None else CHUNK_BYTES
-    return product.summed(lambda chunk: sums_of(cut, inputs, chunk), limit)
+    add = functools.partial(sums_of, cut, inputs)
+    return product.summed(add, limit, inputs["routes"])
 
 
 def sums_of(cut: Cut, inputs: Mapping[str, Any], chunk: Chunk) -> dict[str, Any]:
@@ -100,7 +103,8 @@ def sums_of(cut: Cut, inputs: Mapping[str, Any], chunk: Chunk) -> dict[str, Any]
             sums |= {"mixed": across(dense, x), "total_dense": dense.sum(axis=-2)}
     sums |= {"cross": {}, "target": {}}
     for n, w in inputs["direct"].items():
-        t = jnp.einsum("...ti,...oi->...to", dense, w.astype(jnp.float32), **HIGHEST)
+        w = chunk.matrix(w).astype(jnp.float32)
+        t = jnp.einsum("...ti,...oi->...to", dense, w, **HIGHEST)
         if n in inputs["streams"]:
             there, here = inputs["streams"][n]
             lacks = there.astype(jnp.float32) - here.astype(jnp.float32)
@@ -135,7 +139,7 @@ def finish(job: Job, cut: Cut, sums: dict[str, Any]) -> dict[tuple, Stats]:
     """
     own = {name: sums.pop(name) for name in ("total", "count", "gram")}
     shared = statistics.finish(cut.members[0].path, own, job.tree(job.leaves))
-    count = jnp.maximum(own["count"], 1.0)
+    count = jnp.maximum(own["count"], 1.0)[..., None]
     out = {}
     for n, m in enumerate(cut.members):
         stats = shared

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
@@ -78,6 +79,8 @@ class Product:
       parts: (product, bytes) -> chunks of its tokens, for an `arrange` that takes more
         than the operand; see `convolutions.Window.parts`.
       least_bytes: what the least chunk takes.
+      routed: i64[tokens], where tokens have matrices of their own: which of the ids of
+        the lookup of the weight belongs to each; see `experts`.
     """
 
     weight: Tracked
@@ -93,16 +96,29 @@ class Product:
     order: tuple[int, ...] | None = None
     parts: Callable[..., Iterator[tuple[int, Any]]] | None = None
     least_bytes: int = 0
+    routed: np.ndarray | None = None
 
     @property
     def index(self) -> dict[AxisFactor, Any]:
         """Position per stack factor that the program indexed away."""
-        return {atom.factor: at for atom, at in self.weight.view.index}
+        index = self.weight.view.index
+        return {a.factor: at for a, at in index if not isinstance(at, tuple)}
+
+    @property
+    def route(self) -> tuple[Atom, Any] | None:
+        """The factor whose entry every token has of its own, and the lookup."""
+        index = self.weight.view.index
+        return next((pair for pair in index if isinstance(pair[1], tuple)), None)
+
+    def routes(self) -> Array | None:
+        """Entry of the routed factor per token, i32[tokens]; None without one."""
+        return None if self.route is None else self.route[1].ids[self.routed]
 
     @property
     def layout(self) -> Layout:
         """The matrix view of the leaf in this product."""
         stack = views.flat(self.batch) + [atom for atom, _ in self.weight.view.index]
+        stack = [atom for atom in stack if atom.axis >= 0]
         return Layout(
             self.weight.shape,
             views.factors(stack, merge=False),
@@ -210,14 +226,30 @@ class Product:
         x = x.transpose(order)
         return x.reshape(*x.shape[: first + 1], -1)
 
-    def summed(self, statistic: Callable[["Chunk"], Any], limit: int | None) -> Any:
+    def summed(
+        self,
+        statistic: Callable[["Chunk"], Any],
+        limit: int | None,
+        routes: Array | None = None,
+    ) -> Any:
         """The sum of `statistic(chunk)` over all tokens, a chunk at a time.
 
         Args:
           statistic: tree of sums over the tokens of a chunk, equal in all shapes.
           limit: bytes that the tokens of a chunk may take where they take more than
             the operand; one row of one image is the least. None for any.
+          routes: from `routes`; every entry of the routed factor is a chunk of its own,
+            and its sums lie along a new first axis.
         """
+        if routes is not None and self.route is not None:
+            atom, count = self.route[0], math.prod(self.free)
+
+            def entry(k: Any) -> Any:
+                return statistic(Chunk(self.tokens, 0, count, routes == k, k))
+
+            if atom.axis < 0:
+                return entry(0)
+            return lax.map(entry, jnp.arange(atom.full, dtype=routes.dtype))
         if self.parts is None or limit is None or 0 in self.free:
             whole = Chunk(self.tokens, 0, math.prod(self.free))
             return statistic(whole)
@@ -279,17 +311,27 @@ class Chunk:
       tokens: operand of the product -> [*stacked, t, i].
       first: the first token, an int or traced.
       count: number of tokens, t.
+      members: bool[t], those that meet the matrix in question; None for all.
+      entry: which one of a routed factor that is, or None.
     """
 
     tokens: Callable[[Any], Array]
     first: Any
     count: int
+    members: Array | None = None
+    entry: Any = None
 
     def rows(self, values: Array, axis: int) -> Array:
         """These tokens of values with all tokens along an axis."""
         if self.count == values.shape[axis]:
             return values
         return lax.dynamic_slice_in_dim(values, self.first, self.count, axis=axis)
+
+    def matrix(self, w: Array) -> Array:
+        """The matrix in question of a leaf [*stacked, o, i]."""
+        if self.entry is None or w.ndim < 3:
+            return w
+        return lax.dynamic_index_in_dim(w, self.entry, 0, keepdims=False)
 
 
 #: Primitives that read the same elements in the same order under another shape.

@@ -15,7 +15,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flexhinm_jax.tracing import jax_versions, views
+from flexhinm_jax.tracing import experts, jax_versions, views
 from flexhinm_jax.tracing.contractions import Followed, Tracked, plain
 from flexhinm_jax.tracing.stops import Body, Stop
 
@@ -222,7 +222,8 @@ def visit_shard_map(
         if not isinstance(v, Followed):
             continue
         split_over = [axis for axis in spec if axis is not None]
-        if split_over or not p["check_vma"] or not isinstance(v, Tracked):
+        simple = isinstance(v, Tracked) and experts.lookup(v.view) is None
+        if split_over or not p["check_vma"] or not simple:
             over = "with check_vma=False" if not p["check_vma"] else ""
             over = f"over mesh axes {split_over}" if split_over else over
             for leaf in v.tracked:

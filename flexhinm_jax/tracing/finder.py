@@ -193,6 +193,9 @@ class Finder(Visitor):
         )
         at = tuple(i if isinstance(i, int) else None for i in index)
         read = self.numbering.of(p.operand), p.columns, layout.stack_shape, traced
+        if p.route is not None:
+            lookup = p.route[1]
+            read = *read, self.numbering.of(lookup.source), lookup.key
         source = self.numbering.of_key((stops.context(where), *read))
         return Reading(layout, at, source, p.window)
 

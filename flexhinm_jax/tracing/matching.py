@@ -7,11 +7,12 @@ from typing import Any
 from flexhinm_jax.tracing import views
 from flexhinm_jax.tracing.contractions import Followed, Product, Tracked
 from flexhinm_jax.tracing.convolutions import match_conv
-from flexhinm_jax.tracing.stops import Kind, Stop
+from flexhinm_jax.tracing.experts import lookup, match_ragged, match_routed
+from flexhinm_jax.tracing.stops import LOOKUP, Kind, Stop
 
 
 def match(eqn: Any, operands: list) -> Product | Stop:
-    """Reads a dot_general or convolution with a Tracked operand as a product.
+    """Reads a contraction with a Tracked operand as a product.
 
     Returns:
       The product, or the reason why the leaf is not the matrix of one.
@@ -19,7 +20,11 @@ def match(eqn: Any, operands: list) -> Product | Stop:
     if sum(isinstance(v, Followed) for v in operands) > 1:
         kind = Kind.AUXILIARY if is_vector(eqn, operands) else Kind.PRODUCT
         return Stop("contracted with another parameter", kind)
-    product = MATCHERS[eqn.primitive.name](eqn, operands)
+    weight = next(v for v in operands if isinstance(v, Tracked))
+    matcher = MATCHERS[eqn.primitive.name]
+    if lookup(weight.view) is not None:
+        matcher = match_routed if matcher is match_dot else no_lookup
+    product = matcher(eqn, operands)
     if isinstance(product, Stop):
         return product
     parts = [views.flat(dims) for dims in (product.batch, product.out, product.inputs)]
@@ -79,7 +84,14 @@ def match_dot(eqn: Any, operands: list) -> Product:
     )
 
 
+def no_lookup(eqn: Any, operands: list) -> Stop:
+    """Matrices that a lookup has read are followed into a dot_general alone."""
+    del eqn, operands
+    return LOOKUP
+
+
 MATCHERS: dict[str, Callable[[Any, list], Product | Stop]] = {
     "dot_general": match_dot,
     "conv_general_dilated": match_conv,
+    "ragged_dot_general": match_ragged,
 }

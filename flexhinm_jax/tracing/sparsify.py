@@ -26,7 +26,8 @@ def sparsify(apply_fn: Callable) -> Callable:
     Works under jit, grad (with respect to inputs, packed values and dense leaves) and
     vmap over the inputs. The function is traced on every call: put `jax.jit` around the
     result. A packed leaf is unpacked where its dense value is needed: an embedding
-    lookup, a function with its own derivative rule, or a product in another layout.
+    lookup, a function with its own derivative rule, a product in another layout, or one
+    in which every token has an expert of its own (`lax.ragged_dot`, `w[expert]`).
 
     Args:
       apply_fn: pure function, called as apply_fn(params, *args, **kwargs).
@@ -51,7 +52,7 @@ class RunSparse(Visitor):
     def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
         """Runs one product sparse if the layout of the packed leaf allows it."""
         del where
-        if product.weight.packed is None:
+        if product.weight.packed is None or product.route is not None:
             return None, state
         changes = product.weight.view.changes
         factors = product.weight.packed.left, product.weight.packed.right

@@ -7,6 +7,9 @@ Serves arrays and tracers of a walk as well as the variables of a jaxpr.
 
 from typing import Any
 
+import numpy as np
+from jax.extend.core import Literal
+
 from flexhinm_jax.tracing import views
 
 #: Primitives whose result is their operand, up to rounding.
@@ -15,7 +18,10 @@ ALIASES = views.IDENTITY | frozenset(
 )
 
 #: Primitives that are numbered by what they compute instead of by their result.
-CHEAP = ALIASES | frozenset("reshape transpose squeeze broadcast_in_dim slice".split())
+CHEAP = ALIASES | frozenset(
+    "reshape transpose squeeze broadcast_in_dim slice "
+    "lt add select_n concatenate".split()  # what makes a position of an index
+)
 
 
 class Numbering:
@@ -29,7 +35,10 @@ class Numbering:
         self.alive: list[Any] = []
 
     def of(self, value: Any) -> int:
-        """The number of a value."""
+        """The number of a value; scalars of the program are known by content."""
+        value = value.val if isinstance(value, Literal) else value
+        if isinstance(value, np.generic | np.ndarray) and np.ndim(value) == 0:
+            return self.of_key(("scalar", str(value.dtype), value.item()))
         return self._number(id(value), value)
 
     def of_key(self, key: tuple) -> int:

@@ -16,13 +16,15 @@ import numpy as np
 from flexhinm_jax.types import AxisFactor, Layout
 
 REPEAT = -1
+ROUTED = -2
 
 
 class Atom(NamedTuple):
     """A factor of a leaf axis, seen through the window [start, start + size).
 
     Attributes:
-      axis: axis of the leaf, or REPEAT for an axis that a broadcast added.
+      axis: axis of the leaf, REPEAT for an axis that a broadcast added, or ROUTED for
+        one that a lookup added, with positions among its ids.
       stride: distance of two neighbours, in positions of that axis.
       full: number of positions of the factor.
       start: first position in the window.
@@ -57,7 +59,7 @@ class View(NamedTuple):
     Attributes:
       dims: per axis of the value its atoms, major first; () for a unit axis.
       index: (atom, position) of the factors indexed away. A position is an int when it
-        is static, otherwise a traced scalar.
+        is static, otherwise a traced scalar, or an `experts.Lookup` of one per token.
       changes: what changed the values, in order; see `changes.Change`.
     """
 

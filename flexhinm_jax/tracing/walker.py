@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from flexhinm_jax.tracing import control_flow, jax_versions, joined, views
+from flexhinm_jax.tracing import control_flow, experts, jax_versions, joined, views
 from flexhinm_jax.tracing.changes import change
 from flexhinm_jax.tracing.contractions import Followed, Product, Tracked, plain
 from flexhinm_jax.tracing.joined import Joined
@@ -121,11 +121,12 @@ def visit(
     else:
         outs = (
             joined.join(eqn, operands)
+            or (name == "gather" and experts.looked_up(eqn, operands[0], operands[1:]))
             or relayout(eqn, operands)
             or changed(eqn, operands, visitor, where)
         )
-        if outs is not None:
-            return outs, state
+        if outs:
+            return list(outs), state
         reason = Stop(f"stopped at '{name}'", Kind.PRIMITIVE)
         reason = LOOKUP if name == "gather" else reason
     return stopped(eqn, operands, visitor, state, where, reason)
@@ -137,7 +138,7 @@ def stopped(
     """Runs an equation on dense values: (outputs, state)."""
     for v in operands:
         for leaf in v.tracked if isinstance(v, Followed) else ():
-            visitor.stop(where, leaf, reason)
+            visitor.stop(where, leaf, LOOKUP if experts.lookup(leaf.view) else reason)
     outs = jax_versions.bind(eqn, plain(operands))
     visitor.bound(where, eqn, operands, outs)
     return outs, state
@@ -147,6 +148,7 @@ def multiply(
     eqn: Any, operands: list, visitor: Visitor, state: Any, where: Where
 ) -> tuple[list[Any], Any]:
     """Runs a contraction with a followed operand: (outputs, state)."""
+    operands = settled(operands, visitor, where)
     followed = [k for k, v in enumerate(operands) if isinstance(v, Followed)]
     if len(followed) == 1 and isinstance(operands[followed[0]], Joined):
         role = joined.role(eqn, followed[0], operands[followed[0]].axis)
@@ -164,6 +166,18 @@ def multiply(
         outs = [y.astype(product.result.dtype)]
     visitor.bound(where, eqn, operands, outs)
     return outs, state
+
+
+def settled(operands: list, visitor: Visitor, where: Where) -> list:
+    """Operands in which rows of a table, contracted with another leaf, are dense."""
+    out = list(operands)
+    for k, v in enumerate(operands):
+        others = [w for n, w in enumerate(operands) if n != k]
+        is_read = isinstance(v, Tracked) and experts.lookup(v.view) is not None
+        if is_read and any(isinstance(w, Followed) for w in others):
+            visitor.stop(where, v, LOOKUP)
+            out[k] = v.dense()
+    return out
 
 
 def multiply_parts(

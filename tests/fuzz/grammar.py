@@ -619,7 +619,7 @@ def elementwise(make: Builder) -> Step:
     """A weight that multiplies inputs and is also needed for something else."""
     form = make.one("penalty", "scaled", "normed", "window", "transposed")
     sizes = SIZES | ({"i": WIDTH + 1} if form == "window" else {})
-    expected = "skipped" if form in ("scaled", "normed") else "either"
+    expected = "pruned" if form in ("scaled", "normed") else "either"
     name = make.weight("io", "", "o", "i", sizes, expected)
     if form == "window":  # the last row is a bias: it must stay as it is
         window = lambda w: w[:WIDTH].T  # noqa: E731
