@@ -18,7 +18,7 @@ import numpy as np
 
 import flexhinm_jax as fh
 from bench.study import Row, chosen
-from flexhinm_jax.training import relax
+from flexhinm_jax.training import model_gates
 from flexhinm_jax.training.hyper import hyper_prune
 from train import learn_masks, mask_rows, mask_tasks
 from train.mask_learner import started_at
@@ -145,7 +145,7 @@ def samples_needed(
 ) -> Row:
     """One line."""
     params, uses = problem.params, problem.uses
-    base = relax.baseline(method, states, params, uses)
+    base = model_gates.baseline(method, states, params, uses)
     start = {path: s.learned for path, s in states.items()}
 
     @jax.jit
@@ -155,7 +155,7 @@ def samples_needed(
     @jax.jit
     def draw(key: Any) -> tuple[Any, Any]:
         """The loss of a sample, and the share of the weights that it changes."""
-        sparse, _ = relax.sample(method, states, params, uses, key)
+        sparse, _ = model_gates.sample(method, states, params, uses, key)
         changed = sum(
             jnp.sum((sparse[p] != 0) != (base[p] != 0), dtype=jnp.float32)
             for p in uses.leaves
@@ -164,7 +164,7 @@ def samples_needed(
 
     def log_prob(learned: Any, key: Any) -> Any:
         now = {p: dataclasses.replace(s, learned=learned[p]) for p, s in states.items()}
-        return relax.log_prob(method, now, uses, key)
+        return model_gates.log_prob(method, now, uses, key)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(total: Any, key: Any, by: Any) -> tuple[Any, Any]:

@@ -51,18 +51,20 @@ from flexhinm_jax.sequential.sequential import Layer, prune_sequential
 from flexhinm_jax.tracing.discover import describe, discover
 from flexhinm_jax.tracing.sparsify import sparsify
 from flexhinm_jax.training import objectives, schedules
-from flexhinm_jax.training.adopt import adopt
 from flexhinm_jax.training.fit import fit
 from flexhinm_jax.training.hyper import hyper_prune
-from flexhinm_jax.training.optimizer import keep_from_zeros, keep_sparse
-from flexhinm_jax.training.proximal import prox_sparse
-from flexhinm_jax.training.recipes import flexhinm_gp
-from flexhinm_jax.training.relative import relative
-from flexhinm_jax.training.schedules import Stage
+from flexhinm_jax.training.optimizers import (
+    keep_from_zeros,
+    keep_sparse,
+    prox_sparse,
+    relative,
+)
+from flexhinm_jax.training.schedules import Stage, flexhinm_gp
 from flexhinm_jax.training.sharding import check_sharding
 from flexhinm_jax.training.stages import gradual
 from flexhinm_jax.training.state import Training, harden, init_training, next_stage
 from flexhinm_jax.training.step import make_step
+from flexhinm_jax.training.warm_start import adopt
 from flexhinm_jax.types import PackedWeight, Plan, Regions, State, Stats, Support, Uses
 
 __version__ = "0.1.0"

@@ -19,7 +19,7 @@ import optax
 
 import flexhinm_jax as fh
 from flexhinm_jax.ops import pattern_logits
-from flexhinm_jax.training import relax, resume
+from flexhinm_jax.training import model_gates, resume
 from flexhinm_jax.types import State, Uses
 from train import mask_optimizers
 from train.recovery import Budget, at_rate
@@ -122,7 +122,7 @@ class Learning:
 
         @jax.jit
         def hard(states: Any, params: Any) -> Any:
-            settled = relax.harden(method, states, params, uses)
+            settled = model_gates.harden(method, states, params, uses)
             plans = fh.decide(method, settled, params, uses)
             return settled, fh.densify(plans, params, uses)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import flexhinm_jax as fh
-from flexhinm_jax.training import relax
+from flexhinm_jax.training import model_gates
 from flexhinm_jax.types import State, Stats, Uses
 from train.mask_learner import started_at
 
@@ -101,13 +101,13 @@ def gains(
     )
     zeros = {path: jnp.zeros_like(s.learned["tiles"]) for path, s in states.items()}
     half = {path: State({"tiles": zeros[path]}, s.fixed) for path, s in states.items()}
-    half = relax.anneal(even, half, uses, 0.0)
+    half = model_gates.anneal(even, half, uses, 0.0)
 
     @jax.jit
     def gradient(tiles: Any, states: Any, params: Any, batch: tuple) -> Any:
         def lost(tiles: Any) -> Any:
             now = _with_tiles(states, tiles)
-            sparse, _ = relax.sample(even, now, params, uses, key)
+            sparse, _ = model_gates.sample(even, now, params, uses, key)
             return loss_fn(sparse, *batch)[0]
 
         grads = jax.grad(lost)(tiles)

@@ -21,9 +21,9 @@ from flexhinm_jax.pruning import apply, prune, solve
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.training import objectives
-from flexhinm_jax.training.adopt import adopt
 from flexhinm_jax.training.fit import fit
-from flexhinm_jax.training.relative import relative
+from flexhinm_jax.training.optimizers import relative
+from flexhinm_jax.training.warm_start import adopt
 from flexhinm_jax.types import State, Stats, Uses
 
 #: Learning rates, of the optimiser that `_tx` gives the method.

@@ -44,7 +44,7 @@ class Method(abc.ABC):
     #: Whether the groups must be along one order of the inputs that all rows share.
     one_order: ClassVar[bool] = False
 
-    #: Whether training can begin from any plan of the pattern, see `training.adopt`.
+    #: Whether training can begin from any plan of the pattern, see `adopt`.
     adopts_plans: ClassVar[bool] = False
 
     #: Whether it puts its groups along `Stats.order`.

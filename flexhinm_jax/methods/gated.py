@@ -52,7 +52,7 @@ class Gated(LearnedMethod):
             raise ValueError(
                 f"scores={self.scores!r}: need a method that scores, such as Magnitude"
                 "() or Wanda(); to start from the plans of another method, use "
-                "training.adopt"
+                "adopt"
             )
         object.__setattr__(self, "scores", self.scores.with_pattern(self.pattern))
         first, last = self.temperature

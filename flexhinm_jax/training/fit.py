@@ -22,12 +22,12 @@ from flexhinm_jax import arguments
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.pruning import apply
-from flexhinm_jax.training import relax, sharding
+from flexhinm_jax.training import model_gates, sharding
 from flexhinm_jax.training import resume as saved
+from flexhinm_jax.training.optimizers import check_ties, tied
 from flexhinm_jax.training.stages import NotFinite
 from flexhinm_jax.training.state import Training, init_training
 from flexhinm_jax.training.step import LOSS, loss_of, make_step
-from flexhinm_jax.training.ties import check_ties, tied
 from flexhinm_jax.types import State, Uses
 
 History = list[dict[str, float]]
@@ -154,7 +154,7 @@ def fit(
 
     @jax.jit
     def hard(states, params):
-        settled = relax.harden(method, states, params, uses)
+        settled = model_gates.harden(method, states, params, uses)
         plans = apply.decide(method, settled, params, uses)
         return apply.densify(plans, params, uses)
 
@@ -175,11 +175,13 @@ def fit(
 
     def hardened(states):
         # copied, because a step gives the memory of its argument away
-        found = relax.harden(method, sharding.gather(states), whole, uses)
+        found = model_gates.harden(method, sharding.gather(states), whole, uses)
         return jax.tree.map(lambda x: jnp.array(x, copy=True), found)
 
     with apply.states_of(method):
-        figures = jax.eval_shape(lambda s: relax.metrics(method, s, uses), now.states)
+        figures = jax.eval_shape(
+            lambda s: model_gates.metrics(method, s, uses), now.states
+        )
     names = (*ENTRY, *sorted(figures))
     with apply.states_of(method):
         first = hardened(now.states)

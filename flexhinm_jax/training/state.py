@@ -20,8 +20,8 @@ from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.pruning import apply, solve
 from flexhinm_jax.tracing.tree import Leaves
-from flexhinm_jax.training import relax, sharding
-from flexhinm_jax.training.optimizer import apart, keep_sparse, owned
+from flexhinm_jax.training import model_gates, sharding
+from flexhinm_jax.training.optimizers import apart, keep_sparse, owned
 from flexhinm_jax.types import Regions, State, Stats, Uses
 
 #: Optimiser of gates and logits unless another is given: ten times a usual rate of the
@@ -158,7 +158,7 @@ def harden(method: Method, training: Training, uses: Uses) -> Training:
     like = training.params
     whole, before = sharding.gather(like), sharding.gather(training.states)
     with apply.states_of(method):
-        states = relax.harden(method, before, whole, uses)
+        states = model_gates.harden(method, before, whole, uses)
     params, keep = _pruned(method, states, whole, uses)
     opt = training.opt_state
     if not frozen(method):

@@ -19,8 +19,8 @@ from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod, ScoreFunction
 from flexhinm_jax.pruning.apply import states_of
-from flexhinm_jax.training import relax
-from flexhinm_jax.training.optimizer import keep_sparse
+from flexhinm_jax.training import model_gates
+from flexhinm_jax.training.optimizers import keep_sparse
 from flexhinm_jax.training.state import (
     MASK_TX,
     Training,
@@ -113,7 +113,7 @@ def make_step(
         terms: dict[str, Array] = {}
         if learner is not None:
             states = _with_learned(training.states, moving["learned"])
-            params, terms = relax.sample(learner, states, params, uses, key)
+            params, terms = model_gates.sample(learner, states, params, uses, key)
         loss, extra = loss_of(loss_fn, params, batch)
         total = sum(terms.values(), loss)
         return total, (loss, terms, extra)
@@ -123,12 +123,12 @@ def make_step(
         assert learner is not None
         states = _with_learned(training.states, moving["learned"])
         params = training.params
-        sampled, terms = relax.sample(learner, training.states, params, uses, key)
-        first = relax.baseline(learner, training.states, params, uses)
+        sampled, terms = model_gates.sample(learner, training.states, params, uses, key)
+        first = model_gates.baseline(learner, training.states, params, uses)
         loss, extra = loss_of(loss_fn, sampled, batch)
         gap = loss - loss_of(loss_fn, first, batch)[0]
         advantage = lax.stop_gradient(gap - training.gap)
-        total = advantage * relax.log_prob(learner, states, uses, key)
+        total = advantage * model_gates.log_prob(learner, states, uses, key)
         return total, (loss, terms, dict(extra) | {"gap": gap})
 
     scored = isinstance(method, ScoreFunction)
@@ -142,7 +142,7 @@ def make_step(
         if learner is not None:
             with states_of(learner):
                 progress = training.progress
-                states = relax.anneal(learner, training.states, uses, progress)
+                states = model_gates.anneal(learner, training.states, uses, progress)
             training = dataclasses.replace(training, states=states)
             moving["learned"] = learned_trees(states)
         grad_fn = jax.value_and_grad(score if scored else objective, has_aux=True)
@@ -169,9 +169,9 @@ def make_step(
             )
             learned: Any = optax.apply_updates(moving["learned"], updates)
             states = _with_learned(training.states, learned)
-            states = relax.constrain(learner, states, uses)
+            states = model_gates.constrain(learner, states, uses)
             after = dataclasses.replace(after, states=states, learned_opt=opt)
-            metrics |= relax.metrics(learner, training.states, uses)
+            metrics |= model_gates.metrics(learner, training.states, uses)
         else:
             metrics["sparsity"] = _sparsity(training.opt_state.keep)
         if scored:

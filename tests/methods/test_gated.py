@@ -231,7 +231,7 @@ def test_scores_decide_the_start_and_what_is_needed():
         ({"count_weight": -1.0}, "need numbers >= 0"),
         ({"relaxation": "hard"}, "choose one of soft, straight_through"),
         ({"relaxation": "decided"}, "no gate has a gradient from 1.6 on"),
-        ({"scores": fh.ALPS()}, "training.adopt"),
+        ({"scores": fh.ALPS()}, "use adopt"),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(options, message):

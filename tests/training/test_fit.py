@@ -7,7 +7,7 @@ import pytest
 import flexhinm_jax as fh
 from flexhinm_jax.methods.permllm import PermLLM
 from flexhinm_jax.training.fit import Stopped, fit
-from flexhinm_jax.training.ties import tied
+from flexhinm_jax.training.optimizers import tied
 
 KEY = jax.random.key(0)
 METHOD = PermLLM(fh.NM(2, 4), block=8, steps=0, mask_temperature=0.3)

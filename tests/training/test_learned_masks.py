@@ -10,7 +10,7 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax.training.fit import fit
-from flexhinm_jax.training.relax import harden, sample
+from flexhinm_jax.training.model_gates import harden, sample
 
 KEY = jax.random.key(0)
 

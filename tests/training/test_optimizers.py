@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.training.optimizer import KeepSparseState
+from flexhinm_jax.training.optimizers import KeepSparseState
 
 KEY = jax.random.key(0)
 INNER = {

@@ -6,7 +6,7 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax.ops import masks
-from flexhinm_jax.training.proximal import original_under_2_4, prox_sparse
+from flexhinm_jax.training.optimizers import original_under_2_4, prox_sparse
 
 KEY = jax.random.key(0)
 
