@@ -290,16 +290,19 @@ class PackedWeight:
 
     `D` dense and `H` N:M columns per tile are static; a tile with fewer has padding
     columns, index 0 and value 0. A stack of matrices has the same leading axes on every
-    array.
+    array. No array is empty: without dense columns the first two are None, without N:M
+    columns the next three; a weight without any has one column of padding.
 
     Attributes:
-      dense_index: i32[t, D], original input of each dense column.
-      dense_values: [t, v, D].
-      nm_index: i32[t, H], original input of each N:M column; m in a row form a group.
-      nm_values: [t, v, H / m * n], the kept values of each group, by position.
+      dense_index: i32[t, D], original input of each dense column, or None.
+      dense_values: [t, v, D], or None.
+      nm_index: i32[t, H], original input of each N:M column, or None; m in a row form a
+        group.
+      nm_values: [t, v, H / m * n], the kept values of each group, by position, or None.
       nm_positions: u32[t, v, words], position of each kept value inside its group, low
         bits first; 2 bits each for m = 4, the next power of two that fits otherwise.
-        Strictly increasing inside a group, also where the values are zero.
+        Strictly increasing inside a group, also where the values are zero. None without
+        N:M columns.
       out_order: i32[o], original row at storage row r.
       left: block-diagonal factor on the outputs, or None.
       right: block-diagonal factor on the inputs, or None.
@@ -323,11 +326,11 @@ class PackedWeight:
       ([4.0, 2.0, 5.0, 3.0], (2, 4))
     """
 
-    dense_index: Array
-    dense_values: Array
-    nm_index: Array
-    nm_values: Array
-    nm_positions: Array
+    dense_index: Array | None
+    dense_values: Array | None
+    nm_index: Array | None
+    nm_values: Array | None
+    nm_positions: Array | None
     out_order: Array
     left: BlockDiagonal | None
     right: BlockDiagonal | None
@@ -340,7 +343,8 @@ class PackedWeight:
     @property
     def dtype(self) -> Any:
         """Dtype of the values."""
-        return self.nm_values.dtype
+        values: Any = self.dense_values if self.nm_values is None else self.nm_values
+        return values.dtype
 
     @property
     def nbytes(self) -> int:

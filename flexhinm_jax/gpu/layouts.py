@@ -18,6 +18,7 @@ stored or 128 logical columns, `b` blocks of 64 rows.
 import jax.numpy as jnp
 from jax import Array, lax
 
+from flexhinm_jax.kernels.columns import filled
 from flexhinm_jax.kernels.packing import from_words
 from flexhinm_jax.types import PackedWeight
 
@@ -36,7 +37,7 @@ ABSENT = -1
 
 def two_of_four(packed: PackedWeight) -> str | None:
     """Why a packed weight has no 2:4 stream, or None if it has one."""
-    if packed.nm_index.shape[-1] and (packed.n, packed.m) != (2, 4):
+    if packed.nm_index is not None and (packed.n, packed.m) != (2, 4):
         return (
             f"sparse tensor cores take 2:4 only, this weight is {packed.n}:{packed.m}"
         )
@@ -54,6 +55,7 @@ def stream(packed: PackedWeight) -> tuple[Array, Array, Array]:
       nibbles: u32[t, v, c / 2], `i0 | i1 << 2` with i0 < i1 for every group.
       index: i32[t, 2 c], input of each logical column, ABSENT for none.
     """
+    packed = filled(packed)
     t, v, dense = packed.dense_values.shape
     kept = packed.nm_values.shape[-1]
     odd = dense % 2

@@ -19,7 +19,8 @@ def refusal(
       packed: one packed matrix, of arrays or tracers.
       one_tile: whether the kernel serves weights of one tile only.
     """
-    tiles = packed.dense_values.shape[-3]
+    index = packed.dense_index if packed.nm_index is None else packed.nm_index
+    tiles = index.shape[-2]
     if one_tile and tiles != 1:
         return f"it serves weights of one tile, this one has {tiles}"
     return (

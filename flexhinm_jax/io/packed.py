@@ -15,7 +15,8 @@ is stored as
     P#right_order                          factor, where it has an order of its own
 
 (the fields of `types.PackedWeight`, which explains them; a stack of matrices has the
-same leading axes everywhere; layouts that `kernels.prepare` derived are left out).
+same leading axes everywhere; layouts that `kernels.prepare` derived are left out;
+what is None there, because there are no such columns, is an empty array here).
 Positions take the least
 power of two of bits that holds m - 1 (2 bits for m = 4, 4 for m = 8 and 16), low bits
 first, and rise inside a group. The metadata of the file has four strings:
@@ -47,6 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexhinm_jax.io import atomic, records, tensors
+from flexhinm_jax.kernels.columns import canonical, filled
 from flexhinm_jax.kernels.validation import verify_layout, verify_packed
 from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.types import AxisFactor, BlockDiagonal, Layout, PackedWeight
@@ -95,9 +97,9 @@ def write_packed(
     for name, leaf in _flatten(tree)[0]:
         if isinstance(leaf, PackedWeight):
             headers[name] = _header(leaf)
-            stored = _arrays(leaf)
             verify_packed(leaf, name)
             verify_layout(leaf, name)
+            stored = _arrays(leaf)
             stored = {f"{name}#{field}": array for field, array in stored.items()}
         else:
             stored = {name: _host(name, leaf)}
@@ -156,7 +158,7 @@ def read_packed(path: str | os.PathLike, like: Any = None) -> Any:
             verify_packed(held, name, dtype=dtype, stack=stack)
             verify_layout(held, name)
             _check(checksums, name, fields, stored)
-            leaves[name] = jax.tree.map(jnp.asarray, held)
+            leaves[name] = jax.tree.map(jnp.asarray, canonical(held))
         for name, array in tensors.read(path, unread).items():
             if name in leaves:
                 raise ValueError(f"{name} is stored twice, packed and as it is")
@@ -239,7 +241,8 @@ def _device(array: np.ndarray) -> Any:
 
 
 def _arrays(leaf: PackedWeight) -> dict[str, np.ndarray]:
-    stored = {field: np.asarray(getattr(leaf, field)) for field in ARRAYS}
+    whole = filled(leaf)
+    stored = {field: np.asarray(getattr(whole, field)) for field in ARRAYS}
     for field in FACTORS:
         factor = getattr(leaf, field)
         if factor is not None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from flexhinm_jax.kernels.columns import filled
 from flexhinm_jax.paths import over_stack
 from flexhinm_jax.types import BlockDiagonal, PackedWeight
 
@@ -85,11 +86,15 @@ def fold(
         jnp.arange(order.shape[-1], dtype=jnp.int32), order.shape
     )
     take = over_stack(lambda inverse, index: inverse[index], order.ndim - 1)
+
+    def renamed(index: Array | None) -> Array | None:
+        return None if index is None else take(inverse, index)
+
     moved = tuple(
         dataclasses.replace(
             reader,
-            dense_index=take(inverse, reader.dense_index),
-            nm_index=take(inverse, reader.nm_index),
+            dense_index=renamed(reader.dense_index),
+            nm_index=renamed(reader.nm_index),
             layouts={},
         )
         for reader in readers
@@ -173,10 +178,11 @@ def _shared_order(readers: tuple[PackedWeight, ...]) -> Array:
     if not readers:
         raise ValueError("fold: give at least one reader")
     for reader in readers:
-        if reader.nm_index.shape[-2:] != (1, reader.shape[1]):
+        tiles, columns = filled(reader).nm_index.shape[-2:]
+        if (tiles, columns) != (1, reader.shape[1]):
             raise ValueError(
-                f"fold: a reader has {reader.nm_index.shape[-2]} tiles with "
-                f"{reader.nm_index.shape[-1]} of {reader.shape[1]} inputs in groups; "
+                f"fold: a reader has {tiles} tiles with {columns} of "
+                f"{reader.shape[1]} inputs in groups; "
                 "only an N:M weight has one order of all inputs"
             )
         if not np.array_equal(reader.nm_index, readers[0].nm_index):
@@ -212,13 +218,15 @@ def _factor_renamed(
 
 def _rows_in_order(packed: PackedWeight) -> PackedWeight:
     """The rows of a single tile stored in output order; several tiles as they are."""
-    if packed.nm_values.shape[-3] != 1:
+    if filled(packed).nm_values.shape[-3] != 1:
         return packed
     at = jnp.argsort(packed.out_order, axis=-1)
     identity = jnp.arange(at.shape[-1], dtype=jnp.int32)
 
-    def take(x: Array) -> Array:
-        return jnp.take_along_axis(x, at[..., None, :, None], axis=-2)
+    def take(x: Array | None) -> Array | None:
+        return (
+            x if x is None else jnp.take_along_axis(x, at[..., None, :, None], axis=-2)
+        )
 
     return dataclasses.replace(
         packed,

@@ -16,6 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments, checks
+from flexhinm_jax.kernels.columns import canonical, filled
 from flexhinm_jax.kernels.validation import verify_packed, verify_plan
 from flexhinm_jax.kernels.words import from_words, position_bits, to_words
 from flexhinm_jax.paths import over_stack
@@ -96,7 +97,8 @@ def pack_to(
       layout: how the matrix goes back into its leaf.
 
     Returns:
-      The packed weight; a tile with fewer columns has index 0 and value 0.
+      The packed weight; a tile with fewer columns has index 0 and value 0. With
+      `dense` or `nm` 0 it has None in their place.
     """
     r = plan.support.regions
     assert r is not None
@@ -123,11 +125,11 @@ def pack_to(
     position = jnp.argsort(~groups, axis=-1, stable=True)[..., : r.n]
     position = position.astype(jnp.uint32)
     values = jnp.take_along_axis(nm_weight.reshape(groups.shape), position, axis=-1)
-    return PackedWeight(
+    packed = PackedWeight(
         dense_index=dense_index,
         dense_values=dense_values,
         nm_index=nm_index,
-        nm_values=values.reshape(t, o // t, -1),
+        nm_values=values.reshape(t, o // t, nm // r.m * r.n),
         nm_positions=to_words(position.reshape(t, o // t, -1), position_bits(r.m)),
         out_order=r.out_order,
         left=plan.left,
@@ -137,6 +139,7 @@ def pack_to(
         m=r.m,
         layout=layout,
     )
+    return canonical(packed)
 
 
 def block_columns(packed: PackedWeight) -> Array:
@@ -148,6 +151,7 @@ def block_columns(packed: PackedWeight) -> Array:
     Returns:
       [t, v, H] in the dtype of the packed weight, columns in packed order.
     """
+    packed = filled(packed)
     count = packed.nm_values.shape[-1]
     position = from_words(packed.nm_positions, count, position_bits(packed.m))
     shape = (*packed.nm_values.shape[:-1], count // packed.n, packed.n, 1)
@@ -156,7 +160,7 @@ def block_columns(packed: PackedWeight) -> Array:
     zero = jnp.zeros((), packed.dtype)
     spread = jnp.where(here, packed.nm_values.reshape(shape), zero)
     groups = jnp.sum(spread, axis=-2, dtype=packed.dtype)
-    return groups.reshape(*packed.nm_values.shape[:-1], -1)
+    return groups.reshape(*packed.nm_values.shape[:-1], packed.nm_index.shape[-1])
 
 
 def accumulator(dtype: DTypeLike) -> jnp.dtype:
@@ -219,7 +223,7 @@ def unpack(packed: PackedWeight) -> Array:
 def _unpack(packed: PackedWeight) -> Array:
     if packed.out_order.ndim > 1:
         return jax.vmap(_unpack)(packed)
-    o, i = packed.shape
+    packed, (o, i) = filled(packed), packed.shape
     t = packed.dense_index.shape[0]
     tiles = jnp.zeros((t, i, o // t), packed.dtype)
     tile = jnp.arange(t, dtype=jnp.int32)[:, None]

@@ -218,7 +218,10 @@ def _jvp(primals: Any, tangents: Any, *, structure: Any, **how: Any) -> Any:
                 "`pack` gives it and call `kernels.prepare` after training"
             )
         moved = jax.tree.unflatten(structure, moves)
-        turned = {name: ad.instantiate_zeros(getattr(moved, name)) for name in VALUES}
+        turned = {name: getattr(moved, name) for name in VALUES}
+        turned = {
+            k: v if v is None else ad.instantiate_zeros(v) for k, v in turned.items()
+        }
         terms.append(_bind(x, dataclasses.replace(packed, **turned), **how))
     return y, functools.reduce(jnp.add, terms)
 
@@ -253,7 +256,7 @@ def _transpose(
     pair = (g, x) if transposed else (x, g)
     for name, value in zip(VALUES, xla.gradient_of_values(*pair, packed), strict=True):
         place = getattr(places, name)
-        if linear[place]:
+        if place is not None and linear[place]:
             cotangents[1 + place] = value
     return cotangents
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from flexhinm_jax.kernels.columns import filled
 from flexhinm_jax.kernels.packing import accumulator, block_columns
 from flexhinm_jax.types import PackedWeight
 
@@ -46,7 +47,7 @@ def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
 
 def matmul_transposed(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
     """Sparse core: x [N, o] @ S -> [N, i], summed in `accumulator`."""
-    t = packed.dense_index.shape[0]
+    t = parts(packed)[0][0].shape[0]
     stored = x[:, packed.out_order].reshape(x.shape[0], t, -1)
     y = jnp.zeros((x.shape[0], packed.shape[1]), accumulator(x.dtype))
     for index, values in parts(packed):
@@ -71,6 +72,7 @@ def spread_nan(x: Array, y: Array) -> Array:
 
 def parts(packed: PackedWeight) -> tuple[tuple[Array, Array], ...]:
     """(column index [t, c], values [t, v, c]) of the dense and the N:M block."""
+    packed = filled(packed)
     return (
         (packed.dense_index, packed.dense_values),
         (packed.nm_index, block_columns(packed)),

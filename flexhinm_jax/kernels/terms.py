@@ -22,6 +22,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from flexhinm_jax.kernels import words
+from flexhinm_jax.kernels.columns import filled
 from flexhinm_jax.kernels.packing import accumulator
 from flexhinm_jax.types import PackedWeight
 
@@ -55,6 +56,7 @@ class Terms:
 
 def terms_of(packed: PackedWeight) -> Terms:
     """Lists the stored values of one matrix with their inputs."""
+    packed = filled(packed)
     t, v, d = packed.dense_values.shape
     o, i = packed.shape
     kept = packed.nm_values.shape[-1]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax import checks
+from flexhinm_jax.kernels.columns import DENSE, GROUPS, filled
 from flexhinm_jax.kernels.words import WORD, position_bits
 from flexhinm_jax.types import BlockDiagonal, PackedWeight, Plan
 
@@ -31,11 +32,13 @@ def verify_packed(
       stack: leading axes that all arrays must have; None takes them from the rows.
 
     Raises:
-      ValueError: a truncated array or one of another dtype or shape, an index out of
-        range or twice in a tile, an output order that is no permutation, positions that
-        do not increase inside a group.
+      ValueError: a missing or truncated array or one of another dtype or shape, an
+        index out of range or twice in a tile, an output order that is no permutation,
+        positions that do not increase inside a group.
     """
     stack = tuple(packed.out_order.shape[:-1]) if stack is None else stack
+    _regions(packed, stack, path)
+    packed = filled(packed)
     _shapes(packed, stack, packed.dtype if dtype is None else dtype, path)
     o, i = packed.shape
     for field in ("dense_index", "nm_index"):
@@ -58,6 +61,29 @@ def verify_packed(
     if (positions[:, 1:] <= positions[:, :-1]).any():
         raise ValueError(f"{path}: nm_positions do not increase inside a group")
     _distinct(packed, positions, path)
+
+
+def _regions(packed: PackedWeight, stack: tuple[int, ...], path: str) -> None:
+    """Raises ValueError unless the arrays of a region are all there or all None."""
+    absent = 0
+    for names in (DENSE, GROUPS):
+        missing = [name for name in names if getattr(packed, name) is None]
+        absent += len(missing) == len(names)
+        if 0 < len(missing) < len(names):
+            raise ValueError(
+                f"{path}: {missing[0]} is None; give all of {', '.join(names)}, or None"
+                " for each"
+            )
+        index = getattr(packed, names[0])
+        if index is not None and index.ndim != len(stack) + 2:
+            raise ValueError(
+                f"{path}: {names[0]} has shape {list(index.shape)}, expected"
+                f" {len(stack) + 2} axes"
+            )
+    if absent == 2:
+        raise ValueError(
+            f"{path}: it has neither dense nor N:M columns; keep one column of zeros"
+        )
 
 
 def verify_layout(packed: PackedWeight, path: str = "weight") -> None:
@@ -138,13 +164,6 @@ def _shapes(
     packed: PackedWeight, stack: tuple[int, ...], values: Any, path: str
 ) -> None:
     o, i = packed.shape
-    for field in ("dense_index", "nm_index"):
-        index = getattr(packed, field)
-        if index.ndim != len(stack) + 2:
-            raise ValueError(
-                f"{path}: {field} has shape {list(index.shape)}, expected"
-                f" {len(stack) + 2} axes"
-            )
     tiles, dense = packed.dense_index.shape[-2:]
     columns = packed.nm_index.shape[-1]
     rows = o // max(tiles, 1)

@@ -110,8 +110,8 @@ def changed(packed: PackedWeight, changes: tuple[Change, ...]) -> PackedWeight:
 
     return dataclasses.replace(
         packed,
-        dense_values=whole(packed.dense_values),
-        nm_values=whole(packed.nm_values),
+        dense_values=jax.tree.map(whole, packed.dense_values),
+        nm_values=jax.tree.map(whole, packed.nm_values),
         left=factor(packed.left),
         right=factor(packed.right),
         layouts=jax.tree.map(

@@ -13,7 +13,7 @@ pytest.importorskip("safetensors")
 import flexhinm_jax as fh  # noqa: E402
 from flexhinm_jax import kernels  # noqa: E402
 from flexhinm_jax.io import packed, tensors  # noqa: E402
-from flexhinm_jax.kernels import packing, validation  # noqa: E402
+from flexhinm_jax.kernels import columns, packing, validation  # noqa: E402
 from flexhinm_jax.types import (  # noqa: E402
     AxisFactor,
     BlockDiagonal,
@@ -99,17 +99,29 @@ def test_every_group_size_comes_back(tmp_path, n, m):
 
 def test_regions_without_columns_come_back(tmp_path):
     full = weight()
-    empty = {
-        f: getattr(full, f)[..., :0] for f in ("nm_index", "nm_values", "nm_positions")
-    }
-    dense = {f: getattr(full, f)[..., :0] for f in ("dense_index", "dense_values")}
+    groups, dense = (dict.fromkeys(names) for names in (columns.GROUPS, columns.DENSE))
     leaves = {
-        "vector": dataclasses.replace(full, **empty),
+        "vector": dataclasses.replace(full, **groups),
         "nm": dataclasses.replace(full, **dense),
-        "nothing": dataclasses.replace(full, **empty, **dense),
     }
     path = packed.write_packed(tmp_path / "p", leaves)
     assert_same(packed.read_packed(path), leaves)
+    shapes = tensors.read_header(path).shapes
+    assert shapes["vector#nm_values"][-1] == shapes["nm#dense_index"][-1] == 0
+
+
+def test_empty_arrays_of_older_trees_and_files_are_read_as_none(tmp_path):
+    full = weight()
+    cut = lambda names: {f: getattr(full, f)[..., :0] for f in names}  # noqa: E731
+    leaves = {
+        "nm": dataclasses.replace(full, **cut(columns.DENSE)),
+        "nothing": dataclasses.replace(full, **cut(columns.DENSE + columns.GROUPS)),
+    }
+    path = packed.write_packed(tmp_path / "p", leaves)
+    back = packed.read_packed(path)
+    assert back["nm"].dense_values is None
+    assert all(array.size for array in jax.tree.leaves(back))
+    assert not kernels.unpack(back["nothing"]).any()
 
 
 def test_a_nested_tree_is_restored_into_its_structure(tmp_path):

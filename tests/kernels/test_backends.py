@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
 from flexhinm_jax.gpu import backends as gpu_backends
-from flexhinm_jax.kernels import backends, reference, terms, xla
+from flexhinm_jax.kernels import backends, columns, reference, terms, xla
 from tests.cases import MORE_PATTERNS, PATTERNS, targets
 
 ALL = {
@@ -42,6 +42,7 @@ def weights():
 
 @jax.jit
 def in_every_form(x, packed):
+    packed = columns.filled(packed)
     slots = xla.slots_of(packed)
     names = xla.FORMS if slots.positions else ["tiles"]
     return {
@@ -144,10 +145,11 @@ def test_gradients_are_those_of_the_reference(weights, name, transposed):
 
     (dx, dp), (want_x, want_p) = gradients("xla"), gradients("reference")
     np.testing.assert_allclose(dx, want_x, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(dp.nm_values, want_p.nm_values, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(
-        dp.dense_values, want_p.dense_values, rtol=1e-4, atol=1e-4
-    )
+    assert (dp.nm_values is None) == (packed.nm_values is None)
+    dp, want_p = columns.filled(dp), columns.filled(want_p)
+    for field in ("dense_values", "nm_values"):
+        got, want = getattr(dp, field), getattr(want_p, field)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=field)
 
 
 def test_second_derivatives_in_reverse_mode():
@@ -162,8 +164,9 @@ def test_second_derivatives_in_reverse_mode():
 @pytest.mark.parametrize("prepare", [kernels.strip, ready])
 def test_vmap_over_inputs_weights_both_and_gradients(prepare):
     pairs = [pack(fh.FlexHiNM(8), seed=s, sparsity=0.6) for s in (0, 1)]
-    size = max(p.dense_index.shape[1] for p, _ in pairs)
-    wide = max(p.nm_index.shape[1] for p, _ in pairs)
+    indices = [columns.filled(p) for p, _ in pairs]
+    size = max(p.dense_index.shape[1] for p in indices)
+    wide = max(p.nm_index.shape[1] for p in indices)
     w = jnp.stack([w for _, w in pairs])
     stack = jax.tree.map(
         lambda *a: jnp.stack(a), *(prepare(_padded(p, size, wide)) for p, _ in pairs)
@@ -186,7 +189,7 @@ def _padded(packed, dense, nm):
     """The same matrix with given numbers of columns per tile."""
     from flexhinm_jax.types import Plan, Regions, Support
 
-    w = kernels.unpack(packed)
+    w, packed = kernels.unpack(packed), columns.filled(packed)
     t, o, i = packed.dense_index.shape[0], *packed.shape
     d, h = packed.dense_index.shape[1], packed.nm_index.shape[1]
     used = np.concatenate([packed.dense_index, packed.nm_index], 1)
@@ -266,7 +269,7 @@ def test_the_compact_layout_takes_no_more_bytes_than_the_canonical_one():
     assert packed.nbytes <= 0.32 * dense
     slots = xla.slots_of(packed)
     layout = sum(a.nbytes for a in jax.tree.leaves(slots))
-    assert layout + packed.dense_values.nbytes <= 0.32 * dense
+    assert layout + columns.filled(packed).dense_values.nbytes <= 0.32 * dense
     # A value and a column of 2 bytes for every fourth weight.
     added = kernels.prepare(packed, "xla").nbytes - packed.nbytes
     assert added <= 0.377 * dense

@@ -8,6 +8,7 @@ import pytest
 import flexhinm_jax as fh
 from flexhinm_jax.kernels import packing
 from flexhinm_jax.types import BlockDiagonal, Plan, Regions, Support
+from tests.cases import PATTERNS, targets
 
 
 def plan_of(pattern, shape=(16, 32), sparsity=None, dtype=jnp.float32, seed=0):
@@ -140,6 +141,40 @@ def test_a_stack_packs_to_one_static_size():
     plans = jax.vmap(solve)(jax.random.split(jax.random.key(1), 3), w)
     packed = fh.kernels.pack(plans)
     np.testing.assert_array_equal(fh.kernels.unpack(packed), plans.weight)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_no_array_of_a_packed_weight_is_empty(name):
+    if "unstructured" in name:
+        pytest.skip("nothing to pack")
+    pattern = PATTERNS[name]
+    for sparsity in targets(pattern):
+        plan = plan_of(pattern, (8, 16), sparsity=sparsity)
+        packed = fh.kernels.pack(plan)
+        assert all(array.size for array in jax.tree.leaves(packed))
+        np.testing.assert_array_equal(fh.kernels.unpack(packed), plan.weight)
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_a_weight_without_columns_has_one_of_padding(stack):
+    plan = ragged_plan()
+    zero = jnp.zeros_like
+    regions = dataclasses.replace(
+        plan.support.regions, dense_end=zero(plan.support.regions.dense_end)
+    )
+    regions = dataclasses.replace(regions, nm_end=regions.dense_end)
+    support = Support(zero(plan.support.keep), regions)
+    plan = dataclasses.replace(plan, weight=zero(plan.weight), support=support)
+    plan = jax.tree.map(lambda a: jnp.broadcast_to(a, (*stack, *a.shape)), plan)
+    packed = fh.kernels.pack(plan)
+    assert packed.dense_values.shape == (*stack, 2, 2, 1) and packed.nm_index is None
+    assert packed.dtype == plan.weight.dtype
+    np.testing.assert_array_equal(fh.kernels.unpack(packed), plan.weight)
+    one = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(stack) :])[0], packed)
+    x = jnp.ones((3, 8))
+    for weight in (one, fh.kernels.prepare(one, "xla")):
+        assert not fh.sparse_dot(x, weight).any()
+        assert not fh.sparse_dot(x[:, :4], weight, transposed=True).any()
 
 
 def test_an_unstructured_support_is_refused_with_the_remedy():

@@ -6,6 +6,7 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
+from flexhinm_jax.kernels import columns
 from tests.kernels.test_packing import plan_of, ragged_plan
 
 
@@ -40,6 +41,17 @@ def test_unpacking_names_the_broken_promise(packed, field, f, message):
         kernels.unpack(bad)
     with pytest.raises(ValueError, match="^encoder/w: "):
         kernels.verify_packed(bad, "encoder/w")
+
+
+def test_a_region_is_there_or_it_is_not(packed):
+    groups = dict.fromkeys(columns.GROUPS)
+    kernels.verify_packed(dataclasses.replace(packed, **groups))
+    bad = change(packed, "nm_values", lambda _: None)
+    with pytest.raises(ValueError, match="^w: nm_values is None; give all of nm_index"):
+        kernels.verify_packed(bad, "w")
+    bad = dataclasses.replace(packed, **groups, **dict.fromkeys(columns.DENSE))
+    with pytest.raises(ValueError, match="neither dense nor N:M columns; keep one"):
+        kernels.verify_packed(bad, "w")
 
 
 @pytest.mark.parametrize(
