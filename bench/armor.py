@@ -25,7 +25,7 @@ import flexhinm_jax as fh
 from bench import encoder, inputs
 from bench.minilm import Run, prune
 from bench.study import Row, Study, anchors, chosen, timed
-from flexhinm_jax.ops import proxy
+from flexhinm_jax.ops import factorised, saliency
 from flexhinm_jax.patterns import ChannelSearch
 from flexhinm_jax.pruning.apply import dense_weight
 from train import corpus
@@ -44,9 +44,9 @@ SHOWN = (0, 1, 2, 3, 5, 10, 15, 20, 30, 40, 80, 100, 200, 300, 500)
 
 def proxy_loss(w: np.ndarray, pruned: Any, stats: fh.Stats) -> float:
     """The loss of ARMOR."""
-    bar, r, c = proxy.normalise(jnp.asarray(w))
-    weights = proxy.channel_weights(stats.sq_norm)
-    return float(proxy.loss(pruned / r[:, None] / c, bar, weights))
+    bar, r, c = saliency.normalise(jnp.asarray(w))
+    weights = saliency.channel_weights(stats.sq_norm)
+    return float(factorised.loss(pruned / r[:, None] / c, bar, weights))
 
 
 def cases(quick: bool) -> Iterator[tuple[str, fh.Method]]:

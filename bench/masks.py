@@ -33,7 +33,7 @@ import flexhinm_jax as fh
 from bench import mask_models
 from bench.mask_models import IDENTITIES, LAYER, MEMORY
 from bench.study import Row, Study, anchors, timed
-from flexhinm_jax.ops import gates, pattern_logits, plackett_luce, prox
+from flexhinm_jax.ops import gates, prox
 from flexhinm_jax.types import Stats
 from train import mask_rows
 from train.mask_learner import Learner
@@ -68,13 +68,13 @@ def figures(_: argparse.Namespace) -> Iterator[Row]:
     keys = jax.random.split(jax.random.key(KEY), 5)
     logits = jax.random.normal(keys[0], (64, 64, 6), jnp.float32)
     soft = [
-        pattern_logits.mask(keys[1], logits, jnp.float32(t), n=2, m=4)
+        gates.pattern_mask(keys[1], logits, jnp.float32(t), n=2, m=4)
         for t in (4.0, 1.0, 0.05)
     ]
     off = max(float(jnp.max(jnp.abs(jnp.sum(s, -1) - 2))) for s in soft)
     yield identity("soft groups: largest |sum - 2|", off, 0.0, 1e-6)
     yield identity("density of samples - identity", *density(keys[2]), 1e-6)
-    prior = pattern_logits.initial(jnp.array([True, True, False, False]), n=2, m=4)
+    prior = gates.initial_logits(jnp.array([True, True, False, False]), n=2, m=4)
     p = np.sort(np.asarray(jax.nn.softmax(100 * prior)))[::-1]
     for name, value, want in (
         ("the prior pattern", p[0], 0.832),
@@ -119,11 +119,11 @@ def maskpro() -> Iterator[Row]:
     """The log-probability of a pair, its gradient, and the sum over all pairs."""
     logits = jnp.array([0.3, -0.2, 0.5, 0.1], jnp.float32)
     pair = jnp.array([True, False, True, False])
-    log_prob = functools.partial(plackett_luce.log_prob, keep=pair, n=2)
+    log_prob = functools.partial(gates.log_prob, keep=pair, n=2)
     value, grad = jax.value_and_grad(lambda x: log_prob(x))(logits)
     want = np.array([0.510614, -0.406410, 0.444392, -0.548596])
     table = jnp.asarray(gates.pattern_table(2, 4), bool)
-    each = jax.vmap(lambda keep: plackett_luce.log_prob(logits, keep, n=2))(table)
+    each = jax.vmap(lambda keep: gates.log_prob(logits, keep, n=2))(table)
     worst = np.max(np.abs(np.asarray(grad) - want))
     yield identity("MaskPro: log-probability", value, -1.3293316402, 1e-6)
     yield identity("MaskPro: largest error of its gradient", worst, 0.0, 1e-6)

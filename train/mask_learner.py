@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import flexhinm_jax as fh
-from flexhinm_jax.ops import pattern_logits
+from flexhinm_jax.ops import gates
 from flexhinm_jax.training import model_gates, resume
 from flexhinm_jax.types import State, Uses
 from train import mask_optimizers
@@ -247,7 +247,7 @@ def _started(method: Any, state: State, keep: Any) -> State:
         if isinstance(method, fh.MaskPro):
             logits = method.start * grouped.astype(jnp.float32)
         else:
-            logits = pattern_logits.initial(
+            logits = gates.initial_logits(
                 grouped,
                 n=n,
                 m=m,

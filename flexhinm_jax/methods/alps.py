@@ -20,7 +20,7 @@ from flexhinm_jax.methods.reconstruction import (
     Solved,
     first_scores,
 )
-from flexhinm_jax.ops import gram, least_squares
+from flexhinm_jax.ops import gram
 from flexhinm_jax.types import Support
 
 CHECK = 3  # iterations between two looks at the support
@@ -99,7 +99,7 @@ class ADMM(Reconstruction):
     ) -> Solved:
         """Iterates until the support settles; with `before`, only inside it."""
         start = gram.solve(task) if task.has_targets else task.weight
-        h, s = least_squares.unit_diagonal(task.gram)
+        h, s = gram.unit_diagonal(task.gram)
         scores = first_scores(task, start, before)
         support = self.pattern.project(key, scores, sparsity, before)
         target = start * s
@@ -110,7 +110,7 @@ class ADMM(Reconstruction):
                 target, h, g, support, self.pattern.refine, before
             )
         b = jnp.where(support.keep, target, 0)
-        solved = least_squares.descend(b, support.keep, h, g, self.refit_steps)
+        solved = gram.descend(b, support.keep, h, g, self.refit_steps)
         return Solved(solved / s, support, steps)
 
     def split(

@@ -23,7 +23,7 @@ from jax import Array
 from flexhinm_jax import checks
 from flexhinm_jax.methods.base import Method
 from flexhinm_jax.methods.reconstruction import LayerFit
-from flexhinm_jax.ops import blocks, factorised, gram, group_updates, masks, proxy
+from flexhinm_jax.ops import blocks, descent, factorised, gram, masks, saliency
 from flexhinm_jax.ops.factorised import Factors, Groups
 from flexhinm_jax.types import BlockDiagonal, Plan, State, Stats, Support
 
@@ -113,10 +113,10 @@ class ARMOR(LayerFit):
             )
         if self.groups is not None and self.updates > 0:
             n, m = self.groups
-            if math.comb(m, n) > group_updates.PATTERNS:
+            if math.comb(m, n) > descent.MAX_PATTERNS:
                 raise ValueError(
                     f"{n}:{m} has {math.comb(m, n)} patterns per group, more than the "
-                    f"{group_updates.PATTERNS} that are tried; pass updates=0 to keep "
+                    f"{descent.MAX_PATTERNS} that are tried; pass updates=0 to keep "
                     "the support of the start"
                 )
 
@@ -199,7 +199,7 @@ class ARMOR(LayerFit):
             "weight": back(s),
             "left": BlockDiagonal(a),
             "right": BlockDiagonal(b, order),
-            "retained": masks.retained(proxy.score(w, stats.sq_norm), support.keep),
+            "retained": masks.retained(saliency.nowag(w, stats.sq_norm), support.keep),
             "error": jnp.min(trace),
             "trace": trace,
             "overhead": jnp.asarray((a.size + b.size) / w.size, jnp.float32),
@@ -224,8 +224,8 @@ class ARMOR(LayerFit):
         energy = stats.sq_norm / stats.count
         if self.center:
             energy = energy - jnp.square(stats.mean)
-        bar, r, c = proxy.normalise(w)
-        return bar, proxy.channel_weights(energy), r, c, jnp.zeros((), jnp.float32)
+        bar, r, c = saliency.normalise(w)
+        return bar, saliency.channel_weights(energy), r, c, jnp.zeros((), jnp.float32)
 
     def _first(
         self,
@@ -238,7 +238,7 @@ class ARMOR(LayerFit):
         """The core f32[o, i] (None for the target), its support, the inner state."""
         before = None if prev is None else prev.fixed["support"]
         if self._start is None:
-            scores = proxy.score(w, stats.sq_norm)
+            scores = saliency.nowag(w, stats.sq_norm)
             return None, self.pattern.project(key, scores, sparsity, before), None
         if prev is not None:
             fixed = prev.fixed["start"].fixed | {"support": before}

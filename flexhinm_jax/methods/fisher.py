@@ -140,11 +140,11 @@ def accumulate_gradients(stats: Stats, grad: Array, block: int | None = None) ->
     if block is not None:
         checks.divisible(inputs, block, "in", "block")
     g = grad.astype("float32")
-    sq_grad = saliency.summed(stats.sq_grad, g * g)
+    sq_grad = g * g if stats.sq_grad is None else stats.sq_grad + g * g
     if block is None:
         return dataclasses.replace(stats, sq_grad=sq_grad)
     o, i = g.shape
     parts = g.reshape(o, i // block, block)
     outer = parts[..., :, None] * parts[..., None, :]
-    fisher = saliency.summed(stats.fisher, outer)
+    fisher = outer if stats.fisher is None else stats.fisher + outer
     return dataclasses.replace(stats, sq_grad=sq_grad, fisher=fisher)

@@ -29,15 +29,8 @@ from jax import Array, lax
 from flexhinm_jax import arguments
 from flexhinm_jax.methods.reconstruction import Solved
 from flexhinm_jax.methods.wrapper import Nested
-from flexhinm_jax.ops import (
-    descent,
-    gates,
-    gram,
-    grouped_layer,
-    hypernet,
-    pattern_logits,
-)
-from flexhinm_jax.ops.grouped_layer import Layer
+from flexhinm_jax.ops import descent, gates, gram, hypernet
+from flexhinm_jax.ops.hypernet import Layer
 from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.types import State, Stats, Support
 
@@ -114,7 +107,7 @@ class HyperPrune(Nested):
         if not super().fits(pattern) or pattern.form is None:
             return False
         n, m = pattern.form
-        return math.comb(m, n) <= descent.PATTERNS
+        return math.comb(m, n) <= descent.MAX_PATTERNS
 
     @property
     def form(self) -> dict[str, int]:
@@ -171,12 +164,12 @@ class HyperPrune(Nested):
         before, inner = self._first(inner_key, w, stats, sparsity, prev)
         support = self.inner.decide(inner, w).support
         task = self.problem(w, stats)
-        layer = grouped_layer.build(task, support, before)
+        layer = hypernet.build_layer(task, support, before)
         theta, keep = self.learn(learn_key, theta, layer, cache, place)
         if cache is not None:
             cache = self._remember(cache_key, cache, layer, place)
         assert support.regions is not None
-        keep = grouped_layer.original(keep, support.regions)
+        keep = hypernet.original(keep, support.regions)
         prior = jnp.where(support.keep, task.weight, 0)
         found = Solved(
             jnp.where(keep, task.weight, 0),
@@ -233,7 +226,7 @@ class HyperPrune(Nested):
             if count < parts:
                 start = jax.random.randint(part_key, (), 0, parts, jnp.int32)
                 index = jnp.arange(count, dtype=jnp.int32)
-                part = grouped_layer.take(layer, (start + index) % parts)
+                part = hypernet.take_parts(layer, (start + index) % parts)
             tau = first + (last - first) * at / max(steps - 1, 1)
             terms = self.terms(theta, part, place, noise, tau)
             total = terms["reconstruction"] - self.outlier * terms["outlier"]
@@ -283,13 +276,13 @@ class HyperPrune(Nested):
         logits = self.logits(theta, part, place)
         tau = jnp.asarray(temperature, jnp.float32)
         n, m = self.form["n"], self.form["m"]
-        mixed = pattern_logits.mask(key, logits, tau, n=n, m=m)
-        mask = grouped_layer.where_live(part, mixed, part.keep.astype(jnp.float32))
+        mixed = gates.pattern_mask(key, logits, tau, n=n, m=m)
+        mask = hypernet.where_live(part, mixed, part.keep.astype(jnp.float32))
         kept = part.weight * mask
         share = jnp.sum(jnp.square(kept) * part.energy[:, None])
         whole = jnp.sum(jnp.square(part.weight) * part.energy[:, None])
         return {
-            "reconstruction": grouped_layer.lost(part, kept) / part.total,
+            "reconstruction": hypernet.lost(part, kept) / part.total,
             "outlier": share / jnp.where(whole > 0, whole, 1),
         }
 
@@ -299,19 +292,19 @@ class HyperPrune(Nested):
         """Logits of every group, f32[k, c, i / m, C(m, n)]: the prior plus the net."""
         m = self.form["m"]
         keep, w = (
-            grouped_layer.grouped(part.keep, m),
-            grouped_layer.grouped(part.weight / part.rms, m),
+            hypernet.grouped(part.keep, m),
+            hypernet.grouped(part.weight / part.rms, m),
         )
         mean = jnp.mean(part.energy, axis=-1, keepdims=True)
         scale = jnp.log1p(part.energy / jnp.where(mean > 0, mean, 1))
-        price = grouped_layer.grouped(part.price, m)
-        x = hypernet.features(w, grouped_layer.grouped(scale[:, None], m), price)
-        out = self.prior * pattern_logits.similarity(keep, **self.form)
+        price = hypernet.grouped(part.price, m)
+        x = hypernet.features(w, hypernet.grouped(scale[:, None], m), price)
+        out = self.prior * gates.similarity(keep, **self.form)
         out += hypernet.logits(theta, x, place)
         if part.within is None:
             return out
         table = jnp.asarray(gates.pattern_table(**self.form))
-        outside = ~grouped_layer.grouped(part.within, m)
+        outside = ~hypernet.grouped(part.within, m)
         barred = jnp.any(table & outside[..., None, :], axis=-1)
         return jnp.where(barred, NEVER, out)
 
@@ -320,7 +313,7 @@ class HyperPrune(Nested):
     ) -> Array:
         """The patterns with the largest logits, bool[k, c, i]."""
         best = gates.best_pattern(self.logits(theta, part, place), **self.form)
-        return grouped_layer.where_live(part, best, part.keep)
+        return hypernet.where_live(part, best, part.keep)
 
     def _better(self, theta, layer, place, best, lowest):
         """The hard mask of the net and its error, if that is lower."""
@@ -338,13 +331,13 @@ class HyperPrune(Nested):
         index = jnp.arange(steps * count, dtype=jnp.int32).reshape(steps, count)
 
         def one(index):
-            part = grouped_layer.take(layer, jnp.minimum(index, parts - 1))
+            part = hypernet.take_parts(layer, jnp.minimum(index, parts - 1))
             keep = hard(part)
             kept = jnp.where(keep, part.weight, 0)
             # a part that fills up the last round has no weight
             there = (index < parts)[:, None, None]
             part = part._replace(target=jnp.where(there, part.target, 0))
-            return keep, grouped_layer.lost(part, jnp.where(there, kept, 0))
+            return keep, hypernet.lost(part, jnp.where(there, kept, 0))
 
         keep, lost = lax.map(one, index)
         return keep.reshape(-1, *keep.shape[2:])[:parts], jnp.sum(lost)
@@ -358,12 +351,12 @@ class HyperPrune(Nested):
 
         def x(at):
             j, r, g = jnp.unravel_index(at, shape)
-            w = grouped_layer.grouped(layer.weight, m)[j, r, g] / layer.rms
+            w = hypernet.grouped(layer.weight, m)[j, r, g] / layer.rms
             t = j if layer.energy.shape[0] == parts else jnp.zeros_like(j)
             mean = jnp.mean(layer.energy, axis=-1)[t]
-            energy = grouped_layer.grouped(layer.energy, m)[t, g]
+            energy = hypernet.grouped(layer.energy, m)[t, g]
             mean = jnp.where(mean > 0, mean, 1)[:, None]
-            price = grouped_layer.grouped(layer.price, m)[j, r, g]
+            price = hypernet.grouped(layer.price, m)[j, r, g]
             return hypernet.features(w, jnp.log1p(energy / mean), price)
 
         flat = jnp.broadcast_to(live, shape).reshape(-1)

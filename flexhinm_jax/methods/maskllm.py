@@ -20,7 +20,7 @@ from jax import Array
 from flexhinm_jax.methods.base import ScoreMethod
 from flexhinm_jax.methods.gated import Gated, mean_where, open_groups
 from flexhinm_jax.methods.wanda import Wanda
-from flexhinm_jax.ops import gates, groups, pattern_logits
+from flexhinm_jax.ops import gates, groups
 from flexhinm_jax.types import Plan, State, Support
 
 
@@ -36,7 +36,7 @@ class MaskLLM(Gated):
         pattern at probability .832, 0 without a prior.
       parameters: "patterns" for C(m, n) logits per group, "weights" for m scores.
       relaxation: what training sees: "soft", "straight_through", "expected" or
-        "decided", see `ops.pattern_logits.mask`. With few steps from a good prior the
+        "decided", see `ops.gates.pattern_mask`. With few steps from a good prior the
         noise of the first two costs more than it finds; "decided" trains the hard mask.
       scale: first and last factor on the logits, linear in the progress.
       reward: the share of the squared weights that is kept is subtracted from the loss
@@ -47,7 +47,7 @@ class MaskLLM(Gated):
     scores: ScoreMethod = Wanda()
     temperature: tuple[float, float] = (4.0, 0.05)
     start: float = 3.0
-    parameters: pattern_logits.Parameters = "patterns"
+    parameters: gates.Parameters = "patterns"
     relaxation: gates.Relaxation = "soft"
     scale: tuple[float, float] = (100.0, 500.0)
     reward: float = 0.1
@@ -70,7 +70,7 @@ class MaskLLM(Gated):
         """The prior, so strong that its probability is as configured."""
         regions = support.regions
         assert regions is not None
-        logits = pattern_logits.initial(
+        logits = gates.initial_logits(
             groups.to_groups(support.keep, regions),
             n=regions.n,
             m=regions.m,
@@ -94,7 +94,7 @@ class MaskLLM(Gated):
         """The relaxed masks of all groups; no terms."""
         del shape
         regions = state.fixed["support"].regions
-        mixed = pattern_logits.mask(
+        mixed = gates.pattern_mask(
             key,
             state.fixed["scale"] * self._logits(state),
             state.fixed["temperature"],
@@ -142,7 +142,7 @@ class MaskLLM(Gated):
     def _logits(self, state: State) -> Array:
         """f32[t, v, i / m, C(m, n)], unscaled."""
         regions = state.fixed["support"].regions
-        return pattern_logits.of_patterns(
+        return gates.logits_of_patterns(
             state.learned["logits"],
             n=regions.n,
             m=regions.m,

@@ -19,7 +19,7 @@ from flexhinm_jax.methods.base import ScoreMethod
 from flexhinm_jax.methods.gated import Gated, mean_where, open_groups
 from flexhinm_jax.methods.learned import ScoreFunction
 from flexhinm_jax.methods.wanda import Wanda
-from flexhinm_jax.ops import groups, masks, plackett_luce
+from flexhinm_jax.ops import gates, groups, masks
 from flexhinm_jax.types import Plan, State, Support
 
 
@@ -50,10 +50,10 @@ class MaskPro(Gated, ScoreFunction):
         """Validates the configuration."""
         super().__post_init__()
         n, _ = self.pattern.form or (1, 1)
-        if n > plackett_luce.EXACT:
+        if n > gates.MAX_EXACT_N:
             raise ValueError(
                 f"{self.pattern}: MaskPro sums over 2^n subsets and stops at n="
-                f"{plackett_luce.EXACT}; MaskLLM(parameters='weights') does not"
+                f"{gates.MAX_EXACT_N}; MaskLLM(parameters='weights') does not"
             )
 
     def first(self, support: Support) -> Any:
@@ -85,7 +85,7 @@ class MaskPro(Gated, ScoreFunction):
         """Log-probability of the masks that `decide` draws with this key, f32[]."""
         n = state.fixed["support"].regions.n
         drawn = self._draw(state, key)
-        each = plackett_luce.log_prob(state.learned["logits"], drawn, n=n)
+        each = gates.log_prob(state.learned["logits"], drawn, n=n)
         free = open_groups(state)[:, None]
         return jnp.sum(jnp.where(free, each, 0), dtype=jnp.float32)
 
@@ -107,5 +107,5 @@ class MaskPro(Gated, ScoreFunction):
     def _draw(self, state: State, key: Array) -> Array:
         """bool[t, v, i / m, m]."""
         regions = state.fixed["support"].regions
-        order = plackett_luce.sample(key, state.learned["logits"], n=regions.n)
-        return plackett_luce.members(order, m=regions.m)
+        order = gates.draw(key, state.learned["logits"], n=regions.n)
+        return gates.members(order, m=regions.m)

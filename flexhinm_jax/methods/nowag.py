@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from jax import Array
 
 from flexhinm_jax.methods.base import ScoreMethod
-from flexhinm_jax.ops import proxy
+from flexhinm_jax.ops import saliency
 from flexhinm_jax.types import Stats
 
 
@@ -29,4 +29,4 @@ class NoWagP(ScoreMethod):
     def score(self, w: Array, stats: Stats | None) -> Array:
         """`ops.proxy.score` with the input norms of the calibration data."""
         assert stats is not None
-        return proxy.score(w, stats.sq_norm)
+        return saliency.nowag(w, stats.sq_norm)

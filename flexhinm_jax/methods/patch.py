@@ -29,7 +29,7 @@ from jax import Array
 from flexhinm_jax.methods.base import ScoreMethod
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.methods.wanda import Wanda
-from flexhinm_jax.ops import gates, masks, pattern_logits
+from flexhinm_jax.ops import gates, masks
 from flexhinm_jax.patterns import Pattern, Tiles
 from flexhinm_jax.types import Plan, State, Stats, Support
 
@@ -63,7 +63,7 @@ class Patch(LearnedMethod):
       start: first scale x initial logit of the prior's pattern.
       temperature: first and last temperature of the patterns, linear.
       scale: first and last factor on the pattern logits, linear.
-      relaxation: what training sees of the patterns, see `ops.pattern_logits.mask`, and
+      relaxation: what training sees of the patterns, see `ops.gates.pattern_mask`, and
         of the tiles: gates under noise with "soft" and "straight_through", their
         probabilities with "expected", and with "decided" the dense tiles themselves,
         with the gradient of the gates.
@@ -153,7 +153,7 @@ class Patch(LearnedMethod):
         learned = {"tiles": self.tile_start / self.tile_scale[0] * prior}
         if self.mode == "joint":
             prior = self.start / self.scale[0]
-            learned["logits"] = pattern_logits.initial(
+            learned["logits"] = gates.initial_logits(
                 _grouped(inner, m), n=n, m=m, prior=prior
             )
         fixed = {
@@ -245,7 +245,7 @@ class Patch(LearnedMethod):
         gate = self.tiles.spread(self._gates(tile_key, state))
         inner = fixed["inner"].astype(jnp.float32)
         if self.mode == "joint":
-            mixed = pattern_logits.mask(
+            mixed = gates.pattern_mask(
                 group_key,
                 fixed["scale"] * learned["logits"],
                 fixed["temperature"],
@@ -279,7 +279,7 @@ class Patch(LearnedMethod):
         if self.mode == "joint":
             n, m = self.tiles.n, self.tiles.m
             best = gates.best_pattern(state.learned["logits"], n, m)
-            learned["logits"] = pattern_logits.initial(best, n=n, m=m, prior=CERTAIN)
+            learned["logits"] = gates.initial_logits(best, n=n, m=m, prior=CERTAIN)
         return dataclasses.replace(state, learned=learned)
 
     def metrics(self, state: State) -> dict[str, Array]:

@@ -23,7 +23,7 @@ import optax
 from jax import Array, lax
 
 from flexhinm_jax.methods.learned import LearnedMethod
-from flexhinm_jax.ops import gates, masks, saliency, sinkhorn
+from flexhinm_jax.ops import assignment, gates, masks, saliency
 from flexhinm_jax.patterns import NM, ChannelSearch, Pattern
 from flexhinm_jax.types import Plan, Regions, State, Stats, Support
 
@@ -251,9 +251,9 @@ class PermLLM(LearnedMethod):
         if self.variant == "cost":  # a cost of any unit: the largest counts as one
             top = jnp.max(jnp.abs(logits), axis=(1, 2), keepdims=True)
             logits = logits / lax.stop_gradient(top)
-        soft = sinkhorn.sinkhorn(logits / state.fixed["temperature"], self.rounds)
-        choice = sinkhorn.nearest(soft)
-        p = gates.straight_through(soft, sinkhorn.one_hot(choice))
+        soft = assignment.sinkhorn(logits / state.fixed["temperature"], self.rounds)
+        choice = assignment.nearest(soft)
+        p = gates.straight_through(soft, assignment.one_hot(choice))
         if self.variant == "cost":
             p = jnp.where(state.fixed["hard"] > 0, p, soft)
         order = state.fixed["order"]

@@ -18,7 +18,7 @@ from jax import Array
 
 from flexhinm_jax import checks
 from flexhinm_jax.methods.base import Method
-from flexhinm_jax.ops import gram, least_squares, masks, saliency
+from flexhinm_jax.ops import gram, masks, saliency
 from flexhinm_jax.types import Plan, State, Stats, Support
 
 REFIT = 10  # conjugate-gradient steps on an earlier support, before it shrinks
@@ -211,7 +211,7 @@ def first_scores(task: gram.Problem, start: Array, before: Support | None) -> Ar
     """
     if before is not None:
         b = jnp.where(before.keep, start, 0)
-        start = least_squares.refit(b, before.keep, task.gram, task.cross, REFIT)
+        start = gram.refit(b, before.keep, task.gram, task.cross, REFIT)
     return squared_scores(task, start)
 
 

@@ -16,7 +16,7 @@ from jax import Array, lax
 from flexhinm_jax.methods.base import Method
 from flexhinm_jax.methods.reconstruction import Solved
 from flexhinm_jax.methods.wrapper import Wrapper
-from flexhinm_jax.ops import descent, elimination, gram, least_squares, masks, regions
+from flexhinm_jax.ops import descent, elimination, gram, masks, regions
 from flexhinm_jax.types import Support
 
 RUN = 16  # columns of an unstructured row in which weights are swapped
@@ -73,7 +73,7 @@ class RefineMask(Wrapper):
             if not solve:
                 return b
             h, g, steps = task.gram, task.cross, self.refit_steps
-            return least_squares.refit(b, keep, h, g, steps)
+            return gram.refit(b, keep, h, g, steps)
 
         def once(_, carry):
             b, keep = carry
@@ -100,7 +100,7 @@ class RefineMask(Wrapper):
             return b, support.keep
         if not self.pattern.free_rows:
             step = descent.best_cycle(m, solve)
-        elif math.comb(m, n) <= descent.PATTERNS:
+        elif math.comb(m, n) <= descent.MAX_PATTERNS:
             step = descent.best_pattern(n, m, solve)
         else:
             step = descent.best_swap(solve)

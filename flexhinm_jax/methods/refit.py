@@ -11,7 +11,7 @@ from jax import Array
 
 from flexhinm_jax.methods.reconstruction import Solved
 from flexhinm_jax.methods.wrapper import Wrapper
-from flexhinm_jax.ops import gram, least_squares
+from flexhinm_jax.ops import gram
 from flexhinm_jax.types import Support
 
 
@@ -48,7 +48,5 @@ class Refit(Wrapper):
     ) -> Solved:
         """Conjugate gradients on the fixed support."""
         del before
-        solved = least_squares.refit(
-            start, support.keep, task.gram, task.cross, self.steps
-        )
+        solved = gram.refit(start, support.keep, task.gram, task.cross, self.steps)
         return Solved(solved, support)

@@ -15,7 +15,7 @@ from jax import Array
 
 from flexhinm_jax.methods.alps import ADMM
 from flexhinm_jax.methods.reconstruction import Solved, squared_scores
-from flexhinm_jax.ops import gram, least_squares, masks, regions
+from flexhinm_jax.ops import gram, masks, regions
 from flexhinm_jax.types import Support
 
 
@@ -41,13 +41,13 @@ class StagedALPS(ADMM):
             return self.alternate(key, task, sparsity, before)
         key, order_key = jax.random.split(key)
         start = gram.solve(task) if task.has_targets else task.weight
-        h, s = least_squares.unit_diagonal(task.gram)
+        h, s = gram.unit_diagonal(task.gram)
         g = task.cross / s
 
         def solve(support: Support) -> Array:
             b = jnp.where(support.keep, start * s, 0)
             steps = self.refit_steps
-            return least_squares.descend(b, support.keep, h, g, steps) / s
+            return gram.descend(b, support.keep, h, g, steps) / s
 
         chosen = self.pattern.project(key, squared_scores(task, start), sparsity)
         columns = best_columns(chosen, squared_scores(task, start))

@@ -20,7 +20,7 @@ from jax import Array, lax
 
 from flexhinm_jax.ops.gram import dot
 
-PATTERNS = 70  # 4:8; with more patterns per group, single swaps are tried instead
+MAX_PATTERNS = 70  # 4:8; with more patterns per group, single swaps are tried instead
 BLOCK = 64  # columns between two updates of the whole residual
 
 #: (weights f[m, r], kept bool[m, r], allowed bool[m, r], dense f[m, r],
@@ -117,7 +117,7 @@ def best_pattern(n: int, m: int, solve: bool) -> Step:
 
     Args:
       n: kept per group.
-      m: group size; C(m, n) should be at most PATTERNS.
+      m: group size; C(m, n) should be at most MAX_PATTERNS.
       solve: whether the weights of the group become the best for the pattern; else
         they are those of the dense matrix.
     """

@@ -1,11 +1,25 @@
-"""Fits diag(A) S diag(B) with a sparse core S to a matrix, by alternating exact steps.
+"""ARMOR's product diag(A) S diag(B) with a sparse core S, fitted by alternating steps.
 
-One step: A, B, then the values of S by conjugate gradients, then the groups of S. None
-of them can raise the objective (`block_solves`, `group_updates`). Alternating steps
-creep along a valley, so each starts a little ahead in the direction of the last one,
-which halves their number; a step that does not lower the objective is not taken and the
-next starts without that push. So the losses fall monotonically from that of the start,
-which has A = B = I.
+The objective is || (diag(A) S diag(B) - W) H^(1/2) ||^2, where H weighs the inputs: a
+vector f32[i] of channel weights, or a Gram matrix f32[i, i]. It is quadratic in each
+factor, so one step solves for A, for B, for the values of S by conjugate gradients, and
+then chooses groups of S again; a small ridge towards the present factor keeps the
+solves definite, and none of them can raise the objective. ARMOR (arXiv:2510.05528)
+takes Adam steps on all three at once; exact steps need no learning rate and about a
+tenth of the time.
+
+Alternating steps creep along a valley, so each starts a little ahead in the direction
+of the last one, which halves their number; a step that does not lower the objective is
+not taken and the next starts without that push. So the losses fall monotonically from
+that of the start, which has A = B = I.
+
+Groups: with P = A^T A, Q = B H B^T and the half gradient G = P S Q - F kept at hand,
+the objective as a function of one group of m weights in row t is P_tt v Q_g v + 2 u v,
+with u the gradient that the group sees with itself removed. So the best values for each
+of the C(m, n) patterns and their exact gain are small closed forms, and a change costs
+a rank-1 update of G. ARMOR (section 3) draws one group per block by its gradient and
+multiplies the whole product again; here every row of every block is visited, and
+blocks, which do not interact, are visited at once.
 """
 
 from typing import Any, NamedTuple
@@ -14,10 +28,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.scipy.linalg import cho_factor, cho_solve
 
-from flexhinm_jax.ops import block_solves, blocks, group_updates, proxy
+from flexhinm_jax.ops import blocks
+from flexhinm_jax.ops.blocks import einsum
+from flexhinm_jax.ops.descent import patterns
 
 PUSH, GROWTH, FALL, MOST = 0.3, 1.1, 0.5, 0.9  # of the last step, and how it changes
+RIDGE = 1e-4  # towards the present factor, as a fraction of the mean of the diagonal
+PATTERN_RIDGE = 1e-6  # of the diagonal of Q, in the inverse of every pattern
+NOISE = 1e-6  # a change must gain more than this share of what it compares
 
 
 class Factors(NamedTuple):
@@ -84,14 +104,14 @@ def fit(
         a, s, b = (x + push * (x - y) for x, y in zip(now[:3], past[:3], strict=True))
         ahead = Factors(a, jnp.where(now.keep, s, 0), b, now.keep)
         after = improve(ahead, w, h, groups, values)
-        fresh = proxy.loss(product(after), w, h)
+        fresh = loss(product(after), w, h)
         better = fresh <= lost  # False for NaN
         take = lambda x, y: jnp.where(better, x, y)  # noqa: E731
         push = take(jnp.minimum(push * GROWTH, MOST), push * FALL)
         lost = take(fresh, lost)
         return (jax.tree.map(take, after, now), now, lost, push), lost
 
-    before = proxy.loss(product(first), w, h)
+    before = loss(product(first), w, h)
     carry = first, first, before, jnp.asarray(PUSH, jnp.float32)
     (last, *_), trace = lax.scan(once, carry, length=steps)
     return last, jnp.concatenate([before[None], trace])
@@ -100,15 +120,15 @@ def fit(
 def improve(x: Factors, w: Array, h: Array, groups: Groups, values: int) -> Factors:
     """One step of `fit`."""
     a, s, b, keep = x
-    a = block_solves.solve_left(a, s, b, w, h)
-    b = block_solves.solve_right(a, s, b, w, h)
-    p, q = block_solves.normal_left(a), block_solves.normal_right(b, h)
+    a = solve_left(a, s, b, w, h)
+    b = solve_right(a, s, b, w, h)
+    p, q = normal_left(a), normal_right(b, h)
     cut = lambda x: blocks.cut(x, a.shape[1], q.shape[1])  # noqa: E731
-    f, s, keep = cut(block_solves.pulled(a, b, w, h)), cut(s), cut(keep)
-    s, gradient = block_solves.descend(s, keep, p, q, f, values)
+    f, s, keep = cut(pulled(a, b, w, h)), cut(s), cut(keep)
+    s, gradient = descend_values(s, keep, p, q, f, values)
     if groups.picks > 0:
         n, m, picks = groups
-        s, keep = group_updates.sweep(s, keep, gradient, p, q, n=n, m=m, picks=picks)
+        s, keep = sweep_groups(s, keep, gradient, p, q, n=n, m=m, picks=picks)
     return Factors(a, blocks.join(s), b, blocks.join(keep))
 
 
@@ -143,7 +163,7 @@ def fit_adam(
     def lost(moved, keep):
         a, s, b = moved
         approximation = product(Factors(a, jnp.where(keep, s, 0), b, keep))
-        return proxy.loss(approximation, w, h)
+        return loss(approximation, w, h)
 
     def once(carry, key):
         moved, keep, moments, best, least = carry
@@ -159,14 +179,12 @@ def fit_adam(
         return ((a, s, b), keep, moments, best, jnp.minimum(now, least)), now
 
     def redraw(key, x):
-        p, q = block_solves.normal_left(x.a), block_solves.normal_right(x.b, h)
+        p, q = normal_left(x.a), normal_right(x.b, h)
         cut = lambda y: blocks.cut(y, x.a.shape[1], q.shape[1])  # noqa: E731
         s = cut(x.s)
-        gradient = block_solves.image(s, p, q)
-        gradient = gradient - cut(block_solves.pulled(x.a, x.b, w, h))
-        s, keep = group_updates.drawn(
-            key, s, cut(x.keep), gradient, p, q, groups.n, groups.m
-        )
+        gradient = image(s, p, q)
+        gradient = gradient - cut(pulled(x.a, x.b, w, h))
+        s, keep = draw_groups(key, s, cut(x.keep), gradient, p, q, groups.n, groups.m)
         return blocks.join(s), blocks.join(keep)
 
     moved = first.a, first.s, first.b
@@ -174,3 +192,389 @@ def fit_adam(
     carry = moved, first.keep, tx.init(moved), first, before
     carry, trace = lax.scan(once, carry, jax.random.split(key, steps))
     return carry[3], jnp.concatenate([before[None], trace])
+
+
+def weigh(x: Array, h: Array) -> Array:
+    """Multiplies with the weighting of the inputs.
+
+    Args:
+      x: f32[o, i].
+      h: f32[i], weights of the channels, or f32[i, i], a Gram matrix.
+
+    Returns:
+      f32[o, i], x diag(h) or x h.
+    """
+    if h.ndim == 1:
+        return x * h
+    return jnp.dot(x, h, precision=lax.Precision.HIGHEST)
+
+
+def weighted_square(x: Array, h: Array) -> Array:
+    """f32[]: || x h^(1/2) ||^2; see `weigh`."""
+    return jnp.sum(weigh(x, h) * x)
+
+
+def loss(approximation: Array, target: Array, h: Array) -> Array:
+    """Squared distance relative to that of the zero matrix.
+
+    Args:
+      approximation: f32[o, i].
+      target: f32[o, i].
+      h: f32[i] or f32[i, i]; see `weigh`.
+
+    Returns:
+      f32[], 0 for the target itself, 1 for zeros; 0 when the target is zero.
+    """
+    total = weighted_square(target, h)
+    lost = weighted_square(approximation - target, h)
+    return jnp.where(total > 0, lost / jnp.where(total > 0, total, 1), 0)
+
+
+def _solve(normal: Array, cross: Array, now: Array) -> Array:
+    """Solves (normal + ridge) x = cross + ridge now, batched over leading axes."""
+    size = normal.shape[-1]
+    mean = jnp.trace(normal, axis1=-2, axis2=-1)[..., None, None] / size
+    ridge = jnp.where(mean > 0, RIDGE * mean, 1)
+    eye = jnp.eye(size, dtype=normal.dtype)
+    return cho_solve(cho_factor(normal + ridge * eye), cross + ridge * now)
+
+
+def solve_left(a: Array, s: Array, b: Array, w: Array, h: Array) -> Array:
+    """The best A for given S and B; block rows are independent.
+
+    Args:
+      a: f32[k, p, p], the present A.
+      s: f32[o, i].
+      b: f32[c, q, q].
+      w: f32[o, i], the target.
+      h: f32[i] or f32[i, i].
+
+    Returns:
+      f32[k, p, p]: the solution of A_k (T H T^T) = W_k H T^T with T = S_k diag(B).
+    """
+    k, p, _ = a.shape
+    t = blocks.right(s, b)
+    rows = lambda x: x.reshape(k, p, -1)  # noqa: E731
+    heavy = rows(weigh(t, h))
+    normal = einsum("kax,kbx->kab", heavy, rows(t))
+    cross = einsum("kax,kbx->kab", heavy, rows(w))
+    return blocks.transpose(_solve(normal, cross, blocks.transpose(a)))
+
+
+def solve_right(a: Array, s: Array, b: Array, w: Array, h: Array) -> Array:
+    """A better B for given A and S.
+
+    With channel weights the blocks are independent and the weights drop out, as columns
+    are fitted one by one: the result is the best B. A Gram matrix couples the blocks:
+    each is solved in turn with the others fixed, one sweep.
+
+    Args:
+      a: f32[k, p, p].
+      s: f32[o, i].
+      b: f32[c, q, q], the present B.
+      w: f32[o, i], the target.
+      h: f32[i] or f32[i, i].
+
+    Returns:
+      f32[c, q, q].
+    """
+    c, q, _ = b.shape
+    u = jnp.swapaxes(blocks.left(a, s).reshape(-1, c, q), 0, 1)  # [c, o, q]
+    normal = einsum("lox,loy->lxy", u, u)
+    if h.ndim == 1:
+        columns = jnp.swapaxes(w.reshape(-1, c, q), 0, 1)
+        return _solve(normal, einsum("lox,loy->lxy", u, columns), b)
+
+    def one(pull, part):
+        """`pull` is (W - A S B) H, the error as the normal equations see it."""
+        u, normal, now, here, inner, start = part
+        mine = lax.dynamic_slice_in_dim(pull, start, q, axis=1)
+        # (U^T U) D H_jj = U^T pull_j for the change D of the block.
+        cross = einsum("ox,oy->xy", u, mine)
+        change = _solve(normal, cross, jnp.zeros_like(now))
+        change = _solve(inner, change.T, jnp.zeros_like(now)).T
+        return pull - blocks.einsum("ox,xy->oy", u, change @ here), now + change
+
+    error = w - jnp.swapaxes(einsum("lox,lxy->loy", u, b), 0, 1).reshape(w.shape)
+    starts = jnp.arange(0, c * q, q, dtype=jnp.int32)
+    band = h.reshape(c, q, c * q)  # rows of H that belong to each block
+    inner = jnp.stack([band[j, :, j * q : (j + 1) * q] for j in range(c)])
+    parts = u, normal, b, band, inner, starts
+    return lax.scan(one, weigh(error, h), parts)[1]
+
+
+def normal_left(a: Array) -> Array:
+    """f32[k, p, p]: P = A^T A."""
+    return einsum("kba,kbc->kac", a, a)
+
+
+def normal_right(b: Array, h: Array) -> Array:
+    """Q = B H B^T.
+
+    Args:
+      b: f32[c, q, q].
+      h: f32[i] or f32[i, i].
+
+    Returns:
+      f32[c, q, q] for channel weights, f32[1, i, i] for a Gram matrix.
+    """
+    if h.ndim == 1:
+        c, q, _ = b.shape
+        return einsum("lab,lcb->lac", b * h.reshape(c, 1, q), b)
+    return blocks.left(b, blocks.right(h, blocks.transpose(b)))[None]
+
+
+def pulled(a: Array, b: Array, w: Array, h: Array) -> Array:
+    """f32[o, i]: F = A^T W H B^T, so that the normal equations of S are P S Q = F."""
+    heavy = blocks.right(weigh(w, h), blocks.transpose(b))
+    return blocks.left(blocks.transpose(a), heavy)
+
+
+def image(s: Array, p: Array, q: Array) -> Array:
+    """P S Q, block by block.
+
+    Args:
+      s: f32[k, c, a, b].
+      p: f32[k, a, a].
+      q: f32[c, b, b].
+    """
+    return einsum("kxa,kcab->kcxb", p, einsum("kcab,cbd->kcad", s, q))
+
+
+def descend_values(
+    s: Array, keep: Array, p: Array, q: Array, f: Array, steps: int
+) -> tuple[Array, Array]:
+    """Conjugate gradients for the values of S on a fixed support, every block alone.
+
+    Preconditioned with the diagonal of the normal equations.
+
+    Args:
+      s: f32[k, c, a, b], zero outside `keep`.
+      keep: bool of that shape.
+      p: f32[k, a, a].
+      q: f32[c, b, b].
+      f: f32[k, c, a, b].
+      steps: products with P and Q.
+
+    Returns:
+      The new values, and P S Q - F, half the gradient, also outside the support.
+    """
+    scale = (
+        jnp.diagonal(p, axis1=1, axis2=2)[:, None, :, None]
+        * jnp.diagonal(q, axis1=1, axis2=2)[None, :, None, :]
+    )
+    inverse = jnp.where(keep & (scale > 0), 1 / jnp.where(scale > 0, scale, 1), 0)
+
+    def total(x):
+        return jnp.sum(x, axis=(2, 3), keepdims=True)
+
+    def ratio(x, y):
+        return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
+
+    def step(_, carry):
+        s, gradient, direction, size = carry
+        moved = image(direction, p, q)
+        alpha = ratio(size, total(direction * moved))
+        s, gradient = s + alpha * direction, gradient + alpha * moved
+        z = -gradient * inverse
+        fresh = total(-gradient * z)
+        return s, gradient, z + ratio(fresh, size) * direction, fresh
+
+    gradient = image(s, p, q) - f
+    z = -gradient * inverse
+    carry = s, gradient, z, total(-gradient * z)
+    return lax.fori_loop(0, steps, step, carry)[:2]
+
+
+def pattern_inverses(q: Array, n: int, m: int) -> Array:
+    """Inverse of every group of Q restricted to every pattern.
+
+    Args:
+      q: f32[c, b, b], symmetric; m divides b.
+      n: kept per group.
+      m: group size.
+
+    Returns:
+      f32[c, b / m, C(m, n), m, m], zero outside the pattern.
+    """
+    table = jnp.asarray(patterns(n, m))
+    c, b, _ = q.shape
+    groups = jnp.stack([q[:, j : j + m, j : j + m] for j in range(0, b, m)], axis=1)
+    diagonal = jnp.diagonal(groups, axis1=2, axis2=3)
+    diagonal = jnp.where(diagonal > 0, diagonal, 1) * (1 + PATTERN_RIDGE)
+    eye = jnp.eye(m, dtype=q.dtype)
+    groups = jnp.where(eye > 0, diagonal[..., None], groups)[:, :, None]
+    pair = table[:, :, None] & table[:, None]
+    x = jnp.where(pair, groups, eye)
+    # The sweep operator turns a definite matrix into minus its inverse, pivot by pivot.
+    for k in range(m):
+        pivot = 1 / x[..., k, k]
+        row, column = x[..., k, :], x[..., :, k]
+        swept = x - column[..., :, None] * row[..., None, :] * pivot[..., None, None]
+        at = jnp.arange(m) == k
+        swept = jnp.where(at[:, None], (row * pivot[..., None])[..., None, :], swept)
+        swept = jnp.where(at, (column * pivot[..., None])[..., :, None], swept)
+        x = jnp.where(at[:, None] & at, -pivot[..., None, None], swept)
+    return jnp.where(pair, -x, 0)
+
+
+def best_values(
+    s: Array, gradient: Array, scale: Array, q: Array, inverse: Array, n: int
+) -> tuple[Array, Array, Array]:
+    """The best pattern and values of every group, if it alone may change.
+
+    Sums and maxima over the few weights of a group are written out: one elementwise
+    program instead of reductions over axes of four.
+
+    Args:
+      s: f32[..., g, m], values now, zero where nothing is kept.
+      gradient: f32[..., g, m], half gradient there.
+      scale: f32[..., 1], P_tt of the row, positive.
+      q: f32[..., g, m, m], Q of every group.
+      inverse: f32[..., g, C, m, m], from `pattern_inverses`.
+      n: kept per group.
+
+    Returns:
+      The fall of the objective f32[..., g], 0 when nothing gains more than rounding;
+      the new values f32[..., g, m]; the new support bool[..., g, m].
+    """
+    m = s.shape[-1]
+    every = range(m)
+    own = [sum(q[..., j, k] * s[..., k] for k in every) * scale for j in every]
+    u = [gradient[..., j] - own[j] for j in every]
+    now = -jnp.asarray(sum(s[..., j] * (gradient[..., j] + u[j]) for j in every))
+    top = jnp.full_like(now, -jnp.inf)
+    values = [jnp.zeros_like(now)] * m
+    kept = [jnp.zeros(now.shape, bool)] * m
+    for row, pattern in enumerate(patterns(n, m)):
+        inside = [j for j in every if pattern[j]]
+        best = {
+            j: -sum(inverse[..., row, j, k] * u[k] for k in inside) / scale
+            for j in inside
+        }
+        worth = -sum(best[j] * u[j] for j in inside)
+        better = worth > top  # the first of equal patterns stays
+        top = jnp.where(better, worth, top)
+        values = [jnp.where(better, best.get(j, 0.0), values[j]) for j in every]
+        kept = [jnp.where(better, j in best, kept[j]) for j in every]
+    gain = top - now
+    noise = NOISE * (jnp.abs(top) + jnp.abs(now))
+    gain = jnp.where(gain > noise, gain, 0)
+    return gain, jnp.stack(values, axis=-1), jnp.stack(kept, axis=-1)
+
+
+def sweep_groups(
+    s: Array,
+    keep: Array,
+    gradient: Array,
+    p: Array,
+    q: Array,
+    *,
+    n: int,
+    m: int,
+    picks: int,
+) -> tuple[Array, Array]:
+    """Visits every row of every block; re-chooses its `picks` most rewarding groups.
+
+    Args:
+      s: f32[k, c, a, b], zero outside `keep`.
+      keep: bool[k, c, a, b], n of every m.
+      gradient: f32[k, c, a, b], P S Q - F.
+      p: f32[k, a, a].
+      q: f32[c, b, b]; m divides b.
+      n: kept per group.
+      m: group size.
+      picks: changes per row of a block.
+
+    Returns:
+      The new values and their support; the objective never rises.
+    """
+    k, c, a, b = s.shape
+    inverse = pattern_inverses(q, n, m)
+    own = jnp.stack([q[:, j : j + m, j : j + m] for j in range(0, b, m)], axis=1)
+    bands = q.reshape(c, b // m, m, b)
+    groups = lambda x: x.reshape(k, c, -1, m)  # noqa: E731
+    scales = jnp.diagonal(p, axis1=1, axis2=2).T  # [a, k]
+
+    def row(gradient, part):
+        t, s, keep, scale = part
+        start = lax.dynamic_index_in_dim(gradient, t, 0, False)
+        live = (scale > 0)[:, None, None]
+        safe = jnp.where(scale > 0, scale, 1)[:, None, None]
+
+        def pick(_, carry):
+            s, keep, h = carry
+            x = groups(s), groups(h), safe, own, inverse
+            gain, fresh, kept = best_values(*x, n)
+            best = jnp.argmax(gain, axis=-1)  # [k, c]
+            hit = jnp.arange(b // m) == best[..., None]
+            hit = hit & (gain > 0) & live
+            change = jnp.where(hit[..., None], fresh - groups(s), 0)
+            delta = jnp.sum(change, axis=2)  # [k, c, m]
+            band = bands[jnp.arange(c), best]  # [k, c, m, b]
+            h = h + safe * jnp.sum(delta[..., None] * band, axis=2)
+            s = s + change.reshape(s.shape)
+            keep = jnp.where(hit[..., None], kept, groups(keep)).reshape(keep.shape)
+            return jnp.where(keep, s, 0), keep, h
+
+        s, keep, h = lax.fori_loop(0, picks, pick, (s, keep, start))
+        moved = (h - start) / safe
+        column = lax.dynamic_index_in_dim(p, t, 2, False).T  # [a, k]
+        return gradient + column[:, :, None, None] * moved, (s, keep)
+
+    first = lambda x: jnp.moveaxis(x, 2, 0)  # noqa: E731
+    parts = jnp.arange(a, dtype=jnp.int32), first(s), first(keep), scales
+    _, (s, keep) = lax.scan(row, first(gradient), parts)
+    return jnp.moveaxis(s, 0, 2), jnp.moveaxis(keep, 0, 2)
+
+
+def draw_groups(
+    key: Array,
+    s: Array,
+    keep: Array,
+    gradient: Array,
+    p: Array,
+    q: Array,
+    n: int,
+    m: int,
+) -> tuple[Array, Array]:
+    """Re-chooses one group per block, drawn by the L1 norm of its gradient.
+
+    The discrete step of the published loop, with its exact sub-problem.
+
+    Args:
+      key: PRNG key, consumed.
+      s: f32[k, c, a, b], zero outside `keep`.
+      keep: bool[k, c, a, b].
+      gradient: f32[k, c, a, b], P S Q - F.
+      p: f32[k, a, a].
+      q: f32[c, b, b].
+      n: kept per group.
+      m: group size.
+
+    Returns:
+      The new values and their support.
+    """
+    k, c, a, b = s.shape
+    groups = lambda x: x.reshape(k, c, -1, m)  # noqa: E731
+    odds = jnp.sum(jnp.abs(groups(gradient)), axis=-1)
+    at = jax.random.categorical(key, jnp.log(jnp.maximum(odds, 1e-30)))  # [k, c]
+    row, column = at // (b // m), at % (b // m)
+    take = lambda x: jnp.take_along_axis(groups(x), at[..., None, None], 2)  # noqa: E731
+    own = jnp.stack([q[:, j : j + m, j : j + m] for j in range(0, b, m)], axis=1)
+    here = jnp.arange(c), column
+    scale = jnp.diagonal(p, axis1=1, axis2=2)[jnp.arange(k)[:, None], row]
+    safe = jnp.where(scale > 0, scale, 1)[..., None]
+    gain, fresh, kept = best_values(
+        take(s),
+        take(gradient),
+        safe,
+        own[here][:, :, None],
+        pattern_inverses(q, n, m)[here][:, :, None],
+        n,
+    )
+    hit = jnp.arange(groups(s).shape[2]) == at[..., None]
+    hit = (hit & (gain > 0) & (scale > 0)[..., None])[..., None]
+    s = jnp.where(hit, fresh, groups(s)).reshape(s.shape)
+    keep = jnp.where(hit, kept, groups(keep)).reshape(keep.shape)
+    return s, keep

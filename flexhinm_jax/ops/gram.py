@@ -8,6 +8,9 @@ and the solution generalise.
 `jnp.linalg.cholesky` returns NaN instead of raising, so a matrix that is not definite
 is met by a ladder: ten times the damping until it factorises. What was used comes back
 as data; `damping_message` words it.
+
+`refit` finds the weights of a fixed support by conjugate gradients: the final
+refinement of ALPS (Meng et al. 2024, arXiv:2406.07831), for any support.
 """
 
 import functools
@@ -193,14 +196,59 @@ def solve(task: Problem) -> Array:
     return solve_triangular(task.factor, half, lower=True, trans=1).T[:, ::-1]
 
 
-def inverse_diagonal(task: Problem) -> Array:
-    """f[i]: diagonal of H^-1."""
-    return jnp.sum(jnp.square(inverse_factor(task.factor)), axis=0)
-
-
 def error(solved: Array, task: Problem) -> Array:
     """f[]: || X (W' - W) ||^2 / || X W ||^2 in the damped Gram."""
     delta = solved - task.weight
     lost = jnp.sum(dot(delta, task.gram) * delta)
     total = jnp.sum(dot(task.weight, task.gram) * task.weight)
     return jnp.where(total > 0, lost / jnp.where(total > 0, total, 1), 0)
+
+
+def unit_diagonal(h: Array) -> tuple[Array, Array]:
+    """(h / (s s^T), s) with s the root of the diagonal: Jacobi preconditioning."""
+    s = jnp.sqrt(jnp.diag(h))
+    s = jnp.where(s > 0, s, 1)
+    return h / (s[:, None] * s[None]), s
+
+
+def refit(start: Array, keep: Array, h: Array, g: Array, steps: int) -> Array:
+    """Moves the kept weights of every row towards the least-squares solution.
+
+    Few steps act as a ridge towards the start; ten are within a percent of the optimum.
+
+    Args:
+      start: f[o, i].
+      keep: bool[o, i].
+      h: f[i, i], damped Gram.
+      g: f[o, i], damped cross Gram.
+      steps: conjugate-gradient steps, one [o, i] x [i, i] product each.
+
+    Returns:
+      f[o, i], zero outside `keep`; the objective never rises.
+    """
+    h, s = unit_diagonal(h)
+    solved = descend(jnp.where(keep, start * s, 0), keep, h, g / s, steps)
+    return solved / s
+
+
+def descend(b: Array, keep: Array, h: Array, g: Array, steps: int) -> Array:
+    """`refit` for a Gram that has a unit diagonal already."""
+
+    def squared(x):
+        return jnp.sum(jnp.square(x), axis=1, keepdims=True)
+
+    def ratio(a, b):
+        return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
+
+    def step(_, carry):
+        b, residual, direction, size = carry
+        image = dot(direction, h)
+        alpha = ratio(size, jnp.sum(direction * image, axis=1, keepdims=True))
+        b = b + alpha * direction
+        residual = jnp.where(keep, residual - alpha * image, 0)
+        fresh = squared(residual)
+        return b, residual, residual + ratio(fresh, size) * direction, fresh
+
+    residual = jnp.where(keep, g - dot(b, h), 0)
+    carry = (b, residual, residual, squared(residual))
+    return lax.fori_loop(0, steps, step, carry)[0]

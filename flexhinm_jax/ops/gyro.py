@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flexhinm_jax.ops import assignment, kmeans
+from flexhinm_jax.ops import assignment
 
 RHO = 0.75  # measured .735-.80 for |w|; a multiple of 1/4, see `gradient`
 SHARE = 0.25  # of the rows may move in one step
@@ -330,7 +330,7 @@ def sample(
         pool, rest = drawn[:, :size], drawn[:, size:]
         if size > 1:
             flat = pool.reshape(-1)
-            pool = flat[kmeans.balanced(mean_key, scores[flat], size)]
+            pool = flat[balanced_clusters(mean_key, scores[flat], size)]
         stay, move = tile_sums(scores, rest), tile_sums(scores, pool)
         gain = lax.map(lambda one: worth(one + move, counts)[0], stay)
         choice = assignment.hungarian(gain)
@@ -348,3 +348,39 @@ def sample(
     total = jnp.sum(worth(tile_sums(scores, table), counts)[0])
     start = table, total, jnp.zeros((), jnp.int32)
     return lax.scan(step, start, jax.random.split(key, tries))[0][0]
+
+
+def balanced_clusters(
+    key: Array, points: Array, size: int, *, steps: int = 10, rounds: int = 64
+) -> Array:
+    """Clusters points into groups of exactly `size`: balanced k-means.
+
+    Lloyd iterations in which the assignment step is a transportation problem. The
+    released Gyro code solves it with an assignment of points x points; we improve the
+    previous clusters by exchanges (`assignment.transport`), which is monotone and
+    O(points * clusters) per round.
+
+    Args:
+      key: consumed: the initial centroids are random distinct points.
+      points: f32[p, d]; `size` divides p.
+      size: points per cluster.
+      steps: Lloyd steps.
+      rounds: rounds of exchanges per step.
+
+    Returns:
+      i32[p / size, size], the points of every cluster.
+    """
+    p, _ = points.shape
+    k = p // size
+    shuffled = jax.random.permutation(key, p).astype(jnp.int32)
+    # Each cluster starts with its random centroid and arbitrary company.
+    start = shuffled.reshape(size, k).T
+
+    def step(_, state):
+        table, centroids = state
+        scores = 2 * jnp.matmul(points, centroids.T, precision="highest")
+        scores -= jnp.sum(jnp.square(centroids), axis=1)
+        table = assignment.transport(scores, table, rounds)
+        return table, jnp.mean(points[table], axis=1)
+
+    return lax.fori_loop(0, steps, step, (start, points[start[:, 0]]))[0]

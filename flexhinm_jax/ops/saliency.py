@@ -1,11 +1,17 @@
 """Per-weight importance scores of one matrix `[o, i]`, always in float32.
 
 Larger scores stay. A score is only compared with scores of the same matrix.
+
+NoWag (arXiv:2504.14569), equations 2 to 4: W = diag(r) Wbar diag(c), where columns of
+W are divided by their norm first, then rows of the result. The loss of an approximation
+is its squared distance to Wbar, every input channel weighted by its mean square.
 """
 
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
+
+EPS = 1e-5  # added to every norm of `normalise`
 
 
 def magnitude(w: Array) -> Array:
@@ -93,6 +99,53 @@ def block_fisher(w: Array, fisher: Array, damp: float) -> Array:
     return squared(w) / (2 * inverse)
 
 
-def summed(total: Array | None, x: Array) -> Array:
-    """`total + x`, or x when nothing was added yet."""
-    return x if total is None else total + x
+def normalise(w: Array) -> tuple[Array, Array, Array]:
+    """Divides the columns by their norm, then the rows.
+
+    Args:
+      w: [o, i], any floating dtype.
+
+    Returns:
+      bar f32[o, i], r f32[o], c f32[i] with w = r[:, None] * bar * c. Rows of `bar`
+      have unit norm up to EPS, columns only roughly; a channel of zeros stays zero.
+    """
+    w = w.astype(jnp.float32)
+    c = jnp.sqrt(jnp.sum(jnp.square(w), axis=0)) + EPS
+    bar = w / c
+    r = jnp.sqrt(jnp.sum(jnp.square(bar), axis=1)) + EPS
+    return bar / r[:, None], r, c
+
+
+def channel_weights(energy: Array) -> Array:
+    """The weight of every input channel in the loss, mean 1.
+
+    Args:
+      energy: f32[i], mean or sum of the squared input; any common factor cancels.
+
+    Returns:
+      f32[i], positive: a channel that never fired, or whose energy is not finite, gets
+      the mean of the others.
+    """
+    energy = energy.astype(jnp.float32)
+    valid = jnp.isfinite(energy) & (energy > 0)
+    count = jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1)
+    # Divided first: the sum of large energies may overflow.
+    top = jnp.max(jnp.where(valid, energy, 0))
+    scaled = jnp.where(valid, energy, 0) / jnp.where(top > 0, top, 1)
+    mean = jnp.sum(scaled) / count
+    mean = jnp.where(mean > 0, mean, 1)
+    return jnp.where(valid, jnp.maximum(scaled / mean, 1e-12), 1).astype(jnp.float32)
+
+
+def nowag(w: Array, energy: Array) -> Array:
+    """Importance of every weight: its share of the loss when it alone goes.
+
+    Args:
+      w: [o, i].
+      energy: f32[i], see `channel_weights`.
+
+    Returns:
+      f32[o, i], bar_ij^2 * d_j.
+    """
+    bar, _, _ = normalise(w)
+    return jnp.square(bar) * channel_weights(energy)

@@ -94,17 +94,17 @@ def best_removal(
       sets the first in `descent.patterns` wins.
 
     Raises:
-      ValueError: groups with more than `descent.PATTERNS` patterns.
+      ValueError: groups with more than `descent.MAX_PATTERNS` patterns.
     """
     given = support.regions
     assert given is not None
     n, m = given.n, given.m
     if n == m:
         return support
-    if math.comb(m, n) > descent.PATTERNS:
+    if math.comb(m, n) > descent.MAX_PATTERNS:
         raise ValueError(
             f"{n}:{m} groups have {math.comb(m, n)} patterns; at most "
-            f"{descent.PATTERNS} are compared, as for 4:8: use kind='block'"
+            f"{descent.MAX_PATTERNS} are compared, as for 4:8: use kind='block'"
         )
     table = descent.patterns(n, m)
     removed = jnp.asarray(np.stack([np.flatnonzero(~row) for row in table]), jnp.int32)

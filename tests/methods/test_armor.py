@@ -8,7 +8,7 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax.io.packed import read_packed, write_packed
-from flexhinm_jax.ops import proxy
+from flexhinm_jax.ops import factorised, saliency
 from flexhinm_jax.pruning.apply import dense_weight
 from tests.methods.cases import correlated
 
@@ -27,8 +27,10 @@ def solved(method, sparsity=None):
 
 
 def proxy_loss(w, stats=STATS):
-    bar, r, c = proxy.normalise(W)
-    return proxy.loss(w / r[:, None] / c, bar, proxy.channel_weights(stats.sq_norm))
+    bar, r, c = saliency.normalise(W)
+    return factorised.loss(
+        w / r[:, None] / c, bar, saliency.channel_weights(stats.sq_norm)
+    )
 
 
 def output_loss(w, stats=STATS):

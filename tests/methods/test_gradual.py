@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.ops import gram, least_squares
+from flexhinm_jax.ops import gram
 from tests.cases import weight
 from tests.methods.cases import correlated
 
@@ -39,7 +39,7 @@ def refit(support):
     """(error, support) with the least-squares weights."""
     task = gram.problem(weight(), correlated(), damp=0.01)
     b = jnp.where(support.keep, task.weight, 0)
-    b = least_squares.refit(b, support.keep, task.gram, task.cross, 10)
+    b = gram.refit(b, support.keep, task.gram, task.cross, 10)
     return float(gram.error(b, task)), support
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.ops import gram, grouped_layer
+from flexhinm_jax.ops import gram, hypernet
 from tests.cases import stats, weight
 from tests.methods.test_learned_masks import error, layer
 
@@ -18,7 +18,7 @@ def prepared(pattern, **options):
     state = method.inner.solve(KEY, weight(), stats(), sparsity=0.5)
     support = method.inner.decide(state, weight()).support
     task = method.problem(weight(), stats())
-    return method, task, support, grouped_layer.build(task, support)
+    return method, task, support, hypernet.build_layer(task, support)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -26,7 +26,7 @@ def test_the_start_is_the_prior_and_its_error_that_of_the_outputs(name):
     method, task, support, seen = prepared(PATTERNS[name])
     net = method.net(KEY)
     keep, lost = method._better(net, seen, None, seen.keep, jnp.float32(jnp.inf))
-    original = grouped_layer.original(keep, support.regions)
+    original = hypernet.original(keep, support.regions)
     np.testing.assert_array_equal(original, support.keep)
     want = gram.error(jnp.where(support.keep, task.weight, 0), task)
     np.testing.assert_allclose(lost / seen.total, want, rtol=1e-5)
@@ -37,7 +37,7 @@ def test_the_parts_of_a_matrix_add_up_to_it(name):
     method, _, _, seen = prepared(PATTERNS[name], prior=1e6)  # no noise is left
     parts = seen.weight.shape[0]
     every = [
-        method.terms(method.net(KEY), grouped_layer.take(seen, at), None, KEY, 1.0)
+        method.terms(method.net(KEY), hypernet.take_parts(seen, at), None, KEY, 1.0)
         for at in (jnp.arange(parts), *jnp.split(jnp.arange(parts), 2))
     ]
     whole, *halves = (float(x["reconstruction"]) for x in every)
@@ -52,7 +52,7 @@ def test_the_parts_of_a_matrix_add_up_to_it(name):
 def test_the_price_of_a_weight_is_what_removing_it_adds_to_the_error(name):
     _, task, support, seen = prepared(PATTERNS[name])
     kept = jnp.where(support.keep, task.weight, 0)
-    price = grouped_layer.original(seen.price, support.regions)
+    price = hypernet.original(seen.price, support.regions)
     own = jnp.square(task.weight) * jnp.diag(task.gram)
     for at in ((0, 1), (3, 6), (7, 2)):
         ends = [kept.at[at].set(x) for x in (task.weight[at], 0)]

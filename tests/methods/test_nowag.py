@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
-from flexhinm_jax.ops import proxy
+from flexhinm_jax.ops import factorised, saliency
 from tests.methods.cases import correlated
 
 W = jax.random.normal(jax.random.key(0), (16, 32)) * jnp.exp(
@@ -12,8 +12,10 @@ W = jax.random.normal(jax.random.key(0), (16, 32)) * jnp.exp(
 
 
 def normalised_loss(w, stats):
-    bar, r, c = proxy.normalise(W)
-    return proxy.loss(w / r[:, None] / c, bar, proxy.channel_weights(stats.sq_norm))
+    bar, r, c = saliency.normalise(W)
+    return factorised.loss(
+        w / r[:, None] / c, bar, saliency.channel_weights(stats.sq_norm)
+    )
 
 
 def test_it_loses_less_of_the_normalised_weight_than_other_scores():

@@ -110,5 +110,5 @@ def test_what_is_not_allowed_never_comes_back(name):
 
 def test_all_patterns_are_listed_once():
     table = descent.patterns(4, 8)
-    assert table.shape == (descent.PATTERNS, 8)
+    assert table.shape == (descent.MAX_PATTERNS, 8)
     assert (table.sum(1) == 4).all() and len(np.unique(table, axis=0)) == 70

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flexhinm_jax.ops import gates
+from flexhinm_jax.ops import gates, masks
 
 KEY = jax.random.key(0)
 DRAWS = 200_000
+
+
+def probability_zero(log_alpha, temperature, gamma=gates.GAMMA, zeta=gates.ZETA):
+    """P(z = 0) of a Hard Concrete gate."""
+    return jax.nn.sigmoid(temperature * math.log(-gamma / zeta) - log_alpha)
+
+
+def probability_one(log_alpha, temperature, gamma=gates.GAMMA, zeta=gates.ZETA):
+    """P(z = 1): s >= (1 - gamma) / (zeta - gamma)."""
+    edge = math.log((1 - gamma) / (zeta - 1))
+    return jax.nn.sigmoid(log_alpha - temperature * edge)
 
 
 @pytest.mark.parametrize(
@@ -26,11 +38,9 @@ def test_probabilities_are_those_of_the_specification(
     temperature, log_alpha, zero, one
 ):
     x = jnp.float32(log_alpha)
-    assert float(gates.probability_zero(x, temperature)) == pytest.approx(
-        zero, abs=6e-5
-    )
+    assert float(probability_zero(x, temperature)) == pytest.approx(zero, abs=6e-5)
     if one is not None:
-        found = float(gates.probability_one(x, temperature))
+        found = float(probability_one(x, temperature))
         assert found == pytest.approx(one, abs=6e-5)
 
 
@@ -44,8 +54,8 @@ def test_closed_forms_agree_with_sampling(temperature, ends):
         z = np.asarray(gates.hard_concrete(KEY, x, temperature, **forms))
         assert z.min() >= 0 and z.max() <= 1
         close = {"abs": 4 / DRAWS**0.5}  # eight standard deviations of a fraction
-        zero = gates.probability_zero(x[0], temperature, **forms)
-        one = gates.probability_one(x[0], temperature, **forms)
+        zero = probability_zero(x[0], temperature, **forms)
+        one = probability_one(x[0], temperature, **forms)
         alive = gates.expected_l0(x[0], temperature, **forms)
         assert (z == 0).mean() == pytest.approx(float(zero), **close)
         assert (z == 1).mean() == pytest.approx(float(one), **close)
@@ -59,7 +69,7 @@ def test_gates_are_finite_for_extreme_locations_and_temperatures():
         f = lambda x: jnp.sum(gates.hard_concrete(KEY, x, temperature))  # noqa: B023, E731
         value, grad = jax.value_and_grad(f)(x)
         assert np.isfinite(value) and np.isfinite(grad).all()
-        for form in (gates.expected_l0, gates.probability_one):
+        for form in (gates.expected_l0, probability_one):
             assert np.isfinite(jax.grad(lambda x: form(x, temperature).sum())(x)).all()  # noqa: B023
 
 
@@ -78,9 +88,9 @@ def test_the_gradient_of_the_mean_gate_agrees_with_finite_differences():
     st.integers(1, 3),
 )
 def test_hardening_opens_n_and_agrees_with_the_threshold_where_that_does(x, n):
-    hard = np.asarray(gates.harden(jnp.asarray(x), n))
+    hard = np.asarray(masks.group_ranks(jnp.asarray(x)) < n)
     assert (hard.sum(-1) == n).all()
-    threshold = np.asarray(gates.deterministic(jnp.asarray(x))) > 0.5
+    threshold = np.asarray(gates.stretch(jnp.asarray(x))) > 0.5
     clear = (threshold.sum(-1) == n) & (x != 0).all(-1)  # 1e-39 + 1/2 is 1/2
     clear &= (threshold == (x > 0)).all(-1)
     np.testing.assert_array_equal(hard[clear], threshold[clear])
@@ -117,3 +127,171 @@ def test_cold_gumbel_choices_are_single_patterns_with_softmax_probabilities():
     np.testing.assert_allclose(mixed.sum(-1), 2, rtol=1e-5)
     best = gates.best_pattern(logits, 2, 4)
     np.testing.assert_array_equal(best, gates.pattern_table(2, 4)[1])
+
+
+def prior(groups=64, n=2, m=4, seed=1):
+    return masks.n_of_m(jax.random.normal(jax.random.key(seed), (groups, m)), n=n, m=m)
+
+
+@pytest.mark.parametrize(
+    ("scaled", "wanted"), [(3.0, (0.832, 0.041, 0.002)), (4.2, (0.943, 0.014, 0.0002))]
+)
+def test_the_start_has_the_published_confidence(scaled, wanted):
+    keep = jnp.array([True, True, False, False])
+    p = jax.nn.softmax(scaled * gates.similarity(keep, n=2, m=4))
+    overlap = gates.pattern_table(2, 4)[:, :2].sum(1)
+    for common, value in zip((2, 1, 0), wanted, strict=True):
+        np.testing.assert_allclose(p[overlap == common], value, atol=6e-4)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8)])
+@pytest.mark.parametrize("parameters", ["patterns", "weights"])
+def test_the_prior_is_the_choice_and_every_sample_when_strong(n, m, parameters):
+    keep, form = prior(n=n, m=m), {"n": n, "m": m, "parameters": parameters}
+    full = gates.logits_of_patterns(gates.initial_logits(keep, **form), **form)
+    np.testing.assert_array_equal(gates.best_pattern(full, n, m), keep)
+    for relaxation in ("soft", "straight_through", "expected"):
+        certain, tau = 1e6 * full, jnp.float32(4)
+        mask = gates.pattern_mask(KEY, certain, tau, n=n, m=m, relaxation=relaxation)
+        np.testing.assert_array_equal(mask, keep)
+
+
+@pytest.mark.parametrize("relaxation", ["soft", "straight_through", "expected"])
+def test_every_group_keeps_n_in_sum(relaxation):
+    logits = jax.random.normal(KEY, (500, 6))
+    mask = gates.pattern_mask(
+        KEY, logits, jnp.float32(0.7), n=2, m=4, relaxation=relaxation
+    )
+    np.testing.assert_allclose(mask.sum(-1), 2, atol=1e-6)
+    if relaxation == "straight_through":
+        assert set(np.unique(mask)) == {0.0, 1.0}
+
+
+def test_straight_through_has_the_gradient_of_soft_and_its_pattern_when_cold():
+    logits = jax.random.normal(KEY, (50, 6))
+
+    def total(logits, relaxation):
+        tau = jnp.float32(0.5)
+        mask = gates.pattern_mask(KEY, logits, tau, n=2, m=4, relaxation=relaxation)
+        return jnp.sum(mask * jnp.arange(4.0))
+
+    soft, hard = (jax.grad(total)(logits, r) for r in ("soft", "straight_through"))
+    np.testing.assert_allclose(soft, hard, atol=1e-6)
+    cold = gates.pattern_mask(KEY, logits, jnp.float32(1e-4), n=2, m=4)
+    hard = gates.pattern_mask(
+        KEY, logits, jnp.float32(1), n=2, m=4, relaxation="straight_through"
+    )
+    np.testing.assert_allclose(cold, hard, atol=1e-3)
+
+
+def test_the_gradient_without_noise_is_that_of_finite_differences():
+    with (
+        jax.enable_x64(True)
+        if hasattr(jax, "enable_x64")
+        else jax.experimental.enable_x64()
+    ):
+        logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)))
+        weight = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)))
+
+        def loss(x):
+            mask = gates.pattern_mask(
+                KEY, x, jnp.ones(()), n=2, m=4, relaxation="expected"
+            )
+            return jnp.sum(jnp.square(mask * weight))
+
+        grad, step = jax.grad(loss)(logits), 1e-6
+        for at in ((0, 0), (1, 3), (2, 5)):
+            up, down = (loss(logits.at[at].add(s)) for s in (step, -step))
+            np.testing.assert_allclose(grad[at], (up - down) / (2 * step), rtol=1e-6)
+
+
+LOGITS = jnp.array([0.3, -0.2, 0.5, 0.1])
+
+
+def subset(items, m=4):
+    return jnp.zeros((m,), bool).at[jnp.array(items)].set(True)
+
+
+def brute(logits, items):
+    """Sum over all orders, in float64."""
+    p = np.exp(np.asarray(logits, np.float64))
+    p /= p.sum()
+    total = 0.0
+    for order in itertools.permutations(items):
+        left, chance = 1.0, 1.0
+        for j in order:
+            chance *= p[j] / left
+            left -= p[j]
+        total += chance
+    return math.log(total)
+
+
+def test_the_published_value_and_gradient():
+    keep = subset([0, 2])
+    value, grad = jax.value_and_grad(lambda x: gates.log_prob(x, keep, n=2))(LOGITS)
+    np.testing.assert_allclose(value, -1.3293316402, atol=1e-6)
+    want = [0.510614, -0.406410, 0.444392, -0.548596]
+    np.testing.assert_allclose(grad, want, atol=1e-6)
+
+
+@pytest.mark.parametrize(("m", "n"), [(4, 1), (4, 2), (4, 3), (6, 3), (8, 4), (4, 4)])
+def test_the_sum_over_subsets_is_the_sum_over_orders(m, n):
+    logits = 2 * jax.random.normal(jax.random.key(m + n), (m,))
+    sets = list(itertools.combinations(range(m), n))
+    keep = jnp.stack([subset(list(s), m) for s in sets])
+    found = gates.log_prob(jnp.broadcast_to(logits, keep.shape), keep, n=n)
+    wanted = [brute(logits, s) for s in sets]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(jnp.exp(found).sum(), 1, atol=1e-5)
+
+
+def test_draws_have_the_probabilities_of_the_closed_form():
+    draws = gates.draw(jax.random.key(0), jnp.broadcast_to(LOGITS, (200_000, 4)), n=2)
+    keep = gates.members(draws, m=4)
+    assert bool(jnp.all(keep.sum(-1) == 2))
+    for items in itertools.combinations(range(4), 2):
+        seen = float(jnp.all(keep == subset(list(items)), -1).mean())
+        assert abs(seen - math.exp(brute(LOGITS, items))) < 4e-3
+
+
+def test_the_orders_of_a_set_add_up_to_the_set():
+    orders = jnp.array(list(itertools.permutations([0, 2, 3])), jnp.int32)
+    each = gates.ordered_log_prob(jnp.broadcast_to(LOGITS, (6, 4)), orders)
+    together = gates.log_prob(LOGITS, subset([0, 2, 3]), n=3)
+    np.testing.assert_allclose(jax.nn.logsumexp(each), together, atol=1e-6)
+
+
+def test_the_score_is_unbiased():
+    sets = list(itertools.combinations(range(4), 2))
+    keep = jnp.stack([subset(list(s)) for s in sets])
+    worth = jnp.arange(6.0)
+
+    def expected(logits):
+        logs = gates.log_prob(jnp.broadcast_to(logits, keep.shape), keep, n=2)
+        return jnp.sum(jnp.exp(logs) * worth)
+
+    def score(logits):
+        logs = gates.log_prob(jnp.broadcast_to(logits, keep.shape), keep, n=2)
+        return jnp.sum(jax.lax.stop_gradient(jnp.exp(logs) * worth) * logs)
+
+    np.testing.assert_allclose(
+        jax.grad(score)(LOGITS), jax.grad(expected)(LOGITS), atol=1e-6
+    )
+
+
+def test_confident_logits_stay_finite():
+    logits = jnp.array([40.0, 40.0, -40.0, -40.0])
+    value, grad = jax.value_and_grad(lambda x: gates.log_prob(x, subset([0, 1]), n=2))(
+        logits
+    )
+    np.testing.assert_allclose(value, 0, atol=1e-6)
+    assert np.all(np.isfinite(grad))
+    far = gates.log_prob(logits, subset([2, 3]), n=2)
+    assert np.isfinite(far) and far < -100
+
+
+def test_a_set_that_cannot_be_drawn_is_refused():
+    with pytest.raises(ValueError, match="keeps 3 of 4: a draw of n=2"):
+        gates.log_prob(LOGITS, subset([0, 1, 2]), n=2)
+    with pytest.raises(ValueError, match="ordered_log_prob"):
+        gates.log_prob(jnp.zeros((16,)), jnp.arange(16) < 8, n=8)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexhinm_jax.ops import gram, least_squares
+from flexhinm_jax.ops import gram
 from tests.cases import stats, weight
 
 
@@ -101,7 +101,7 @@ def test_centring_and_the_bias_leave_no_mean_error():
 def test_conjugate_gradients_reach_the_least_squares_weights():
     task = gram.problem(weight(), stats(), damp=0.01)
     keep = weight(4) > 0
-    solved = least_squares.refit(task.weight, keep, task.gram, task.cross, 60)
+    solved = gram.refit(task.weight, keep, task.gram, task.cross, 60)
     for row in range(4):
         on = np.flatnonzero(keep[row])
         h = exact(task.gram)[np.ix_(on, on)]
@@ -116,7 +116,7 @@ def test_every_step_lowers_the_error():
     errors = [
         float(
             gram.error(
-                least_squares.refit(task.weight, keep, task.gram, task.cross, steps),
+                gram.refit(task.weight, keep, task.gram, task.cross, steps),
                 task,
             )
         )
@@ -128,5 +128,5 @@ def test_every_step_lowers_the_error():
 def test_an_empty_support_stays_zero():
     task = gram.problem(weight(), stats(), damp=0.01)
     none = jnp.zeros((16, 32), bool)
-    solved = least_squares.refit(task.weight, none, task.gram, task.cross, 5)
+    solved = gram.refit(task.weight, none, task.gram, task.cross, 5)
     assert (solved == 0).all()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexhinm_jax.ops import block_solves, blocks, proxy
+from flexhinm_jax.ops import blocks, factorised
 
 OUT, IN, P, Q = 8, 12, 4, 6
 KEYS = jax.random.split(jax.random.key(1), 6)
@@ -20,7 +20,7 @@ weightings = pytest.mark.parametrize("h", WEIGHTS.values(), ids=WEIGHTS)
 
 
 def objective(a, s, b, h):
-    return proxy.squared(blocks.right(blocks.left(a, s), b) - W, h)
+    return factorised.weighted_square(blocks.right(blocks.left(a, s), b) - W, h)
 
 
 def repeat(step, x, times):
@@ -31,7 +31,7 @@ def repeat(step, x, times):
 
 @weightings
 def test_the_solved_left_factor_has_no_gradient_left(h):
-    step = jax.jit(lambda a: block_solves.solve_left(a, S, B, W, h))
+    step = jax.jit(lambda a: factorised.solve_left(a, S, B, W, h))
     assert objective(step(A), S, B, h) < objective(A, S, B, h)
     slope = jax.jit(jax.grad(lambda a: objective(a, S, B, h)))
     last = repeat(step, A, 4)  # the ridge towards the present factor dies out
@@ -40,7 +40,7 @@ def test_the_solved_left_factor_has_no_gradient_left(h):
 
 @weightings
 def test_the_solved_right_factor_has_no_gradient_left(h):
-    step = jax.jit(lambda b: block_solves.solve_right(A, S, b, W, h))
+    step = jax.jit(lambda b: factorised.solve_right(A, S, b, W, h))
     slope = jax.jit(jax.grad(lambda b: objective(A, S, b, h)))
     losses = [objective(A, S, repeat(step, B, k), h) for k in range(5)]
     assert all(
@@ -52,17 +52,17 @@ def test_the_solved_right_factor_has_no_gradient_left(h):
 
 
 def test_a_right_factor_with_channel_weights_does_not_depend_on_them():
-    one = block_solves.solve_right(A, S, B, W, WEIGHTS["diagonal"])
-    other = block_solves.solve_right(A, S, B, W, jnp.ones(IN))
+    one = factorised.solve_right(A, S, B, W, WEIGHTS["diagonal"])
+    other = factorised.solve_right(A, S, B, W, jnp.ones(IN))
     np.testing.assert_array_equal(one, other)
 
 
 @weightings
 def test_conjugate_gradients_reach_the_least_squares_values(h):
-    p, q = block_solves.normal_left(A), block_solves.normal_right(B, h)
+    p, q = factorised.normal_left(A), factorised.normal_right(B, h)
     cut = lambda x: blocks.cut(x, P, q.shape[1])  # noqa: E731
-    f = cut(block_solves.pulled(A, B, W, h))
-    run = jax.jit(block_solves.descend, static_argnums=5)
+    f = cut(factorised.pulled(A, B, W, h))
+    run = jax.jit(factorised.descend_values, static_argnums=5)
     losses = []
     for steps in (0, 1, 3, 60):
         s, gradient = run(cut(S), cut(KEEP), p, q, f, steps)
@@ -85,5 +85,5 @@ def test_conjugate_gradients_reach_the_least_squares_values(h):
 def test_an_empty_core_gives_finite_factors():
     zero = jnp.zeros_like(S)
     for h in WEIGHTS.values():
-        assert jnp.isfinite(block_solves.solve_left(A, zero, B, W, h)).all()
-        assert jnp.isfinite(block_solves.solve_right(A, zero, B, W, h)).all()
+        assert jnp.isfinite(factorised.solve_left(A, zero, B, W, h)).all()
+        assert jnp.isfinite(factorised.solve_right(A, zero, B, W, h)).all()

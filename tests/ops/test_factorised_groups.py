@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexhinm_jax.ops import block_solves, blocks, group_updates, masks, proxy
+from flexhinm_jax.ops import blocks, descent, factorised, masks
 
 OUT, IN, P, Q, N, M = 4, 16, 2, 8, 2, 4
 KEYS = jax.random.split(jax.random.key(2), 4)
@@ -18,13 +18,13 @@ S = jnp.where(KEEP, W, 0)
 
 
 def objective(s):
-    return float(proxy.squared(blocks.right(blocks.left(A, s), B) - W, H))
+    return float(factorised.weighted_square(blocks.right(blocks.left(A, s), B) - W, H))
 
 
 def parts(s=S, keep=KEEP):
-    p, q = block_solves.normal_left(A), block_solves.normal_right(B, H)
+    p, q = factorised.normal_left(A), factorised.normal_right(B, H)
     cut = lambda x: blocks.cut(x, P, Q)  # noqa: E731
-    gradient = block_solves.image(cut(s), p, q) - cut(block_solves.pulled(A, B, W, H))
+    gradient = factorised.image(cut(s), p, q) - cut(factorised.pulled(A, B, W, H))
     return cut(s), cut(keep), gradient, p, q
 
 
@@ -49,12 +49,12 @@ def test_a_group_gets_the_best_of_all_patterns_and_least_squares_values():
     own = jnp.stack([q[:, j : j + M, j : j + M] for j in range(0, Q, M)], axis=1)
     groups = lambda x: x.reshape(OUT // P, IN // Q, P, Q // M, M)  # noqa: E731
     scale = jnp.diagonal(p, axis1=1, axis2=2)[:, None, :, None, None]
-    gain, fresh, kept = group_updates.best_values(
+    gain, fresh, kept = factorised.best_values(
         groups(s),
         groups(gradient),
         scale[..., 0],
         own[None, :, None],
-        group_updates.inverses(q, N, M)[None, :, None],
+        factorised.pattern_inverses(q, N, M)[None, :, None],
         N,
     )
     before = objective(S)
@@ -72,11 +72,13 @@ def test_a_group_gets_the_best_of_all_patterns_and_least_squares_values():
 def test_one_sweep_of_single_rows_takes_the_best_group_of_every_block():
     # One row per block of A: rows do not interact, so one pick is the best of all.
     a = jnp.ones((OUT, 1, 1))
-    p, q = block_solves.normal_left(a), block_solves.normal_right(B, H)
+    p, q = factorised.normal_left(a), factorised.normal_right(B, H)
     cut = lambda x: blocks.cut(x, 1, Q)  # noqa: E731
-    f = cut(block_solves.pulled(a, B, W, H))
-    gradient = block_solves.image(cut(S), p, q) - f
-    s, keep = group_updates.sweep(cut(S), cut(KEEP), gradient, p, q, n=N, m=M, picks=1)
+    f = cut(factorised.pulled(a, B, W, H))
+    gradient = factorised.image(cut(S), p, q) - f
+    s, keep = factorised.sweep_groups(
+        cut(S), cut(KEEP), gradient, p, q, n=N, m=M, picks=1
+    )
     changed = jnp.any(blocks.join(s) != S, axis=0)
     moved = (blocks.join(s) != S).reshape(OUT, IN // Q, Q // M, M).any(-1).sum(-1)
     assert changed.any() and (moved <= 1).all()
@@ -92,9 +94,9 @@ def test_compiled_gains_are_those_of_eager_execution():
     q = jnp.einsum("cxa,cxb->cab", x, x) / 40
     own = jnp.stack([q[:, j : j + M, j : j + M] for j in range(0, 32, M)], axis=1)
     scale = 1 + jax.random.uniform(keys[2], (16, 1, 1))
-    given = s, gradient, scale, own, group_updates.inverses(q, N, M)
-    eager = group_updates.best_values(*given, N)
-    compiled = jax.jit(group_updates.best_values, static_argnums=5)(*given, N)
+    given = s, gradient, scale, own, factorised.pattern_inverses(q, N, M)
+    eager = factorised.best_values(*given, N)
+    compiled = jax.jit(factorised.best_values, static_argnums=5)(*given, N)
     for one, other in zip(eager, compiled, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
@@ -102,7 +104,7 @@ def test_compiled_gains_are_those_of_eager_execution():
 @pytest.mark.parametrize("picks", [1, 2, 5])
 def test_a_sweep_never_raises_the_objective_and_keeps_n_of_m(picks):
     s, keep = S, KEEP
-    run = jax.jit(group_updates.sweep, static_argnames=("n", "m", "picks"))
+    run = jax.jit(factorised.sweep_groups, static_argnames=("n", "m", "picks"))
     losses = [objective(s)]
     for _ in range(3):
         new, kept = run(*parts(s, keep), n=N, m=M, picks=picks)
@@ -116,7 +118,7 @@ def test_a_sweep_never_raises_the_objective_and_keeps_n_of_m(picks):
 
 def test_a_drawn_group_changes_one_group_of_every_block_and_never_for_the_worse():
     key = jax.random.key(0)
-    s, keep = group_updates.drawn(key, *parts(), N, M)
+    s, keep = factorised.draw_groups(key, *parts(), N, M)
     assert objective(blocks.join(s)) < objective(S)
     moved = (s != blocks.cut(S, P, Q)).reshape(OUT // P, IN // Q, -1, M).any(-1).sum(-1)
     assert (moved <= 1).all() and (blocks.join(keep).sum() == KEEP.sum())
@@ -126,8 +128,8 @@ def test_a_drawn_group_changes_one_group_of_every_block_and_never_for_the_worse(
 def test_inverses_are_those_of_the_pattern(n, m):
     x = jax.random.normal(KEYS[0], (20, 12))
     q = (x.T @ x)[None]
-    got = group_updates.inverses(q, n, m)
-    for row, kept in enumerate(group_updates.patterns(n, m)):
+    got = factorised.pattern_inverses(q, n, m)
+    for row, kept in enumerate(descent.patterns(n, m)):
         at = np.flatnonzero(kept) + m
         want = np.linalg.inv(np.asarray(q)[0][np.ix_(at, at)])
         inside = got[0, 1, row][np.ix_(kept, kept)]
@@ -137,8 +139,10 @@ def test_inverses_are_those_of_the_pattern(n, m):
 
 def test_ties_and_empty_factors_give_finite_results():
     zero = jnp.zeros_like(A)
-    p, q = block_solves.normal_left(zero), block_solves.normal_right(B * 0, H)
+    p, q = factorised.normal_left(zero), factorised.normal_right(B * 0, H)
     s, keep = blocks.cut(S, P, Q), blocks.cut(KEEP, P, Q)
-    new, kept = group_updates.sweep(s, keep, jnp.zeros_like(s), p, q, n=N, m=M, picks=2)
+    new, kept = factorised.sweep_groups(
+        s, keep, jnp.zeros_like(s), p, q, n=N, m=M, picks=2
+    )
     np.testing.assert_array_equal(new, s)
     np.testing.assert_array_equal(kept, keep)
