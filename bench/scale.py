@@ -39,9 +39,9 @@ from bench.study import Row, Study, alone, timed
 from flexhinm_jax.cli.flags import size
 from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.models import decoder
-from flexhinm_jax.sequential import memory
 from flexhinm_jax.sequential.cuts import Layer
-from flexhinm_jax.streaming import streaming
+from flexhinm_jax.streaming import memory, streaming
+from flexhinm_jax.streaming.memory import Budget
 
 PEAK = "Peak resident memory in GiB, interpreter included"
 GROWN = "Growth with the width"
@@ -136,13 +136,13 @@ def streamed(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     peaks, rows, blocks, plan = [], [], [], {}
     started = time.perf_counter()
 
-    def planned(made: Any) -> None:
-        peaks.append(memory.resident_peak())
-        plan.update(made.rows() | {"planned after s": time.perf_counter() - started})
-        print(plan, file=sys.stderr)
-
     def progress(done: Any) -> None:
-        if isinstance(done, Layer):
+        peaks.append(memory.resident_peak())
+        if isinstance(done, Budget):
+            seconds = time.perf_counter() - started
+            plan.update(dict(done.rows()) | {"planned after s": seconds})
+            print(plan, file=sys.stderr)
+        elif isinstance(done, Layer):
             rows.append({"path": done.path, "s": done.seconds, "error": done.error})
             print(f"{done.path}: {done.seconds:.1f} s", file=sys.stderr, flush=True)
         else:
@@ -153,12 +153,8 @@ def streamed(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         folder / "model",
         folder / "streamed",
         tokens(options["config"], options["samples"], options["length"]),
-        method,
-        sparsity=sparsity,
-        key=jax.random.key(0),
-        memory_limit=options["memory"],
-        batch=options["batch"],
-        planned=planned,
+        streaming.Request(method=method, sparsity=sparsity, key=jax.random.key(0)),
+        limits=streaming.Limits(options["memory"], options["batch"]),
         progress=progress,
     )
     return {

@@ -24,10 +24,11 @@ from flexhinm_jax.pruning import apply, facts, prune, solve
 from flexhinm_jax.pruning.allocate import budgets
 from flexhinm_jax.pruning.share_orders import share_orders
 from flexhinm_jax.pruning.statistics import calibrate
-from flexhinm_jax.sequential.sequential import TARGETS, Layer, prune_sequential
+from flexhinm_jax.sequential.request import TARGETS
+from flexhinm_jax.sequential.sequential import Layer, prune_sequential
 from flexhinm_jax.streaming import streaming, work
 from flexhinm_jax.streaming.blocks import Blocks, open_blocks
-from flexhinm_jax.streaming.budget import Budget
+from flexhinm_jax.streaming.memory import Budget
 from flexhinm_jax.tracing.discover import discover
 
 BATCH_SENTENCES = 32
@@ -448,8 +449,10 @@ def _prune_decoder(
     tokens = _samples(args, blocks)
     notes: dict[str, str] = {}
 
-    def progress(done: Layer | streaming.Told) -> None:
-        if isinstance(done, Layer):
+    def progress(done: streaming.Told) -> None:
+        if isinstance(done, Budget):
+            console.note(plan_text(done, tokens.shape))
+        elif isinstance(done, Layer):
             console.progress(layer_text(done))
             if done.note:
                 notes[done.path] = done.note
@@ -478,21 +481,25 @@ def _prune_decoder(
             args.model,
             args.out,
             tokens,
-            choices.method,
-            sparsity=choices.sparsity,
-            allocate=args.allocate,
-            exceptions=choices.exceptions,
-            key=jax.random.key(args.seed),
-            target=args.target or "seq",
-            rules=choices.rules,
-            memory_limit=args.memory,
-            batch=args.batch_size or BATCH_SAMPLES,
-            dtype=args.dtype or "checkpoint",
-            pack=args.pack,
-            overwrite=args.force,
-            planned=lambda plan: console.note(plan_text(plan, tokens.shape)),
+            streaming.Request(
+                method=choices.method,
+                key=jax.random.key(args.seed),
+                sparsity=choices.sparsity,
+                rules=choices.rules,
+                target=args.target or "seq",
+            ),
+            spread=streaming.Spread(args.allocate, choices.exceptions),
+            limits=streaming.Limits(
+                args.memory,
+                args.batch_size or BATCH_SAMPLES,
+                args.dtype or "checkpoint",
+            ),
+            output=streaming.Output(
+                args.pack,
+                args.force,
+                lambda made: {REPORT: directory.report_text(document(made))},
+            ),
             progress=progress,
-            extra=lambda result: {REPORT: directory.report_text(document(result))},
         )
     except BaseException:
         if partial.exists():

@@ -152,19 +152,17 @@ def offered(
     return found
 
 
-def scoring_bytes(method: Method, use: Use, dtype: Any) -> int:
-    """Bytes that `offered` takes for one leaf, besides the weight."""
-    mine = method_for(method, use)
-    low, high = mine.pattern.sparsity_range()
+def scoring_program(method: Method, use: Use, dtype: Any) -> Any:
+    """What `offered` runs for one leaf, lowered; None where nothing is offered."""
+    own = method_for(method, use)
+    low, high = own.pattern.sparsity_range()
     if low == high:
-        return 0
-    check(mine.pattern)
+        return None
+    check(own.pattern)
     stack, shape = use.layout.stack_shape, use.layout.matrix_shape
     norms = dataclasses.replace(blank(shape[1], stack), gram=None)
     w = jax.ShapeDtypeStruct((*stack, *shape), dtype)
-    given = jax.eval_shape(lambda *pair: _flat(use, pair), w, norms)
-    memory: Any = _scored.lower(mine, *given).compile().memory_analysis()
-    return memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return _scored.lower(own, *jax.eval_shape(lambda *pair: _flat(use, pair), w, norms))
 
 
 def _flat(use: Use, tree: Any) -> Any:

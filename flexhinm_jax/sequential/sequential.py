@@ -20,7 +20,7 @@ The last two fit more and need more tokens: on a small sentence encoder they los
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax import Array
@@ -29,17 +29,14 @@ from flexhinm_jax import arguments
 from flexhinm_jax.io import atomic
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Method
-from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.pruning import prune
 from flexhinm_jax.pruning.solve import check_targets
 from flexhinm_jax.sequential.cuts import Layer, Walk
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.job import Job, record
+from flexhinm_jax.sequential.request import Target, check_target
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.tracing.finder import Traced
-
-Target = Literal["seq", "asym", "resid"]
-TARGETS = ("seq", "asym", "resid")
 
 
 def prune_sequential(
@@ -146,15 +143,3 @@ def prune_sequential(
         walk = Walk(job, target, Shelf(memory_limit))
         plans = walk.run(progress)
     return prune.applied(plans, params, uses)
-
-
-def check_target(target: str, method: Method) -> None:
-    """Raises ValueError for an unknown target or a method that needs gradients."""
-    check_method(method)
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r}: choose one of {', '.join(TARGETS)}")
-    if method.needs == "gradients":
-        raise ValueError(
-            f"{type(method).__name__} needs gradients, which one pass forward does not "
-            "give; use accumulate_gradients and solve"
-        )

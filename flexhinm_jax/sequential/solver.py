@@ -145,49 +145,6 @@ def solve_stack(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
-class Ahead:
-    """`solve_stack`, compiled before it runs, so that its memory is known."""
-
-    def __init__(self):
-        """Starts with nothing compiled."""
-        self.known: dict[Any, Any] = {}
-
-    def compiled(self, stats: Stats, method: Method, *args: Any) -> Any:
-        """The program for arrays, concrete or abstract, of these shapes."""
-        leaves, structure = jax.tree.flatten((stats, args))
-        key = method, structure, tuple((x.shape, str(x.dtype)) for x in leaves)
-        if key not in self.known:
-            like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-            stats, args = jax.tree.unflatten(structure, like)
-            self.known[key] = solve_stack.lower(stats, method, *args).compile()
-        return self.known[key]
-
-    def __call__(self, stats: Stats, method: Method, *args: Any) -> Any:
-        """What `solve_stack` returns."""
-        return self.compiled(stats, method, *args)(stats, *args)
-
-    def bytes_for(self, job: Job, stats: Mapping[tuple, Stats]) -> int:
-        """Bytes that the largest stack of these matrices takes, results included."""
-        sizes = []
-
-        def measure(shared: Stats, method: Method, w: Any, *args: Any) -> Any:
-            memory = self.compiled(shared, method, w, *args).memory_analysis()
-            # Without the statistics, which are counted where they are made.
-            sizes.append(
-                memory.temp_size_in_bytes
-                + memory.output_size_in_bytes
-                + w.size * w.dtype.itemsize
-            )
-            return solve_stack(shared, method, w, *args)
-
-        def run(stats: Any, weights: Any) -> Any:
-            return [*solved(job, stats, lambda *name: weights[name], measure)]
-
-        weights = {name: job.like(*name) for name in stats}
-        jax.eval_shape(run, dict(stats), weights)
-        return max(sizes)
-
-
 def squared(w: Array, gram: Array) -> Array:
     """|| X W^T ||^2 from the Gram matrix of X."""
     product = jnp.dot(w, gram, precision=lax.Precision.HIGHEST)

@@ -21,28 +21,67 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax import Array
 
 from flexhinm_jax import kernels
 from flexhinm_jax.io import atomic, fingerprint, huggingface, packed, shards
 from flexhinm_jax.io.shelf import Shelf
-from flexhinm_jax.methods import Method
-from flexhinm_jax.pruning.allocate import Mode, check_mode
+from flexhinm_jax.pruning.allocate import check_mode
 from flexhinm_jax.pruning.report import Report, Row, report
-from flexhinm_jax.sequential import memory, solver
 from flexhinm_jax.sequential.cuts import Layer, Programs, Walk
 from flexhinm_jax.sequential.finished import Finished
-from flexhinm_jax.sequential.sequential import Target, check_target
+from flexhinm_jax.sequential.request import Request, check_target
+from flexhinm_jax.streaming import memory
 from flexhinm_jax.streaming.blocks import Blocks, Dtype, open_blocks
-from flexhinm_jax.streaming.budget import Budget, budget, check_all
+from flexhinm_jax.streaming.memory import Ahead, Budget
 from flexhinm_jax.streaming.states import States
 from flexhinm_jax.streaming.survey import Allocated, Surveyed, first_targets, survey
-from flexhinm_jax.streaming.work import Setting, Work
+from flexhinm_jax.streaming.work import Setting, Spread, Work
 from flexhinm_jax.types import Plan
 
-__all__ = ["Allocated", "Block", "Streamed", "Surveyed", "stream"]
+__all__ = [
+    "Allocated",
+    "Block",
+    "Limits",
+    "Output",
+    "Request",
+    "Spread",
+    "Streamed",
+    "Surveyed",
+    "stream",
+]
 
 PACKED = "packed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How a run computes, and in how much memory.
+
+    Attributes:
+      memory: bytes, besides those of the interpreter and its libraries; what does not
+        fit of the hidden states goes to disk. None for any amount.
+      batch: samples in one step; rounded down to a divisor of the number of samples.
+      dtype: what to compute in; stored are the dtypes of the checkpoint.
+    """
+
+    memory: int | None = None
+    batch: int = 4
+    dtype: Dtype = "checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a run writes besides the model.
+
+    Attributes:
+      pack: the packed form too, one file per block in the folder `packed`.
+      overwrite: replaces an earlier model directory.
+      extra: file name -> text to write beside the model, given the result; or None.
+    """
+
+    pack: bool = False
+    overwrite: bool = False
+    extra: "Callable[[Streamed], Mapping[str, str]] | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +105,8 @@ class Block:
     left: float
 
 
-Told = Block | Surveyed | Allocated
+Told = Budget | Surveyed | Allocated | Layer | Block
+"""What a run tells: its plan of memory, then how far it has come."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,23 +128,12 @@ def stream(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
     tokens: np.ndarray,
-    method: Method,
+    request: Request,
     *,
-    sparsity: float | Mapping[str, float] | None = None,
-    allocate: Mode = "uniform",
-    exceptions: Mapping[str, float] | None = None,
-    key: Array,
-    target: Target = "seq",
-    center: bool = True,
-    rules: Mapping[str, Any] | None = None,
-    memory_limit: int | None = None,
-    batch: int = 4,
-    dtype: Dtype = "checkpoint",
-    pack: bool = False,
-    overwrite: bool = False,
-    planned: Callable[[Budget], None] | None = None,
-    progress: Callable[[Layer | Told], None] | None = None,
-    extra: Callable[[Streamed], Mapping[str, str]] | None = None,
+    spread: Spread | None = None,
+    limits: Limits | None = None,
+    output: Output | None = None,
+    progress: Callable[[Told], None] | None = None,
 ) -> Streamed:
     """Prunes a decoder directory block by block.
 
@@ -112,28 +141,13 @@ def stream(
       directory: Hugging Face directory of a supported family.
       out: directory to write.
       tokens: i32[samples, length], the calibration text.
-      method: what to prune with, such as `SparseGPT(NM(2, 4))`.
-      sparsity: fraction of weights removed, one for all or one per key of the
-        checkpoint; None for a pattern that has only one.
-      allocate: how one sparsity is spread over the matrices, see
-        `pruning.allocate`: "global" and "owl" begin with a pass of the dense model.
-      exceptions: {regex: sparsity} on keys of the checkpoint, the first match wins;
-        the other matrices make up for them.
-      key: PRNG key, consumed; a leaf uses the same as in `prune_sequential`.
-      target: what to fit to, as in `prune_sequential`.
-      center: as in `prune_sequential`.
-      rules: {regex: pattern or "skip"} on keys of the checkpoint; the first match wins.
-      memory_limit: bytes, besides those of the interpreter and its libraries; what does
-        not fit of the hidden states goes to disk. None for any amount.
-      batch: samples in one step; rounded down to a divisor of the number of samples.
-      dtype: what to compute in; stored are the dtypes of the checkpoint.
-      pack: writes the packed form too, one file per block in the folder `packed`.
-      overwrite: replaces `out` if it is a model directory.
-      planned: called with the plan of memory before anything is computed.
-      progress: called with a `Surveyed` for every block of the pass of the dense
-        model, an `Allocated` behind it, a `Layer` for every matrix and a `Block` for
-        every block.
-      extra: file name -> text to write beside the model, given the result.
+      request: what to prune with; paths are keys of the checkpoint.
+      spread: how one sparsity is spread; None for the same everywhere.
+      limits: memory, batch and dtype; None for the defaults.
+      output: what to write besides the model; None for nothing.
+      progress: called with the `Budget` before anything is computed, a `Surveyed` for
+        every block of the pass of the dense model, an `Allocated` after it, a `Layer`
+        for every matrix and a `Block` for every block.
 
     Returns:
       The report and the errors of all pruned leaves.
@@ -147,76 +161,79 @@ def stream(
       InUse: another process writes `out`.
       OSError: no space.
     """
-    check_target(target, method)
-    check_mode(allocate)
-    atomic.check_directory(out, overwrite=overwrite)
+    spread, limits, output = spread or Spread(), limits or Limits(), output or Output()
+    tell = progress or (lambda told: None)
+    check_target(request.target, request.method)
+    check_mode(spread.mode)
+    atomic.check_directory(out, overwrite=output.overwrite)
     huggingface.check_copy(Path(directory), Path(out))
-    blocks = open_blocks(Path(directory), dtype)
+    blocks = open_blocks(Path(directory), limits.dtype)
     shards.check_space(Path(out), blocks.index.size - Work.taken(Path(out)))
     setting = Setting(
         blocks,
-        blocks.uses(rules),
-        split(tokens, batch, blocks),
-        method,
-        sparsity,
-        allocate,
-        dict(exceptions or {}),
-        key,
-        target,
-        center,
-        pack,
-        Programs(solver.Ahead()),
+        blocks.uses(request.rules),
+        split(tokens, limits.batch, blocks),
+        request,
+        spread,
+        output.pack,
+        Programs(Ahead()),
     )
     setting = dataclasses.replace(setting, targets=first_targets(setting))
-    check_all(setting)
-    plan = budget(setting, memory_limit)
-    if planned is not None:
-        planned(plan)
+    memory.check_all(setting)
+    plan = memory.budget(setting, limits.memory)
+    tell(plan)
     plan.check()
     work = Work(Path(out), setting)
     with atomic.locked(out), work.kept(blocks.index.size + plan.on_disk):
-        if allocate != "uniform":
-            found = survey(setting, work, plan.shelf, progress)
-            setting = dataclasses.replace(setting, targets=found)
-        if progress is not None and isinstance(setting.targets, dict):
-            progress(Allocated(setting.targets))
-        rows: list[Row] = []
-        errors: dict[str, float] = {}
-        states = States(work.states, plan.shelf)
-        first = work.resumed()
-        for layer in range(first):
-            mine, lost = work.rows(layer)
-            rows, errors = rows + mine, errors | lost
-        if first < blocks.count:
-            if first:
-                states.load(first)
-            else:
-                states.begin(blocks.embedded(setting.batches))
-        began = time.perf_counter()
-        for layer in range(first, blocks.count):
-            memory.reset_peak()
-            started = time.perf_counter()
-            mine, lost = prune_block(layer, setting, work, states, plan, progress)
-            work.done(layer, mine, lost)
-            now = time.perf_counter()
-            rows, errors = rows + mine, errors | lost
-            states.forget(layer)
-            pace = (now - began) / (layer + 1 - first)
-            if progress is not None:
-                progress(
-                    Block(
-                        layer,
-                        blocks.count,
-                        float(np.mean([*lost.values()])) if lost else 0.0,
-                        now - started,
-                        memory.resident_peak(),
-                        pace * (blocks.count - 1 - layer),
-                    )
-                )
-        targets = setting.targets if isinstance(setting.targets, dict) else {}
-        result = Streamed(total(setting, rows), errors, targets)
-        work.finish({} if extra is None else extra(result))
+        if spread.mode != "uniform":
+            targets = survey(setting, work, plan.shelf, tell)
+            setting = dataclasses.replace(setting, targets=targets)
+        allocated = setting.targets if isinstance(setting.targets, dict) else {}
+        if allocated:
+            tell(Allocated(allocated))
+        rows, errors = prune_blocks(setting, work, plan, tell)
+        result = Streamed(total(setting, rows), errors, allocated)
+        work.finish({} if output.extra is None else output.extra(result))
     return result
+
+
+def prune_blocks(
+    setting: Setting, work: Work, plan: Budget, tell: Callable[[Told], None]
+) -> tuple[list[Row], dict[str, float]]:
+    """Rows and errors of all blocks, of those too that an earlier run has done."""
+    blocks, states = setting.blocks, States(work.states, plan.shelf)
+    rows: list[Row] = []
+    errors: dict[str, float] = {}
+    first = work.resumed()
+    for layer in range(first):
+        own, lost = work.rows(layer)
+        rows, errors = rows + own, errors | lost
+    if first < blocks.count:
+        if first:
+            states.load(first)
+        else:
+            states.begin(blocks.embedded(setting.batches))
+    began = time.perf_counter()
+    for layer in range(first, blocks.count):
+        memory.reset_peak()
+        started = time.perf_counter()
+        own, lost = prune_block(layer, setting, work, states, plan, tell)
+        work.done(layer, own, lost)
+        now = time.perf_counter()
+        rows, errors = rows + own, errors | lost
+        states.forget(layer)
+        pace = (now - began) / (layer + 1 - first)
+        tell(
+            Block(
+                layer,
+                blocks.count,
+                float(np.mean([*lost.values()])) if lost else 0.0,
+                now - started,
+                memory.resident_peak(),
+                pace * (blocks.count - 1 - layer),
+            )
+        )
+    return rows, errors
 
 
 def split(tokens: np.ndarray, batch: int, blocks: Blocks) -> list[np.ndarray]:
@@ -248,16 +265,16 @@ def prune_block(
     work: Work,
     states: States,
     plan: Budget,
-    progress: Callable[[Layer | Told], None] | None,
+    tell: Callable[[Told], None],
 ) -> tuple[list[Row], dict[str, float]]:
-    """Prunes and writes a block; `states` are then those behind it."""
+    """Prunes and writes a block; `states` are then those after it."""
     blocks, uses = setting.blocks, setting.uses.of(layer)
     now, twins = states.take()
     job = setting.job(layer, blocks.load(layer), now)
     job.finished = Finished(work.solved(layer), fingerprint.record(layer=layer))
     walk = Walk(
         job,
-        setting.target,
+        setting.request.target,
         Shelf(plan.shelf, work.folder),
         twins=None if twins is None else [(h,) for h in twins],
         programs=setting.programs,
@@ -277,8 +294,7 @@ def prune_block(
 
     def step(done: Layer) -> None:
         errors[done.path] = done.error
-        if progress is not None:
-            progress(done)
+        tell(done)
 
     walk.run(step, taken)
     for key, leaf in job.current.items():
@@ -291,7 +307,7 @@ def prune_block(
         path = folder / f"block-{layer:05d}.safetensors"
         packed.write_packed(path, {**others, **leaves}, overwrite=True)
     del job
-    states.next(layer + 1, walk.outputs(), setting.beside)
+    states.next(layer + 1, walk.outputs(), setting.request.beside)
     return rows, errors
 
 

@@ -57,8 +57,8 @@ def first_targets(setting: Setting) -> float | Mapping[str, float] | None:
     Raises:
       ValueError: a target out of reach, or that cannot be allocated.
     """
-    given = setting.sparsity
-    if setting.allocate == "uniform" and not setting.exceptions:
+    given, method = setting.request.sparsity, setting.request.method
+    if setting.spread.mode == "uniform" and not setting.spread.exceptions:
         return given
     if given is None or isinstance(given, Mapping):
         raise ValueError(
@@ -69,13 +69,13 @@ def first_targets(setting: Setting) -> float | Mapping[str, float] | None:
     layers = {
         path: layer
         for n in range(setting.blocks.count)
-        for path, layer in gains.plain(setting.method, setting.uses.of(n)).items()
+        for path, layer in gains.plain(method, setting.uses.of(n)).items()
     }
     if not layers:
         return given  # refused with a better message later
-    if setting.allocate != "uniform":
-        allocate.check_free(setting.method, layers)
-    rules = setting.exceptions
+    if setting.spread.mode != "uniform":
+        allocate.check_free(method, layers)
+    rules = setting.spread.exceptions
     return allocate.allocate("uniform", layers, given, exceptions=rules)
 
 
@@ -83,21 +83,23 @@ def survey(
     setting: Setting,
     work: Work,
     shelf: int | None,
-    progress: Callable[[Surveyed], None] | None,
+    tell: Callable[[Surveyed], None],
 ) -> dict[str, float]:
     """The sparsity of every matrix, from a pass of the dense model or from an earlier.
 
     Args:
-      setting: what to do; "allocate" is not "uniform".
+      setting: what to do; its spread is not "uniform".
       work: where hidden states go that do not fit, and where the result is kept.
       shelf: bytes of hidden states in memory; None for all.
-      progress: called after every block.
+      tell: called after every block.
     """
     if work.budgets.exists():
         return records.read(work.budgets)
-    mode, total = setting.allocate, setting.blocks.count
+    mode, total = setting.spread.mode, setting.blocks.count
+    method, sparsity = setting.request.method, setting.request.sparsity
     owl = OWL() if mode == "owl" else mode
-    dense = dataclasses.replace(setting, target="seq")
+    seq = dataclasses.replace(setting.request, target="seq")
+    dense = dataclasses.replace(setting, request=seq)
     states = States(work.folder / "survey", shelf, durable=False)
     states.begin(setting.blocks.embedded(setting.batches))
     layers: dict[str, gains.Increments] = {}
@@ -119,19 +121,18 @@ def survey(
         states.next(layer + 1, walk.outputs(), False)
         states.forget(layer)
         if isinstance(owl, OWL):
-            layers |= gains.plain(setting.method, job.uses)
+            layers |= gains.plain(method, job.uses)
             shares |= outlier_shares(owl, job.leaves, job.uses, walk.norms)
         else:
-            layers |= gains.offered(setting.method, job.leaves, job.uses, walk.norms)
-        if progress is not None:
-            progress(Surveyed(layer, total, time.perf_counter() - started))
+            layers |= gains.offered(method, job.leaves, job.uses, walk.norms)
+        tell(Surveyed(layer, total, time.perf_counter() - started))
     states.forget(total)
-    assert isinstance(setting.sparsity, float | int)
+    assert isinstance(sparsity, float | int)
     found = allocate.allocate(
         mode,
         layers,
-        setting.sparsity,
-        exceptions=setting.exceptions,
+        sparsity,
+        exceptions=setting.spread.exceptions,
         outliers=shares,
     )
     records.write(work.budgets, found)

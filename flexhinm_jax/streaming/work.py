@@ -16,20 +16,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax import Array
 
 import flexhinm_jax
 from flexhinm_jax.io import atomic, fingerprint, huggingface, records, shards
-from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning.allocate import Mode
 from flexhinm_jax.pruning.report import Row
 from flexhinm_jax.sequential.cuts import Programs
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.job import Job
-from flexhinm_jax.sequential.sequential import Target
+from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.streaming.blocks import Blocks, BlockUses
 
 PARTIAL = ".partial"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How one sparsity is spread over the matrices.
+
+    Attributes:
+      mode: see `pruning.allocate`; "global" and "owl" begin with a pass of the dense
+        model.
+      exceptions: {regex: sparsity} on keys of the checkpoint, the first match wins; the
+        other matrices make up for them.
+    """
+
+    mode: Mode = "uniform"
+    exceptions: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,28 +50,25 @@ class Setting:
     """What a run is asked to do.
 
     Attributes:
-      targets: sparsity of every leaf, or one for all: what `sparsity`, `allocate` and
-        `exceptions` come to.
+      blocks: the opened directory.
+      uses: what is prunable in it.
+      batches: i32[batch, length] each, the calibration text.
+      request: method, sparsity, rules, target and key.
+      spread: how one sparsity is spread over the matrices.
+      pack: whether the packed form is written too.
+      programs: what was compiled.
+      targets: sparsity of every leaf, or one for all: what the sparsity of the request
+        and the spread come to.
     """
 
     blocks: Blocks
     uses: BlockUses
     batches: list[np.ndarray]
-    method: Method
-    sparsity: float | Mapping[str, float] | None
-    allocate: Mode
-    exceptions: Mapping[str, float]
-    key: Array
-    target: Target
-    center: bool
+    request: Request
+    spread: Spread
     pack: bool
     programs: Programs
     targets: float | Mapping[str, float] | None = None
-
-    @property
-    def beside(self) -> bool:
-        """Whether a dense model runs beside the pruned one."""
-        return self.target != "seq"
 
     def job(self, layer: int, params: Mapping[str, Any], hidden: Sequence[Any]) -> Job:
         """Checks a block and says how to prune it.
@@ -73,12 +83,12 @@ class Setting:
             params,
             [(h,) for h in hidden],
             self.uses.of(layer),
-            self.method,
+            self.request.method,
             self.targets,
-            self.key,
-            self.center,
+            self.request.key,
+            self.request.center,
             None,
-            self.beside,
+            self.request.beside,
         )
 
 
@@ -183,21 +193,21 @@ class Work:
 
 def record(setting: Setting) -> dict[str, str]:
     """Everything that decides about the result, as text."""
-    blocks = setting.blocks
+    blocks, request = setting.blocks, setting.request
     # Headers and the start of every array: enough to know another checkpoint.
     starts = {key: _start(blocks.index.read(key)) for key in blocks.index.files}
     return fingerprint.record(
         version=flexhinm_jax.__version__,
         model=fingerprint.digest((json.dumps(blocks.given, sort_keys=True), starts)),
         tokens=setting.batches,
-        method=setting.method,
-        sparsity=setting.sparsity,
-        allocate=setting.allocate,
-        exceptions=setting.exceptions,
+        method=request.method,
+        sparsity=request.sparsity,
+        allocate=setting.spread.mode,
+        exceptions=dict(setting.spread.exceptions),
         rules=setting.uses.actions,
-        key=str(fingerprint.key_words(setting.key)),
-        target=setting.target,
-        center=setting.center,
+        key=str(fingerprint.key_words(request.key)),
+        target=request.target,
+        center=request.center,
         dtype=blocks.dtype,
         pack=setting.pack,
     )

@@ -14,8 +14,8 @@ from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, tensors
 from flexhinm_jax.pruning.owl import OWL
 from flexhinm_jax.sequential.cuts import Programs
-from flexhinm_jax.sequential.solver import Ahead
 from flexhinm_jax.streaming import streaming
+from flexhinm_jax.streaming.memory import Ahead
 from tests.models.directories import QWEN3, make_decoder_directory
 
 CONFIG = QWEN3 | {

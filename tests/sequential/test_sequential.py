@@ -11,7 +11,6 @@ from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.sequential import (
     cuts,
     finished,
-    memory,
     segments,
     sequential,
     solver,
@@ -484,25 +483,3 @@ def test_a_walk_in_two_halves_is_the_walk_of_the_whole(target):
     if dense is not None:
         for x, (y,) in zip(batches, dense, strict=True):
             np.testing.assert_allclose(y, whole(params, x), atol=1e-5)
-
-
-def test_memory_is_known_before_the_walk():
-    uses = fh.discover(chain, CHAIN, X)
-    like = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in CHAIN.items()}
-    batch = (jax.ShapeDtypeStruct((32, 8), jnp.float32),)
-    job = Job(
-        chain, like, [batch] * 2, uses, fh.Wanda(NM), None, KEY, True, None, False
-    )
-    ahead = solver.Ahead()
-    walk = cuts.Walk(job, "seq", memory.Ledger(), to_end=True)
-    first, second, end = memory.stages(walk, ahead)
-    assert [s.paths for s in (first, second, end)] == [("first",), ("second",), ()]
-    # The input, then what lies between the layers, then the result: of two batches.
-    assert [s.held for s in (first, second, end)] == [
-        2 * 32 * 4 * n for n in (8, 16, 8)
-    ]
-    assert [s.stats for s in (first, second)] == [4 * 8 * 8, 4 * 16 * 16]
-    assert first.step == 0 and second.step >= 32 * 4 * (8 + 16)
-    assert second.solver >= 2 * 4 * 16 * 8  # the weight and its plan
-    assert len(ahead.known) == 2
-    assert memory.resident_peak() > 1 << 20

@@ -15,8 +15,8 @@ from flexhinm_jax.io import huggingface, packed, shards  # noqa: E402
 from flexhinm_jax.kernels import unpack  # noqa: E402
 from flexhinm_jax.models import decoder  # noqa: E402
 from flexhinm_jax.sequential.cuts import Layer, Programs  # noqa: E402
-from flexhinm_jax.sequential.solver import Ahead  # noqa: E402
-from flexhinm_jax.streaming import streaming
+from flexhinm_jax.streaming import streaming  # noqa: E402
+from flexhinm_jax.streaming.memory import Ahead, Budget  # noqa: E402
 from flexhinm_jax.types import PackedWeight  # noqa: E402
 from tests.models.directories import make_decoder_directory  # noqa: E402
 
@@ -56,13 +56,34 @@ def programs():
 
 
 OPTIONS = {"key": KEY, "target": "resid", "batch": 2}
+LIMITS = {"memory_limit": "memory", "batch": "batch", "dtype": "dtype"}
+
+
+def pruned(source, out, tokens, method, **options):
+    """`stream` with every option by its name."""
+    taken = {k: options.pop(k) for k in (*LIMITS, "pack", "overwrite") if k in options}
+    limits = {name: taken[k] for k, name in LIMITS.items() if k in taken}
+    output = {k: taken[k] for k in ("pack", "overwrite") if k in taken}
+    spread = {"mode": options.pop("allocate", "uniform")}
+    spread["exceptions"] = options.pop("exceptions", {})
+    progress = options.pop("progress", None)
+    return streaming.stream(
+        source,
+        out,
+        tokens,
+        streaming.Request(method=method, **options),
+        spread=streaming.Spread(**spread),
+        limits=streaming.Limits(**limits),
+        output=streaming.Output(**output),
+        progress=progress,
+    )
 
 
 @pytest.fixture
 def stream(model, tmp_path):
     def run(source=model, method=METHOD, tokens=TOKENS, **options):
         options = OPTIONS | options
-        return streaming.stream(source, tmp_path / "out", tokens, method, **options)
+        return pruned(source, tmp_path / "out", tokens, method, **options)
 
     return run
 
@@ -71,9 +92,12 @@ class Run:
     """An uninterrupted run and what it told."""
 
     def __init__(self, model, out, programs):
-        self.out, self.records, self.compiled, plans = out, [], [], []
+        self.out, self.records, self.compiled = out, [], []
 
         def progress(done):
+            if isinstance(done, Budget):
+                self.plan = done
+                return
             self.records.append(done)
             if isinstance(done, streaming.Block):
                 known = programs.compiler.known
@@ -81,16 +105,7 @@ class Run:
                 count = len(known), traces, len(programs.solver.known)
                 self.compiled.append(count)
 
-        self.result = streaming.stream(
-            model,
-            out,
-            TOKENS,
-            METHOD,
-            progress=progress,
-            planned=plans.append,
-            **OPTIONS,
-        )
-        (self.plan,) = plans
+        self.result = pruned(model, out, TOKENS, METHOD, progress=progress, **OPTIONS)
         self.files = files(out)
 
 
@@ -212,9 +227,11 @@ def test_a_killed_run_goes_on_to_the_same_files(stream, whole, tmp_path, moment)
 
 
 def test_hidden_states_go_to_disk_where_memory_is_short(stream, whole, tmp_path):
-    plans = []
-    stream(memory_limit=whole.plan.least, planned=plans.append)
+    told = []
+    stream(memory_limit=whole.plan.least, progress=told.append)
     assert files(tmp_path / "out") == whole.files
+    plans = [x for x in told if isinstance(x, Budget)]
+    assert len(plans) == 1 and plans[0] == told[0]
     assert plans[0].in_memory == 0 and plans[0].on_disk > whole.plan.on_disk
 
 
@@ -273,6 +290,7 @@ def test_budgets_are_those_of_the_whole_model_and_outlive_a_kill(
     assert (tmp_path / "out.partial" / "budgets.json").is_file()
     told = []
     result = stream(progress=told.append, **options, **asked)
+    told = told[1:]  # after the plan
     assert isinstance(told[0], streaming.Allocated)  # and no block was surveyed again
     assert told[0].sparsity == result.targets
 
@@ -305,6 +323,7 @@ def test_exceptions_alone_need_no_pass(stream):
         progress=told.append,
         **options,
     )
+    told = told[1:]  # after the plan
     assert isinstance(told[0], streaming.Allocated)
     assert not any(isinstance(x, streaming.Surveyed) for x in told)
     zeros = {row.path.split(".")[-2]: row.zeros for row in result.report.rows}
