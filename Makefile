@@ -8,7 +8,7 @@
 
 PYTHON  ?= python3
 VENV    ?= .venv
-EXTRAS  ?= test,lint,hf,plot,equinox
+EXTRAS  ?= test,lint,hf,plot,equinox,export
 WORKERS ?= 2
 MARKS   ?= not slow
 ARGS    ?=
@@ -65,7 +65,7 @@ test-all: $(STAMP) ## Run every test
 # What depends on the versions of Python and jax: tracing, kernels, devices, files. The
 # mathematics of single matrices, methods, models and programs run on the older Python.
 NEXT := $(addprefix tests/,kernels gpu tracing pruning sequential io training/test_step.py)
-NEXT_ENV = PYTHON="$$python" VENV=.venv-next EXTRAS=test,hf,plot,equinox
+NEXT_ENV = PYTHON="$$python" VENV=.venv-next EXTRAS=test,hf,plot,equinox,export
 
 install-next: ## Make .venv-next, of a newer Python with the newest jax
 	@python=$$(.ci/newer-python $(PYTHON)) || exit 1; $(MAKE) install $(NEXT_ENV)

@@ -10,11 +10,12 @@ unflatten, with tracers, strings and None as leaves. `checks` holds the validati
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax import Array
+from jax import Array, export
 
 __all__ = [
     "AxisFactor",
@@ -37,6 +38,37 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
+def exportable(cls: Any) -> Any:
+    """Lets `jax.export` write programs whose arguments or results are of this class.
+
+    Static fields are written as JSON, so they may hold numbers, strings, None, tuples
+    and the descriptions of leaves in this file.
+    """
+    export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"flexhinm_jax.{cls.__name__}",
+        serialize_auxdata=lambda fields: json.dumps(_described(fields)).encode(),
+        deserialize_auxdata=lambda text: _restored(json.loads(bytes(text))),
+    )
+    return cls
+
+
+def _described(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        described = {name: _described(field) for name, field in fields.items()}
+        return {"class": type(value).__name__, **described}
+    return list(map(_described, value)) if isinstance(value, tuple) else value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        cls = {c.__name__: c for c in (AxisFactor, Layout)}[value.pop("class")]
+        return cls(**{name: _restored(field) for name, field in value.items()})
+    return tuple(map(_restored, value)) if isinstance(value, list) else value
+
+
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Regions:
@@ -67,6 +99,7 @@ class Regions:
     m: int = static()
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Support:
@@ -81,6 +114,7 @@ class Support:
     regions: Regions | None = None
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockDiagonal:
@@ -102,6 +136,7 @@ class BlockDiagonal:
         return BlockDiagonal(self.blocks.swapaxes(-1, -2), self.order)
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -128,6 +163,7 @@ class Plan:
     right: BlockDiagonal | None = None
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -142,6 +178,7 @@ class State:
     fixed: Any
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stats:
@@ -283,6 +320,7 @@ class Uses:
         return found
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedWeight:
@@ -377,6 +415,7 @@ class PackedWeight:
     __array_ufunc__ = None
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TransposedWeight:

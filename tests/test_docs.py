@@ -46,7 +46,7 @@ RUN = [
 @pytest.mark.parametrize("name", RUN)
 def test_the_examples_of_a_page_run(name):
     text = code(PAGES[name])
-    for extra in ("equinox", "safetensors"):
+    for extra in ("equinox", "safetensors", "flatbuffers"):
         if extra in text:
             pytest.importorskip(extra)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -21,6 +21,8 @@ def refusal(
     """
     index = packed.dense_index if packed.nm_index is None else packed.nm_index
     tiles = index.shape[-2]
+    if not isinstance(x.shape[0], int):
+        return "it needs to know the number of rows when a program is traced"
     if one_tile and tiles != 1:
         return f"it serves weights of one tile, this one has {tiles}"
     return (

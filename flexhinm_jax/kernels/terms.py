@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from flexhinm_jax.kernels import words
 from flexhinm_jax.kernels.columns import filled
 from flexhinm_jax.kernels.packing import accumulator
-from flexhinm_jax.types import PackedWeight
+from flexhinm_jax.types import PackedWeight, exportable
 
 BLOCK = 8
 """Terms of a row that are stored together; more do not fit the registers."""
@@ -39,6 +39,7 @@ VECTOR = 8
 """Rows of x are padded to whole vectors, unless there are fewer."""
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Terms:
@@ -90,7 +91,9 @@ def matmul(x: Array, terms: Terms, dtype: DTypeLike) -> Array:
     turn = functools.partial(_turned, terms.values[0, 0, 0])
     wide = accumulator(half)
     x = jnp.pad(x.astype(wide), ((0, -rows % chunk), (0, 0)))
-    columns = turn(x.reshape(-1, chunk, x.shape[1]))  # [chunks, i, chunk]
+    columns = turn(
+        x.reshape(-(-rows // chunk), chunk, x.shape[1])
+    )  # [chunks, i, chunk]
     # The columns that no row keeps are never read: a dense product would.
     unknown = jnp.isnan(columns).any(axis=1)
     start = jnp.where(unknown, jnp.nan, 0.0).astype(wide)
@@ -112,7 +115,9 @@ def _turned(value: Array, x: Array) -> Array:
 
 
 def chunk_of(rows: int) -> int:
-    """Rows of x side by side: equal parts in whole vectors."""
+    """Rows of x side by side: equal parts in whole vectors; one for a symbolic size."""
+    if not isinstance(rows, int):
+        return VECTOR
     if rows <= VECTOR:
         return rows
     parts = -(-rows // CHUNK)

@@ -117,7 +117,13 @@ def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
 
 
 def form_of(rows: int, slots: Slots) -> str:
-    """Name of the form that was fastest for so many rows of x without `prepare`."""
+    """Name of the form that was fastest for so many rows of x without `prepare`.
+
+    A number that is not known before a program runs (`jax.export`) takes a form that
+    serves every number well.
+    """
+    if not isinstance(rows, int):
+        return "slots" if slots.positions else "tiles"
     if rows < JOIN and slots.positions:
         return "select" if rows <= FEW else "slots"
     return "tiles"
@@ -126,9 +132,11 @@ def form_of(rows: int, slots: Slots) -> str:
 def _tiles(x: Array, packed: PackedWeight, slots: Slots) -> Array:
     """One dot per tile and chunk of rows, over a loop of tiles."""
     v, rows = packed.dense_values.shape[1], x.shape[0]
-    chunk = min(CHUNK, rows)
+    chunk = min(CHUNK, rows) if isinstance(rows, int) else rows
     x = jnp.pad(x, ((0, -rows % chunk), (0, 0)))
-    columns = jnp.swapaxes(x.reshape(-1, chunk, x.shape[1]), 1, 2)  # [chunks, i, chunk]
+    columns = jnp.swapaxes(
+        x.reshape(-(-rows // chunk), chunk, x.shape[1]), 1, 2
+    )  # [chunks, i, chunk]
 
     def step(_: None, tile: tuple) -> tuple[None, Array]:
         whole = _joined(packed, *tile[1:]).astype(x.dtype)
