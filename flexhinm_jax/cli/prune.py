@@ -23,7 +23,7 @@ from flexhinm_jax.models import decoder
 from flexhinm_jax.pruning import apply, facts, prune, solve
 from flexhinm_jax.pruning.allocate import budgets
 from flexhinm_jax.pruning.share_orders import share_orders
-from flexhinm_jax.pruning.statistics import calibrate
+from flexhinm_jax.pruning.statistics import calibrate, unseen
 from flexhinm_jax.sequential.request import TARGETS
 from flexhinm_jax.sequential.sequential import Layer, prune_sequential
 from flexhinm_jax.streaming import streaming, work
@@ -395,7 +395,8 @@ def _pruned(
         states = solve.solve(method, key, model.params, uses, stats, sparsity)
         plans = apply.decide(method, states, model.params, uses)
     with console.step("packing"):
-        result = prune.applied(plans, model.params, uses)
+        blind = {path: int(unseen(one).sum()) for path, one in (stats or {}).items()}
+        result = prune.applied(plans, model.params, uses, blind)
     return result, facts.notes(choices.method, states, uses)
 
 

@@ -12,11 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from flexhinm_jax import arguments, kernels
+from flexhinm_jax import arguments, checks, kernels
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.paths import over_stack
-from flexhinm_jax.pruning.solve import Task, in_stacks, keys_for, method_for
+from flexhinm_jax.pruning.solve import (
+    Task,
+    in_stacks,
+    keys_for,
+    method_for,
+    scaled,
+    settled,
+    split,
+)
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.views import leaf as to_leaf
@@ -42,29 +50,71 @@ def decide(
 
     Returns:
       path -> Plan, arrays with the leading stack axes of the leaf.
+
+    Raises:
+      ValueError: states of another method; outside of a trace, a plan with NaN or
+        infinity, by leaf and method.
     """
     check_method(method)
     leaves = Leaves.of(params).dense(uses)
     arguments.by_path(states, State, "states", "solve()", uses.leaves)
     if key is not None:
         arguments.key(key)
-    tasks = {}
+    tasks, around = {}, {}
     for path, state in states.items():
         use = uses.leaves[path]
         keys = None if key is None else keys_for(key, use)
-        weight = functools.partial(leaves.matrix, use)
+        state, around[path] = split(state)
+        load = functools.partial(leaves.matrix, use)
+        weight = scaled(load, around[path].get("scale"))
         own = method_for(method, use)
         tasks[path] = Task(own, leaves.like(use), weight, (keys, state))
     plans: dict[str, Plan] = {}
     with states_of(method):
         for part in in_stacks(_decide, tasks):
             plans |= part
-    return {path: plans[path] for path in tasks}
+    plans = {
+        path: settled(
+            plans[path],
+            around[path],
+            functools.partial(leaves.matrix, uses.leaves[path]),
+        )
+        for path in tasks
+    }
+    check_finite(plans, {path: task.method for path, task in tasks.items()})
+    return plans
 
 
 @functools.partial(jax.jit, static_argnames="method")
 def _decide(method, w, keys, states):
     return jax.vmap(lambda w, k, s: method.decide(s, w, key=k))(w, keys, states)
+
+
+def check_finite(plans: Mapping[str, Plan], methods: Mapping[str, Method]) -> None:
+    """Raises ValueError for concrete plans whose weights are not finite."""
+    parts = {
+        path: jax.tree.leaves((p.weight, p.bias, p.left, p.right))
+        for path, p in plans.items()
+        if checks.is_concrete(p.weight)
+    }
+    finite = jax.device_get(
+        {
+            path: [
+                jnp.isfinite(x).all()
+                for x in arrays
+                if jnp.issubdtype(x.dtype, jnp.floating)
+            ]
+            for path, arrays in parts.items()
+        }
+    )
+    for path, known in finite.items():
+        if not all(known):
+            raise ValueError(
+                f"{path}: {type(methods[path]).__name__} gave NaN or infinite weights "
+                "from finite ones: its problem is too badly conditioned; give more "
+                "damping, more calibration tokens or another method, or exclude the "
+                f"leaf with {arguments.say('skip')}"
+            )
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from flexhinm_jax.pruning.facts import notes
 from flexhinm_jax.pruning.report import Report, report
 from flexhinm_jax.pruning.share_orders import share_orders as with_shared_orders
 from flexhinm_jax.pruning.solve import solve
-from flexhinm_jax.pruning.statistics import calibrate
+from flexhinm_jax.pruning.statistics import calibrate, unseen
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.tracing.finder import Traced
@@ -115,10 +115,11 @@ def prune(
     if share_orders:
         key, order_key = jax.random.split(key)
         method, stats = with_shared_orders(method, order_key, leaves, uses, stats)
+    blind = {path: int(unseen(one).sum()) for path, one in (stats or {}).items()}
     states = solve(method, key, leaves, uses, stats, sparsity)
     for path, text in notes(method, states, uses).items():
         logger.warning("%s: %s", path, text)
-    return applied(decide(method, states, leaves, uses), leaves, uses)
+    return applied(decide(method, states, leaves, uses), leaves, uses, blind)
 
 
 def check_found(uses: Uses) -> None:
@@ -131,7 +132,12 @@ def check_found(uses: Uses) -> None:
         )
 
 
-def applied(plans: dict[str, Plan], params: Any, uses: Uses) -> Pruned:
+def applied(
+    plans: dict[str, Plan],
+    params: Any,
+    uses: Uses,
+    blind: Mapping[str, int] | None = None,
+) -> Pruned:
     """The plans in every form that `prune` returns: dense, packed, reported."""
     plans, leaves = meshes.whole(plans), Leaves.of(params)
     packed = pack(plans, leaves, uses)
@@ -141,7 +147,7 @@ def applied(plans: dict[str, Plan], params: Any, uses: Uses) -> Pruned:
         packed=packed,
         plans=plans,
         uses=uses,
-        report=report(plans, packed, uses),
+        report=report(plans, packed, uses, blind),
     )
 
 

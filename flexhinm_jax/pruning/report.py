@@ -42,6 +42,7 @@ class Row:
       dense_bytes: bytes of the dense leaf.
       packed_bytes: bytes of the packed leaf; equal to dense_bytes when it stays dense.
       note: why the leaf is not packed, or "".
+      unseen: matrices that no calibration input reached, pruned by their weights alone.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Row:
     dense_bytes: int
     packed_bytes: int
     note: str
+    unseen: int = 0
 
     @property
     def weights(self) -> int:
@@ -98,6 +100,7 @@ class Report:
             "natural_24": mean("natural_24"),
             "retained": mean("retained"),
             "overhead": mean("overhead"),
+            "unseen": sum(r.unseen for r in self.rows),
             "dense_bytes": dense,
             "packed_bytes": packed,
             "packed_ratio": packed / max(dense, 1),
@@ -146,10 +149,6 @@ class Report:
             for r in self.rows
         ]
         t = self.total
-        if t["overhead"] > 0:
-            header.insert(6, "factors")
-            for r, line in zip(self.rows, body, strict=True):
-                line.insert(6, r.overhead)
         body.append(
             [
                 "total",
@@ -163,8 +162,12 @@ class Report:
                 f"{t['packed_ratio']:.4f}",
             ]
         )
-        if t["overhead"] > 0:
-            body[-1].insert(6, t["overhead"])
+        for title, name in (("unseen", "unseen"), ("factors", "overhead")):
+            if t[name] > 0:
+                header.insert(6, title)
+                for r, line in zip(self.rows, body, strict=False):
+                    line.insert(6, getattr(r, name))
+                body[-1].insert(6, t[name])
         return aligned(header, body)
 
     def figure(self, path: str | os.PathLike[str]) -> None:
@@ -207,13 +210,19 @@ class Report:
         figure.savefig(Path(path), dpi=150)
 
 
-def report(plans: Mapping[str, Plan], packed: Any, uses: Uses | None = None) -> Report:
+def report(
+    plans: Mapping[str, Plan],
+    packed: Any,
+    uses: Uses | None = None,
+    unseen: Mapping[str, int] | None = None,
+) -> Report:
     """Measures what a set of plans did.
 
     Args:
       plans: concrete plans from `decide`.
       packed: the tree from `pack`.
       uses: from `discover`; adds the skipped leaves with their reasons.
+      unseen: path -> matrices that no calibration input reached.
 
     Returns:
       The report; print it, or use `to_json` and `figure`.
@@ -227,7 +236,13 @@ def report(plans: Mapping[str, Plan], packed: Any, uses: Uses | None = None) -> 
         if path not in leaves:
             near = arguments.nearest(path, leaves)
             raise ValueError(f"{path}: in plans but not in the packed tree; {near}")
-    rows = tuple(_row(path, plan, leaves[path]) for path, plan in plans.items())
+    unseen = unseen or {}
+    rows = tuple(
+        dataclasses.replace(
+            _row(path, plan, leaves[path]), unseen=int(unseen.get(path, 0))
+        )
+        for path, plan in plans.items()
+    )
     tree = sum(_nbytes(x) for x in leaves.values())
     saved = sum(r.dense_bytes - r.packed_bytes for r in rows)
     return Report(rows, dict(uses.skipped) if uses else {}, tree + saved, tree)

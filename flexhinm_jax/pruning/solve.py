@@ -9,7 +9,9 @@ Everything is keyed by leaf path: `states` are dicts path -> pytree whose arrays
 the leading stack axes of the leaf.
 """
 
+import dataclasses
 import functools
+import logging
 import math
 import zlib
 from collections import defaultdict
@@ -18,19 +20,45 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from flexhinm_jax import arguments
-from flexhinm_jax.methods import Method
+from flexhinm_jax.methods import Magnitude, Method
 from flexhinm_jax.methods.base import check_method
+from flexhinm_jax.pruning.statistics import informed, unseen, unseen_note
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.tree import Leaves
-from flexhinm_jax.types import State, Stats, Use, Uses
+from flexhinm_jax.types import Plan, State, Stats, Use, Uses
+
+logger = logging.getLogger("flexhinm_jax")
 
 #: Weights in one vmapped call; more are split, so that memory stays bounded.
 MAX_STACK_WEIGHTS = 1 << 24
 
+#: Weights below 2^40 and above 2^-40 are solved as they are.
+MAX_EXPONENT = 40
+
+#: Entry of a state: what was done around the method, for `decide` to settle.
+AROUND = "around"
+
 Progress = Callable[[int, int], None]
+
+
+class Task(NamedTuple):
+    """The matrices of one leaf, or of some positions of its stack.
+
+    Attributes:
+      method: what runs on them, with their own pattern.
+      like: shape and dtype of the weight, [*stack, o, i].
+      weight: gives it, when its turn comes: a model is never copied as a whole.
+      others: trees of arrays with the same leading stack axes.
+    """
+
+    method: Method
+    like: Any
+    weight: Callable[[], Any]
+    others: tuple[Any, ...]
 
 
 def method_for(method: Method, use: Use) -> Method:
@@ -98,6 +126,10 @@ def solve(
     Returns:
       path -> State, arrays with the leading stack axes of the leaf.
 
+    A matrix that no calibration input reached is pruned by its weights alone, as if
+    all its inputs had been alike; a warning names it. Weights of extreme size are
+    multiplied by a power of two while they are solved.
+
     Raises:
       ValueError: a leaf that the pattern refuses, missing or bad statistics, NaN
         weights, a target out of range; the message names the leaf.
@@ -111,14 +143,24 @@ def solve(
     arguments.by_path(stats, Stats, "stats", "calibrate()")
     if prev is not None:
         arguments.by_path(prev, State, "prev", "solve()")
-    tasks = {}
+    tasks, around = {}, {}
     for path, use in uses.leaves.items():
         own, known = method_for(method, use), stats.get(path)
         target = target_for(own, use, sparsity)
-        like = leaves.like(use)
+        like, weight = leaves.like(use), functools.partial(leaves.matrix, use)
         one: Any = jax.ShapeDtypeStruct(like.shape[-2:], like.dtype)
+        if own.needs == "nothing":
+            known = None
+        if known is not None:
+            blind = unseen(known)
+            known = informed(known, blind, weight)
+            if blind.any():
+                logger.warning("%s: %s", path, unseen_note(blind))
         own.check(one, known, target, path)
-        meshes.check_finite(leaves.matrix(use), path)
+        around[path] = extra = {}
+        scale = scale_of(weight(), path)
+        if scale is not None:
+            extra["scale"] = jnp.asarray(scale)
         if target is not None:
             target = _spread(target, use)
         if prev is not None and path not in prev:
@@ -126,17 +168,18 @@ def solve(
                 f"{path}: in uses but not in prev; pass the states of all leaves"
             )
         before = None if prev is None else prev[path]
-        if own.needs == "nothing":
-            known = None
-        weight = functools.partial(leaves.matrix, use)
+        known = scaled_targets(known, scale)
+        before = None if before is None else split(before)[0]
         others = keys_for(key, use), known, target, before
-        tasks[path] = Task(own, like, weight, others)
+        tasks[path] = Task(own, like, scaled(weight, scale), others)
+        if known is not None and blind.any():
+            extra |= by_magnitude(tasks[path], blind)
     states: dict[str, State] = {}
     for part in in_stacks(_solve, tasks):
         states |= part
         if progress is not None:
             progress(len(states), len(tasks))
-    return {path: states[path] for path in tasks}
+    return {path: _with(states[path], around[path]) for path in tasks}
 
 
 def _spread(target: Any, use: Use) -> Array:
@@ -148,6 +191,130 @@ def _spread(target: Any, use: Use) -> Array:
             f"path: number}}, or one per matrix of its stack, shape {shape}"
         )
     return jnp.broadcast_to(target, shape)
+
+
+def scale_of(w: Array, path: str) -> np.ndarray | None:
+    """Powers of two that bring weights of extreme size near 1, exactly.
+
+    Squares of weights overflow at 1e19 and vanish at 1e-19, and every method squares
+    them. None, for weights of ordinary size, leaves programs and bits as they are.
+
+    Args:
+      w: [*stack, o, i].
+      path: leaf path for the message.
+
+    Returns:
+      f32[*stack, 1, 1], or None where no matrix needs it.
+
+    Raises:
+      ValueError: weights with NaN or infinity.
+    """
+    largest = np.asarray(meshes.whole(jnp.max(jnp.abs(w), axis=(-2, -1))), np.float64)
+    if not np.isfinite(largest).all():
+        meshes.check_finite(w, path)
+    exponent = np.frexp(largest)[1]
+    extreme = (np.abs(exponent) > MAX_EXPONENT) & (largest > 0)
+    if not extreme.any():
+        return None
+    # 2^120 and its inverse are both normal numbers of float32.
+    scale = np.ldexp(1.0, np.where(extreme, -np.clip(exponent, -120, 120), 0))
+    return scale[..., None, None].astype(np.float32)
+
+
+def scaled(weight: Callable[[], Any], scale: np.ndarray | None) -> Callable[[], Any]:
+    """What gives the weight, times its scale."""
+    if scale is None:
+        return weight
+
+    def times() -> Array:
+        w = weight()
+        return w * jnp.asarray(scale, w.dtype)
+
+    return times
+
+
+def scaled_targets(stats: Stats | None, scale: np.ndarray | None) -> Stats | None:
+    """Statistics whose targets are those of the scaled weight."""
+    if stats is None or scale is None or stats.cross is None:
+        return stats
+    mean = None if stats.target_mean is None else stats.target_mean * scale[..., 0]
+    return dataclasses.replace(stats, cross=stats.cross * scale, target_mean=mean)
+
+
+def by_magnitude(task: Task, blind: np.ndarray) -> dict[str, Any]:
+    """The support that the largest weights make, for matrices that no input reached.
+
+    Args:
+      task: of `solve`.
+      blind: bool[*stack], which matrices these are.
+
+    Returns:
+      What `split` gives beside a state; empty where an order of the inputs was given.
+    """
+    keys, stats, target, before = task.others
+    if stats.order is not None:
+        return {}
+    if before is not None:
+        known = {k: x for k, x in before.fixed.items() if k == "support"}
+        before = State(learned=(), fixed=known) if known else None
+    method = Magnitude(task.method.pattern)
+    plain = task._replace(method=method, others=(keys, None, target, before))
+    state = next(in_stacks(_solve, {"": plain}))[""]
+    return {"blind": jnp.asarray(blind), **state.fixed}
+
+
+def settled(plan: Plan, around: Mapping[str, Any], weight: Callable[[], Array]) -> Plan:
+    """The plan of the weight itself, from that of what was solved.
+
+    Undoes the scale, and gives matrices that no input reached their largest weights.
+
+    Args:
+      plan: from `Method.decide`.
+      around: from `split`.
+      weight: gives the weight, [*stack, o, i].
+    """
+    if "scale" in around:
+        scale = around["scale"]
+        bias = plan.bias
+        plan = dataclasses.replace(
+            plan,
+            weight=(plan.weight / scale).astype(plan.weight.dtype),
+            bias=None if bias is None else (bias / scale[..., 0]).astype(bias.dtype),
+        )
+    factors = plan.left is not None or plan.right is not None
+    if "blind" not in around or factors:
+        return plan
+    w, blind, support = weight(), around["blind"], around["support"]
+    own = Plan(
+        weight=jnp.where(support.keep, w, jnp.zeros((), w.dtype)),
+        support=support,
+        retained=around["retained"],
+        bias=None if plan.bias is None else jnp.zeros_like(plan.bias),
+    )
+
+    def pick(new: Array, old: Array) -> Array:
+        at = blind.reshape(blind.shape + (1,) * (old.ndim - blind.ndim))
+        return jnp.where(at, new, old)
+
+    return jax.tree.map(pick, own, plan)
+
+
+def _with(state: State, around: dict[str, Any]) -> State:
+    """The state, with what `settled` needs to know."""
+    if not around or jax.tree.leaves(state.learned):
+        around = {name: x for name, x in around.items() if name == "scale"}
+    if not around:
+        return state
+    return dataclasses.replace(state, fixed=state.fixed | {AROUND: around})
+
+
+def split(state: State) -> tuple[State, dict[str, Any]]:
+    """(state as the method made it, what `settled` needs to know)."""
+    if not isinstance(state.fixed, dict) or AROUND not in state.fixed:
+        return state, {}
+    fixed = dict(state.fixed)
+    around = fixed.pop(AROUND)
+    return dataclasses.replace(state, fixed=fixed), around
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -166,22 +333,6 @@ def solve_matrix(
 ) -> State:
     """The state of one matrix `[o, i]`; see `Method.solve`."""
     return method.solve(key, w, stats, sparsity=sparsity, prev=prev)
-
-
-class Task(NamedTuple):
-    """The matrices of one leaf, or of some positions of its stack.
-
-    Attributes:
-      method: what runs on them, with their own pattern.
-      like: shape and dtype of the weight, [*stack, o, i].
-      weight: gives it, when its turn comes: a model is never copied as a whole.
-      others: trees of arrays with the same leading stack axes.
-    """
-
-    method: Method
-    like: Any
-    weight: Callable[[], Any]
-    others: tuple[Any, ...]
 
 
 def in_stacks(

@@ -471,3 +471,63 @@ def finish(path: str, sums: dict[str, Array], params: Any) -> Stats:
         sums["sq_norm"] = jnp.diagonal(gram, axis1=-2, axis2=-1)
     mean = total / jnp.maximum(count, 1.0)[..., None]
     return Stats(sq_norm=sums["sq_norm"], mean=mean, count=count, gram=gram)
+
+
+def unseen(stats: Stats) -> np.ndarray:
+    """Which matrices of a stack no input reached, bool[*stack].
+
+    Their count is 0, or the squares of their inputs are 0 or underflow.
+    """
+    count, squares = jax.device_get((stats.count, jnp.sum(stats.sq_norm, axis=-1)))
+    least = stats.sq_norm.shape[-1] * np.finfo(np.float32).tiny
+    return (np.asarray(count) <= 0) | (np.asarray(squares, np.float64) < least)
+
+
+def informed(stats: Stats, blind: np.ndarray, weight: Callable[[], Array]) -> Stats:
+    """Statistics of unit inputs, all alike, for the matrices that no input reached.
+
+    With them every method decides by the weights alone, under the same pattern, and
+    moves none: what was never seen is no reason to remove a weight.
+
+    Args:
+      stats: of one leaf.
+      blind: from `unseen`.
+      weight: gives the matrices of the leaf, [*stack, o, i].
+    """
+    if not blind.any():
+        return stats
+
+    def instead(known: Any, value: Callable[[Array], Any]) -> Any:
+        if known is None:
+            return None
+        at = jnp.asarray(blind).reshape(blind.shape + (1,) * (known.ndim - blind.ndim))
+        return jnp.where(at, jnp.asarray(value(known), known.dtype), known)
+
+    def identity(x: Array) -> Array:
+        return jnp.eye(x.shape[-1], dtype=x.dtype)
+
+    return dataclasses.replace(
+        stats,
+        sq_norm=instead(stats.sq_norm, lambda _: 1.0),
+        mean=instead(stats.mean, lambda _: 0.0),
+        count=instead(stats.count, lambda _: 1.0),
+        gram=instead(stats.gram, identity),
+        cross=instead(stats.cross, lambda _: weight()),
+        target_mean=instead(stats.target_mean, lambda _: 0.0),
+        sq_grad=instead(stats.sq_grad, lambda _: 1.0),
+        fisher=instead(stats.fisher, identity),
+    )
+
+
+def unseen_note(blind: np.ndarray) -> str:
+    """What a person should know about matrices that no input reached; "" for none."""
+    if not blind.any():
+        return ""
+    places = [tuple(map(int, at)) for at in np.argwhere(blind)]
+    names = ", ".join(str(at[0] if len(at) == 1 else at) for at in places[:8])
+    more = f" and {len(places) - 8} more" * (len(places) > 8)
+    which = f"matrices {names}{more} of its stack" if not blind.all() else "it"
+    return (
+        f"no calibration input reached {which}, so weights are kept by magnitude; give "
+        "batches that reach it"
+    )

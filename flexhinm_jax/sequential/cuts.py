@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax import numpy as jnp
 from flexhinm_jax import arguments
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.facts import worst
-from flexhinm_jax.pruning.statistics import calibrate
+from flexhinm_jax.pruning.statistics import calibrate, unseen_note
 from flexhinm_jax.sequential import segments, solver, targets
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.straight import Cut, straighten
@@ -83,6 +84,7 @@ class Walk:
       masks: per batch, which tokens count; None for all.
       lines: per shape of a batch, the program and its segments.
       cuts: those of the first shape.
+      unseen: path -> matrices that no input reached.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Walk:
         self.programs = programs or Programs()
         self.compiler = segments.Compiler(self.programs.compiler)
         self.to_end = to_end
+        self.unseen: Counter[str] = Counter()
         layouts = {path: use.layout for path, use in job.uses.leaves.items()}
         moved = {*layouts, *job.bias.values()}
         names = [p for p in job.paths if is_array(job.leaves[p])]
@@ -186,6 +189,7 @@ class Walk:
                 solved = self.members(k) if cut.members else self.plain(cut)
                 for path, at in list(solved):
                     found = solved.pop((path, at))
+                    self.unseen[path] += int(np.sum(found.unseen))
                     with meshes.automatic():
                         job.apply(path, at, found.plan)
                     if taken is not None and job.complete(path):
@@ -202,7 +206,7 @@ class Walk:
                         self.shelf.held,
                         done,
                         total,
-                        self.note(path, cut, numbers),
+                        self.note(path, cut, numbers, found.unseen),
                         numbers,
                     )
                     logger.info("%s", layer)
@@ -251,9 +255,9 @@ class Walk:
             runner.release()
         self.shelf.close()
 
-    def note(self, path: str, cut: Cut, numbers: Mapping[str, Any]) -> str:
+    def note(self, path: str, cut: Cut, numbers: Mapping[str, Any], unseen: Any) -> str:
         """What a person should know about a leaf of a cut."""
-        parts = [self.job.methods[path].note(numbers)]
+        parts = [self.job.methods[path].note(numbers), unseen_note(unseen)]
         if path in cut.plain:
             parts.insert(0, f"solved on a plain run: {cut.plain[path]}")
         return "; ".join(filter(None, parts))

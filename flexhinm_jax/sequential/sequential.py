@@ -142,4 +142,4 @@ def prune_sequential(
             job.finished = Finished(resume, record(job, target))
         walk = Walk(job, target, Shelf(memory_limit))
         plans = walk.run(progress)
-    return prune.applied(plans, params, uses)
+    return prune.applied(plans, params, uses, walk.unseen)

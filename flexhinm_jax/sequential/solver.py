@@ -13,8 +13,19 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from flexhinm_jax.methods import Method
-from flexhinm_jax.pruning.apply import dense_weight
-from flexhinm_jax.pruning.solve import Task, in_stacks, keys_for, solve_matrix
+from flexhinm_jax.pruning import statistics
+from flexhinm_jax.pruning.apply import check_finite, dense_weight
+from flexhinm_jax.pruning.solve import (
+    Task,
+    by_magnitude,
+    in_stacks,
+    keys_for,
+    scale_of,
+    scaled,
+    scaled_targets,
+    settled,
+    solve_matrix,
+)
 from flexhinm_jax.pruning.statistics import blank
 from flexhinm_jax.sequential.job import Job, select
 from flexhinm_jax.tracing import meshes
@@ -28,11 +39,13 @@ class Solved(NamedTuple):
       plan: with the remaining stack axes.
       error: f32[], || X (W' - W) ||^2 / || X W ||^2, the mean over the stack.
       facts: name -> array[*rest of the stack], how the solving went.
+      unseen: bool[*rest of the stack], whether no input reached a matrix.
     """
 
     plan: Plan
     error: Array
     facts: dict[str, Array]
+    unseen: Any = False
 
 
 def solve(
@@ -46,10 +59,35 @@ def solve(
       run: `solve_stack`, or the same compiled before.
     """
     out: dict[tuple, Solved] = {}
-    for path, at in stats:
-        meshes.check_finite(job.weight(path, at), path)
-    for part in solved(job, stats, job.weight, run):
+    known, blind, around = {}, {}, {}
+    for (path, at), own in stats.items():
+        weight = functools.partial(job.weight, path, at)
+        around[path, at] = extra = {}
+        scale = scale_of(weight(), path)
+        if scale is not None:
+            extra["scale"] = jnp.asarray(scale)
+        blind[path, at] = statistics.unseen(own)
+        own = statistics.informed(own, blind[path, at], weight)
+        known[path, at] = scaled_targets(own, scale)
+        if blind[path, at].any():
+            task = task_of(job, path, at, own, scaled(weight, scale))
+            keys, _, _, target = task.others
+            others = keys, own, target, None
+            extra |= by_magnitude(task._replace(others=others), blind[path, at])
+
+    def load(path: str, at: tuple) -> Array:
+        scale = around[path, at].get("scale")
+        return scaled(functools.partial(job.weight, path, at), scale)()
+
+    for part in solved(job, known, load, run):
         for (path, at), result in part.items():
+            plan = settled(
+                result.plan,
+                around[path, at],
+                functools.partial(job.weight, path, at),
+            )
+            check_finite({path: plan}, job.methods)
+            result = result._replace(plan=plan, unseen=blind[path, at])
             out[path, at] = meshes.host(result)
             if job.finished is not None:
                 job.finished.save(f"{path} {at}", out[path, at])
@@ -65,19 +103,26 @@ def solved(
     """`solve`, stack by stack, with the weights of (path, at) from anywhere."""
     first = next(iter(stats.values()))
     shared = dataclasses.replace(first, cross=None, target_mean=None)
-    tasks = {}
-    for (path, at), own in stats.items():
-        like, goal = job.like(path, at), job.targets[path]
-        keys = keys_for(job.key, job.uses.leaves[path])[select(at)]
-        target = None if goal is None else jnp.full(like.shape[:-2], goal, jnp.float32)
-        others = keys, own.cross, own.target_mean, target
-        load = functools.partial(weight, path, at)
-        tasks[path, at] = Task(job.methods[path], like, load, others)
+    tasks = {
+        (path, at): task_of(job, path, at, own, functools.partial(weight, path, at))
+        for (path, at), own in stats.items()
+    }
     for part in in_stacks(functools.partial(run, shared), tasks):
         yield {
             name: Solved(plan, jnp.mean(errors.reshape(-1)), facts)
             for name, (plan, errors, facts) in part.items()
         }
+
+
+def task_of(
+    job: Job, path: str, at: tuple, stats: Stats, weight: Callable[[], Any]
+) -> Task:
+    """What runs on the matrices of (path, at)."""
+    like, goal = job.like(path, at), job.targets[path]
+    keys = keys_for(job.key, job.uses.leaves[path])[select(at)]
+    target = None if goal is None else jnp.full(like.shape[:-2], goal, jnp.float32)
+    others = keys, stats.cross, stats.target_mean, target
+    return Task(job.methods[path], like, weight, others)
 
 
 def restore(job: Job, names: Sequence[tuple]) -> dict[tuple, Solved] | None:
@@ -90,8 +135,8 @@ def restore(job: Job, names: Sequence[tuple]) -> dict[tuple, Solved] | None:
         stats = blank(w.shape[-1], w.shape[:-2])
 
         def one(w: Any, stats: Stats, name: Any = name) -> Solved:
-            part = solved(job, {name: stats}, lambda *_: w, solve_stack)
-            return next(part)[name]
+            part = next(solved(job, {name: stats}, lambda *_: w, solve_stack))
+            return part[name]._replace(unseen=jnp.zeros(w.shape[:-2], bool))
 
         like = jax.eval_shape(one, w, stats)
         result = job.finished.load(f"{name[0]} {name[1]}", like)

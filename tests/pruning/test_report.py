@@ -85,3 +85,12 @@ def test_the_figure_is_written(tmp_path):
 def test_columns_are_aligned():
     text = aligned(["name", "n"], [["a", 1], ["long", 20]])
     assert text == "name   n\n----  --\na      1\nlong  20"
+
+
+def test_matrices_without_inputs_have_a_column():
+    result = run(fh.NM(2, 4))
+    plain = fh.report(result.plans, result.packed)
+    assert plain.total["unseen"] == 0 and "unseen" not in str(plain)
+    told = fh.report(result.plans, result.packed, unseen={"b": 1})
+    assert [row.unseen for row in told.rows] == [0, 1] and told.total["unseen"] == 1
+    assert "unseen" in str(told).splitlines()[0]
