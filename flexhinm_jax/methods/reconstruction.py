@@ -31,11 +31,14 @@ class Solved(NamedTuple):
       weight: f[o, i], the pruned weight.
       support: what stays of it.
       diagnostics: name -> array[], how the solving went; kept in the state.
+      lost: f[], squared distance of the outputs from those of the least-squares
+        weight, where the method knows it.
     """
 
     weight: Array
     support: Support
     diagnostics: Mapping[str, Array] = types.MappingProxyType({})
+    lost: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +146,14 @@ class LayerFit(Method):
     ) -> State:
         """Packs a solution, with its diagnostics."""
         solved, support = found.weight, found.support
+        # Other targets have a least-squares weight that is not the dense one.
+        lost = None if task.has_targets else found.lost
         scores = jnp.square(saliency.wanda(w, stats.sq_norm))
         fixed = {
             "support": support,
             "weight": jnp.where(support.keep, solved, 0).astype(jnp.float32),
             "retained": masks.retained(scores, support.keep),
-            "error": gram.error(solved, task).astype(jnp.float32),
+            "error": gram.error(solved, task, lost).astype(jnp.float32),
             "damping": task.damping.astype(jnp.float32),
             **found.diagnostics,
         }

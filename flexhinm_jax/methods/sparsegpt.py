@@ -11,6 +11,7 @@ import dataclasses
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -20,6 +21,9 @@ from flexhinm_jax.types import Support
 
 #: Columns between two updates of everything to the right, for N:M patterns.
 BLOCK = 64
+
+#: Columns swept together where there is nothing to choose.
+UNIT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +92,10 @@ class SparseGPT(Reconstruction):
             return self.pattern.project(key, scores, 1.0 - kept).keep
 
         u = gram.inverse_factor(task.factor)
-        solved, keep, _ = elimination.sweep(start, u, choose, unit=block, block=block)
-        return Solved(solved, Support(keep))
+        solved, keep, lost = elimination.sweep(
+            start, u, choose, unit=block, block=block
+        )
+        return Solved(solved, Support(keep), lost=jnp.sum(lost))
 
     def _sweep_tiles(self, start, task, support, within):
         """Tiles with regions: every one along its own columns."""
@@ -98,7 +104,7 @@ class SparseGPT(Reconstruction):
         tiles = given.in_order.shape[0]
         rows = start.shape[0] // tiles
         order, kind = elimination.column_order(given)
-        unit = m if m > 1 else math.gcd(start.shape[1], elimination.WRITTEN_OUT)
+        unit = m if m > 1 else math.gcd(start.shape[1], UNIT)
         block = unit * max(1, BLOCK // unit)
         fixed = within is support.keep or m == 1
 
@@ -124,14 +130,24 @@ class SparseGPT(Reconstruction):
                 )
 
             u = gram.permuted_inverse_factor(task.gram, order)
-            solved, keep, _ = elimination.sweep(
+            solved, keep, lost = elimination.sweep(
                 w[:, order], u, choose, unit=unit, block=block
             )
             back = jnp.argsort(order)
-            return solved[:, back], keep[:, back]
+            return solved[:, back], keep[:, back], jnp.sum(lost)
 
         cut = lambda x: regions.tile(x, given.out_order, rows)  # noqa: E731
         parts = start, support.keep, support.keep if within is None else within
-        solved, keep = lax.map(one, (*map(cut, parts), order, kind))
+        parts = *map(cut, parts), order, kind
+        if tiles == 1:
+            each = jax.tree.map(lambda x: x[None], one(jax.tree.map(_first, parts)))
+        else:
+            each = lax.map(one, parts)
+        solved, keep, lost = each
         fold = lambda x: masks.fold_tiles(x, given.out_order)  # noqa: E731
-        return Solved(fold(solved), Support(fold(keep), given))
+        lost = jnp.sum(lost)
+        return Solved(fold(solved), Support(fold(keep), given), lost=lost)
+
+
+def _first(x: Array) -> Array:
+    return x[0]

@@ -9,7 +9,6 @@ two levels, so that nearly all work is in matrix products.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ from flexhinm_jax.ops.gram import dot
 from flexhinm_jax.types import Regions
 
 PRUNED, DENSE, CHOSEN = 0, 1, 2
-WRITTEN_OUT = 8  # columns eliminated without a loop
 
 #: (scores f[r, c], first column i32[]) -> bool[r, c]
 Choose = Callable[[Array, Array], Array]
@@ -139,24 +137,17 @@ def eliminate(x: Array, u: Array, keep: Array) -> tuple[Array, Array]:
       x with the removed weights zero and the error pushed to later columns, and the
       scaled errors f[c, r] that the columns after these still have to take.
     """
-    c = x.shape[0]
-    small = math.gcd(c, WRITTEN_OUT)
-    if small == c:
-        fixed, errors = [], []
-        for j in range(c):
-            now = x[j] - sum(e * u[k, j] for k, e in enumerate(errors))
-            errors.append(jnp.where(keep[j], 0, now / u[j, j]))
-            fixed.append(jnp.where(keep[j], now, 0))
-        return jnp.stack(fixed), jnp.stack(errors)
 
-    def part(x, start):
-        cut = functools.partial(
-            lax.dynamic_slice_in_dim, start_index=start, slice_size=small
-        )
-        rows = cut(u)
-        fixed, error = eliminate(cut(x), cut(rows, axis=1), cut(keep))
-        x = x - dot(rows.T, error)
-        return lax.dynamic_update_slice_in_dim(x, fixed, start, axis=0), error
+    def one(j, carry):
+        x, errors = carry
+        here = functools.partial(lax.dynamic_index_in_dim, index=j, keepdims=False)
+        row = here(u)
+        error = jnp.where(here(keep), 0, here(x) / row[j])
+        # Row j of u is zero before j, and takes a removed weight to zero at j.
+        x = x - row[:, None] * error
+        return x, lax.dynamic_update_index_in_dim(errors, error, j, 0)
 
-    x, errors = lax.scan(part, x, jnp.arange(0, c, small, dtype=jnp.int32))
-    return x, errors.reshape(c, -1)
+    # A loop of outer products: written out, XLA computes every column again from the
+    # first one on.
+    x, errors = lax.fori_loop(0, x.shape[0], one, (x, jnp.zeros_like(x)))
+    return jnp.where(keep, x, 0), errors

@@ -196,10 +196,17 @@ def solve(task: Problem) -> Array:
     return solve_triangular(task.factor, half, lower=True, trans=1).T[:, ::-1]
 
 
-def error(solved: Array, task: Problem) -> Array:
-    """f[]: || X (W' - W) ||^2 / || X W ||^2 in the damped Gram."""
-    delta = solved - task.weight
-    lost = jnp.sum(dot(delta, task.gram) * delta)
+def error(solved: Array, task: Problem, lost: Array | None = None) -> Array:
+    """f[]: || X (W' - W) ||^2 / || X W ||^2 in the damped Gram.
+
+    Args:
+      solved: f[o, i], W'.
+      task: the problem.
+      lost: f[], || X (W' - W) ||^2 where it is known.
+    """
+    if lost is None:
+        delta = solved - task.weight
+        lost = jnp.sum(dot(delta, task.gram) * delta)
     total = jnp.sum(dot(task.weight, task.gram) * task.weight)
     return jnp.where(total > 0, lost / jnp.where(total > 0, total, 1), 0)
 

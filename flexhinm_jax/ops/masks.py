@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 COUNTED = 16  # up to this group size ranks are counted pairwise, above it sorted
+WRITTEN_OUT = 8  # up to this one the pairs are written out
 
 
 def ranks(scores: Array) -> Array:
@@ -83,6 +84,16 @@ def group_ranks(groups: Array) -> Array:
     m = groups.shape[-1]
     if m > COUNTED:
         return ranks(groups)
+    if m <= WRITTEN_OUT:
+        # One elementwise program without an axis of m, also where groups are columns.
+        each = [groups[..., j] for j in range(m)]
+        ahead = [
+            [x >= y if k < j else x > y for k, x in enumerate(each) if k != j]
+            for j, y in enumerate(each)
+        ]
+        zero = jnp.zeros(each[0].shape, jnp.int32)
+        counts = [sum((x.astype(jnp.int32) for x in row), zero) for row in ahead]
+        return jnp.stack(counts, axis=-1)
     ahead = groups[..., None, :] > groups[..., :, None]
     tied = groups[..., None, :] == groups[..., :, None]
     earlier = jnp.tril(jnp.ones((m, m), bool), -1)
