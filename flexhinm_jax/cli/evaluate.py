@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
     )
     flags.add_model(parser)
     add = parser.add_argument
-    add("other", type=Path, nargs="?", metavar="OTHER_DIR", help="pruned, for example")
+    add("other", nargs="?", metavar="OTHER", help="pruned, for example")
     add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
     add(
         "--length",
@@ -223,7 +223,7 @@ def _similarity(args: argparse.Namespace, console: Console) -> None:
     for path in (args.model, args.other):
         if path is None:
             raise ValueError(
-                f"{args.model} is no decoder: give OTHER_DIR too, to compare the"
+                f"{args.model} is no decoder: give OTHER too, to compare the"
                 " embeddings of two encoders"
             )
         with console.step(f"reading {path}"):

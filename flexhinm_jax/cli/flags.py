@@ -27,7 +27,7 @@ WORDS = {
     "allocate": "--allocate",
     "batch": "a smaller --batch-size",
     "continue": "the same --resume",
-    "describe": "'flexhinm inspect MODEL_DIR'",
+    "describe": "'flexhinm inspect MODEL'",
     "exceptions": "--rule REGEX=SPARSITY",
     "length": "a shorter --length",
     "memory": "--memory {}",
@@ -59,8 +59,35 @@ def command(
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the model that a command reads."""
-    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="model directory")
+    """Adds the model that a command reads, and how it is fetched."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="model directory, or OWNER/NAME[@REVISION] of the Hugging Face Hub",
+    )
+    add = parser.add_argument_group("the Hugging Face Hub").add_argument
+    add(
+        "--hub-cache",
+        type=Path,
+        metavar="DIR",
+        help="where downloads are kept (default: where huggingface_hub keeps them)",
+    )
+    add(
+        "--offline",
+        action="store_true",
+        help="use what is in the cache, fetch nothing (as HF_HUB_OFFLINE=1)",
+    )
+
+
+def add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Adds the text to calibrate on."""
+    parser.add_argument(
+        "--calibration",
+        default="builtin",
+        metavar="TEXT",
+        help="UTF-8 text file, one sentence a line; hf:DATASET[:CONFIG]:SPLIT:COLUMN"
+        f" of the Hub; or builtin, a short neutral text (default){more}",
+    )
 
 
 def add_shown(parser: argparse.ArgumentParser) -> None:

@@ -80,7 +80,7 @@ def add_parser(commands: Any) -> None:
         "learn",
         help="learn the masks of a Hugging Face model directory",
         description=f"""\
-            Learns which weights of the model in MODEL_DIR stay and leaves the weights
+            Learns which weights of the model in MODEL stay and leaves the weights
             as they are: the outputs on the calibration text are to be those of the
             dense model. Writes DIR as 'flexhinm prune' does: zeros in place,
             {PACKED} and {REPORT}. For encoders of the BERT family.
@@ -97,18 +97,12 @@ def add_parser(commands: Any) -> None:
     )
     add(
         "--pattern",
-        required=True,
+        default="2:4",
         metavar="PATTERN",
-        help="which weights may stay: 2:4, tiles:tile=64 (patch), flexhinm:v=32 ...",
+        help="which weights may stay: 2:4 (default), tiles:tile=64 (patch) ...",
     )
     add("--sparsity", type=float, metavar="S", help="see 'flexhinm prune --help'")
-    add(
-        "--calibration",
-        type=Path,
-        metavar="TEXT",
-        required=True,
-        help="UTF-8 text, one sentence a line; an eighth of it validates the masks",
-    )
+    flags.add_calibration(parser, "; an eighth of it validates the masks")
     add("--steps", type=flags.positive, default=300, metavar="N", help="default: 300")
     add("--rate", type=float, metavar="R", help="learning rate; default by method")
     add(
@@ -146,6 +140,7 @@ examples:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
     choices = _check(args)
+    directory.note_builtin(args, console)
     with atomic.locked(args.out), atomic.locked(args.resume or args.out):
         _run(args, choices, console)
 

@@ -13,7 +13,16 @@ from typing import NoReturn
 
 import flexhinm_jax
 from flexhinm_jax import arguments
-from flexhinm_jax.cli import evaluate, flags, generate, importer, inspect, learn, prune
+from flexhinm_jax.cli import (
+    directory,
+    evaluate,
+    flags,
+    generate,
+    importer,
+    inspect,
+    learn,
+    prune,
+)
 from flexhinm_jax.cli.console import Console
 
 COMMANDS = (inspect, prune, learn, evaluate, generate, importer)
@@ -23,6 +32,7 @@ logging.getLogger("flexhinm_jax").addHandler(logging.NullHandler())
 
 EPILOG = """\
 examples:
+  flexhinm prune Qwen/Qwen2.5-0.5B --out pruned
   flexhinm inspect all-MiniLM-L6-v2
   flexhinm prune all-MiniLM-L6-v2 --pattern flexhinm:v=32 --sparsity 0.75 \\
       --calibration sentences.txt --out pruned
@@ -52,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(quiet=getattr(args, "quiet", False), json=args.json)
     try:
         with arguments.speaking(flags.WORDS):
+            for name in ("model", "other"):
+                if getattr(args, name, None) is not None:
+                    path = directory.find(
+                        getattr(args, name), args.hub_cache, args.offline
+                    )
+                    setattr(args, name, path)
             args.run(args, console)
         sys.stdout.flush()
     except BrokenPipeError:  # `flexhinm inspect DIR | head`

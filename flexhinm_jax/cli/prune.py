@@ -71,12 +71,12 @@ def add_parser(commands: Any) -> None:
         "prune",
         help="prune a Hugging Face model directory",
         description=f"""\
-            Prunes the model in MODEL_DIR and writes DIR: the same files with zeros in
+            Prunes the model in MODEL and writes DIR: the same files with zeros in
             place, {PACKED} with the weights as the sparse kernels read them, and
             {REPORT}. DIR appears complete or not at all.
 
-            A decoder (llama, mistral, qwen2, qwen3) is pruned block by block, which
-            takes the memory of one block: give --sequential, and --memory for a limit.
+            A decoder (llama, mistral, qwen2, qwen3) is pruned block by block in order
+            of execution, which takes the memory of one block: --memory gives a limit.
             A run that is stopped or killed goes on by itself when the same command is
             given again: its state is in DIR.partial, beside DIR.
             """,
@@ -84,12 +84,17 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     flags.add_model(parser)
-    add("--method", default="wanda", metavar="NAME", help="see below (default: wanda)")
+    add(
+        "--method",
+        metavar="NAME",
+        help="see below (default: staged_alps for patterns of columns and groups, alps"
+        " for others)",
+    )
     add(
         "--pattern",
-        required=True,
+        default="2:4",
         metavar="PATTERN",
-        help="which weights may stay, see below",
+        help="which weights may stay, see below (default: 2:4)",
     )
     add(
         "--sparsity",
@@ -117,13 +122,7 @@ def add_parser(commands: Any) -> None:
         " less is lost; owl: less in blocks with many outliers, with options such as"
         " owl:multiple=5,spread=0.08. The total over all pruned weights is --sparsity",
     )
-    add(
-        "--calibration",
-        type=Path,
-        metavar="TEXT",
-        help="UTF-8 text, one sentence a line; needed by methods that look at the "
-        "inputs of the weights",
-    )
+    flags.add_calibration(parser)
     flags.add_sentences(
         parser,
         "calibration sentences (or samples of a decoder) in one step (default:"
@@ -162,7 +161,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_decoders(parser: argparse.ArgumentParser) -> None:
     """Adds the options that are for decoders."""
-    add = parser.add_argument_group("decoders (with --sequential)").add_argument
+    add = parser.add_argument_group("decoders").add_argument
     add(
         "--memory",
         type=flags.size,
@@ -203,17 +202,17 @@ def _add_decoders(parser: argparse.ArgumentParser) -> None:
 
 EXAMPLES = """\
 examples:
+  flexhinm prune Qwen/Qwen2.5-0.5B --out pruned
   flexhinm prune all-MiniLM-L6-v2 --pattern flexhinm:v=32 --sparsity 0.75 \\
       --calibration sentences.txt --out pruned
   flexhinm prune all-MiniLM-L6-v2 --method alps --pattern 2:4 --sequential \\
       --target resid --calibration sentences.txt --resume half-way --out pruned
   flexhinm prune all-MiniLM-L6-v2 --method magnitude --pattern 2:4 \\
       --rule 'layer\\.0\\.=skip' --rule 'output=1:4' --out pruned
-  flexhinm prune Llama-2-7b --method sparsegpt --pattern 2:4 --sequential \\
-      --memory 8GiB --calibration text.txt --samples 128 --length 512 --out pruned
+  flexhinm prune Llama-2-7b --method sparsegpt --memory 8GiB --out pruned \\
+      --calibration hf:Salesforce/wikitext:wikitext-2-raw-v1:train:text
   flexhinm prune Llama-2-7b --pattern flexhinm:v=32 --sparsity 0.7 --allocate owl \\
-      --first-last dense --rule 'o_proj=0.5' --sequential --calibration text.txt \\
-      --out pruned
+      --first-last dense --rule 'o_proj=0.5' --calibration text.txt --out pruned
 """
 
 
@@ -242,7 +241,10 @@ def _entry(name: str, described: type) -> list[str]:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
     is_decoder = args.model.is_dir() and directory.is_decoder(args.model)
+    args.sequential = args.sequential or is_decoder
     choices = _check(args, is_decoder)
+    if is_decoder or choices.text:
+        directory.note_builtin(args, console)
     with atomic.locked(args.out):
         prune_model = _prune_decoder if is_decoder else _prune_encoder
         prune_model(args, choices, console)
@@ -251,6 +253,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 def _check(args: argparse.Namespace, is_decoder: bool) -> Choices:
     """Everything that can be refused before the model is read."""
     pattern = patterns.parse(args.pattern)
+    args.method = args.method or best(pattern)
     method = methods.parse(args.method, pattern)
     low, high = pattern.sparsity_range()
     checks.sparsity(args.sparsity, low, high, pattern, "--sparsity")
@@ -272,18 +275,17 @@ def _check(args: argparse.Namespace, is_decoder: bool) -> Choices:
     return Choices(method, args.sparsity, rules, exceptions, text)
 
 
+def best(pattern: patterns.Pattern) -> str:
+    """The method that lost least in our measurements, of those that do not train."""
+    low, high = pattern.sparsity_range()
+    return "staged_alps" if pattern.form and low < high else "alps"
+
+
 def _check_decoder(args: argparse.Namespace, method: methods.Method) -> list[str]:
     del method
-    if not args.sequential:
-        raise ValueError(
-            f"{args.model} is a decoder, which is pruned block by block in order of"
-            " execution; add --sequential"
-        )
     for option, why in ONLY_ENCODERS.items():
         if getattr(args, option):
             raise ValueError(f"--{option.replace('_', '-')} is for encoders; {why}")
-    if args.calibration is None:
-        raise ValueError("--sequential needs --calibration TEXT, a UTF-8 text file")
     return []
 
 
@@ -301,12 +303,6 @@ def _check_encoder(args: argparse.Namespace, method: methods.Method) -> list[str
     plain = args.allocate in ("uniform", "global")
     if method.needs == "nothing" and not args.sequential and plain:
         return []
-    if args.calibration is None:
-        asker = "--sequential" if args.sequential else f"--method {args.method}"
-        asker = asker if plain else "--allocate owl"
-        raise ValueError(
-            f"{asker} needs --calibration TEXT, a file with one sentence a line"
-        )
     return directory.read_sentences(args.calibration, args.limit)
 
 

@@ -48,10 +48,9 @@ def prune(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "Programs", lambda solver: PROGRAMS)
     (tmp_path / "text.txt").write_text(TEXT)
 
-    def run(*extra, sequential=True):
-        args = ["prune", model_dir, "--pattern", "2:4", "--out", tmp_path / "out"]
+    def run(*extra):
+        args = ["prune", model_dir, "--out", tmp_path / "out", "--method", "wanda"]
         args += ["--calibration", tmp_path / "text.txt"]
-        args += ["--sequential"] if sequential else []
         return main([str(arg) for arg in (*args, *extra)])
 
     return run
@@ -191,11 +190,6 @@ def test_a_full_disk_is_known_before(prune, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10))
     assert prune("--length", "16") == 2
     assert "0.00 GB are free on its disk" in capsys.readouterr().err
-
-
-def test_a_decoder_is_pruned_in_order_only(prune, capsys):
-    assert prune(sequential=False) == 2
-    assert "add --sequential" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
