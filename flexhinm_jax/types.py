@@ -298,10 +298,13 @@ class Uses:
     Attributes:
       prunable: all uses of the leaves that can be pruned, in order of execution.
       skipped: leaf path -> reason, for every other leaf.
+      dense: leaf path -> weights, for those of the skipped leaves that are floating and
+        have two or more axes: what pruning might have reached.
     """
 
     prunable: tuple[Use, ...]
     skipped: dict[str, str]
+    dense: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Use]:
         """Iterates over the prunable uses in order of execution."""

@@ -469,10 +469,12 @@ def report_text(document: dict[str, Any]) -> str:
 def ending(out: Path, report: Report, packed_file: str | None = None) -> list[str]:
     """The last lines that a person reads."""
     kept = f"{len(report.skipped)} leaves not pruned (flexhinm inspect says why)"
+    covered = report.coverage_lines
     if packed_file is None:
-        return [kept, f"wrote {out} with {REPORT}"]
+        return [*covered, kept, f"wrote {out} with {REPORT}"]
     dense, small = report.tree_dense_bytes, report.tree_packed_bytes
     return [
+        *covered,
         f"whole model: {bytes_text(dense)} dense, {bytes_text(small)} packed; {kept}",
         f"wrote {out} with {packed_file} and {REPORT}",
     ]

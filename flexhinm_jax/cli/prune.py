@@ -20,7 +20,7 @@ from flexhinm_jax.cli.console import Console, bytes_text, report_table
 from flexhinm_jax.cli.directory import PACKED, REPORT
 from flexhinm_jax.io import atomic
 from flexhinm_jax.models import decoder
-from flexhinm_jax.pruning import apply, facts, prune, solve
+from flexhinm_jax.pruning import apply, prune, report, solve
 from flexhinm_jax.pruning.allocate import budgets
 from flexhinm_jax.pruning.share_orders import share_orders
 from flexhinm_jax.pruning.statistics import calibrate, unseen
@@ -393,7 +393,7 @@ def _pruned(
     with console.step("packing"):
         blind = {path: int(unseen(one).sum()) for path, one in (stats or {}).items()}
         result = prune.applied(plans, model.params, uses, blind)
-    return result, facts.notes(choices.method, states, uses)
+    return result, report.notes(choices.method, states, uses)
 
 
 def _in_order(

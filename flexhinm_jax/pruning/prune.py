@@ -16,8 +16,7 @@ from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.pruning.apply import decide, densify, pack
-from flexhinm_jax.pruning.facts import notes
-from flexhinm_jax.pruning.report import Report, report
+from flexhinm_jax.pruning.report import Report, notes, report
 from flexhinm_jax.pruning.share_orders import share_orders as with_shared_orders
 from flexhinm_jax.pruning.solve import solve
 from flexhinm_jax.pruning.statistics import calibrate, unseen
@@ -28,6 +27,9 @@ from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Plan, Uses
 
 logger = logging.getLogger("flexhinm_jax")
+
+#: A smaller share of the weights that is pruned is worth a warning.
+LEAST_COVERAGE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +144,15 @@ def applied(
     plans, leaves = meshes.whole(plans), Leaves.of(params)
     packed = pack(plans, leaves, uses)
     dense = Leaves.of(densify(plans, leaves, uses))
+    told = report(plans, packed, uses, blind)
+    if told.coverage < LEAST_COVERAGE:
+        logger.warning("%s", "\n".join(told.coverage_lines))
     return Pruned(
         params=jax.tree.map(_beside, dense, leaves).tree(),
         packed=packed,
         plans=plans,
         uses=uses,
-        report=report(plans, packed, uses, blind),
+        report=told,
     )
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax import arguments
+from flexhinm_jax.methods import Method
 from flexhinm_jax.paths import is_packed
+from flexhinm_jax.pruning.solve import method_for
+from flexhinm_jax.tracing.discover import aligned, coverage_lines
 from flexhinm_jax.tracing.program import is_array
-from flexhinm_jax.tracing.tables import aligned
 from flexhinm_jax.tracing.tree import Leaves
-from flexhinm_jax.types import PackedWeight, Plan, Regions, Uses
+from flexhinm_jax.types import PackedWeight, Plan, Regions, State, Uses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +78,27 @@ class Report:
       skipped: leaf path -> reason.
       tree_dense_bytes: bytes of all leaves when dense, pruned or not.
       tree_packed_bytes: bytes of all leaves of the packed tree.
+      dense: path -> weights of the skipped leaves that are floating and have two or
+        more axes.
     """
 
     rows: tuple[Row, ...]
     skipped: dict[str, str]
     tree_dense_bytes: int
     tree_packed_bytes: int
+    dense: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the floating weights in leaves with two or more axes, pruned."""
+        pruned = sum(r.weights for r in self.rows)
+        return pruned / max(pruned + sum(self.dense.values()), 1)
+
+    @property
+    def coverage_lines(self) -> list[str]:
+        """The coverage, and the largest skipped leaves with their reasons."""
+        pruned = sum(r.weights for r in self.rows)
+        return coverage_lines(pruned, self.dense, self.skipped)
 
     @property
     def total(self) -> dict[str, float]:
@@ -94,6 +111,7 @@ class Report:
         packed = sum(r.packed_bytes for r in self.rows)
         return {
             "weights": weights,
+            "coverage": self.coverage,
             "zeros": mean("zeros"),
             "groups": sum(r.groups for r in self.rows),
             "legal_groups": sum(r.legal_groups for r in self.rows),
@@ -115,6 +133,7 @@ class Report:
             "weights": [dataclasses.asdict(r) for r in self.rows],
             "total": self.total,
             "skipped": self.skipped,
+            "dense": self.dense,
         }
 
     def to_json(self) -> str:
@@ -122,7 +141,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        """An aligned table: one line per weight, the total last."""
+        """An aligned table: one line per weight, the total, then the coverage."""
         header = [
             "weight",
             "shape",
@@ -168,7 +187,7 @@ class Report:
                 for r, line in zip(self.rows, body, strict=False):
                     line.insert(6, getattr(r, name))
                 body[-1].insert(6, t[name])
-        return aligned(header, body)
+        return "\n".join([aligned(header, body), *self.coverage_lines])
 
     def figure(self, path: str | os.PathLike[str]) -> None:
         """Draws the regions of every weight as stacked bars.
@@ -245,7 +264,8 @@ def report(
     )
     tree = sum(_nbytes(x) for x in leaves.values())
     saved = sum(r.dense_bytes - r.packed_bytes for r in rows)
-    return Report(rows, dict(uses.skipped) if uses else {}, tree + saved, tree)
+    skipped, dense = (dict(uses.skipped), dict(uses.dense)) if uses else ({}, {})
+    return Report(rows, skipped, tree + saved, tree, dense)
 
 
 def _nbytes(leaf: Any) -> int:
@@ -311,3 +331,27 @@ def _columns(regions: Regions) -> tuple[float, float, float]:
     dense = float(np.mean(np.asarray(regions.dense_end)))
     nm = float(np.mean(np.asarray(regions.nm_end)))
     return dense, nm - dense, regions.in_order.shape[-1] - nm
+
+
+def worst(diagnostics: Mapping[str, Any]) -> dict[str, float | bool]:
+    """One number per name for a whole stack: the largest, or whether all are true."""
+    arrays = {name: np.asarray(x) for name, x in diagnostics.items()}
+    return {
+        name: bool(x.all()) if x.dtype == bool else x.max().item()
+        for name, x in arrays.items()
+    }
+
+
+def notes(method: Method, states: Mapping[str, State], uses: Uses) -> dict[str, str]:
+    """Path -> what a person should know, for the leaves that need a word.
+
+    Args:
+      method: the method that solved.
+      states: concrete states from `solve`.
+      uses: from `discover`.
+    """
+    texts = {}
+    for path, state in states.items():
+        own = method_for(method, uses.leaves[path])
+        texts[path] = own.note(worst(own.diagnostics(state)))
+    return {path: text for path, text in texts.items() if text}

@@ -17,7 +17,7 @@ from jax import numpy as jnp
 
 from flexhinm_jax import arguments
 from flexhinm_jax.io.shelf import Shelf
-from flexhinm_jax.pruning.facts import worst
+from flexhinm_jax.pruning.report import worst
 from flexhinm_jax.pruning.statistics import calibrate, unseen_note
 from flexhinm_jax.sequential import segments, solver, targets
 from flexhinm_jax.sequential.job import Job

@@ -180,6 +180,7 @@ class BlockUses:
                 for u in uses
             ),
             {renamed(key): reason for key, reason in uses.skipped.items()},
+            {renamed(key): size for key, size in uses.dense.items()},
         )
 
 

@@ -14,6 +14,7 @@ appears at the end, complete, or not at all.
 """
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -336,4 +337,9 @@ def total(setting: Setting, rows: list[Row]) -> Report:
     }
     size = blocks.index.size
     saved = sum(row.dense_bytes - row.packed_bytes for row in rows)
-    return Report(tuple(rows), skipped, size, size - saved)
+    dense = {
+        key: math.prod(blocks.index.shape(key))
+        for key in skipped
+        if len(blocks.index.shape(key)) > 1
+    }
+    return Report(tuple(rows), skipped, size, size - saved, dense)

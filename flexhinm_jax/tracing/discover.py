@@ -7,19 +7,25 @@ becomes a `Use`; every other leaf is skipped for a reason that a person can act 
 import dataclasses
 import difflib
 import logging
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from jax import numpy as jnp
 
 from flexhinm_jax import arguments
 from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.tracing.finder import Traced
+from flexhinm_jax.tracing.program import is_array
 from flexhinm_jax.tracing.stops import Kind, Stop
-from flexhinm_jax.tracing.tables import aligned
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import AxisFactor, Layout, Use, Uses
 
 logger = logging.getLogger("flexhinm_jax")
+
+#: Skipped leaves that are listed by name with their reason.
+MAX_SKIPPED_LINES = 3
 
 
 def discover(
@@ -80,7 +86,14 @@ def discover(
             pattern = action if isinstance(action, Pattern) else None
             uses.append(dataclasses.replace(use, pattern=pattern))
     logger.info("%d leaves prunable, %d skipped", len(prunable), len(skipped))
-    return Uses(tuple(renumbered(uses)), skipped)
+    dense = {path: leaves[path].size for path in skipped if is_weight(leaves[path])}
+    return Uses(tuple(renumbered(uses)), skipped, dense)
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether a leaf is floating and has two or more axes."""
+    floating = is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return floating and len(leaf.shape) > 1
 
 
 def tied(hindrance: Stop | None) -> bool:
@@ -145,6 +158,8 @@ def describe(uses: Uses) -> str:
     """A table of all leaves: shape, axes by role, and what happens to them.
 
     Axes are leaf axes; `1/8:3` is a factor of axis 1, three steps of eight positions.
+    The last lines say which share of the weights can be pruned, and what the largest
+    leaves were skipped for.
 
     Args:
       uses: from `discover`.
@@ -174,10 +189,76 @@ def describe(uses: Uses) -> str:
         axes = [",".join(axis_name(f, layout) for f in group) for group in groups]
         rows.append((path, "x".join(map(str, layout.shape)), *axes, note))
     rows += [(path, "", "", "", "", reason) for path, reason in uses.skipped.items()]
-    return aligned(("leaf", "shape", "stack", "out", "in", ""), rows)
+    table = aligned(("leaf", "shape", "stack", "out", "in", ""), rows)
+    pruned = sum(math.prod(use.layout.shape) for use in uses.leaves.values())
+    return "\n".join([table, *coverage_lines(pruned, uses.dense, uses.skipped)])
+
+
+def coverage_lines(
+    pruned: int, dense: Mapping[str, int], skipped: Mapping[str, str]
+) -> list[str]:
+    """How much of a model is pruned, for people.
+
+    Args:
+      pruned: weights of the pruned leaves.
+      dense: path -> weights of skipped leaves that are floating and have two or more
+        axes.
+      skipped: path -> reason.
+
+    Returns:
+      The share of the weights, then the largest skipped leaves with their reasons.
+
+    Example:
+      >>> for line in coverage_lines(30, {"table": 10}, {"table": "an embedding"}):
+      ...     print(line)
+      pruned 75.00% of the 40 floating weights in leaves with two or more axes
+        table: 10 weights skipped, an embedding
+    """
+    every = pruned + sum(dense.values())
+    share = pruned / max(every, 1)
+    largest = sorted(dense, key=lambda path: -dense[path])[:MAX_SKIPPED_LINES]
+    return [
+        f"pruned {share:.2%} of the {every:,} floating weights in leaves with two or "
+        "more axes",
+        *(
+            f"  {p}: {dense[p]:,} weights skipped, {skipped.get(p, '')}"
+            for p in largest
+        ),
+    ]
 
 
 def axis_name(f: AxisFactor, layout: Layout) -> str:
     """The leaf axis, or the factor of one as axis/stride:size."""
     whole = f.size == layout.shape[f.axis]
     return str(f.axis) if whole else f"{f.axis}/{f.stride}:{f.size}"
+
+
+def aligned(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table: text to the left, numbers to the right.
+
+    Args:
+      header: column titles.
+      rows: cells; a float is shown with four digits.
+
+    Returns:
+      Lines without trailing blanks.
+    """
+    body = [list(row) for row in rows]
+    text = [[_cell(c) for c in row] for row in body]
+    right = [
+        bool(body) and all(isinstance(row[j], int | float) for row in body)
+        for j in range(len(header))
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *text, strict=True)]
+    lines = [header, ["-" * w for w in widths], *text]
+    return "\n".join(
+        "  ".join(
+            c.rjust(w) if r else c.ljust(w)
+            for c, w, r in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.pruning import facts
+from flexhinm_jax.pruning.report import worst
 from tests.cases import weight
 from tests.methods.cases import correlated
 
@@ -26,7 +26,7 @@ def test_a_damping_that_was_raised_is_said_with_the_numbers(name):
     for damp, said in ((1e-8, True), (0.01, False)):
         method = MADE[name](damp)
         state = method.solve(jax.random.key(0), weight(), stats)
-        text = method.note(facts.worst(method.diagnostics(state)))
+        text = method.note(worst(method.diagnostics(state)))
         assert bool(text) == said
         if said:
             used = max(float(x) for x in method.diagnostics(state).values() if x < 0.01)
@@ -34,7 +34,7 @@ def test_a_damping_that_was_raised_is_said_with_the_numbers(name):
 
 
 def test_the_worst_of_a_stack_counts():
-    found = facts.worst(
+    found = worst(
         {
             "damping": jnp.array([0.01, 0.1]),
             "steps": jnp.array([3, 9], jnp.int32),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.tracing.tables import aligned
+from flexhinm_jax.tracing.discover import aligned
 
 KEY = jax.random.key(0)
 
@@ -94,3 +94,27 @@ def test_matrices_without_inputs_have_a_column():
     told = fh.report(result.plans, result.packed, unseen={"b": 1})
     assert [row.unseen for row in told.rows] == [0, 1] and told.total["unseen"] == 1
     assert "unseen" in str(told).splitlines()[0]
+
+
+def test_the_share_of_all_weights_is_told_and_a_small_one_warned_of(caplog):
+    def apply_fn(params, tokens):
+        return params["table"][tokens] @ params["w"] + params["bias"]
+
+    params = {
+        "table": jnp.ones((64, 8)),
+        "w": jax.random.normal(KEY, (8, 8)),
+        "bias": jnp.zeros(8),
+        "steps": jnp.zeros((4, 4), jnp.int32),
+    }
+    batch, method = [jnp.arange(5)], fh.Magnitude(fh.NM(2, 4))
+    with caplog.at_level("WARNING", logger="flexhinm_jax"):
+        result = fh.prune(apply_fn, params, batch, method, key=KEY)
+    report = result.report
+    assert report.dense == {"table": 512} and report.coverage == 64 / (64 + 512)
+    assert report.total["coverage"] == report.coverage
+    want = "table: 512 weights skipped, read by gather (embedding)"
+    (said,) = [r.getMessage() for r in caplog.records]
+    for text in (str(report), fh.describe(result.uses), said):
+        assert "pruned 11.11% of the 576 floating weights" in text and want in text
+    caplog.clear()
+    assert run(fh.NM(2, 4)).report.coverage == 1 and not caplog.records
