@@ -51,7 +51,8 @@ from flexhinm_jax.sequential.sequential import Layer, prune_sequential
 from flexhinm_jax.tracing.discover import describe, discover
 from flexhinm_jax.tracing.sparsify import sparsify
 from flexhinm_jax.training import objectives, schedules
-from flexhinm_jax.training.fit import fit
+from flexhinm_jax.training.fit import fit, learn
+from flexhinm_jax.training.gradual import gradual
 from flexhinm_jax.training.hyper import hyper_prune
 from flexhinm_jax.training.optimizers import (
     keep_from_zeros,
@@ -59,9 +60,9 @@ from flexhinm_jax.training.optimizers import (
     prox_sparse,
     relative,
 )
+from flexhinm_jax.training.run import Duration, Phase, Run
 from flexhinm_jax.training.schedules import Stage, flexhinm_gp
 from flexhinm_jax.training.sharding import check_sharding
-from flexhinm_jax.training.stages import gradual
 from flexhinm_jax.training.state import Training, harden, init_training, next_stage
 from flexhinm_jax.training.step import make_step
 from flexhinm_jax.training.warm_start import adopt
@@ -76,6 +77,7 @@ __all__ = [
     "OWL",
     "RIA",
     "ChannelSearch",
+    "Duration",
     "Fisher",
     "FlexHiNM",
     "GumbelPatterns",
@@ -93,6 +95,7 @@ __all__ = [
     "Patch",
     "Pattern",
     "PermLLM",
+    "Phase",
     "Plan",
     "ProxSparse",
     "Pruned",
@@ -101,6 +104,7 @@ __all__ = [
     "Refit",
     "Regions",
     "Report",
+    "Run",
     "SparseGPT",
     "Stage",
     "StagedALPS",
@@ -134,6 +138,7 @@ __all__ = [
     "keep_sparse",
     "keep_tree",
     "kernels",
+    "learn",
     "make_step",
     "methods",
     "next_stage",

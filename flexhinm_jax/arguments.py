@@ -245,6 +245,16 @@ def count(value: Any, name: str, least: int) -> None:
         raise ValueError(f"{name}={value!r}: need an integer of at least {least}")
 
 
+def options(value: Mapping[str, Any], known: Collection[str], caller: str) -> None:
+    """Raises TypeError for a keyword that a function does not have."""
+    for name in value:
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+            raise TypeError(
+                f"{caller}() has no option {name!r}; did you mean {near[0]!r}?"
+            )
+
+
 def configuration(config: Any) -> None:
     """Raises ValueError when a field of a configuration is not of its declared type.
 

@@ -17,11 +17,10 @@ import numpy as np
 import optax
 
 import flexhinm_jax as fh
-from flexhinm_jax.io import checkpoints
+from flexhinm_jax.io import checkpoints, fingerprint
 from flexhinm_jax.methods import LearnedMethod
 from flexhinm_jax.methods.gated import Gated
 from flexhinm_jax.paths import leaf_paths
-from flexhinm_jax.training import resume
 from train import log
 from train.recipes import Recipe
 from train.tasks import Task
@@ -144,22 +143,23 @@ class Run:
         saves, told = self.kept
         if not saves.resume:
             shutil.rmtree(saves.folder, ignore_errors=True)
-        there = resume.found(saves.folder)
-        if not there:
+
+        def like(done: int) -> Any:
+            return {"carry": self.like(done, carry), "memory": self.memory}
+
+        found = checkpoints.Checkpoints(saves.folder, resume="auto").load(like, told)
+        if found is None:
             return 0, carry
-        done = int(there[-1].name.rpartition("-")[2])
-        like = {"carry": self.like(done, carry), "memory": self.memory}
-        saved = resume.load(saves.folder, like | {"done": 0}, told, True)
-        assert saved is not None
-        self.memory.update(saved[0]["memory"])
-        return int(saved[0]["done"]), saved[0]["carry"]
+        done, tree = found
+        self.memory.update(tree["memory"])
+        return done, tree["carry"]
 
     def save(self, done: int, carry: Any) -> None:
         """Keeps a checkpoint."""
         if self.kept is not None:
             saves, told = self.kept
-            tree = {"carry": carry, "memory": self.memory, "done": done}
-            resume.save(saves.folder, tree, done, told, last=2)
+            tree = {"carry": carry, "memory": self.memory}
+            checkpoints.Checkpoints(saves.folder).save(done, tree, told)
 
 
 class Trainer:
@@ -232,7 +232,7 @@ class Trainer:
             "config": repr(self.config),
             "recipe": repr(recipe),
             "sparsity": sparsity,
-            "key": resume.key_words(key),
+            "key": fingerprint.key_words(key),
         }
         kept = None if saves is None else (saves, told)
         return run(recipe, sparsity, params, key, title, path, kept)

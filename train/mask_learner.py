@@ -18,8 +18,9 @@ import numpy as np
 import optax
 
 import flexhinm_jax as fh
+from flexhinm_jax.io.checkpoints import Checkpoints
 from flexhinm_jax.ops import gates
-from flexhinm_jax.training import model_gates, resume
+from flexhinm_jax.training import model_gates
 from flexhinm_jax.types import State, Uses
 from train import mask_optimizers
 from train.recovery import Budget, at_rate
@@ -194,7 +195,7 @@ class Learning:
 
     def save(self, folder: Path, told: Mapping[str, Any]) -> None:
         """Adds a checkpoint, and drops all but the last two."""
-        resume.save(folder, self.tree(), self.step, dict(told), last=2)
+        Checkpoints(folder).save(self.step, self.tree(), dict(told))
 
     def restore(self, folder: Path, told: Mapping[str, Any]) -> bool:
         """Goes on from the last whole checkpoint; False where there is none.
@@ -202,11 +203,11 @@ class Learning:
         Raises:
           ValueError: a checkpoint of another run.
         """
-        if not resume.found(folder):
+        saves = Checkpoints(folder, resume="older")
+        found = saves.load(lambda _: self.tree(), dict(told))
+        if found is None:
             return False
-        found = resume.load(folder, self.tree(), dict(told), "older")
-        assert found is not None
-        tree = found[0]
+        tree = found[1]
         self.training, self.best = tree["training"], tree["best"]
         self.step, self.spent = int(tree["step"]), float(tree["spent"])
         self._looked, self.lowest = float(tree["looked"]), float(tree["lowest"])

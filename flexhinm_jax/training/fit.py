@@ -3,34 +3,34 @@
 `fit` runs `make_step` for a method with `frozen_weights` and keeps the states whose
 hard plans evaluate best, the first ones among them: learning never ends worse than it
 began. PermLLM (arXiv:2510.10136) and the cost predictor (arXiv:2601.22980) train so.
+`learn` is the same row by row.
 """
 
 import dataclasses
-import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
 
 from flexhinm_jax import arguments
+from flexhinm_jax.io import fingerprint
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.pruning import apply
 from flexhinm_jax.training import model_gates, sharding
-from flexhinm_jax.training import resume as saved
+from flexhinm_jax.training.gradual import Saves, saves
 from flexhinm_jax.training.optimizers import check_ties, tied
-from flexhinm_jax.training.stages import NotFinite
+from flexhinm_jax.training.run import At, Duration, Judge, NotFinite, Phase, Row, Run
 from flexhinm_jax.training.state import Training, init_training
 from flexhinm_jax.training.step import LOSS, loss_of, make_step
 from flexhinm_jax.types import State, Uses
 
 History = list[dict[str, float]]
+
+Batches = Sequence[tuple[Any, ...]] | Callable[[int], tuple[Any, ...]]
 
 ENTRY = ("step", "loss", "value")
 
@@ -49,26 +49,31 @@ class Stopped(NotFinite):
         self.states, self.history = states, history
 
 
+class Told(Saves, total=False):
+    """The further options of `fit` and `learn`."""
+
+    every: int
+    looks: int | None
+    ties: Mapping[str, str] | None
+    progress: Callable[[dict[str, float]], None] | None
+    before: Callable[[Training, At], Training] | None
+    tracker: Callable[[int, Row], None] | None
+    config: Any
+
+
 def fit(
     method: LearnedMethod,
     states: Mapping[str, State],
     loss_fn: Callable[..., Any],
     params: Any,
     uses: Uses,
-    batches: Sequence[tuple[Any, ...]],
+    batches: Batches,
     *,
     key: Array,
     tx: optax.GradientTransformation,
-    steps: int,
+    steps: int | Duration,
     evaluate: Callable[[Any], Any] | None = None,
-    every: int = 10,
-    ties: Mapping[str, str] | None = None,
-    progress: Callable[[dict[str, float]], None] | None = None,
-    checkpoints: str | os.PathLike | None = None,
-    save_every: int = 100,
-    keep_last: int = 2,
-    resume: saved.Resume = False,
-    config: Any = None,
+    **options: Unpack[Told],
 ) -> tuple[dict[str, State], History]:
     """Moves what the states have learned by the gradient of a loss of the whole model.
 
@@ -83,24 +88,30 @@ def fit(
         `training.objectives` for some.
       params: the dense parameters.
       uses: from `discover`.
-      batches: tuples of the other arguments, taken in turn. Batches of equal shapes
-        share one compiled step.
+      batches: tuples of the other arguments, taken in turn, or a function from the
+        step to one. Batches of equal shapes share one compiled step.
       key: PRNG key, consumed.
       tx: optax optimiser of what is learned.
-      steps: updates.
+      steps: updates, or a `Duration`.
       evaluate: called with parameters under hard plans, returns a number, lower is
         better; None for the mean of `loss_fn` over all batches.
-      every: updates between two evaluations; start and end are evaluated as well.
-      ties: path -> path of the leaf whose updates it shares; see `tied`.
-      progress: called with every entry of the history, after a checkpoint that is due.
-      checkpoints: folder for checkpoints, or None. They hold what is learned, the
+      **options: further ones.
+        every (10): updates between two evaluations; start and end are evaluated too.
+        looks (None): evaluations in the whole run in place of that, evenly; entries of
+        the history between them have no "value".
+        ties (None): path -> path of the leaf whose updates it shares, see `tied`.
+        progress (None): called with every entry of the history but the first, after a
+        checkpoint that is due.
+        tracker (None): called as tracker(step, row) with every row, see `learn`.
+        before (None): (training, moment) -> training before every update, see `Run`.
+        checkpoints (None): folder for checkpoints. They hold what is learned, the
         optimiser, the best states, keys and history, not the frozen weights.
-      save_every: updates between two of them; the end is saved as well.
-      keep_last: how many to keep.
-      resume: True continues the newest checkpoint, "auto" begins where there is none,
-        "older" passes over damaged ones.
-      config: plain values that explain the run, such as the rate of `tx`; a resumed
-        run must give the same, and the same weights, states and key.
+        save_every (100): updates between two of them; the end is saved as well.
+        keep_last (2): how many to keep.
+        resume (False): True continues the newest checkpoint, "auto" begins where there
+        is none, "older" passes over damaged ones.
+        config (None): plain values that explain the run, such as the rate of `tx`; a
+        resumed run must give the same, and the same weights, states and key.
 
     Returns:
       The hardened states with the best evaluation, and the history: "step", "loss" (of
@@ -116,113 +127,230 @@ def fit(
       Stopped: loss or gradient is NaN or infinite; it names the step and holds the
         best states. Noticed at the next evaluation or checkpoint.
     """
+    given = (method, states, loss_fn, params, uses, batches)
+    run = learn(*given, key=key, tx=tx, steps=steps, evaluate=evaluate, **options)
+    progress = options.get("progress")
+    try:
+        for row in run:
+            if progress is not None and row["step"]:
+                progress(run.entry(row))
+    except NotFinite as error:
+        best = min(run.history, key=lambda entry: entry.get("value", np.inf))
+        raise Stopped(
+            f"fit: {error}. The error holds the best states so far, of step "
+            f"{best['step']}",
+            run.states,
+            run.history,
+        ) from None
+    return run.states, run.history
+
+
+def learn(
+    method: LearnedMethod,
+    states: Mapping[str, State],
+    loss_fn: Callable[..., Any],
+    params: Any,
+    uses: Uses,
+    batches: Batches,
+    *,
+    key: Array,
+    tx: optax.GradientTransformation,
+    steps: int | Duration,
+    evaluate: Callable[[Any], Any] | None = None,
+    **options: Unpack[Told],
+) -> "Learn":
+    """`fit` row by row: iterate over what it returns.
+
+    Args:
+      method: learned, with weights that stay.
+      states: from `solve`.
+      loss_fn: called as loss_fn(params, *batch), lower is better.
+      params: the dense parameters.
+      uses: from `discover`.
+      batches: tuples in turn, or a function from the step to one.
+      key: PRNG key, consumed.
+      tx: optax optimiser of what is learned.
+      steps: updates, or a `Duration`.
+      evaluate: parameters under hard plans -> number, lower is better.
+      **options: those of `fit`; `progress` is not called.
+
+    Returns:
+      A `Run` whose rows have "value" where the hard masks were evaluated. Its `states`
+      are the best so far, `history` what `fit` returns.
+
+    Raises:
+      ValueError: see `fit`.
+      NotFinite: while iterating.
+    """
     check_method(method)
     if not isinstance(method, LearnedMethod) or not method.frozen_weights:
         raise ValueError(
             f"fit: {type(method).__name__} does not learn with frozen weights; train "
             "it with gradual or make_step, or apply its plans"
         )
-    _check_batches(batches)
+    arguments.options(options, Told.__annotations__ | Saves.__annotations__, "fit")
     arguments.key(key)
     arguments.optimiser(tx, "tx")
     arguments.function(loss_fn, "loss_fn", LOSS)
     if evaluate is not None:
         arguments.function(evaluate, "evaluate", "evaluate(params)")
-    for count, name in ((every, "every"), (save_every, "save_every")):
-        arguments.count(count, f"fit: {name}", 1)
-    arguments.count(keep_last, "fit: keep_last", 1)
-    arguments.count(steps, "fit: steps", 0)
+    duration = steps if isinstance(steps, Duration) else None
+    if duration is None:
+        arguments.count(steps, "fit: steps", 0)
     arguments.found(uses)
     arguments.by_path(states, State, "states", "solve()", uses.leaves)
     if not states:
         raise ValueError("fit: states is empty; solve at least one leaf")
+    ties = options.pop("ties", None)
     if ties is not None and not isinstance(ties, Mapping):
         raise ValueError(
             f"fit: ties is {arguments.shown(ties)}: need {{path: path of its leader}}"
         )
-    saved.check_resume(resume)
-    if resume and checkpoints is None:
-        raise ValueError(f"fit: resume={resume!r} needs the folder: checkpoints=")
     if ties:
         check_ties(states, ties)
         tx = tied(tx, ties)
-    sharding.check_sharding(params, uses, method)
-    now = init_training(method, params, uses, states, None, key=key, mask_tx=tx)
-    where = sharding.places(now)
-    step = make_step(method, loss_fn, None, uses, mask_tx=tx, shardings=where)
-    whole = sharding.gather(params)
-
-    @jax.jit
-    def hard(states, params):
-        settled = model_gates.harden(method, states, params, uses)
-        plans = apply.decide(method, settled, params, uses)
-        return apply.densify(plans, params, uses)
-
-    @jax.jit
-    def value_of(params, *batch):
-        return loss_of(loss_fn, params, batch)[0]
-
-    def measure(states):
-        sparse = hard(sharding.gather(states), whole)
-        if evaluate is not None:
-            value = evaluate(sparse)
-            if np.shape(value) != () or value is None:
-                raise ValueError(
-                    f"fit: evaluate returned {arguments.shown(value)}: need one number"
-                )
-            return float(value)
-        return float(np.mean([value_of(sparse, *batch) for batch in batches]))
-
-    def hardened(states):
-        # copied, because a step gives the memory of its argument away
-        found = model_gates.harden(method, sharding.gather(states), whole, uses)
-        return jax.tree.map(lambda x: jnp.array(x, copy=True), found)
-
-    with apply.states_of(method):
-        figures = jax.eval_shape(
-            lambda s: model_gates.metrics(method, s, uses), now.states
+    batch_at, count = _batch_at(batches)
+    if evaluate is None and count is None:
+        raise ValueError(
+            "fit: batches is a function, so there is no set of them to evaluate on: "
+            "give evaluate="
         )
-    names = (*ENTRY, *sorted(figures))
-    with apply.states_of(method):
-        first = hardened(now.states)
-    run = _Run(now, first, steps, every, names)
-    folder = None
-    if checkpoints is not None:
-        setting = {"steps": steps, "every": every, "batches": len(batches)}
-        setting |= {"ties": dict(ties or {}), "start": _checksum((params, states))}
-        setting |= {"method": method, "key": saved.key_words(key), "run": config}
-        folder = _Folder(Path(checkpoints), setting, keep_last)
-        if restored := saved.load(checkpoints, run.saved(), setting, resume):
-            run.restore(restored[0], now.params)
-    if not run.history:
-        run.add(measure(run.best))
-    while run.done < steps:
-        k = run.done
-        batch = batches[k % len(batches)]
-        arguments.batch(batch, f"fit: batches[{k % len(batches)}]")
-        now, metrics = step(run.now.at(k / max(steps - 1, 1)), *batch)
-        run.took(now, metrics)
-        last = run.done == steps
-        evaluates = last or run.done % every == 0
-        saves = folder is not None and (last or run.done % save_every == 0)
-        if evaluates or saves:
-            run.check_finite()
-        if evaluates:
-            value = measure(run.now.states)
-            if run.add(value):
-                run.best = hardened(run.now.states)
-        if saves and folder is not None:
-            folder.save(run)
-        if evaluates and progress is not None:
-            progress(run.history[-1])
-    return run.best, run.history
+    every = options.pop("every", 10)
+    arguments.count(every, "fit: every", 1)
+    places = saves("fit", options)
+    config = {
+        "steps": steps,
+        "every": every,
+        "batches": count,
+        "ties": dict(ties or {}),
+        "start": None if places is None else fingerprint.digest((params, states)),
+        "method": method,
+        "key": fingerprint.key_words(key),
+        "run": options.pop("config", None),
+    }
+    sharding.check_sharding(params, uses, method)
+    start = init_training(method, params, uses, states, None, key=key, mask_tx=tx)
+    where = sharding.places(start)
+    step = make_step(method, loss_fn, None, uses, mask_tx=tx, shardings=where)
+    task = _Task(method, uses, sharding.gather(params), start.states)
+    judge = Judge(
+        task.hard,
+        task.value(loss_fn, evaluate, batches),
+        options.pop("looks", None),
+    )
+    options.pop("progress", None)
+    return Learn(
+        task,
+        start,
+        [Phase(step, 1 if duration else steps)],  # type: ignore[arg-type]
+        batch_at,
+        duration,
+        judge=judge,
+        saves=places,
+        config=config,
+        every=every,
+        **options,
+    )
 
 
-def _check_batches(batches: Any) -> None:
-    """Raises ValueError unless there are batches, and the first is a tuple.
+class Learn(Run):
+    """A run of `learn`, with its results."""
 
-    The others are looked at when it is their turn: a sequence may load them.
+    def __init__(self, task: "_Task", *run: Any, **options: Any):
+        """Keeps what the results need."""
+        super().__init__(*run, **options)
+        self._names = task.names
+
+    @property
+    def states(self) -> dict[str, State]:
+        """The hardened states with the best evaluation so far."""
+        self.now()
+        return self.best
+
+    @property
+    def history(self) -> History:
+        """The entries so far."""
+        return [self.entry(row) for row in self.rows]
+
+    def entry(self, row: Row) -> dict[str, float]:
+        """A row as an entry of the history."""
+        found = {"step": row["step"], "loss": row.get("loss", float("nan"))}
+        if "value" in row:
+            found["value"] = row["value"]
+        return found | {name: row.get(name, float("nan")) for name in self._names}
+
+
+@dataclasses.dataclass
+class _Task:
+    """What is learned.
+
+    Attributes:
+      method: the method.
+      uses: what it prunes.
+      params: the frozen parameters, whole on every device.
+      states: those of the start.
     """
+
+    method: LearnedMethod
+    uses: Uses
+    params: Any
+    states: Mapping[str, State]
+
+    def __post_init__(self):
+        """Names the figures of the method."""
+        with apply.states_of(self.method):
+            figures = jax.eval_shape(
+                lambda states: model_gates.metrics(self.method, states, self.uses),
+                self.states,
+            )
+        self.names = sorted(figures)
+
+    def hard(self, training: Training) -> dict[str, State]:
+        """The states with every choice made."""
+        states = sharding.gather(training.states)
+        with apply.states_of(self.method):
+            return model_gates.harden(self.method, states, self.params, self.uses)
+
+    def value(
+        self,
+        loss_fn: Callable[..., Any],
+        evaluate: Callable[[Any], Any] | None,
+        batches: Any,
+    ) -> Callable[[dict[str, State]], float]:
+        """Hardened states -> number, lower is better."""
+
+        @jax.jit
+        def densified(states, params):
+            plans = apply.decide(self.method, states, params, self.uses)
+            return apply.densify(plans, params, self.uses)
+
+        @jax.jit
+        def value_of(params, *batch):
+            return loss_of(loss_fn, params, batch)[0]
+
+        def value(states: dict[str, State]) -> float:
+            sparse = densified(states, self.params)
+            if evaluate is None:
+                return float(np.mean([value_of(sparse, *batch) for batch in batches]))
+            found = evaluate(sparse)
+            if np.shape(found) != () or found is None:
+                raise ValueError(
+                    f"fit: evaluate returned {arguments.shown(found)}: need one number"
+                )
+            return float(found)
+
+        return value
+
+
+def _batch_at(batches: Any) -> tuple[Callable[[int], Any], int | None]:
+    """The batch of a step, and how many there are.
+
+    Raises:
+      ValueError: neither a function nor a list whose first batch is a tuple. The others
+        are looked at when it is their turn: a sequence may load them.
+    """
+    if callable(batches):
+        return batches, None
     listed = hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
     if not listed or hasattr(batches, "shape") or isinstance(batches, Mapping | str):
         raise ValueError(
@@ -232,121 +360,4 @@ def _check_batches(batches: Any) -> None:
     if not len(batches):
         raise ValueError("fit: batches is empty; give at least one")
     arguments.batch(batches[0], "fit: batches[0]")
-
-
-@dataclasses.dataclass
-class _Run:
-    """Where a fit stands.
-
-    Attributes:
-      now: the training.
-      best: the hardened states with the lowest value.
-      steps: updates in all.
-      every: updates between two entries.
-      names: of the figures of an entry.
-      history: entries, oldest first.
-      losses: of the updates since the last entry, on the device.
-      finite: whether the updates since the last check were.
-      metrics: of the last update, on the device.
-      done: updates so far.
-    """
-
-    now: Training
-    best: dict[str, State]
-    steps: int
-    every: int
-    names: tuple[str, ...]
-    history: History = dataclasses.field(default_factory=list)
-    losses: list[Any] = dataclasses.field(default_factory=list)
-    finite: list[Any] = dataclasses.field(default_factory=list)
-    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    done: int = 0
-
-    def took(self, now: Training, metrics: Mapping[str, Array]) -> None:
-        """Goes on after an update."""
-        self.now, self.done = now, self.done + 1
-        self.losses.append(metrics["loss"])
-        self.finite.append(metrics["finite"])
-        self.metrics = metrics
-
-    def add(self, value: float) -> bool:
-        """Adds an entry, and says whether it is the best."""
-        if not self.history and not np.isfinite(value):
-            raise ValueError(
-                f"fit: the start evaluates to {value}; look at the weights, the "
-                "batches and the loss before learning from them"
-            )
-        lowest = min((h["value"] for h in self.history), default=np.inf)
-        losses = np.asarray([np.float32(x) for x in self.losses])
-        loss = float(np.mean(losses)) if self.losses else float("nan")
-        figures = {n: float(self.metrics.get(n, np.nan)) for n in self.names[3:]}
-        entry = {"step": self.done, "loss": loss, "value": value}
-        self.history.append(entry | figures)
-        self.losses = []
-        return value < lowest
-
-    def check_finite(self) -> None:
-        """Raises when an update since the last check was none."""
-        finite = [bool(x) for x in self.finite]
-        self.finite = []
-        if all(finite):
-            return
-        bad = self.done - len(finite) + 1 + finite.index(False)
-        raise Stopped(
-            f"fit: step {bad}: loss or gradient is not finite. Lower the learning "
-            "rate, clip gradients or look at the batch; the error holds the best "
-            f"states so far, of step {self._best_step()}",
-            self.best,
-            self.history,
-        )
-
-    def saved(self) -> dict[str, Any]:
-        """Everything that matters, with shapes that do not depend on the step."""
-        entries = np.full((2 + self.steps // self.every, len(self.names)), np.nan)
-        for row, entry in zip(entries, self.history, strict=False):
-            row[:] = [entry[name] for name in self.names]
-        losses = np.full((self.every,), np.nan, np.float32)
-        losses[: len(self.losses)] = [np.float32(x) for x in self.losses]
-        counts = [self.done, len(self.history), len(self.losses)]
-        return {
-            "training": dataclasses.replace(self.now, params=()),
-            "best": self.best,
-            "entries": entries,
-            "losses": losses,
-            "counts": np.asarray(counts, np.int32),
-        }
-
-    def restore(self, found: dict[str, Any], params: Any) -> None:
-        """Goes on where `saved` was."""
-        self.now = dataclasses.replace(found["training"], params=params)
-        self.best = found["best"]
-        self.done, entries, losses = (int(x) for x in found["counts"])
-        self.history = [
-            dict(zip(self.names, (int(row[0]), *map(float, row[1:])), strict=True))
-            for row in found["entries"][:entries]
-        ]
-        self.losses = list(found["losses"][:losses])
-
-    def _best_step(self) -> int:
-        return int(min(self.history, key=lambda h: h["value"])["step"])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Folder:
-    """Where a fit is saved, what explains it, and how many checkpoints are kept."""
-
-    path: Path
-    setting: Any
-    last: int
-
-    def save(self, run: _Run) -> None:
-        saved.save(self.path, run.saved(), run.done, self.setting, self.last)
-
-
-def _checksum(x: Any) -> int:
-    """Of all values that this process can read."""
-    total = 0
-    for leaf in jax.tree.leaves(x):
-        if getattr(leaf, "is_fully_addressable", True):
-            total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
-    return total
+    return lambda step: batches[step % len(batches)], len(batches)

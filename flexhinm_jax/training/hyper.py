@@ -22,7 +22,7 @@ from flexhinm_jax.methods.hyperprune import HyperPrune, check_hyperprune
 from flexhinm_jax.ops import hypernet
 from flexhinm_jax.pruning import solve
 from flexhinm_jax.tracing.tree import Leaves
-from flexhinm_jax.training.stages import NotFinite
+from flexhinm_jax.training.run import NotFinite
 from flexhinm_jax.types import State, Stats, Uses
 
 #: (layer, component) of a matrix.

@@ -67,6 +67,31 @@ class Training:
             now = sharding.put(now, P(), mesh)
         return dataclasses.replace(self, progress=now)
 
+    @classmethod
+    def under(
+        cls, keep: Any, params: Any, tx: optax.GradientTransformation, *, key: Array
+    ) -> "Training":
+        """The training of weights under fixed supports, for `make_step(None, ...)`.
+
+        Args:
+          keep: tree like the parameters, bool leaves or None, see `keep_sparse`; all
+            None trains a dense model.
+          params: the parameters; copied.
+          tx: optimiser of the weights, not yet wrapped.
+          key: PRNG key.
+        """
+        opt = keep_sparse(tx, keep).init(params)
+        return _begun(owned(params), {}, opt, (), key, sharding.mesh_of(params))
+
+    def without_frozen(self) -> "Training":
+        """What a checkpoint needs: not the parameters that no step moves."""
+        return self if self.opt_state != () else dataclasses.replace(self, params=())
+
+    def with_frozen(self, start: "Training") -> "Training":
+        """The inverse of `without_frozen`, with the parameters of the start."""
+        moves = self.opt_state != ()
+        return self if moves else dataclasses.replace(self, params=start.params)
+
 
 def init_training(
     method: Method,
@@ -121,20 +146,30 @@ def init_training(
         learned_opt = mask_tx.init(learned_trees(states))
     if tx is not None and not frozen(method):
         opt = keep_sparse(tx, keep).init(params)
-    return _on_mesh(
-        Training(
-            params=params,
-            states=states,
-            opt_state=opt,
-            learned_opt=learned_opt,
-            key=owned(key),
-            step=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-            progress=jnp.zeros((), jnp.float32),
-            gap=jnp.zeros((), jnp.float32),
-        ),
-        mesh,
+    return _begun(params, states, opt, learned_opt, key, mesh)
+
+
+def _begun(
+    params: Any,
+    states: dict[str, State],
+    opt_state: Any,
+    learned_opt: Any,
+    key: Array,
+    mesh: Any,
+) -> Training:
+    """A training at its step 0."""
+    training = Training(
+        params=params,
+        states=states,
+        opt_state=opt_state,
+        learned_opt=learned_opt,
+        key=owned(key),
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        progress=jnp.zeros((), jnp.float32),
+        gap=jnp.zeros((), jnp.float32),
     )
+    return _on_mesh(training, mesh)
 
 
 def harden(method: Method, training: Training, uses: Uses) -> Training:
@@ -224,7 +259,7 @@ def check_training(training: Any) -> None:
         )
 
 
-def frozen(method: Method) -> bool:
+def frozen(method: Method | None) -> bool:
     """Whether the weights stay as they are."""
     return isinstance(method, LearnedMethod) and method.frozen_weights
 

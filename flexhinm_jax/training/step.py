@@ -1,5 +1,8 @@
 """One training step for any method, as a pure jitted function.
 
+There are three: weights under fixed supports, relaxed masks with or without weights,
+and the score function. They differ in their objective.
+
 A learned method sees its sampled weights, moves what it learns and the weights; an
 ordinary method trains the weights that its plans keep. The step traces once: a stage
 changes arrays, never shapes.
@@ -39,10 +42,10 @@ Step = Callable[..., tuple[Training, dict[str, Array]]]
 
 
 def make_step(
-    method: Method,
+    method: Method | None,
     loss_fn: Callable[..., Any],
     tx: optax.GradientTransformation | None,
-    uses: Uses,
+    uses: Uses | None,
     *,
     mask_tx: optax.GradientTransformation = MASK_TX,
     axis_name: str | None = None,
@@ -55,11 +58,12 @@ def make_step(
     gradient is not finite nothing but `step`, `skipped` and the key changes.
 
     Args:
-      method: learned or not.
+      method: learned or not; None trains the weights under the supports that the
+        training has, see `Training.under`.
       loss_fn: pure function of (params, *batch), returns the loss f[] or (loss, dict
         of further metrics f[]).
       tx: optimiser of the weights, as given to `init_training`.
-      uses: from `discover`.
+      uses: from `discover`; None without a method.
       mask_tx: optimiser of what the method learns, as given to `init_training`.
       axis_name: mapped axis over which gradients and metrics are averaged; the step is
         then not jitted, and meant for `jax.pmap` or `jax.shard_map`.
@@ -96,82 +100,108 @@ def make_step(
       >>> int((training.params["w"] == 0).sum())
       16
     """
-    check_method(method)
+    if method is not None:
+        check_method(method)
     arguments.function(loss_fn, "loss_fn", LOSS)
     if tx is not None:
         arguments.optimiser(tx, "tx")
     elif not frozen(method):
+        name = "the step" if method is None else type(method).__name__
         raise ValueError(
-            f"tx=None: {type(method).__name__} trains the weights; give the optax "
-            "optimiser that init_training got"
+            f"tx=None: {name} trains the weights; give the optax optimiser that "
+            "init_training got"
         )
-    learner = method if isinstance(method, LearnedMethod) else None
     wrapped = None if tx is None else keep_sparse(tx, None)
+    learner = method if isinstance(method, LearnedMethod) else None
+    parts = _Step(learner, loss_fn, wrapped, mask_tx, uses, axis_name, frozen(method))
+    if axis_name is not None:
+        return parts.step
+    if shardings is None:
+        return jax.jit(parts.step, donate_argnums=0)
+    return jax.jit(parts.step, donate_argnums=0, out_shardings=(shardings, None))
 
-    def objective(moving, training, key, batch):
+
+#: Total to differentiate, and (loss of `loss_fn`, penalties, further metrics).
+Objective = tuple[Array, tuple[Array, Mapping[str, Array], Mapping[str, Array]]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+    """One step, from its parts: which objective, its gradients, what they move.
+
+    Attributes:
+      learner: the method, if it learns something; None trains the weights alone.
+      loss_fn: of the model.
+      tx: optimiser of the weights, wrapped; None if they are frozen.
+      mask_tx: optimiser of what the method learns.
+      uses: from `discover`.
+      axis_name: mapped axis to average over, or None.
+      frozen: whether the weights stay.
+    """
+
+    learner: Any
+    loss_fn: Callable[..., Any]
+    tx: Any
+    mask_tx: optax.GradientTransformation
+    uses: Any
+    axis_name: str | None
+    frozen: bool
+
+    def weights(self, moving: Any, training: Training, key: Any, batch: Any) -> Any:
+        """The objective of weights under fixed supports."""
+        del training, key
+        loss, extra = loss_of(self.loss_fn, moving["params"], batch)
+        return loss, (loss, {}, extra)
+
+    def relaxed(
+        self, moving: Any, training: Training, key: Array, batch: Any
+    ) -> Objective:
+        """The objective of relaxed masks: their sample, differentiated."""
         params = moving.get("params", training.params)
-        terms: dict[str, Array] = {}
-        if learner is not None:
-            states = _with_learned(training.states, moving["learned"])
-            params, terms = model_gates.sample(learner, states, params, uses, key)
-        loss, extra = loss_of(loss_fn, params, batch)
-        total = sum(terms.values(), loss)
-        return total, (loss, terms, extra)
+        states = _with_learned(training.states, moving["learned"])
+        params, terms = model_gates.sample(self.learner, states, params, self.uses, key)
+        loss, extra = loss_of(self.loss_fn, params, batch)
+        return sum(terms.values(), loss), (loss, terms, extra)
 
-    def score(moving, training, key, batch):
+    def score(
+        self, moving: Any, training: Training, key: Array, batch: Any
+    ) -> Objective:
         """The objective of a `ScoreFunction`: no gradient goes through the model."""
-        assert learner is not None
+        learner, uses = self.learner, self.uses
         states = _with_learned(training.states, moving["learned"])
         params = training.params
         sampled, terms = model_gates.sample(learner, training.states, params, uses, key)
         first = model_gates.baseline(learner, training.states, params, uses)
-        loss, extra = loss_of(loss_fn, sampled, batch)
-        gap = loss - loss_of(loss_fn, first, batch)[0]
+        loss, extra = loss_of(self.loss_fn, sampled, batch)
+        gap = loss - loss_of(self.loss_fn, first, batch)[0]
         advantage = lax.stop_gradient(gap - training.gap)
         total = advantage * model_gates.log_prob(learner, states, uses, key)
         return total, (loss, terms, dict(extra) | {"gap": gap})
 
-    scored = isinstance(method, ScoreFunction)
-
-    def step(training: Training, *batch: Any) -> tuple[Training, dict[str, Array]]:
+    def step(
+        self, training: Training, *batch: Any
+    ) -> tuple[Training, dict[str, Array]]:
+        """The training after a step, and its metrics."""
         check_training(training)
         key, sample_key = jax.random.split(training.key)
-        moving = {}
-        if not frozen(method):
-            moving["params"] = training.params
-        if learner is not None:
-            with states_of(learner):
-                progress = training.progress
-                states = model_gates.anneal(learner, training.states, uses, progress)
-            training = dataclasses.replace(training, states=states)
-            moving["learned"] = learned_trees(states)
-        grad_fn = jax.value_and_grad(score if scored else objective, has_aux=True)
-        (total, found), grads = grad_fn(moving, training, sample_key, batch)
-        if axis_name is not None:
-            total, found, grads = lax.pmean((total, found, grads), axis_name)
-        loss, terms, extra = found
+        training, moving = self._moving(training)
+        scored = isinstance(self.learner, ScoreFunction)
+        objective = self.weights
+        if self.learner is not None:
+            objective = self.score if scored else self.relaxed
+        grad_fn = jax.value_and_grad(objective, has_aux=True)
+        (total, aux), grads = grad_fn(moving, training, sample_key, batch)
+        if self.axis_name is not None:
+            total, aux, grads = lax.pmean((total, aux, grads), self.axis_name)
+        loss, terms, extra = aux
         norm = _norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         metrics = {"loss": loss, **{f"penalty/{k}": v for k, v in terms.items()}}
         if terms:
             metrics["total"] = total
-        after = training
-        if "params" in moving:
-            assert wrapped is not None
-            updates, opt = wrapped.update(
-                grads["params"], training.opt_state, training.params, value=total
-            )
-            params = optax.apply_updates(training.params, updates)
-            after = dataclasses.replace(after, params=params, opt_state=opt)
-        if learner is not None:
-            updates, opt = mask_tx.update(
-                grads["learned"], training.learned_opt, moving["learned"]
-            )
-            learned: Any = optax.apply_updates(moving["learned"], updates)
-            states = _with_learned(training.states, learned)
-            states = model_gates.constrain(learner, states, uses)
-            after = dataclasses.replace(after, states=states, learned_opt=opt)
-            metrics |= model_gates.metrics(learner, training.states, uses)
+        after = self._moved(training, moving, grads, total)
+        if self.learner is not None:
+            metrics |= model_gates.metrics(self.learner, training.states, self.uses)
         else:
             metrics["sparsity"] = _sparsity(training.opt_state.keep)
         if scored:
@@ -187,11 +217,40 @@ def make_step(
         metrics |= {"grad_norm": norm, "finite": finite.astype(jnp.float32)}
         return after, metrics | dict(extra)
 
-    if axis_name is not None:
-        return step
-    if shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    def _moving(self, training: Training) -> tuple[Training, dict[str, Any]]:
+        """The training with its schedules at their progress, and what will move."""
+        moving: dict[str, Any] = {}
+        if not self.frozen:
+            moving["params"] = training.params
+        if self.learner is not None:
+            with states_of(self.learner):
+                states = model_gates.anneal(
+                    self.learner, training.states, self.uses, training.progress
+                )
+            training = dataclasses.replace(training, states=states)
+            moving["learned"] = learned_trees(states)
+        return training, moving
+
+    def _moved(
+        self, training: Training, moving: Any, grads: Any, total: Array
+    ) -> Training:
+        """The training with new weights, and with new states inside their range."""
+        after = training
+        if "params" in moving:
+            updates, opt = self.tx.update(
+                grads["params"], training.opt_state, training.params, value=total
+            )
+            params = optax.apply_updates(training.params, updates)
+            after = dataclasses.replace(after, params=params, opt_state=opt)
+        if "learned" in moving:
+            updates, opt = self.mask_tx.update(
+                grads["learned"], training.learned_opt, moving["learned"]
+            )
+            learned: Any = optax.apply_updates(moving["learned"], updates)
+            states = _with_learned(training.states, learned)
+            states = model_gates.constrain(self.learner, states, self.uses)
+            after = dataclasses.replace(after, states=states, learned_opt=opt)
+        return after
 
 
 def loss_of(

@@ -7,7 +7,7 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax.training.hyper import hyper_prune, name
-from flexhinm_jax.training.stages import NotFinite
+from flexhinm_jax.training.run import NotFinite
 
 KEY = jax.random.key(0)
 METHOD = fh.HyperPrune(steps=60, checks=3, hidden=16, embedding=4, cache=64, prior=1.0)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.training import resume
+from flexhinm_jax.io.checkpoints import Checkpoints
 from tests.training import program
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def test_a_run_abandoned_in_its_second_stage_continues_bit_for_bit(whole, tmp_pa
     run, rows, _ = whole
     first = program.make(tmp_path)
     seen = list(itertools.islice(first, 10))  # step 9; the last checkpoint is of 8
-    assert first.stage == 1 and first.last.name == "step-00000008"
+    assert first.phase == 1 and first.last.name == "step-00000008"
     second = program.make(tmp_path, resume=True)
     rest = list(second)
     assert rest[0]["step"] == 9
@@ -78,7 +78,7 @@ def test_missing_and_damaged_checkpoints_are_refused_and_older_ones_serve(
         program.make(None, True)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    old, new = resume.found(copy)
+    old, new = Checkpoints(copy).paths()
     for file in (new / "arrays").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")

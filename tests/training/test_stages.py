@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.training.stages import NotFinite
+from flexhinm_jax.training.run import NotFinite
 from tests.training import program
 
 SCHEDULES = fh.schedules

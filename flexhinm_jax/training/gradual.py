@@ -1,0 +1,264 @@
+"""Gradual pruning: stage by stage solve, train, harden, with checkpoints between.
+
+The same run serves methods with something to learn (gates are annealed and hardened)
+and all others (the support is found anew and the optimiser keeps its zeros).
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypedDict, Unpack
+
+import jax
+import numpy as np
+import optax
+from jax import Array
+
+from flexhinm_jax import arguments
+from flexhinm_jax.io import fingerprint
+from flexhinm_jax.io.checkpoints import Checkpoints, Resume
+from flexhinm_jax.methods import Method
+from flexhinm_jax.pruning import apply, solve
+from flexhinm_jax.training import sharding
+from flexhinm_jax.training.run import Duration, Phase, Row, Run
+from flexhinm_jax.training.schedules import Stage, check_stages
+from flexhinm_jax.training.state import (
+    MASK_TX,
+    Training,
+    harden,
+    init_training,
+    next_stage,
+)
+from flexhinm_jax.training.step import LOSS, make_step
+from flexhinm_jax.types import Plan, Stats, Uses
+
+
+class Saves(TypedDict, total=False):
+    """How a run is saved, as `fit` and `gradual` are told."""
+
+    checkpoints: str | os.PathLike | None
+    save_every: int
+    keep_last: int
+    resume: Resume
+
+
+def saves(name: str, told: Saves) -> Checkpoints | None:
+    """The checkpoints of a run; removes what concerns them from the options.
+
+    Raises:
+      ValueError: a count out of range, or a resumed run without a folder.
+    """
+    folder = told.pop("checkpoints", None)
+    every, last = told.pop("save_every", 100), told.pop("keep_last", 2)
+    resume = told.pop("resume", False)
+    arguments.count(every, f"{name}: save_every", 1)
+    arguments.count(last, f"{name}: keep_last", 1)
+    if folder is None:
+        Checkpoints("", every, last, resume)  # refuses unknown words
+        if resume:
+            raise ValueError(
+                f"{name}: resume={resume!r} needs the folder: checkpoints="
+            )
+        return None
+    return Checkpoints(folder, every, last, resume)
+
+
+class Told(Saves, total=False):
+    """The further options of `gradual`."""
+
+    log_every: int
+    config: Any
+    max_skipped: int
+    tracker: Callable[[int, Row], None] | None
+    duration: Duration | None
+
+
+def gradual(
+    method: Method,
+    loss_fn: Callable[..., Any],
+    params: Any,
+    uses: Uses,
+    batch_at: Callable[[int], tuple[Any, ...]],
+    stages: Sequence[Stage],
+    tx: optax.GradientTransformation | None,
+    *,
+    key: Array,
+    mask_tx: optax.GradientTransformation = MASK_TX,
+    stats_fn: Callable[[Any], Mapping[str, Stats]] | None = None,
+    **options: Unpack[Told],
+) -> "Gradual":
+    """A gradual pruning run; iterate over it to run it.
+
+    Every stage solves for its sparsity inside what the stage before kept, trains, and
+    hardens: from then on the zeros are exact. A run that is killed and resumed gives
+    bit for bit the result of one that was not.
+
+    Args:
+      method: learned (`HardConcrete`, ...) or not (`Wanda`, ...).
+      loss_fn: pure function of (params, *batch), see `make_step`.
+      params: the dense parameters.
+      uses: from `discover`.
+      batch_at: the batch of a step, a tuple; the same for the same step, which is what
+        makes a resumed run see the same data.
+      stages: sparsity and steps of each stage, see `schedules` and `flexhinm_gp`.
+      tx: optimiser of the weights, not wrapped in `keep_sparse`.
+      key: PRNG key, consumed.
+      mask_tx: optimiser of what the method learns; begins anew in every stage.
+      stats_fn: statistics for given parameters, called where a stage begins.
+      **options: further ones.
+        log_every (10): steps between two rows.
+        checkpoints (None): folder for checkpoints.
+        save_every (100): steps between two of them; one more ends every stage.
+        keep_last (2): how many to keep.
+        resume (False): True continues the newest checkpoint, "auto" begins where there
+        is none, "older" passes over damaged ones.
+        config (None): plain values that explain the run; a resumed run must give the
+        same.
+        max_skipped (0): steps without a finite loss that are tolerated.
+        tracker (None): called as tracker(step, row) with every row.
+        duration (None): a `Duration` for the whole run; the steps of the stages are
+        then their shares of it.
+
+    Returns:
+      A `Run`: an iterable of rows, floats by name, with "step", "stage" and "kind",
+      which is "step" or, at the end of a stage, "stage". After the last row `params`
+      has exact zeros and `plans` are hard.
+
+    Raises:
+      ValueError: stages that fall or do not fit, before any work; a checkpoint of
+        another run.
+      NotFinite: while iterating, with the step and the last good checkpoint.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import flexhinm_jax as fh
+      >>> apply_fn = lambda p, x: x @ p["w"]
+      >>> loss_fn = lambda p, x: jnp.mean(apply_fn(p, x) ** 2)
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (16, 8))}
+      >>> x = jnp.ones((2, 16))
+      >>> uses = fh.discover(apply_fn, params, x)
+      >>> method = fh.Magnitude(fh.FlexHiNM(8, permute=None))
+      >>> run = fh.gradual(method, loss_fn, params, uses, lambda step: (x,),
+      ...                  [fh.Stage(0.5, 2), fh.Stage(0.75, 2)], optax.adam(1e-3),
+      ...                  key=jax.random.key(1), log_every=2)
+      >>> [(row["kind"], row["step"]) for row in run]
+      [('step', 2), ('stage', 2), ('step', 4), ('stage', 4)]
+      >>> float((run.params["w"] == 0).mean())
+      0.75
+    """
+    check_stages(stages, method, params, uses)
+    arguments.key(key)
+    arguments.function(loss_fn, "loss_fn", LOSS)
+    if stats_fn is not None:
+        arguments.function(stats_fn, "stats_fn", "stats_fn(params)")
+    elif method.needs != "nothing":
+        raise ValueError(
+            f"gradual: {type(method).__name__} needs input statistics "
+            f"({method.needs}); pass "
+            "stats_fn=lambda params: calibrate(apply_fn, params, uses, batches)"
+        )
+    known = Told.__annotations__ | Saves.__annotations__
+    arguments.options(options, known, "gradual")
+    config = {
+        "method": method,
+        "stages": {str(k): stage for k, stage in enumerate(stages)},
+        "key": fingerprint.key_words(key),
+        "run": options.pop("config", None),
+    }
+    solve_key, train_key = jax.random.split(key)
+
+    def look() -> None:
+        # outside of `first`, which is traced where a run continues
+        seen["stats"] = None if stats_fn is None else stats_fn(params)
+
+    def first() -> Training:
+        states = solve.solve(
+            method,
+            jax.random.fold_in(solve_key, 0),
+            params,
+            uses,
+            seen["stats"],
+            stages[0].sparsity,
+        )
+        return init_training(
+            method, params, uses, states, tx, key=train_key, mask_tx=mask_tx
+        )
+
+    def begin(number: int, training: Training) -> Training:
+        return next_stage(
+            method,
+            training,
+            uses,
+            key=jax.random.fold_in(solve_key, number),
+            stats=None if stats_fn is None else stats_fn(training.params),
+            sparsity=stages[number].sparsity,
+            mask_tx=mask_tx,
+        )
+
+    def end(training: Training) -> tuple[Training, Row]:
+        training = harden(method, training, uses)
+        plans = apply.decide(method, training.states, training.params, uses)
+        keeps = [np.asarray(plan.support.keep) for plan in plans.values()]
+        kept, size = sum(k.sum() for k in keeps), sum(k.size for k in keeps)
+        row = {"sparsity": 1 - float(kept) / max(size, 1)}
+        return training, row | {"skipped": int(training.skipped)}
+
+    def shared(training: Training, *batch: Any) -> Any:
+        if not compiled:
+            where = sharding.places(training)
+            compiled.append(
+                make_step(method, loss_fn, tx, uses, mask_tx=mask_tx, shardings=where)
+            )
+        return compiled[0](training, *batch)
+
+    seen: dict[str, Any] = {}
+    compiled: list[Any] = []
+    phases = [
+        Phase(shared, s.steps, functools.partial(begin, k), end, s.progress)
+        for k, s in enumerate(stages)
+    ]
+    return Gradual(
+        method,
+        uses,
+        look,
+        first,
+        phases,
+        batch_at,
+        options.pop("duration", None),
+        saves=saves("gradual", options),
+        config=config,
+        every=options.pop("log_every", 10),
+        **options,
+    )
+
+
+class Gradual(Run):
+    """A run of `gradual`, with its results."""
+
+    def __init__(
+        self,
+        method: Method,
+        uses: Uses,
+        prepare: Callable[[], None],
+        *run: Any,
+        **options: Any,
+    ):
+        """Keeps what the results need; `prepare` is called before the start."""
+        super().__init__(*run, **options)
+        self._method, self._uses, self._prepare = method, uses, prepare
+
+    def _begin(self) -> Iterator[Row]:
+        if self.training is None:
+            self._prepare()
+        return super()._begin()
+
+    @property
+    def params(self) -> Any:
+        """The parameters; exact zeros once the run is over."""
+        return self.now().params
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """Path -> hard plan."""
+        now = self.now()
+        return apply.decide(self._method, now.states, now.params, self._uses)
