@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +24,9 @@ from flexhinm_jax import arguments, checks
 from flexhinm_jax.tracing import jax_versions
 from flexhinm_jax.tracing.contractions import Chunk, Product
 from flexhinm_jax.tracing.finder import Finder, Traced
+from flexhinm_jax.tracing.masks import Masks
 from flexhinm_jax.tracing.program import Skeleton, is_array, run, split
-from flexhinm_jax.tracing.stops import Where
+from flexhinm_jax.tracing.stops import Where, equation
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Stats, Use, Uses
@@ -72,18 +73,20 @@ def calibrate(
       gram: take X^T X; False keeps the norms and means alone.
       memory_limit: bytes that the statistics may take, None for any; the patches of
         convolutions, made for some images or rows at a time, fit into the rest.
-      token_mask: called as token_mask(*batch), gives booleans whose shape is a prefix
-        of the token axes, such as [batch, length]; tokens with False are left out.
-        Where the shape is not a prefix of the token axes of a product, all its tokens
-        count.
+      token_mask: called as token_mask(*batch), gives booleans over leading axes of the
+        batch, such as [batch, length]; tokens with False are left out. The mask follows
+        the values through reshapes, transposes, sorts, gathers, loops and contractions
+        to every product; leaves that it cannot be followed to are named in a warning,
+        and all their tokens count.
 
     Returns:
       leaf path -> statistics, each array with the stack axes of the leaf in front.
       Leaves that share inputs share the arrays.
 
     Raises:
-      ValueError: no batches, more memory than the limit, a batch whose program lacks a
-        use, or statistics that are not finite.
+      ValueError: no batches or an empty one, more memory than the limit, a batch whose
+        program lacks a use, a token mask that is not boolean or reaches no product, or
+        statistics that are not finite.
     """
     arguments.found(uses)
     arguments.batches(batches)
@@ -113,8 +116,9 @@ def calibrate(
         token_mask,
         min(CHUNK_BYTES, left),
     )
-    for batch in batches:
+    for n, batch in enumerate(batches):
         batch = batch if isinstance(batch, tuple) else (batch,)
+        arguments.nonempty(batch, n)
         arrays, skeleton = split((params, batch))
         found = traced.find(params, batch)
         sums, empty = step(sums, arrays, skeleton, found), False
@@ -240,12 +244,15 @@ def make_step(
     @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
     def step(sums: Sums, arrays: list[Any], skeleton: Skeleton, found: Finder) -> Sums:
         params, batch = skeleton.fill(arrays)
-        mask = None if token_mask is None else jnp.asarray(token_mask(*batch)) != 0
         mesh = jax_versions.explicit_mesh(arrays)
         if mesh is not None:
             sums = jax_versions.replicated(sums, mesh)
-        visitor = Accumulate(places(found, wanted), mask, chunk_bytes)
-        return run(found.program, params, paths, visitor, sums, arrays)[1]
+        own = len(split(params)[0])
+        masks = token_masks(token_mask, batch, arrays[own:])
+        visitor = Accumulate(places(found, wanted), found, chunk_bytes, masks)
+        sums = run(found.program, params, paths, visitor, sums, arrays)[1]
+        warn_missed(masks, dict.fromkeys(use.path for use in wanted))
+        return sums
 
     return step
 
@@ -272,20 +279,26 @@ class Accumulate(Visitor):
 
     Attributes:
       places: (leaf path, position of the equation) -> use.
-      mask: booleans over leading token axes, or None.
+      found: what the program was found to do.
       chunk_bytes: what patches of a convolution may take at a time.
+      masks: the token masks of the values, or None.
     """
 
     places: dict[tuple[str, Where], Use]
-    mask: Array | None
+    found: Finder
     chunk_bytes: int
+    masks: Masks | None = None
 
     def product(self, where: Where, product: Product, state: Sums) -> tuple[Any, Sums]:
         """Adds one product; it runs dense."""
         use = self.places.get((product.weight.path, where))
+        fitted = None if use is None else product.fit(use.layout)
+        valid = None
+        if self.masks is not None:
+            varies = any(self.found.dependence[equation(where)])
+            valid = self.masks.tokens(where, fitted or product, varies)
         if use is None:
             return None, state
-        fitted = product.fit(use.layout)
         assert fitted is not None, "find and walk disagree"
         if fitted.least_bytes > self.chunk_bytes:
             raise ValueError(
@@ -299,11 +312,10 @@ class Accumulate(Visitor):
             own: dict,
             operand: Array,
             index: list,
-            mask: Array | None,
+            valid: Array | None,
             routes: Array | None,
         ) -> dict:
             at = tuple(slice(None) if i is None else i for i in index)
-            valid = counting(mask, fitted.free)
             tokens = None if valid is None else Tokens(valid)
 
             def moments(chunk: Chunk) -> dict:
@@ -321,7 +333,7 @@ class Accumulate(Visitor):
             state[use.path],
             product.operand,
             index,
-            self.mask,
+            valid,
             fitted.routes(),
         )
         return None, {**state, use.path: own}
@@ -349,7 +361,7 @@ class Tokens(NamedTuple):
     """Which tokens of a product count.
 
     Attributes:
-      valid: bool[t], whether each one does.
+      valid: bool[t], or bool[*stacked, t], whether each one does.
       positions: i32[t], which tokens are meant, or None for all of them in order.
     """
 
@@ -370,20 +382,42 @@ def part(chunk: Chunk, tokens: Tokens | None) -> Tokens | None:
     return tokens._replace(valid=valid if members is None else valid & members)
 
 
-def counting(mask: Any, free: tuple[int, ...]) -> Any:
-    """The mask of a batch over the flat tokens of a product, bool[t].
+def token_masks(
+    token_mask: Callable[..., Array] | None, batch: tuple, arrays: Sequence[Any]
+) -> Masks | None:
+    """The masks of the values of a batch, to be followed; None without a token mask.
 
     Args:
-      mask: booleans, numpy or jax, or None.
-      free: sizes of the token axes of the product.
-
-    Returns:
-      None where all tokens count: the mask is not over leading axes of these.
+      token_mask: as in `calibrate`.
+      batch: its arguments.
+      arrays: the arrays of the batch, as the walk gets them.
     """
-    if mask is None or mask.shape != free[: mask.ndim]:
-        return None
-    rest = (1,) * (len(free) - mask.ndim)
-    return (mask.reshape(mask.shape + rest) & np.ones(free, bool)).reshape(-1)
+    return None if token_mask is None else Masks(booleans(token_mask, batch), arrays)
+
+
+def booleans(token_mask: Callable[..., Array], batch: tuple) -> Array:
+    """What a token mask gives for a batch.
+
+    Raises:
+      ValueError: no booleans.
+    """
+    mask = jnp.asarray(token_mask(*batch))
+    if mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"token_mask gave {mask.dtype}{list(mask.shape)}, need booleans, True for "
+            "every token that counts, such as `mask != 0`"
+        )
+    return mask
+
+
+def warn_missed(masks: Masks | None, paths: Iterable[str]) -> None:
+    """Says which leaves a token mask does not reach."""
+    missed = [] if masks is None else masks.missed(paths)
+    if missed:
+        logger.warning(
+            "token_mask cannot be followed to the inputs of %s: all their tokens count",
+            ", ".join(missed),
+        )
 
 
 def read(chunk: Chunk, operand: Array, tokens: Tokens | None) -> Array:
@@ -397,7 +431,7 @@ def picked(x: Array, tokens: Tokens | None) -> Array:
         return x
     if tokens.positions is not None:
         x = jnp.take(x, tokens.positions, axis=-2)
-    return jnp.where(tokens.valid[:, None], x, 0.0)
+    return jnp.where(tokens.valid[..., None], x, 0.0)
 
 
 def sums_of(x: Array, tokens: Tokens | None, gram: bool = True) -> dict[str, Array]:
@@ -414,7 +448,7 @@ def sums_of(x: Array, tokens: Tokens | None, gram: bool = True) -> dict[str, Arr
     """
     count = jnp.full((), x.shape[-2], jnp.float32)
     if tokens is not None:
-        count = jnp.sum(tokens.valid, dtype=jnp.float32)
+        count = jnp.sum(tokens.valid, axis=-1, dtype=jnp.float32)
     squares = upper(x) if gram else jnp.sum(jnp.square(x), axis=-2)
     name = "gram" if gram else "sq_norm"
     return {"total": jnp.sum(x, axis=-2), "count": count, name: squares}

@@ -18,7 +18,7 @@ from jax import numpy as jnp
 from flexhinm_jax import arguments
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.report import worst
-from flexhinm_jax.pruning.statistics import calibrate, unseen_note
+from flexhinm_jax.pruning.statistics import booleans, calibrate, unseen_note
 from flexhinm_jax.sequential import segments, solver, targets
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.straight import Cut, straighten
@@ -117,18 +117,22 @@ class Walk:
         names = [p for p in job.paths if is_array(job.leaves[p])]
         lines: dict[Any, tuple] = {}
         self.runners: list[segments.Runner] = []
-        self.masks: list[np.ndarray | None] = []
         params, traced = job.tree(job.leaves), Traced.of(job.apply_fn)
         for n, batch in enumerate(job.batches):
+            arguments.nonempty(batch, n)
             arrays, skeleton = split(batch)
-            shapes = tuple((x.shape, str(x.dtype)) for x in arrays)
+            mask = None
+            if job.token_mask is not None:
+                mask = booleans(job.token_mask, batch)
+            masked = [] if mask is None else [mask]
+            shapes = tuple((x.shape, str(x.dtype)) for x in [*arrays, *masked])
             if (shapes, skeleton) not in lines:
                 program = traced.program(params, batch)
-                line = straighten(program, params, job.paths, layouts)
+                line = straighten(program, params, job.paths, layouts, mask)
                 pairs = zip(names, line.params, strict=True)
                 sources = [v for name, v in pairs if name in moved]
                 if twins is not None:
-                    given = zip(line.inputs, twins[n], strict=True)
+                    given = zip(line.inputs, twins[n], strict=mask is None)
                     sources += [v for v, x in given if x is not None]
                 changing = segments.changing(line, sources)
                 parts = segments.cut(line, line.outputs if to_end else ())
@@ -138,15 +142,13 @@ class Walk:
                 segments.Runner(
                     line,
                     parts,
-                    arrays,
+                    [*arrays, *masked],
                     None if target == "seq" else changing,
                     shelf,
                     self.compiler,
-                    None if twins is None else twins[n],
+                    None if twins is None else [*twins[n], *(None for _ in masked)],
                 )
             )
-            mask = None if job.token_mask is None else job.token_mask(*batch)
-            self.masks.append(None if mask is None else np.asarray(mask) != 0)
         self.lines = [(line, parts) for line, parts, _ in lines.values()]
         self.cuts = self.lines[0][0].cuts
         self.check(layouts)
@@ -269,8 +271,8 @@ class Walk:
         if known is not None:
             return known
         sums: Any = None
-        for runner, mask in zip(self.runners, self.masks, strict=True):
-            sums = self.add(k, sums, runner, mask)
+        for runner in self.runners:
+            sums = self.add(k, sums, runner)
         sums, job = meshes.released(sums), self.job.released()
         with meshes.automatic():
             stats = targets.finish(job, self.cuts[k], sums)
@@ -283,9 +285,7 @@ class Walk:
                 }
             return solver.solve(job, stats, self.programs.solver)
 
-    def add(
-        self, k: int, sums: Any, runner: segments.Runner, mask: np.ndarray | None
-    ) -> Any:
+    def add(self, k: int, sums: Any, runner: segments.Runner) -> Any:
         """Adds the tokens of one batch to the sums of cut `k`."""
         cut = runner.line.cuts[k]
         inputs = targets.inputs(
@@ -295,7 +295,6 @@ class Walk:
             runner.value,
             runner.dense_value,
             self.job.weight,
-            mask,
         )
         tokens = functools.partial(targets.tokens_of, cut)
         made = functools.partial(jax_versions.automatic, tokens, None)

@@ -81,7 +81,7 @@ def cut(line: Line, outputs: Iterable[Any] = ()) -> list[Segment]:
 def read_at(cut: Cut) -> set[Any]:
     """The values that are read at a cut."""
     streams = {m.stream.var for m in cut.members if m.stream is not None}
-    read = {v for v in (cut.operand, cut.routes) if v is not None}
+    read = {v for v in (cut.operand, cut.routes, cut.valid) if v is not None}
     return streams | read
 
 

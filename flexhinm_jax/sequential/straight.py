@@ -20,10 +20,13 @@ from jax import Array
 from jax import numpy as jnp
 from jax.extend.core import Literal, Primitive
 
+from flexhinm_jax.pruning.statistics import warn_missed
 from flexhinm_jax.tracing import control_flow, jax_versions, views
 from flexhinm_jax.tracing.contractions import RESHAPES, Product, Tracked, plain
+from flexhinm_jax.tracing.dependence import Dependence, dependence
+from flexhinm_jax.tracing.masks import Masks
 from flexhinm_jax.tracing.program import Program, is_array, run
-from flexhinm_jax.tracing.stops import Where
+from flexhinm_jax.tracing.stops import Where, equation
 from flexhinm_jax.tracing.values import ALIASES, Numbering
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Layout
@@ -73,6 +76,7 @@ class Cut:
       position: the cut lies before this equation.
       operand: the common input of all members; None without members.
       routes: which entry of their stack every token meets, or None.
+      valid: which tokens count, or None for all.
       members: products with this input.
       plain: leaf -> why it cannot be cut; solved here on statistics of a plain walk.
     """
@@ -80,6 +84,7 @@ class Cut:
     position: int
     operand: Any
     routes: Any
+    valid: Any
     members: tuple[Member, ...]
     plain: Mapping[str, str]
 
@@ -117,7 +122,11 @@ class Line:
 
 
 def straighten(
-    program: Program, params: Any, paths: Sequence[str], layouts: Mapping[str, Layout]
+    program: Program,
+    params: Any,
+    paths: Sequence[str],
+    layouts: Mapping[str, Layout],
+    mask: Any = None,
 ) -> Line:
     """Traces a program into a line and finds its cuts.
 
@@ -126,14 +135,20 @@ def straighten(
       params: its parameters, dense.
       paths: path per leaf of `params`.
       layouts: leaf path -> layout, for the leaves to prune.
+      mask: the token mask of the batch, which becomes the last input of the line.
     """
-    marker = Marker(layouts)
+    count = sum(map(is_array, jax.tree.leaves(params)))
+    marker = Marker(layouts, dependence(program.jaxpr, count))
 
     def flat(*arrays: Any) -> list[Any]:
+        if mask is not None:
+            *arrays, tokens = arrays  # type: ignore[assignment]
+            marker.masks = Masks(tokens, arrays[count:])
         return run(program, params, paths, marker, (), arrays)[0]
 
-    body, consts = jax_versions.opened(jax.make_jaxpr(flat)(*program.arrays))
-    count = sum(map(is_array, jax.tree.leaves(params)))
+    arrays = [*program.arrays, *([] if mask is None else [mask])]
+    body, consts = jax_versions.opened(jax.make_jaxpr(flat)(*arrays))
+    warn_missed(marker.masks, layouts)
     places: dict[tuple[str, int], tuple[int, list[Any]]] = {}
     eqns: list[Any] = []
     for k, eqn in enumerate(body.eqns):
@@ -186,9 +201,9 @@ class Marker(Visitor):
       hidden: leaf -> (reason, index of the block mark) where products are out of reach.
     """
 
-    def __init__(self, layouts: Mapping[str, Layout]):
-        """Wants the leaves of `layouts`."""
-        self.layouts = layouts
+    def __init__(self, layouts: Mapping[str, Layout], dependence: Dependence):
+        """Wants the leaves of `layouts`; knows which operands depend on the batch."""
+        self.layouts, self.dependence = layouts, dependence
         self.products: list[Product] = []
         self.hidden: dict[str, tuple[str, int]] = {}
         self.places: dict[Where, int] = {}
@@ -199,7 +214,11 @@ class Marker(Visitor):
 
     def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
         """Marks the input; the product runs dense."""
-        path = product.weight.path
+        path, valid = product.weight.path, None
+        if self.masks is not None:
+            layout = self.layouts.get(path)
+            fitted = None if layout is None else product.fit(layout)
+            valid = self.masks.tokens(where, fitted or product, self.varies(where))
         if path not in self.layouts:
             return None, state
         if self.reason is not None:
@@ -209,8 +228,14 @@ class Marker(Visitor):
         routes = self.routes(product)
         read = [product.operand] if routes is None else [product.operand, routes]
         mark.bind(*read, role="input", index=len(self.products))
+        if valid is not None:
+            mark.bind(valid, role="valid", index=len(self.products))
         self.products.append(product)
         return None, state
+
+    def varies(self, where: Where) -> bool:
+        """Whether an operand of a product depends on the batch; if unknown, it does."""
+        return any(self.dependence.get(equation(where), [True]))
 
     def routes(self, product: Product) -> Any:
         """The routes of a product, computed once for all that share them."""
@@ -327,7 +352,8 @@ def find_cuts(
         else:
             key = at, (same.same(operand), *routes), product.columns
             (result,) = places.get(("result", k), (0, [None]))[1]
-            found[path].setdefault(key, (where, result, product))
+            (valid,) = places.get(("valid", k), (0, [None]))[1]
+            found[path].setdefault(key, (where, result, valid, product))
     for path in constant:
         if path not in found:  # beside others it is an auxiliary product
             plain_at.setdefault(path, "its input does not depend on the batch")
@@ -341,16 +367,20 @@ def find_cuts(
             groups[read, columns].append((path, at, *rest))
     cuts = []
     for ((operand, *routes), _), uses in groups.items():
-        start = min(where for _, _, where, _, _ in uses)
+        start = min(where for _, _, where, *_ in uses)
+        valid = next(valid for _, _, where, _, valid, _ in uses if where == start)
         members = tuple(
             Member(path, at, product, stream(line, result, product, start))
-            for path, at, _, result, product in uses
+            for path, at, _, result, _, product in uses
         )
-        cuts.append(Cut(start, operand, routes[0] if routes else None, members, {}))
+        route = routes[0] if routes else None
+        cuts.append(Cut(start, operand, route, valid, members, {}))
     blocks: dict[int, dict[str, str]] = defaultdict(dict)
     for path, reason in plain_at.items():
         blocks[first[path]][path] = reason
-    cuts += [Cut(where, None, None, (), leaves) for where, leaves in blocks.items()]
+    cuts += [
+        Cut(where, None, None, None, (), leaves) for where, leaves in blocks.items()
+    ]
     return sorted(cuts, key=lambda cut: cut.position)
 
 

@@ -19,7 +19,6 @@ from flexhinm_jax.pruning.statistics import (
     HIGHEST,
     Tokens,
     across,
-    counting,
 )
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.straight import Cut
@@ -34,7 +33,6 @@ def inputs(
     now: Callable[[Any], Any],
     dense: Callable[[Any], Any],
     weight: Callable[[str, tuple], Any],
-    mask: np.ndarray | None,
 ) -> dict[str, Any]:
     """What `tokens_of` needs of one batch.
 
@@ -45,7 +43,6 @@ def inputs(
       now: value of a variable in the pruned model.
       dense: the same in the dense model.
       weight: (path, at) -> dense weight.
-      mask: tokens that count, or None.
     """
     differs = changed(cut.operand)
     streams = {
@@ -68,7 +65,7 @@ def inputs(
         "dense": dense(cut.operand) if differs else None,
         "streams": streams,
         "direct": direct,
-        "tokens": tokens_for(mask, cut.members[0].product.free),
+        "tokens": None if cut.valid is None else tokens_for(np.asarray(now(cut.valid))),
     }
 
 
@@ -114,19 +111,23 @@ def sums_of(cut: Cut, inputs: Mapping[str, Any], chunk: Chunk) -> dict[str, Any]
     return sums
 
 
-def tokens_for(mask: np.ndarray | None, free: tuple[int, ...]) -> Tokens | None:
+def tokens_for(valid: np.ndarray | None) -> Tokens | None:
     """Which tokens of a product count; those that do not are left out where it pays.
 
     The number of positions is rounded up, so that few shapes are compiled.
+
+    Args:
+      valid: bool[t], or bool[*stacked, t] where that differs over a stack, or None.
     """
-    keep = counting(mask, free)
-    if keep is None or keep.all():
+    if valid is None or valid.all():
         return None
-    kept = np.flatnonzero(keep).astype(np.int32)
-    step = max(64, -(-keep.size // 8))
+    if valid.ndim > 1:
+        return Tokens(valid)
+    kept = np.flatnonzero(valid).astype(np.int32)
+    step = max(64, -(-valid.size // 8))
     size = max(1, -(-kept.size // step)) * step
-    if size >= keep.size:
-        return Tokens(keep)
+    if size >= valid.size:
+        return Tokens(valid)
     positions = np.zeros(size, np.int32)
     positions[: kept.size] = kept
     return Tokens(np.arange(size) < kept.size, positions)

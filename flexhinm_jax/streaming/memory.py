@@ -335,8 +335,9 @@ def taken(memory: Any) -> int:
 def solving(walk: Walk, k: int, ahead: Ahead) -> tuple[int, int, int]:
     """(summing, statistics, solving) of a cut."""
     job, cut, runner = walk.job, walk.lines[0][0].cuts[k], walk.runners[0]
+    cut = dataclasses.replace(cut, valid=None)  # its tokens are known at run time
     inputs = targets.inputs(
-        cut, runner.changed, walk.target == "resid", like, like, job.like, None
+        cut, runner.changed, walk.target == "resid", like, like, job.like
     )
     made = functools.partial(targets.tokens_of, cut)
     sums = jax.eval_shape(made, inputs)

@@ -154,14 +154,14 @@ class Look(Walk):
     def members(self, k: int) -> dict[tuple, Solved]:
         """Takes the norms at cut `k`."""
         sums = None
-        for runner, mask in zip(self.runners, self.masks, strict=True):
-            sums = self.add(k, sums, runner, mask)
+        for runner in self.runners:
+            sums = self.add(k, sums, runner)
         assert sums is not None
         squares = jnp.diagonal(sums["gram"], axis1=-2, axis2=-1)
         checks.finite(squares, "norms of its inputs", self.cuts[k].members[0].path)
         found = Stats(
             sq_norm=squares,
-            mean=sums["total"] / jnp.maximum(sums["count"], 1.0),
+            mean=sums["total"] / jnp.maximum(sums["count"], 1.0)[..., None],
             count=jnp.broadcast_to(sums["count"], sums["total"].shape[:-1]),
         )
         del sums

@@ -79,6 +79,8 @@ class Product:
       parts: (product, bytes) -> chunks of its tokens, for an `arrange` that takes more
         than the operand; see `convolutions.Window.parts`.
       least_bytes: what the least chunk takes.
+      keep_positions: mask of the operand -> bool[*free], for an `arrange` that does
+        more than to move the operand.
       routed: i64[tokens], where tokens have matrices of their own: which of the ids of
         the lookup of the weight belongs to each; see `experts`.
     """
@@ -96,6 +98,7 @@ class Product:
     order: tuple[int, ...] | None = None
     parts: Callable[..., Iterator[tuple[int, Any]]] | None = None
     least_bytes: int = 0
+    keep_positions: Callable[[Array], Array] | None = None
     routed: np.ndarray | None = None
 
     @property
@@ -225,6 +228,27 @@ class Product:
         order += [first + 1 + inputs.index(a) for a in self.ordered_inputs]
         x = x.transpose(order)
         return x.reshape(*x.shape[: first + 1], -1)
+
+    def kept(self, keep: Array) -> Array:
+        """Which tokens of the product count.
+
+        Args:
+          keep: booleans broadcastable against the operand.
+
+        Returns:
+          bool[*stacked, t]: some input of the token is kept; [t] without a stack, or
+          where a convolution has groups, which see the same tokens.
+        """
+        if self.keep_positions is not None:
+            return self.keep_positions(keep).reshape(-1)
+        stack = views.flat(self.batch)
+        x = self.arrange(jnp.broadcast_to(keep, self.operand.shape))
+        front = len(self.batch) + len(self.free)
+        x = x.any(axis=tuple(range(front, x.ndim)))
+        x = x.reshape([a.size for a in stack] + [-1])
+        turned = [k for k, a in enumerate(stack) if a.flipped]
+        x = jnp.flip(x, turned) if turned else x
+        return x.transpose([stack.index(a) for a in ordered(stack)] + [len(stack)])
 
     def summed(
         self,

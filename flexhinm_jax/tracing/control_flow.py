@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flexhinm_jax.tracing import experts, jax_versions, views
+from flexhinm_jax.tracing import experts, jax_versions, masks, views
 from flexhinm_jax.tracing.contractions import Followed, Tracked, plain
 from flexhinm_jax.tracing.stops import Body, Stop
 
@@ -28,32 +29,57 @@ def visit_remat(
     eqn: Any, operands: list, visitor: Any, state: Any, where: tuple, sub: Callable
 ) -> Result:
     """A rematerialised body stays one."""
-    del visitor, where
+    del where
     p = eqn.params
 
     def body(state: Any) -> Any:
         outs, state = sub(p["jaxpr"], operands, state)
-        return plain(outs), state
+        return plain(outs), state, keeps_of(visitor, outs)
 
     options = {"prevent_cse": p["prevent_cse"], "policy": p["policy"]}
-    return jax.checkpoint(body, **options)(state)
+    outs, state, keeps = jax.checkpoint(body, **options)(state)
+    attach(visitor, outs, keeps)
+    return outs, state
+
+
+def keeps_of(visitor: Any, values: Sequence[Any]) -> list[Any]:
+    """The token masks that travel with values; None for each without masks."""
+    masks = visitor.masks
+    return [None if masks is None else masks.of(v) for v in values]
+
+
+def attach(visitor: Any, values: Sequence[Any], keeps: Sequence[Any]) -> None:
+    """Gives values the token masks that came with them."""
+    if visitor.masks is not None:
+        for value, keep in zip(values, keeps, strict=True):
+            visitor.masks.put(value, keep)
 
 
 def visit_cond(
     eqn: Any, operands: list, visitor: Any, state: Any, where: tuple, sub: Callable
 ) -> Result:
     """Branches share the state: one that is not taken adds nothing."""
-    del visitor, where
+    del where
+    like: list[Any] | None = None
 
     def branch(k: int, jaxpr: Any) -> Callable:
         def body(state: Any) -> Any:
             outs, state = sub(jaxpr, operands[1:], state, Body("branch", k))
-            return plain(outs), state
+            keeps = keeps_of(visitor, outs)
+            if like is not None:
+                pairs = zip(keeps, like, strict=True)
+                keeps = [masks.shaped(keep, form) for keep, form in pairs]
+            return plain(outs), state, keeps
 
         return body
 
     branches = [branch(k, jaxpr) for k, jaxpr in enumerate(eqn.params["branches"])]
-    return lax.switch(plain(operands[:1])[0], branches, state)
+    if visitor.masks is not None:
+        found = [jax.eval_shape(body, state)[2] for body in branches]
+        like = [masks.join(*keeps) for keeps in zip(*found, strict=True)]
+    outs, state, keeps = lax.switch(plain(operands[:1])[0], branches, state)
+    attach(visitor, outs, keeps)
+    return outs, state
 
 
 class Carry:
@@ -101,27 +127,63 @@ def visit_while(
         outs, state = sub(p["cond_jaxpr"], values, state, Body("condition"))
         return plain(outs)[0], state
 
-    def turn(moving: list, state: Any) -> Any:
-        values = [*operands[first:last], *carry.join(moving)]
+    like: list[Any] | None = None
+
+    def turn(moving: list, state: Any, keeps: list) -> Any:
+        values = carry.join(moving)
+        attach(visitor, values, keeps)
+        values = [*operands[first:last], *values]
         outs, state = sub(p["body_jaxpr"], values, state, Body("turn"))
-        return carry.moving(outs), state
+        keeps = keeps_of(visitor, outs)
+        if like is not None:
+            keeps = [masks.shaped(k, form) for k, form in zip(keeps, like, strict=True)]
+        return carry.moving(outs), state, keeps
 
     def tested_turn(loop: Any) -> Any:
-        moving, state = turn(*loop[1:])
+        moving, state, keeps = turn(*loop[1:])
         on, state = test(moving, state)
-        return on, moving, state
+        return on, moving, state, keeps
 
     moving, fixed = carry.moving(operands[last:]), carry.join(operands[last:])
+    keeps = keeps_of(visitor, operands[last:])
+    if visitor.masks is not None:
+
+        def after(keeps: list) -> list:
+            return jax.eval_shape(turn, moving, state, keeps)[2]
+
+        like, keeps = settled(after, keeps)
     if any(isinstance(v, Followed) for v in [*operands[:first], *fixed]):
         on, state = test(moving, state)
-        start = on, moving, state
-        _, moving, state = lax.while_loop(lambda loop: loop[0], tested_turn, start)
+        start = on, moving, state, keeps
+        end = lax.while_loop(lambda loop: loop[0], tested_turn, start)[1:]
     else:
-        start = moving, state
-        moving, state = lax.while_loop(
-            lambda loop: test(*loop)[0], lambda loop: turn(*loop), start
+        start = moving, state, keeps
+        end = lax.while_loop(
+            lambda loop: test(*loop[:2])[0], lambda loop: turn(*loop), start
         )
-    return carry.join(moving), state
+    moving, state, keeps = end
+    outs = carry.join(moving)
+    attach(visitor, outs, keeps)
+    return outs, state
+
+
+def settled(after: Callable[[list], list], keeps: list) -> tuple[list, list]:
+    """Token masks of a carry in a form that a turn of the loop keeps.
+
+    Args:
+      after: masks before a turn -> those after it, abstract.
+      keeps: masks at the start.
+
+    Returns:
+      (their form, the masks at the start in it).
+    """
+    while True:
+        form = [masks.join(k) for k in keeps]
+        pairs = zip(keeps, after(keeps), strict=True)
+        grown = [masks.join(before, later) for before, later in pairs]
+        keeps = [masks.shaped(k, g) for k, g in zip(keeps, grown, strict=True)]
+        if grown == form:
+            return form, keeps
 
 
 def visit_scan(
@@ -138,19 +200,85 @@ def visit_scan(
             for leaf in x.tracked:
                 visitor.stop(where, leaf, PARTLY_SCANNED)
 
+    steady, moving_keeps = row_keeps(keeps_of(visitor, xs), p["length"])
+    like: list[Any] | None = None
+
     def step(loop: Any, scanned: Any) -> Any:
-        k, slices = scanned
+        k, slices, here = scanned
+        moving, state, keeps = loop
         rows = [row(x, part, k) for x, part in zip(xs, slices, strict=True)]
-        values = [*consts, *carry.join(loop[0]), *rows]
-        outs, state = sub(p["jaxpr"], values, loop[1], Body("step"))
-        return (carry.moving(outs[: len(init)]), state), plain(outs[len(init) :])
+        values = carry.join(moving)
+        attach(
+            visitor,
+            rows,
+            [s if m is None else m for s, m in zip(steady, here, strict=True)],
+        )
+        attach(visitor, values, of_step(values, keeps, here))
+        values = [*consts, *values, *rows]
+        outs, state = sub(p["jaxpr"], values, state, Body("step"))
+        kept = keeps_of(visitor, outs)
+        ends = kept[: len(init)]
+        if like is not None:
+            ends = [masks.shaped(k, form) for k, form in zip(ends, like, strict=True)]
+        loop = carry.moving(outs[: len(init)]), state, ends
+        return loop, (plain(outs[len(init) :]), kept[len(init) :])
 
     parts = [scanned_arrays(x) for x in xs]
     counter = jnp.arange(p["length"], dtype=jnp.int32)
     options = {k: p[k] for k in ("length", "reverse", "unroll")}
-    start = carry.moving(init), state
-    (moved, state), ys = lax.scan(step, start, (counter, parts), **options)
-    return [*carry.join(moved), *ys], state
+    moving, keeps = carry.moving(init), keeps_of(visitor, init)
+    scanned = counter, parts, moving_keeps
+    if visitor.masks is not None and p["length"]:
+        first = jax.eval_shape(lambda s: jax.tree.map(lambda x: x[0], s), scanned)
+
+        def after(keeps: list) -> list:
+            ends = jax.eval_shape(step, (moving, state, keeps), first)[0][2]
+            own = of_step(carry.join(moving), keeps, first[2])
+            # A state without a mask of its own belongs to the token of the step.
+            return [
+                None if k is None and s is not None else e
+                for k, s, e in zip(keeps, own, ends, strict=True)
+            ]
+
+        like, keeps = settled(after, keeps)
+    if not p["length"]:  # the carry comes out as it went in
+        keeps, like = [None] * len(init), [None] * len(init)
+    start = moving, state, keeps
+    (moved, state, keeps), (ys, of_ys) = lax.scan(step, start, scanned, **options)
+    outs = [*carry.join(moved), *ys]
+    keeps = keeps if p["length"] else keeps_of(visitor, init)
+    attach(visitor, outs, [*keeps, *of_ys])
+    return outs, state
+
+
+def row_keeps(keeps: list, length: int) -> tuple[list, list]:
+    """Token masks of scanned values: (those of every row, those that are scanned)."""
+    steady, moving = [], []
+    for keep in keeps:
+        along = keep is not None and not isinstance(keep, masks.Lost)
+        is_scanned = along and keep.shape[0] == length
+        moving.append(keep if is_scanned else None)
+        steady.append(keep[0] if along and not is_scanned else keep)
+        if is_scanned:
+            steady[-1] = None
+    return steady, moving
+
+
+def of_step(values: Sequence[Any], keeps: list, here: Sequence[Any]) -> list:
+    """Masks of a carry; without one of its own, that of the token of the step."""
+    out = []
+    for value, keep in zip(values, keeps, strict=True):
+        fitting = [
+            k
+            for k in here
+            if k is not None
+            and keep is None
+            and not isinstance(value, Followed)
+            and k.ndim == np.ndim(value)
+            and all(n in (1, m) for n, m in zip(k.shape, value.shape, strict=True))
+        ]
+        out.append(masks.both(*fitting) if fitting else keep)
+    return out
 
 
 def scannable(x: Followed) -> bool:
@@ -232,6 +360,7 @@ def visit_shard_map(
     if not any(isinstance(v, Tracked) for v in values):
         outs = jax_versions.bind(eqn, values)
         visitor.bound(where, eqn, operands, outs)
+        attach(visitor, outs, [masks.Lost() for _ in outs])
         return outs, state
     everywhere = PartitionSpec()
     arrays = [ports(v) if isinstance(v, Tracked) else v for v in values]
@@ -253,6 +382,7 @@ def visit_shard_map(
     with jax_versions.context(eqn):
         mapped = jax_versions.shard_map(body, p, (specs, state_specs), out_specs)
         outs, state = mapped(arrays, state)
+    attach(visitor, outs, [masks.Lost() for _ in outs])
     return list(outs), state
 
 

@@ -65,6 +65,7 @@ def match_conv(eqn: Any, operands: list) -> Product | Stop:
         order=(*range(channels, atoms), *range(channels)),
         parts=window.parts,
         least_bytes=window.row_bytes(operands[0].shape),
+        keep_positions=lambda keep: window.kept(keep, operands[0].shape),
     )
 
 
@@ -133,6 +134,28 @@ class Window:
         n, space = out.shape[0], out.shape[2:]
         out = out.reshape(n, self.groups, -1, *space)
         return jnp.moveaxis(out, (1, 2), (0, -1))
+
+    def kept(self, keep: Array, shape: Sequence[int]) -> Array:
+        """The mask of an image over positions of the result, bool[n, *space].
+
+        Positions that stay in place keep their mask; others see a token that counts
+        under the window.
+
+        Args:
+          keep: broadcastable against the image.
+          shape: of the image.
+        """
+        keep = keep.transpose(self.spec).any(axis=1, keepdims=True)
+        sizes = [shape[d] for d in self.spec]
+        p, in_place = self.params, self.space == tuple(sizes[2:])
+        in_place &= all(n == 1 for n in (*p["window_strides"], *p["lhs_dilation"]))
+        if not in_place and math.prod(keep.shape[2:]) > 1:
+            wide = jnp.broadcast_to(keep, (keep.shape[0], 1, *sizes[2:]))
+            ones = jnp.ones((1, 1, *self.kernel), jnp.float32)
+            keep = lax.conv_general_dilated(wide.astype(jnp.float32), ones, **p) > 0
+        elif not in_place:
+            keep = keep.reshape(keep.shape[0], 1, *(1 for _ in self.space))
+        return jnp.broadcast_to(keep[:, 0], (sizes[0], *self.space))
 
     def row_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of the patches of one row of the result, for images of this shape."""

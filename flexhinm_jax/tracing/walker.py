@@ -21,6 +21,7 @@ from flexhinm_jax.tracing import control_flow, experts, jax_versions, joined, vi
 from flexhinm_jax.tracing.changes import change
 from flexhinm_jax.tracing.contractions import Followed, Product, Tracked, plain
 from flexhinm_jax.tracing.joined import Joined
+from flexhinm_jax.tracing.masks import Masks, has_program
 from flexhinm_jax.tracing.matching import MATCHERS, match
 from flexhinm_jax.tracing.stops import LOOKUP, Kind, Part, Stop, Where
 
@@ -32,10 +33,12 @@ class Visitor:
     the shapes and on the version of jax, so it never leaves one trace.
 
     Attributes:
-      rules: how the walk goes through control flow; see `control`.
+      rules: how the walk goes through control flow; see `control_flow`.
+      masks: the token masks of the values, which the walk then follows, or None.
     """
 
     rules: Mapping[str, Callable] = control_flow.RULES
+    masks: Masks | None = None
 
     def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
         """Handles a contraction of a weight with an input.
@@ -81,13 +84,30 @@ def walk(
 
     for k, eqn in enumerate(body.eqns):
         values, here = [read(v) for v in eqn.invars], (*where, k)
-        if any(isinstance(v, Followed) for v in values):
+        if any(isinstance(v, Followed) for v in values) or entered(
+            eqn, values, visitor
+        ):
             outs, state = visit(eqn, values, visitor, state, here)
         else:
             outs = jax_versions.bind(eqn, values)
-            visitor.bound(here, eqn, values, outs)
+            ran(here, eqn, values, outs, visitor)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in body.outvars], state
+
+
+def entered(eqn: Any, values: list, visitor: Visitor) -> bool:
+    """Whether token masks are to be followed into the program of an equation."""
+    masks = visitor.masks
+    if masks is None or not has_program(eqn):
+        return False
+    return any(masks.of(v) is not None for v in values)
+
+
+def ran(where: Where, eqn: Any, operands: list, results: list, visitor: Any) -> None:
+    """Tells a visitor that an equation without programs to walk has run."""
+    if visitor.masks is not None:
+        visitor.masks.follow(eqn, operands, results)
+    visitor.bound(where, eqn, operands, results)
 
 
 INLINED = frozenset("jit pjit closed_call core_call".split())
@@ -99,7 +119,7 @@ KEPT = frozenset(
 def visit(
     eqn: Any, operands: list, visitor: Visitor, state: Any, where: Where
 ) -> tuple[list[Any], Any]:
-    """Runs one equation with at least one tracked operand: (outputs, state)."""
+    """Runs one equation that the walk has something to do with: (outputs, state)."""
     name, params = eqn.primitive.name, eqn.params
 
     def sub(jaxpr: Any, operands: Sequence[Any], state: Any, *step: Any) -> Any:
@@ -112,6 +132,10 @@ def visit(
         return rule(eqn, operands, visitor, state, where, sub)
     if name in MATCHERS:
         return multiply(eqn, operands, visitor, state, where)
+    if name in KEPT and entered(eqn, operands, visitor):
+        for leaf in (leaf for v in operands for leaf in tracked(v)):
+            visitor.stop(where, leaf, Stop("inside a function with its own rule"))
+        return sub(jax_versions.called_jaxpr(params), plain(operands), state)
     if name in KEPT:
         kind = "custom_jvp" if "jvp" in name else "custom_vjp"
         function = jax_versions.function_name(params)
@@ -137,11 +161,16 @@ def stopped(
 ) -> tuple[list[Any], Any]:
     """Runs an equation on dense values: (outputs, state)."""
     for v in operands:
-        for leaf in v.tracked if isinstance(v, Followed) else ():
+        for leaf in tracked(v):
             visitor.stop(where, leaf, LOOKUP if experts.lookup(leaf.view) else reason)
     outs = jax_versions.bind(eqn, plain(operands))
-    visitor.bound(where, eqn, operands, outs)
+    ran(where, eqn, operands, outs, visitor)
     return outs, state
+
+
+def tracked(value: Any) -> tuple[Tracked, ...]:
+    """The leaves of a value of the walk."""
+    return value.tracked if isinstance(value, Followed) else ()
 
 
 def multiply(
@@ -164,7 +193,7 @@ def multiply(
         outs = jax_versions.bind(eqn, plain(operands))
     else:
         outs = [y.astype(product.result.dtype)]
-    visitor.bound(where, eqn, operands, outs)
+    ran(where, eqn, operands, outs, visitor)
     return outs, state
 
 
@@ -204,7 +233,7 @@ def multiply_parts(
         dtype = eqn.outvars[0].aval.dtype
         parts = [piece.run() if y is None else y.astype(dtype) for y, piece in pairs]
         outs = [joined.combined(parts, role)]
-    visitor.bound(where, eqn, operands, outs)
+    ran(where, eqn, operands, outs, visitor)
     return outs, state
 
 

@@ -90,10 +90,10 @@ def test_masked_tokens_do_not_count():
     assert_close(stats["q"].mean, real.mean(0))
 
 
-def test_a_mask_that_is_no_prefix_of_the_tokens_is_not_applied():
+def test_a_mask_that_is_no_prefix_of_any_tokens_is_refused():
     uses = discover(attention, P, X)
-    stats = calibrate(attention, P, uses, [X], token_mask=lambda x: jnp.ones(5, bool))
-    assert stats["q"].count == 12
+    with pytest.raises(ValueError, match=r"shape \[5\], which are no leading axes"):
+        calibrate(attention, P, uses, [X], token_mask=lambda x: jnp.ones(5, bool))
 
 
 def test_half_precision_inputs_are_summed_in_float32():

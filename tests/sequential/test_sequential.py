@@ -177,7 +177,7 @@ def test_masked_tokens_do_not_count(monkeypatch):
 @pytest.mark.parametrize("count", [1000, 1500, 2047])
 def test_the_rows_that_count_are_padded_to_few_sizes(count):
     mask = np.arange(2048) < count
-    valid, positions = targets.tokens_for(mask, (2048,))
+    valid, positions = targets.tokens_for(mask)
     assert valid.sum() == count
     if positions is not None:
         assert len(positions) % 256 == 0
