@@ -131,8 +131,6 @@ install-gpu: $(GPU_VENV)/.installed ## Make .venv-gpu, in which GPU kernels comp
 gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline for four chips (.venv-gpu)
 	JAX_PLATFORMS=cpu $(GPU_PY) -m bench.gpu_compile $(ARGS)
 
-# As for the tests: they compile much and compute little.
-notebooks: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 notebooks: $(STAMP) ## Execute the notebooks of colab/
 	$(PY) -m pytest --nbmake --nbmake-timeout=600 -n 2 colab $(ARGS)
 
@@ -169,5 +167,5 @@ build: $(STAMP) ## Build the wheel into dist/
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## Remove builds, caches and out/ (the environments stay)
-	rm -rf dist build out .pytest_cache .ruff_cache .hypothesis
+	rm -rf dist build out .cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

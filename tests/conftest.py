@@ -1,17 +1,10 @@
 """Settings shared by all tests: deterministic properties, no hidden devices."""
 
-import os
 from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
-
-# Tests compile much and compute little: compile quickly instead of well.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-)
 
 hypothesis.settings.register_profile(
     "project",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-import tests.conftest  # noqa: F401  compiles as the tests do, or other bits come out
+import conftest  # noqa: F401  compiles as the tests do, or other bits come out
 from tests.golden import programs
 
 FILE = Path(__file__).with_name("golden.npz")
