@@ -45,7 +45,9 @@ def divisible(size: int, by: int, axis: str, unit: str, path: str = "weight") ->
     """
     if size % by == 0:
         return
-    near = sorted({math.gcd(size, by), *(d for d in range(2, by) if size % d == 0)})
+    near = sorted(
+        {math.gcd(size, by), *(d for d in range(2, min(by, size + 1)) if size % d == 0)}
+    )
     fits = ", ".join(str(d) for d in near[-4:]) or "none"
     raise ValueError(
         f"{path}: {axis}={size} is not a multiple of {unit}={by}; give a divisor of "

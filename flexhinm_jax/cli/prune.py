@@ -41,6 +41,7 @@ ONLY_ENCODERS = {
     "limit": "give --samples",
     "max_length": "give --length",
     "share_orders": "it is not for --sequential",
+    "on_mismatch": "leave such weights dense with --rule 'REGEX=skip'",
 }
 ONLY_DECODERS = ("memory", "length", "samples", "dtype", "pack", "first_last")
 
@@ -153,6 +154,12 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="search one input order for all weights that read the same input, such as"
         " query, key and value; for N:M patterns",
+    )
+    add(
+        "--on-mismatch",
+        choices=("error", "skip"),
+        help="weights whose sizes the pattern does not divide: refuse them (error), or"
+        " leave them dense with a reason in the report (skip); default error",
     )
     _add_decoders(parser)
     flags.add_written(parser)
@@ -354,6 +361,7 @@ def _pruned(
     """The result, and what a person should know about single weights."""
     method = choices.method
     uses = discover(model.apply_fn, model.params, *model.sample(), rules=choices.rules)
+    uses = solve.fitting(method, uses, args.on_mismatch or "error")
     directory.check_uses(args.model, uses)
     steps: list[Any] = []
     if choices.text:
@@ -422,6 +430,7 @@ def _in_order(
             key=jax.random.key(args.seed),
             target=args.target or "seq",
             rules=choices.rules,
+            on_mismatch=args.on_mismatch or "error",
             token_mask=directory.real,
             progress=progress,
             resume=args.resume,

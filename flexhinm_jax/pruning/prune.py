@@ -18,7 +18,7 @@ from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.pruning.apply import decide, densify, pack
 from flexhinm_jax.pruning.report import Report, notes, report
 from flexhinm_jax.pruning.share_orders import share_orders as with_shared_orders
-from flexhinm_jax.pruning.solve import solve
+from flexhinm_jax.pruning.solve import OnMismatch, fitting, solve
 from flexhinm_jax.pruning.statistics import calibrate, unseen
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.discover import discover
@@ -61,6 +61,7 @@ def prune(
     key: Array,
     rules: dict[str, Any] | None = None,
     share_orders: bool = False,
+    on_mismatch: OnMismatch = "error",
     **calibration: Any,
 ) -> Pruned:
     """Prunes the weights of any JAX function in one call.
@@ -76,6 +77,8 @@ def prune(
       rules: {regex: pattern or "skip"} on leaf paths; the first match wins.
       share_orders: searches one input order for all N:M weights that read the same
         input; see `pruning.share_orders`.
+      on_mismatch: "skip" leaves weights dense whose sizes the pattern does not divide,
+        each with a warning and a reason in the report; "error" refuses them.
       **calibration: options of `calibrate`, such as `token_mask`.
 
     Returns:
@@ -108,7 +111,8 @@ def prune(
         ) from None
     example = first if isinstance(first, tuple) else (first,)
     apply_fn, leaves = Traced.of(apply_fn), Leaves.of(params)
-    uses = discover(apply_fn, params, *example, rules=rules)
+    found = discover(apply_fn, params, *example, rules=rules)
+    uses = fitting(method, found, on_mismatch)
     check_found(uses)
     stats = None
     if method.needs != "nothing":

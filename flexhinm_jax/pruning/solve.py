@@ -16,7 +16,7 @@ import math
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ MAX_EXPONENT = 40
 AROUND = "around"
 
 Progress = Callable[[int, int], None]
+OnMismatch = Literal["error", "skip"]
 
 
 class Task(NamedTuple):
@@ -78,6 +79,37 @@ def target_for(method: Method, use: Use, sparsity: Any) -> Any:
         return sparsity[use.path]
     low, high = method.pattern.sparsity_range()
     return None if use.pattern is not None and low == high else sparsity
+
+
+def fitting(method: Method, uses: Uses, on_mismatch: OnMismatch) -> Uses:
+    """The uses of the leaves whose sizes the pattern divides.
+
+    Args:
+      method: what is to prune them.
+      uses: from `discover`.
+      on_mismatch: "skip" moves other leaves to the skipped ones with the reason;
+        "error" leaves them for `solve` to refuse.
+
+    Raises:
+      ValueError: another word.
+    """
+    if on_mismatch not in ("error", "skip"):
+        raise ValueError(
+            f"on_mismatch={on_mismatch!r}: choose 'error' or 'skip', what to do with a "
+            "leaf whose sizes the pattern does not divide"
+        )
+    reasons = {}
+    for path, use in uses.leaves.items() if on_mismatch == "skip" else ():
+        shape, pattern = use.layout.matrix_shape, method_for(method, use).pattern
+        try:
+            pattern.check_shape(shape, path)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
+            reasons[path] = f"does not fit {pattern}: {reason}"
+            logger.warning("%s: skipped, it %s", path, reasons[path])
+    sizes = {path: math.prod(uses.leaves[path].layout.shape) for path in reasons}
+    kept = tuple(use for use in uses if use.path not in reasons)
+    return Uses(kept, uses.skipped | reasons, uses.dense | sizes)
 
 
 def keys_for(key: Array, use: Use) -> Array:

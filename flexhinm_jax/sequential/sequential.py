@@ -30,7 +30,7 @@ from flexhinm_jax.io import atomic
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning import prune
-from flexhinm_jax.pruning.solve import check_targets
+from flexhinm_jax.pruning.solve import OnMismatch, check_targets, fitting
 from flexhinm_jax.sequential.cuts import Layer, Walk
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.job import Job, record
@@ -54,6 +54,7 @@ def prune_sequential(
     progress: Callable[[Layer], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
     memory_limit: int | None = None,
+    on_mismatch: OnMismatch = "error",
 ) -> prune.Pruned:
     """Prunes the weights of any JAX function, in order of execution.
 
@@ -81,6 +82,7 @@ def prune_sequential(
         goes on behind them, with the same result as an uninterrupted run.
       memory_limit: bytes of activations kept in memory, the rest goes to temporary
         files; None for any.
+      on_mismatch: as in `prune`.
 
     Returns:
       Dense-with-zeros parameters, packed parameters, plans, uses and the report.
@@ -120,7 +122,8 @@ def prune_sequential(
     if not given:
         raise ValueError("batches is empty: give at least one batch to run")
     apply_fn = Traced.of(apply_fn)
-    uses = discover(apply_fn, params, *given[0], rules=rules)  # type: ignore[arg-type]
+    found = discover(apply_fn, params, *given[0], rules=rules)  # type: ignore[arg-type]
+    uses = fitting(method, found, on_mismatch)
     prune.check_found(uses)
     check_targets(sparsity, uses)
     job = Job(

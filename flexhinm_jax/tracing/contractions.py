@@ -227,7 +227,7 @@ class Product:
         order = [stack.index(a) for a in ordered(stack)] + [first]
         order += [first + 1 + inputs.index(a) for a in self.ordered_inputs]
         x = x.transpose(order)
-        return x.reshape(*x.shape[: first + 1], -1)
+        return x.reshape(*x.shape[: first + 1], math.prod(x.shape[first + 1 :]))
 
     def kept(self, keep: Array) -> Array:
         """Which tokens of the product count.

@@ -316,3 +316,39 @@ def test_arguments_that_cannot_be_compared_are_traced_every_time():
     assert traced.find(params, (x, frozenset("b"))) is not first
     assert traced.find(params, (x, {1, 2})) is not traced.find(params, (x, {1, 2}))
     assert traced.find(params, (x, True)) is not traced.find(params, (x, 1))
+
+
+def odd(params, x):
+    return jnp.tanh(x @ params["even"]) @ params["odd"]
+
+
+@pytest.mark.parametrize("run", [fh.prune, fh.prune_sequential])
+def test_sizes_that_do_not_divide_are_refused_or_skipped_with_the_reason(run, caplog):
+    params = {"even": jax.random.normal(KEY, (16, 30)), "odd": jnp.ones((30, 8))}
+    method, x = fh.Magnitude(fh.NM(2, 4)), jnp.ones((2, 16))
+    with pytest.raises(ValueError, match="odd: in=30 is not a multiple of m=4"):
+        run(odd, params, [x], method, key=KEY)
+    with caplog.at_level("WARNING", logger="flexhinm_jax"):
+        result = run(odd, params, [x], method, key=KEY, on_mismatch="skip")
+    np.testing.assert_array_equal(result.params["odd"], params["odd"])
+    assert (np.asarray(result.params["even"]) == 0).mean() == 0.5
+    reason = "does not fit NM(n=2, m=4): in=30 is not a multiple of m=4"
+    assert result.report.skipped["odd"] == reason and result.report.dense["odd"] == 240
+    assert any(r.getMessage().startswith("odd: skipped") for r in caplog.records)
+    with pytest.raises(ValueError, match="none of the .* leaves can be pruned"):
+        run(odd, params, [x], fh.Magnitude(fh.NM(2, 7)), key=KEY, on_mismatch="skip")
+    with pytest.raises(ValueError, match="on_mismatch='pad': choose 'error' or 'skip'"):
+        run(odd, params, [x], method, key=KEY, on_mismatch="pad")
+
+
+def test_absurd_pattern_sizes_are_refused_at_once():
+    for text in ("flexhinm:v=99999999999", "2:99999999999"):
+        pattern = fh.patterns.parse(text)
+        with pytest.raises(ValueError, match="is not a multiple of .*=99999999999"):
+            fh.solve(
+                fh.Magnitude(pattern),
+                KEY,
+                make(),
+                fh.discover(model, make(), X),
+                sparsity=None if text[0] == "2" else 0.75,
+            )

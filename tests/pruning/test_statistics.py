@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import flexhinm_jax as fh
 from flexhinm_jax.pruning.statistics import (
     MIN_BANDED_WIDTH,
     calibrate,
@@ -159,3 +160,18 @@ def test_wide_grams_are_summed_in_bands_and_are_whole():
     gram = symmetric(upper(jnp.asarray(x)))
     assert_close(gram, np.einsum("sti,stj->sij", x, x), 1e-4)
     np.testing.assert_array_equal(gram, np.swapaxes(gram, -1, -2))
+
+
+def test_a_batch_without_rows_adds_nothing():
+    uses = discover(attention, P, X)
+    want = calibrate(attention, P, uses, [X])
+    got = calibrate(attention, P, uses, [X[:0], X, X[:0]])
+    for path in uses.leaves:
+        jax.tree.map(np.testing.assert_array_equal, got[path], want[path])
+    method = fh.SparseGPT(fh.NM(1, 2))
+    for run in (fh.prune, fh.prune_sequential):
+        pruned = [
+            run(attention, P, batches, method, key=jax.random.key(0)).params
+            for batches in ([X], [X, X[:0]])
+        ]
+        jax.tree.map(np.testing.assert_array_equal, *pruned)
