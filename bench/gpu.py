@@ -35,11 +35,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import study
-from flexhinm_jax.gpu import backends as gpu_backends
-from flexhinm_jax.gpu import selfcheck, support
-from flexhinm_jax.gpu.layouts import to_words
-from flexhinm_jax.kernels import backends
+from flexhinm_jax.gpu import registry, selfcheck, support
+from flexhinm_jax.gpu.kernel import Kernel
+from flexhinm_jax.kernels import dispatch
 from flexhinm_jax.kernels.packing import unpack
+from flexhinm_jax.ops.words import to_words
 from flexhinm_jax.types import PackedWeight
 
 RESULTS = Path(__file__).parent / "results"
@@ -121,7 +121,7 @@ def random_weight(key: jax.Array, size: Size, dtype: Any) -> PackedWeight:
         dense_values=dense,
         nm_index=index[:, size.dense : size.dense + 4 * groups],
         nm_values=kept,
-        nm_positions=to_words(nibbles),
+        nm_positions=to_words(nibbles, 4),
         out_order=jax.random.permutation(order, t * v).astype(jnp.int32),
         left=None,
         right=None,
@@ -131,19 +131,16 @@ def random_weight(key: jax.Array, size: Size, dtype: Any) -> PackedWeight:
     )
 
 
-def serving(capability: tuple[int, int]) -> dict[str, Any]:
-    """Backends for a chip by name, loaded."""
-    return {
-        name: backend.load()
-        for name, backend in gpu_backends.BACKENDS.items()
-        if capability[0] in backend.majors
-    }
+def serving(capability: tuple[int, int]) -> dict[str, Kernel]:
+    """Kernels for a chip by name."""
+    kernels = registry.KERNELS
+    return {n: k for n, k in kernels.items() if capability[0] in k.majors}
 
 
-def with_layout(name: str, module: Any, packed: PackedWeight) -> PackedWeight:
-    """The packed weight with the layout of a backend."""
-    ready = jax.jit(module.prepare)(packed)
-    return dataclasses.replace(packed, layouts={name: ready})
+def with_layout(kernel: Kernel, packed: PackedWeight) -> PackedWeight:
+    """The packed weight with the layout of a kernel."""
+    ready = jax.jit(kernel.prepare)(packed)
+    return dataclasses.replace(packed, layouts={kernel.name: ready})
 
 
 def poison(count: int) -> None:
@@ -170,8 +167,7 @@ def worst_error(y: jax.Array, x: jax.Array, packed: PackedWeight) -> float:
 
 
 def check(
-    name: str,
-    module: Any,
+    kernel: Kernel,
     size: Size,
     n: int,
     dtype: Any,
@@ -180,34 +176,34 @@ def check(
 ) -> dict[str, Any] | None:
     """One numerical check, or None where the kernel does not serve the size."""
     weights, inputs = jax.random.split(key)
-    packed = with_layout(name, module, random_weight(weights, size, dtype))
+    packed = with_layout(kernel, random_weight(weights, size, dtype))
     x = jax.random.normal(inputs, (n, size.inputs)).astype(dtype)
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    if module.reason(shape, packed, (9, 0)) is not None:
+    if kernel.refuse(shape, packed, (9, 0)) is not None:
         return None
     poison(2 * n * packed.shape[0])
-    if interpret and name not in backends.PLAIN:
+    if interpret and kernel.name not in dispatch.PLAIN:
         with support.interpreted():
-            y = module.matmul(x, packed, dtype)
+            y = kernel.run(x, packed, dtype)
     else:
-        y = jax.jit(module.matmul, static_argnums=2)(x, packed, dtype)
+        y = jax.jit(kernel.run, static_argnums=2)(x, packed, dtype)
     o, i = packed.shape
     return {
-        "kernel": name,
+        "kernel": kernel.name,
         "size": f"{size.name} {o}x{i} n={n} {jnp.dtype(dtype).name}",
         "worst": worst_error(y, x, packed),
     }
 
 
-def numerics(modules: dict[str, Any], interpret: bool) -> list[dict[str, Any]]:
+def numerics(kernels: dict[str, Kernel], interpret: bool) -> list[dict[str, Any]]:
     """All checks."""
     sizes = TINY if interpret else CHECKED
     tokens = (3,) if interpret else TOKENS_CHECKED
     key, rows = jax.random.key(time.time_ns() % 2**32), []
-    for name, module in modules.items():
+    for name, kernel in kernels.items():
         if interpret and name in ("mma_sp", "tcgen05"):
             continue  # the interpreter does not know their instructions
-        refused = None if name in backends.PLAIN else selfcheck.failure(module)
+        refused = selfcheck.failure(name, kernel.prepare, kernel.run, kernel.cases)
         if refused is not None:
             print(f"WRONG {name}: {refused}")
             rows.append({"kernel": name, "size": refused, "worst": float("inf")})
@@ -216,7 +212,7 @@ def numerics(modules: dict[str, Any], interpret: bool) -> list[dict[str, Any]]:
             for dtype in (jnp.bfloat16, jnp.float16):
                 for n in tokens:
                     key, this = jax.random.split(key)
-                    row = check(name, module, size, n, dtype, this, interpret)
+                    row = check(kernel, size, n, dtype, this, interpret)
                     if row is not None:
                         rows.append(row)
                         if row["worst"] > 1:
@@ -323,7 +319,7 @@ def dense_floor(size: Size, n: int, limits: dict[str, float]) -> float:
     return max(moved / limits["bandwidth"], 2 * n * o * i / limits["dense_rate"])
 
 
-def timings(modules: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any]]:
+def timings(kernels: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any]]:
     """Times of every kernel beside the dense product."""
     dtype, rows = jnp.bfloat16, []
     for size in TIMED:
@@ -344,12 +340,12 @@ def timings(modules: dict[str, Any], limits: dict[str, float]) -> list[dict[str,
             row |= {"dense": base, "floor": floor(size, n, limits)}
             if size.tiles == 1:
                 row["torch"] = torch_time(o, i, n)
-            for name, module in modules.items():
-                ready = [with_layout(name, module, w) for w in packed]
+            for name, kernel in kernels.items():
+                ready = [with_layout(kernel, w) for w in packed]
                 shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-                if module.reason(shape, ready[0], (9, 0)) is not None:
+                if kernel.refuse(shape, ready[0], (9, 0)) is not None:
                     continue
-                run = lambda x, w, m=module: m.matmul(x, w, dtype)  # noqa: E731
+                run = lambda x, w, k=kernel: k.run(x, w, dtype)  # noqa: E731
                 row[name] = per_product(run, x, ready)
                 print(
                     f"{row['size']:24} n={n:5} {name:9} {row[name] * 1e6:9.1f} us  "
@@ -375,7 +371,7 @@ def draw(rows: list[dict[str, Any]], limits: dict[str, float], note: str) -> Non
         ]
         axis.plot(TOKENS_TIMED, bound, "k--", lw=1, label="limit (floor / floor)")
         mine = [row for row in rows if row["size"] == name]
-        for kernel in (*backends.registry(), "torch"):
+        for kernel in (*dispatch.known(), "torch"):
             points = [(r["n"], r["dense"] / r[kernel]) for r in mine if r.get(kernel)]
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", ms=3, label=kernel)
@@ -436,17 +432,16 @@ def main() -> int:
     parser.add_argument("--numerics", action="store_true", help="no times")
     parser.add_argument("--only", help="one backend, such as wgmma_sp")
     options = parser.parse_args()
-    chip = backends.capability()
+    chip = dispatch.capability()
     interpret = chip is None
-    modules = {name: backend.load() for name, backend in backends.PLAIN.items()}
-    old = support.old_jax()
-    if old:
-        print(f"the GPU kernels are left out, each {old}")
+    kernels = dict(dispatch.PLAIN)
+    if tuple(jax.__version_info__) < support.SINCE:
+        print(f"the GPU kernels are left out: this is jax {jax.__version__}")
     else:
-        modules |= serving(chip or (9, 0))
+        kernels |= serving(chip or (9, 0))
     if options.only:
-        modules = {k: m for k, m in modules.items() if k == options.only}
-    checked = numerics(modules, interpret)
+        kernels = {k: m for k, m in kernels.items() if k == options.only}
+    checked = numerics(kernels, interpret)
     wrong = [row for row in checked if row["worst"] > 1]
     where = "in the interpreter, on the CPU" if interpret else f"on {chip}"
     print(f"numerics: {len(checked)} cases {where}, {len(wrong)} wrong")
@@ -458,9 +453,9 @@ def main() -> int:
         "times": "not measured",
     }
     limits, note = H200, "Not measured: limits only, from the rates of an H200"
-    if not interpret and not options.numerics and not wrong and modules:
+    if not interpret and not options.numerics and not wrong and kernels:
         limits = chip_limits()
-        report |= {"limits": limits, "times": timings(modules, limits)}
+        report |= {"limits": limits, "times": timings(kernels, limits)}
         note = f"{report['device']}, jax {jax.__version__}, bfloat16"
     rows = report["times"] if isinstance(report["times"], list) else []
     if not rows:

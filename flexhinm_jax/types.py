@@ -11,10 +11,11 @@ unflatten, with tracers, strings and None as leaves. `checks` holds the validati
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array, export
 
 __all__ = [
@@ -323,6 +324,13 @@ class Uses:
         return found
 
 
+def _kernels() -> Any:
+    """The room of the products, far above this one: imported when an operator runs."""
+    from flexhinm_jax import kernels
+
+    return kernels
+
+
 @exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -382,6 +390,12 @@ class PackedWeight:
     layouts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def tiles(self) -> int:
+        """Number of row tiles."""
+        index: Any = self.dense_index if self.nm_index is None else self.nm_index
+        return index.shape[-2]
+
+    @property
     def dtype(self) -> Any:
         """Dtype of the values."""
         values: Any = self.dense_values if self.nm_values is None else self.nm_values
@@ -402,17 +416,34 @@ class PackedWeight:
         """W^T, sharing every array."""
         return TransposedWeight(self)
 
+    def filled(self) -> "PackedWeight":
+        """The same weight with an empty array in the place of None.
+
+        What computes with a weight starts from here, so it has one form to think of.
+        """
+        tiles = (*self.out_order.shape[:-1], self.tiles)
+        rows = (*tiles, self.shape[0] // max(self.tiles, 1))
+        arrays: dict[str, Any] = {}
+        if self.dense_index is None:
+            arrays["dense_index"] = np.zeros((*tiles, 0), np.int32)
+            arrays["dense_values"] = np.zeros((*rows, 0), self.dtype)
+        if self.nm_index is None:
+            arrays["nm_index"] = np.zeros((*tiles, 0), np.int32)
+            arrays["nm_values"] = np.zeros((*rows, 0), self.dtype)
+            arrays["nm_positions"] = np.zeros((*rows, 0), np.uint32)
+        return dataclasses.replace(self, **arrays) if arrays else self
+
     def todense(self) -> Array:
         """W as an array: `kernels.unpack`."""
-        return PRODUCTS["unpack"](self)
+        return _kernels().unpack(self)
 
     def __matmul__(self, x: Array) -> Array:
         """W @ x for x [i] or [i, N]."""
-        return PRODUCTS["dot"](x.T, self, transposed=False).T
+        return _kernels().sparse_dot(x.T, self, transposed=False).T
 
     def __rmatmul__(self, x: Array) -> Array:
         """X @ W for x [..., o]."""
-        return PRODUCTS["dot"](x, self, transposed=True)
+        return _kernels().sparse_dot(x, self, transposed=True)
 
     # NumPy would otherwise loop over the elements of x @ packed.
     __array_ufunc__ = None
@@ -456,14 +487,10 @@ class TransposedWeight:
 
     def __matmul__(self, x: Array) -> Array:
         """W^T @ x for x [o] or [o, N]."""
-        return PRODUCTS["dot"](x.T, self.of, transposed=True).T
+        return _kernels().sparse_dot(x.T, self.of, transposed=True).T
 
     def __rmatmul__(self, x: Array) -> Array:
         """X @ W^T for x [..., i]: the product of a layer."""
-        return PRODUCTS["dot"](x, self.of, transposed=False)
+        return _kernels().sparse_dot(x, self.of, transposed=False)
 
     __array_ufunc__ = None
-
-
-PRODUCTS: dict[str, Callable[..., Any]] = {}
-"""What the operators of packed weights run; `kernels` fills it."""

@@ -6,12 +6,11 @@ rebuilds the dense operand in registers and feeds the dense tensor cores of Hopp
 helps as long as bandwidth is the limit; with many tokens it costs what the dense
 product costs.
 
-Operands are slot-major (`gpu_layouts.slots`): column j of every group of four is an
+Operands are slot-major (`layouts.slots`): column j of every group of four is an
 elementwise function of the two kept values and their positions, so no value moves
 between lanes. Serves weights of one tile, whose columns are gathered once.
 """
 
-import sys
 from typing import Any
 
 import jax
@@ -20,8 +19,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from flexhinm_jax.gpu import layouts, ptx, support
+from flexhinm_jax.gpu.kernel import Kernel
 from flexhinm_jax.gpu.layouts import ROWS, SLOT
-from flexhinm_jax.gpu.refusal import refusal
 from flexhinm_jax.types import PackedWeight
 
 NAME = "expand"
@@ -33,22 +32,8 @@ BLOCKS = 264
 """Blocks that fill the largest Hopper chip twice: 2 x 132 multiprocessors."""
 
 
-def reason(
-    x: jax.ShapeDtypeStruct, packed: PackedWeight, capability: tuple[int, int]
-) -> str | None:
-    """Why this kernel cannot serve a product, or None if it can.
-
-    Args:
-      x: the input [N, i], in the dtype of the computation.
-      packed: one packed matrix, of arrays or tracers.
-      capability: compute capability of the chip.
-    """
-    del capability
-    return refusal(sys.modules[__name__], x, packed, one_tile=True)
-
-
 def prepare(packed: PackedWeight) -> dict[str, Array]:
-    """The arrays that `matmul` reads: `gpu_layouts.slots`."""
+    """The arrays that `matmul` reads: `layouts.slots`."""
     return layouts.slots(packed)
 
 
@@ -205,3 +190,12 @@ def _kernel(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )
+
+
+KERNEL = Kernel(
+    NAME,
+    prepare,
+    matmul,
+    majors=(9,),
+    cases=((1, 72, 6, 40, 11),),
+)

@@ -82,7 +82,7 @@ def product(
     """The product of all tiles with x, [out, n], rows in original order.
 
     Args:
-      values: [t, r, c] 16 bit, the layout `gpu_layouts.tiles`.
+      values: [t, r, c] 16 bit, the layout `layouts.tiles`.
       meta: i32[t, b, s, 256].
       x: activations, n a multiple of `tiling.width`. Without an index [n, 2 c], columns
         in the order of the stream; with one x^T, [i, n].

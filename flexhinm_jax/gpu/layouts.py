@@ -18,8 +18,7 @@ stored or 128 logical columns, `b` blocks of 64 rows.
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flexhinm_jax.kernels.columns import filled
-from flexhinm_jax.kernels.packing import from_words
+from flexhinm_jax.ops.words import from_words, to_words
 from flexhinm_jax.types import PackedWeight
 
 STEP = 64
@@ -55,7 +54,7 @@ def stream(packed: PackedWeight) -> tuple[Array, Array, Array]:
       nibbles: u32[t, v, c / 2], `i0 | i1 << 2` with i0 < i1 for every group.
       index: i32[t, 2 c], input of each logical column, ABSENT for none.
     """
-    packed = filled(packed)
+    packed = packed.filled()
     t, v, dense = packed.dense_values.shape
     kept = packed.nm_values.shape[-1]
     odd = dense % 2
@@ -86,13 +85,6 @@ def stream(packed: PackedWeight) -> tuple[Array, Array, Array]:
         [four.reshape(t, -1), packed.nm_index, absent(2 * tail)], axis=-1
     )
     return values, nibbles, index
-
-
-def to_words(nibbles: Array) -> Array:
-    """Packs nibbles u32[..., g] into words u32[..., g / 8], low bits first."""
-    parts = nibbles.reshape(*nibbles.shape[:-1], nibbles.shape[-1] // 8, 8)
-    shift = 4 * jnp.arange(8, dtype=jnp.uint32)
-    return jnp.sum(parts << shift, axis=-1, dtype=jnp.uint32)
 
 
 def to_sp_meta(words: Array) -> Array:
@@ -152,7 +144,7 @@ def tiles(packed: PackedWeight) -> dict[str, Array]:
     rows, blocks, steps = padded_rows(v), -(-v // ROWS), c // STEP
     fill = ((0, 0), (0, blocks * ROWS - v), (0, 0))
     nibbles = jnp.pad(nibbles, fill, constant_values=DENSE_PAIR)
-    meta = to_sp_meta(to_words(nibbles.reshape(t * blocks * ROWS, -1)))
+    meta = to_sp_meta(to_words(nibbles.reshape(t * blocks * ROWS, -1), 4))
     order = packed.out_order.astype(jnp.int32).reshape(t, v)
     return {
         "values": jnp.pad(values, ((0, 0), (0, rows - v), (0, 0))),

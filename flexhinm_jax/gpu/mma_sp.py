@@ -7,7 +7,6 @@ improved on a chip; nothing chooses it by itself. Serves weights of one tile.
 Source: PTX ISA, mma.sp::ordered_metadata.sync.aligned.m16n8k32 for 16-bit types.
 """
 
-import sys
 from typing import Any
 
 import jax
@@ -17,28 +16,14 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from flexhinm_jax.gpu import layouts, support
+from flexhinm_jax.gpu.kernel import Kernel
 from flexhinm_jax.gpu.layouts import ROWS
-from flexhinm_jax.gpu.refusal import refusal
 from flexhinm_jax.types import PackedWeight
 
 NAME = "mma_sp"
 
 TOKENS = 8
 """Tokens of one instruction and of one block."""
-
-
-def reason(
-    x: jax.ShapeDtypeStruct, packed: PackedWeight, capability: tuple[int, int]
-) -> str | None:
-    """Why this kernel cannot serve a product, or None if it can.
-
-    Args:
-      x: the input [N, i], in the dtype of the computation.
-      packed: one packed matrix, of arrays or tracers.
-      capability: compute capability of the chip.
-    """
-    del capability
-    return refusal(sys.modules[__name__], x, packed, one_tile=True)
 
 
 def prepare(packed: PackedWeight) -> dict[str, Array]:
@@ -64,7 +49,7 @@ def product(values: Array, meta: Array, x: Array) -> Array:
 
     Args:
       values: [r, c] 16 bit, r a multiple of 64.
-      meta: i32[r / 64, c / 64, 256], `gpu_layouts.tiles`.
+      meta: i32[r / 64, c / 64, 256], `layouts.tiles`.
       x: [n, 2 c], n a multiple of 8.
     """
     from jax.experimental import pallas as pl
@@ -172,3 +157,12 @@ def _sparse_product(selector: int, dtype: Any) -> Any:
         )
 
     return multiply
+
+
+KERNEL = Kernel(
+    NAME,
+    prepare,
+    matmul,
+    majors=(8, 9),
+    cases=((1, 72, 6, 40, 11),),
+)

@@ -70,7 +70,7 @@ def sparse_product(ctx: Any, acc: Any, meta: Any, a_ref: Any, b_ref: Any) -> Any
     Args:
       ctx: launch context, unused.
       acc: f32 registers in WGMMA layout, ordered by `fence` or by an earlier product.
-      meta: two i32 words per thread, `gpu_layouts.to_sp_meta` of the 128 columns.
+      meta: two i32 words per thread, `layouts.to_sp_meta` of the 128 columns.
       a_ref: shared memory [1, 1, 64, 64] or in tiles of 8 rows, 128-byte swizzle: the
         stored columns, byte for byte a dense k = 64 tile.
       b_ref: shared memory, the 128 logical columns by n, in tiles; either dimension may

@@ -8,6 +8,7 @@ and the product runs in plain XLA. Costs one or two small compilations per proce
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,20 +18,17 @@ import numpy as np
 from flexhinm_jax.gpu import support
 from flexhinm_jax.types import PackedWeight
 
-CASES = {
-    "expand": ((1, 72, 6, 40, 11),),
-    "wgmma_sp": ((1, 72, 0, 100, 70), (3, 40, 6, 36, 11)),
-    "mma_sp": ((1, 72, 6, 40, 11),),
-    "tcgen05": ((1, 72, 6, 40, 11),),
-}
-"""Tiles, rows of a tile, dense columns, groups of four, tokens."""
 
-
-def failure(module: Any) -> str | None:
-    """Why a backend must not run on the GPU at hand, or None if it was right.
+def failure(
+    name: str, prepare: Callable, run: Callable, cases: tuple[tuple[int, ...], ...]
+) -> str | None:
+    """Why a kernel must not run on the GPU at hand, or None if it was right.
 
     Args:
-      module: module of the backend, with NAME, `prepare` and `matmul`.
+      name: of its layout.
+      prepare: makes its layout.
+      run: its product.
+      cases: sizes of the products to check, as in `kernel.Kernel`.
 
     Returns:
       None also where there is no GPU: nothing is going to run then.
@@ -38,7 +36,7 @@ def failure(module: Any) -> str | None:
     device = first_gpu()
     if device is None or support.interpreting():
         return None
-    return _failure(module, device)
+    return _failure(name, prepare, run, cases, device)
 
 
 def first_gpu() -> Any:
@@ -50,24 +48,29 @@ def first_gpu() -> Any:
 
 
 @functools.cache
-def _failure(module: Any, device: Any) -> str | None:
+def _failure(
+    name: str, prepare: Callable, run: Callable, cases: tuple, device: Any
+) -> str | None:
     rng = np.random.default_rng(0)
     try:
         # Products are traced when this runs, but its own arrays are not.
         with jax.ensure_compile_time_eval(), jax.default_device(device):
-            right = all(_right(module, rng, *case) for case in CASES[module.NAME])
+            right = all(_right(name, prepare, run, rng, case) for case in cases)
     except Exception as error:  # whatever it is, the kernel cannot be used
         text = str(error).partition("\n")[0][:200]
         return f"its check on this GPU failed: {type(error).__name__}: {text}"
     return None if right else "it gave a wrong result in its check on this GPU"
 
 
-def _right(module: Any, rng: Any, t: int, v: int, dense: int, groups: int, n: int):
-    packed, w = example(rng, t, v, dense, groups)
+def _right(
+    name: str, prepare: Callable, run: Callable, rng: Any, case: tuple[int, ...]
+) -> bool:
+    *sizes, n = case
+    packed, w = example(rng, *sizes)
     x = rng.integers(-2, 3, (n, w.shape[1])).astype(np.float32)
-    ready = jax.jit(module.prepare)(packed)
-    packed = dataclasses.replace(packed, layouts={module.NAME: ready})
-    product = jax.jit(module.matmul, static_argnums=2)
+    ready = jax.jit(prepare)(packed)
+    packed = dataclasses.replace(packed, layouts={name: ready})
+    product = jax.jit(run, static_argnums=2)
     y = product(jnp.asarray(x, jnp.bfloat16), packed, jnp.dtype(jnp.float32))
     return np.array_equal(np.asarray(y), x @ w.T)
 

@@ -28,25 +28,11 @@ def mosaic() -> Any:
     return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
-def old_jax() -> str | None:
-    """Why this jax cannot run the kernels, or None if it can."""
-    if tuple(jax.__version_info__) >= SINCE:
-        return None
-    return f"needs jax {'.'.join(map(str, SINCE))} or newer, this is {jax.__version__}"
-
-
 def not_half(dtype: Any) -> str | None:
     """Why a dtype has no sparse tensor-core form, or None if it has one."""
     if jnp.dtype(dtype) in HALF:
         return None
     return f"{jnp.dtype(dtype).name} has no 2:4 tensor-core form (bfloat16, float16)"
-
-
-def no_layout(packed: Any, name: str) -> str | None:
-    """Why a packed weight lacks the layout of a kernel, or None if it has it."""
-    if name in packed.layouts:
-        return None
-    return f"packed.layouts has no {name!r}: call kernels.prepare(packed, {name!r})"
 
 
 @contextlib.contextmanager

@@ -5,16 +5,14 @@ and one product is in flight. It is here to be tested and improved on a chip; no
 chooses it by itself. Serves weights of one tile.
 """
 
-import sys
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from flexhinm_jax.gpu import layouts, support
+from flexhinm_jax.gpu.kernel import Kernel
 from flexhinm_jax.gpu.layouts import BLACKWELL_ROWS, STEP
-from flexhinm_jax.gpu.refusal import refusal
 from flexhinm_jax.types import PackedWeight
 
 NAME = "tcgen05"
@@ -26,22 +24,8 @@ SLOTS = 2
 """Steps held in shared memory."""
 
 
-def reason(
-    x: jax.ShapeDtypeStruct, packed: PackedWeight, capability: tuple[int, int]
-) -> str | None:
-    """Why this kernel cannot serve a product, or None if it can.
-
-    Args:
-      x: the input [N, i], in the dtype of the computation.
-      packed: one packed matrix, of arrays or tracers.
-      capability: compute capability of the chip.
-    """
-    del capability
-    return refusal(sys.modules[__name__], x, packed, one_tile=True)
-
-
 def prepare(packed: PackedWeight) -> dict[str, Array]:
-    """The arrays that `matmul` reads: `gpu_layouts.blackwell`, positions in 2 bits."""
+    """The arrays that `matmul` reads: `layouts.blackwell`, positions in 2 bits."""
     ready = layouts.blackwell(packed)
     return ready | {"meta": ready["meta"].astype(jnp.uint2)}
 
@@ -132,3 +116,12 @@ def product(values: Array, meta: Array, x: Array) -> Array:
             ),
         ],
     )(values, meta, x)
+
+
+KERNEL = Kernel(
+    NAME,
+    prepare,
+    matmul,
+    majors=(10,),
+    cases=((1, 72, 6, 40, 11),),
+)

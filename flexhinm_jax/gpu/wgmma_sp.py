@@ -3,7 +3,7 @@
 A weight of one tile has its columns gathered once, outside. With more tiles every tile
 reads other columns, and the kernel gathers them itself: a gathered copy of x for all
 tiles would cost more traffic than the weight. Dense and 2:4 columns of a tile are one
-stream (`gpu_layouts`), so they share one pass and one accumulator. Rows return to their
+stream (`layouts`), so they share one pass and one accumulator. Rows return to their
 original places when a block stores its result.
 
 How a product is cut (`tiling`) follows from sizes alone and has not been tuned on a
@@ -12,14 +12,12 @@ tokens that traffic, not the tensor cores, sets the pace.
 """
 
 import dataclasses
-import sys
 
-import jax
 from jax import Array
 from jax.typing import DTypeLike
 
 from flexhinm_jax.gpu import hopper, layouts, support
-from flexhinm_jax.gpu.refusal import refusal
+from flexhinm_jax.gpu.kernel import Kernel
 from flexhinm_jax.types import PackedWeight
 
 NAME = "wgmma_sp"
@@ -40,22 +38,8 @@ LEAST = 4
 """Fewest steps that are worth a block of their own."""
 
 
-def reason(
-    x: jax.ShapeDtypeStruct, packed: PackedWeight, capability: tuple[int, int]
-) -> str | None:
-    """Why this kernel cannot serve a product, or None if it can.
-
-    Args:
-      x: the input [N, i], in the dtype of the computation.
-      packed: one packed matrix, of arrays or tracers.
-      capability: compute capability of the chip.
-    """
-    del capability
-    return refusal(sys.modules[__name__], x, packed, one_tile=False)
-
-
 def prepare(packed: PackedWeight) -> dict[str, Array]:
-    """The arrays that `matmul` reads: `gpu_layouts.tiles`."""
+    """The arrays that `matmul` reads: `layouts.tiles`."""
     return layouts.tiles(packed)
 
 
@@ -105,3 +89,14 @@ def tiling(n: int, tiles: int, blocks: int, steps: int) -> hopper.Tiling:
     listed = -(-steps // splits) * LIST_BYTES if tiles > 1 else 0
     two = [c for c in cuts if c.shared_bytes + listed <= chip // 2 - SPARE]
     return two[-1] if two else cuts[0]
+
+
+KERNEL = Kernel(
+    NAME,
+    prepare,
+    matmul,
+    majors=(9,),
+    one_tile=False,
+    automatic=True,
+    cases=((1, 72, 0, 100, 70), (3, 40, 6, 36, 11)),
+)

@@ -48,7 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexhinm_jax.io import atomic, records, tensors
-from flexhinm_jax.kernels.columns import canonical, filled
+from flexhinm_jax.kernels.packing import canonical
 from flexhinm_jax.kernels.validation import verify_layout, verify_packed
 from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.types import AxisFactor, BlockDiagonal, Layout, PackedWeight
@@ -241,7 +241,7 @@ def _device(array: np.ndarray) -> Any:
 
 
 def _arrays(leaf: PackedWeight) -> dict[str, np.ndarray]:
-    whole = filled(leaf)
+    whole = leaf.filled()
     stored = {field: np.asarray(getattr(whole, field)) for field in ARRAYS}
     for field in FACTORS:
         factor = getattr(leaf, field)

@@ -1,5 +1,6 @@
 """Packed weights and the products that run on them; knows no method or pattern."""
 
+from flexhinm_jax.kernels.dispatch import assume
 from flexhinm_jax.kernels.folding import (
     check_equal,
     fold,
@@ -17,9 +18,9 @@ from flexhinm_jax.kernels.packing import (
 from flexhinm_jax.kernels.preparing import prepare, strip
 from flexhinm_jax.kernels.product import sparse_dot
 from flexhinm_jax.kernels.validation import verify_packed
-from flexhinm_jax.types import PRODUCTS
 
 __all__ = [
+    "assume",
     "block_columns",
     "block_product",
     "check_equal",
@@ -35,5 +36,3 @@ __all__ = [
     "unpack",
     "verify_packed",
 ]
-
-PRODUCTS.update(dot=sparse_dot, unpack=unpack)

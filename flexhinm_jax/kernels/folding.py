@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flexhinm_jax.kernels.columns import filled
 from flexhinm_jax.paths import over_stack
 from flexhinm_jax.types import BlockDiagonal, PackedWeight
 
@@ -178,7 +177,7 @@ def _shared_order(readers: tuple[PackedWeight, ...]) -> Array:
     if not readers:
         raise ValueError("fold: give at least one reader")
     for reader in readers:
-        tiles, columns = filled(reader).nm_index.shape[-2:]
+        tiles, columns = reader.filled().nm_index.shape[-2:]
         if (tiles, columns) != (1, reader.shape[1]):
             raise ValueError(
                 f"fold: a reader has {tiles} tiles with {columns} of "
@@ -218,7 +217,7 @@ def _factor_renamed(
 
 def _rows_in_order(packed: PackedWeight) -> PackedWeight:
     """The rows of a single tile stored in output order; several tiles as they are."""
-    if filled(packed).nm_values.shape[-3] != 1:
+    if packed.filled().nm_values.shape[-3] != 1:
         return packed
     at = jnp.argsort(packed.out_order, axis=-1)
     identity = jnp.arange(at.shape[-1], dtype=jnp.int32)

@@ -16,9 +16,13 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments, checks
-from flexhinm_jax.kernels.columns import canonical, filled
-from flexhinm_jax.kernels.validation import verify_packed, verify_plan
-from flexhinm_jax.kernels.words import from_words, position_bits, to_words
+from flexhinm_jax.kernels.validation import (
+    DENSE,
+    GROUPS,
+    verify_packed,
+    verify_plan,
+)
+from flexhinm_jax.ops.words import from_words, position_bits, to_words
 from flexhinm_jax.paths import over_stack
 from flexhinm_jax.types import BlockDiagonal, Layout, PackedWeight, Plan, Regions
 
@@ -142,6 +146,26 @@ def pack_to(
     return canonical(packed)
 
 
+def canonical(packed: PackedWeight) -> PackedWeight:
+    """The same weight without an empty array, which many formats cannot hold.
+
+    Args:
+      packed: one matrix or a stack, every array there, of any size.
+
+    Returns:
+      None in the place of empty arrays; a column of padding where nothing is left.
+    """
+    empty = [names for names in (DENSE, GROUPS) if not getattr(packed, names[0]).size]
+    if len(empty) == 2:
+        *stack, t, _ = packed.dense_index.shape
+        index = jnp.zeros((*stack, t, 1), jnp.int32)
+        values = jnp.zeros((*packed.dense_values.shape[:-1], 1), packed.dtype)
+        packed = dataclasses.replace(packed, dense_index=index, dense_values=values)
+        empty = [GROUPS]
+    none = {name: None for names in empty for name in names}
+    return dataclasses.replace(packed, **none)
+
+
 def block_columns(packed: PackedWeight) -> Array:
     """The N:M block of every tile with its zeros.
 
@@ -151,7 +175,7 @@ def block_columns(packed: PackedWeight) -> Array:
     Returns:
       [t, v, H] in the dtype of the packed weight, columns in packed order.
     """
-    packed = filled(packed)
+    packed = packed.filled()
     count = packed.nm_values.shape[-1]
     position = from_words(packed.nm_positions, count, position_bits(packed.m))
     shape = (*packed.nm_values.shape[:-1], count // packed.n, packed.n, 1)
@@ -223,7 +247,7 @@ def unpack(packed: PackedWeight) -> Array:
 def _unpack(packed: PackedWeight) -> Array:
     if packed.out_order.ndim > 1:
         return jax.vmap(_unpack)(packed)
-    packed, (o, i) = filled(packed), packed.shape
+    packed, (o, i) = packed.filled(), packed.shape
     t = packed.dense_index.shape[0]
     tiles = jnp.zeros((t, i, o // t), packed.dtype)
     tile = jnp.arange(t, dtype=jnp.int32)[:, None]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexhinm_jax.kernels import backends
+from flexhinm_jax.kernels import dispatch
 from flexhinm_jax.paths import over_stack
 from flexhinm_jax.types import PackedWeight
 
@@ -75,26 +75,26 @@ def strip(tree: Any) -> Any:
 
 def _prepared(packed: PackedWeight, backend: str) -> PackedWeight:
     bare = dataclasses.replace(packed, layouts={}, left=None, right=None, layout=None)
-    known, layouts = backends.registry(), dict(packed.layouts)
+    known, layouts = dispatch.known(), dict(packed.layouts)
     for name in _names(bare, backend):
-        derive = over_stack(known[name].load().prepare, packed.out_order.ndim - 1)
+        derive = over_stack(known[name].prepare, packed.out_order.ndim - 1)
         layouts[name] = jax.jit(derive)(bare)
     return dataclasses.replace(packed, layouts=layouts)
 
 
 def _names(packed: PackedWeight, backend: str) -> tuple[str, ...]:
     if backend not in ("auto", "gpu"):
-        if backend not in backends.registry():
+        if backend not in dispatch.known():
             raise ValueError(
                 f"backend={backend!r} is unknown; choose one of auto, gpu, "
-                f"{', '.join(backends.registry())}"
+                f"{', '.join(dispatch.known())}"
             )
         return (backend,)
     dtype = jnp.result_type(packed.dtype)
     rows = [jax.ShapeDtypeStruct((n, packed.shape[1]), dtype) for n in (FEW, MANY)]
-    names = dict.fromkeys(name for x in rows for name in backends.served(x, packed))
+    names = dict.fromkeys(name for x in rows for name in dispatch.served(x, packed))
     if not names and backend == "gpu":
         raise NotImplementedError(
-            "no GPU kernel serves this weight here; see kernels.backends.assume"
+            "no GPU kernel serves this weight here; see kernels.assume"
         )
     return tuple(names) or ("xla",)

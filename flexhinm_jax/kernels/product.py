@@ -24,8 +24,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments
-from flexhinm_jax.kernels import backends, reference, xla
-from flexhinm_jax.kernels.backends import Choice
+from flexhinm_jax.kernels import dispatch, reference, xla
+from flexhinm_jax.kernels.dispatch import Choice
 from flexhinm_jax.kernels.packing import accumulator, block_product
 from flexhinm_jax.types import PackedWeight
 
@@ -75,7 +75,7 @@ def sparse_dot(
     dtype = jnp.dtype(dtype or jnp.result_type(x.dtype, packed.dtype))
     x = x.astype(_compute_dtype(x.dtype, packed.dtype, dtype))
     rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-    choice = backends.choose(backend, rows, packed, transposed=transposed)
+    choice = dispatch.choose(backend, rows, packed, transposed=transposed)
     return sparse_product(x, packed, transposed=transposed, dtype=dtype, choice=choice)
 
 
@@ -189,7 +189,7 @@ def _run(
     packed = jax.tree.unflatten(structure, leaves)
     if choice.cuda is None:
         return plain(x, packed)
-    kernel = backends.registry()[choice.cuda].load().matmul
+    kernel = dispatch.known()[choice.cuda].run
     fast = lambda x, packed: kernel(x, packed, dtype)  # noqa: E731
     if choice.forced:
         return fast(x, packed)

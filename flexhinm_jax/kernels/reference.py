@@ -6,22 +6,12 @@ on every platform. It holds the gathered columns of all tiles at once, t times t
 kept fraction of x, so it is for tests and small batches.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from flexhinm_jax.kernels.columns import filled
 from flexhinm_jax.kernels.packing import accumulator, block_columns
 from flexhinm_jax.types import PackedWeight
-
-
-def reason(
-    x: jax.ShapeDtypeStruct, packed: PackedWeight, capability: tuple[int, int] | None
-) -> str | None:
-    """None: it serves everything."""
-    del x, packed, capability
-    return None
 
 
 def prepare(packed: PackedWeight) -> dict[str, Array]:
@@ -72,7 +62,7 @@ def spread_nan(x: Array, y: Array) -> Array:
 
 def parts(packed: PackedWeight) -> tuple[tuple[Array, Array], ...]:
     """(column index [t, c], values [t, v, c]) of the dense and the N:M block."""
-    packed = filled(packed)
+    packed = packed.filled()
     return (
         (packed.dense_index, packed.dense_values),
         (packed.nm_index, block_columns(packed)),

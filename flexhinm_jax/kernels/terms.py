@@ -21,9 +21,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from flexhinm_jax.kernels import words
-from flexhinm_jax.kernels.columns import filled
 from flexhinm_jax.kernels.packing import accumulator
+from flexhinm_jax.ops import words
 from flexhinm_jax.types import PackedWeight, exportable
 
 BLOCK = 8
@@ -57,7 +56,7 @@ class Terms:
 
 def terms_of(packed: PackedWeight) -> Terms:
     """Lists the stored values of one matrix with their inputs."""
-    packed = filled(packed)
+    packed = packed.filled()
     t, v, d = packed.dense_values.shape
     o, i = packed.shape
     kept = packed.nm_values.shape[-1]

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax import checks
-from flexhinm_jax.kernels.columns import DENSE, GROUPS, filled
-from flexhinm_jax.kernels.words import WORD, position_bits
+from flexhinm_jax.ops.words import WORD, from_words, position_bits
 from flexhinm_jax.types import BlockDiagonal, PackedWeight, Plan
+
+DENSE = ("dense_index", "dense_values")
+GROUPS = ("nm_index", "nm_values", "nm_positions")
+"""The arrays of a region: all there, or all None."""
 
 
 def verify_packed(
@@ -38,7 +41,7 @@ def verify_packed(
     """
     stack = tuple(packed.out_order.shape[:-1]) if stack is None else stack
     _regions(packed, stack, path)
-    packed = filled(packed)
+    packed = packed.filled()
     _shapes(packed, stack, packed.dtype if dtype is None else dtype, path)
     o, i = packed.shape
     for field in ("dense_index", "nm_index"):
@@ -52,7 +55,8 @@ def verify_packed(
     if (order != np.arange(o, dtype=np.int32)).any():
         raise ValueError(f"{path}: out_order is not a permutation of its {o} rows")
     count = packed.nm_values.shape[-1]
-    positions = unpack_positions(np.asarray(packed.nm_positions), count, packed.m)
+    bits = position_bits(packed.m)
+    positions = from_words(np.asarray(packed.nm_positions), count, bits)
     positions = positions.reshape(-1, packed.n)
     if (positions >= packed.m).any():
         raise ValueError(
@@ -150,14 +154,6 @@ def _distinct(packed: PackedWeight, positions: np.ndarray, path: str) -> None:
                 f"{path}: input {inputs[counts > 1][0]} is there twice in tile"
                 f" {tile % packed.dense_index.shape[-2]}"
             )
-
-
-def unpack_positions(words: np.ndarray, count: int, m: int) -> np.ndarray:
-    """u32[..., count] positions: `words.from_words` without compiling."""
-    bits = position_bits(m)
-    shifts = np.arange(0, WORD, bits, dtype=np.uint32)
-    each = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
-    return each.reshape(*words.shape[:-1], words.shape[-1] * shifts.size)[..., :count]
 
 
 def _shapes(

@@ -29,11 +29,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from flexhinm_jax.kernels import terms, words
-from flexhinm_jax.kernels.columns import filled
+from flexhinm_jax.kernels import terms
 from flexhinm_jax.kernels.packing import accumulator, block_columns
 from flexhinm_jax.kernels.reference import spread_nan
 from flexhinm_jax.kernels.terms import rows_of
+from flexhinm_jax.ops import words
 from flexhinm_jax.types import PackedWeight
 
 NAME = "xla"
@@ -41,14 +41,6 @@ FEW = 2
 MOST = 32
 JOIN = 64
 CHUNK = 128
-
-
-def reason(
-    x: jax.ShapeDtypeStruct, packed: PackedWeight, capability: tuple[int, int] | None
-) -> str | None:
-    """None: it serves everything."""
-    del x, packed, capability
-    return None
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +71,7 @@ def prepare(packed: PackedWeight) -> terms.Terms:
 
 def slots_of(packed: PackedWeight) -> Slots:
     """The slot-major form, derived in the traced program."""
-    packed = filled(packed)
+    packed = packed.filled()
     t, v, _ = packed.nm_values.shape
     n, m, o = packed.n, packed.m, packed.shape[0]
     groups = packed.nm_index.shape[-1] // m
@@ -110,7 +102,7 @@ def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
     x = lax.optimization_barrier(x)
     if (ready := packed.layouts.get(NAME)) is not None:
         return terms.matmul(x, ready, dtype)
-    packed = filled(packed)
+    packed = packed.filled()
     slots = slots_of(packed)
     y = FORMS[form_of(x.shape[0], slots)](x, packed, slots)
     return lax.optimization_barrier(spread_nan(x, y.astype(dtype)))
@@ -268,7 +260,7 @@ def multiply(
 
 def matmul_transposed(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
     """Sparse core: x [N, o] @ S -> [N, i], summed in `accumulator`."""
-    packed = filled(packed)
+    packed = packed.filled()
     t, v, _ = packed.dense_values.shape
     slots, wide = slots_of(packed), accumulator(x.dtype)
     rows = x.T[packed.out_order].reshape(t, v, x.shape[0])
@@ -303,7 +295,7 @@ def gradient_of_values(x: Array, g: Array, packed: PackedWeight) -> tuple[Array,
     Returns:
       Arrays like `dense_values` and `nm_values`, empty where these are None.
     """
-    packed = filled(packed)
+    packed = packed.filled()
     t, v, d = packed.dense_values.shape
     kept = packed.nm_values.shape[-1]
     position = words.from_words(

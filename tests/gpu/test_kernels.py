@@ -1,7 +1,7 @@
 """The GPU kernels in the Mosaic interpreter, which also looks for data races.
 
 Interpreted are pipelines, barriers, copies, index arithmetic and splits. The inline PTX
-is replaced by its meaning (`gpu_ptx`); `test_gpu_layouts.py` holds the metadata against
+is replaced by its meaning (`ptx`); `test_layouts.py` holds the metadata against
 the text of the PTX ISA, `bench/gpu_compile.py` the assembled code. Only a GPU can show
 that the instructions themselves are right: `bench/gpu.py`.
 """
@@ -9,6 +9,7 @@ that the instructions themselves are right: `bench/gpu.py`.
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexhinm_jax as fh
-from flexhinm_jax.gpu import backends as gpu_backends
-from flexhinm_jax.gpu import expand, hopper, layouts, support, wgmma_sp
-from flexhinm_jax.kernels import backends
+from flexhinm_jax import kernels
+from flexhinm_jax.gpu import expand, hopper, layouts, registry, support, wgmma_sp
+from flexhinm_jax.gpu.kernel import Cause
 from flexhinm_jax.kernels.packing import unpack
+from flexhinm_jax.ops.words import to_words
 from flexhinm_jax.types import PackedWeight
+
+WGMMA, EXPAND = wgmma_sp.KERNEL, expand.KERNEL
 
 mosaic = pytest.mark.skipif(
     tuple(jax.__version_info__) < support.SINCE,
@@ -43,7 +47,7 @@ def weight(t, v, dense, groups, i, dtype=jnp.bfloat16, seed=0):
         dense_values=value(dense),
         nm_index=jnp.asarray(columns[:, dense:], jnp.int32),
         nm_values=value(2 * groups),
-        nm_positions=layouts.to_words(jnp.asarray(nibbles)),
+        nm_positions=to_words(jnp.asarray(nibbles), 4),
         out_order=jnp.asarray(rng.permutation(t * v), jnp.int32),
         left=None,
         right=None,
@@ -53,9 +57,9 @@ def weight(t, v, dense, groups, i, dtype=jnp.bfloat16, seed=0):
     )
 
 
-def prepared(module, packed):
-    ready = jax.jit(module.prepare)(packed)
-    return dataclasses.replace(packed, layouts={module.NAME: ready})
+def prepared(kernel, packed):
+    ready = jax.jit(kernel.prepare)(packed)
+    return dataclasses.replace(packed, layouts={kernel.name: ready})
 
 
 def inputs(n, i, dtype, seed=1):
@@ -67,11 +71,11 @@ def exact(x, packed):
     return np.asarray(x.astype(jnp.float32), np.float64) @ dense.T
 
 
-def assert_serves(module, packed, n, dtype=jnp.float32):
-    packed = prepared(module, packed)
+def assert_serves(kernel, packed, n, dtype=jnp.float32):
+    packed = prepared(kernel, packed)
     x = inputs(n, packed.shape[1], packed.dtype)
     with support.interpreted(detect_races=True):
-        y = module.matmul(x, packed, dtype)
+        y = kernel.run(x, packed, dtype)
     assert y.shape == (n, packed.shape[0]) and y.dtype == dtype
     want = exact(x, packed)
     # float32 sums of exact products; a 16-bit result is rounded once more.
@@ -83,39 +87,44 @@ def assert_serves(module, packed, n, dtype=jnp.float32):
 
 @mosaic
 def test_expand_serves_sizes_that_fill_no_tile():
-    assert_serves(expand, weight(1, 40, 0, 97, 388), n=3)
+    assert_serves(EXPAND, weight(1, 40, 0, 97, 388), n=3)
 
 
 @mosaic
 def test_sparse_tensor_cores_serve_sizes_that_fill_no_tile():
-    assert_serves(wgmma_sp, weight(1, 40, 0, 65, 260), n=3)
+    assert_serves(WGMMA, weight(1, 40, 0, 65, 260), n=3)
 
 
 @mosaic
 def test_fused_kernel_serves_dense_and_two_of_four_columns_of_ragged_sizes():
     packed = weight(2, 20, dense=13, groups=29, i=150, dtype=jnp.float16)
-    assert_serves(wgmma_sp, packed, n=5, dtype=jnp.float16)
+    assert_serves(WGMMA, packed, n=5, dtype=jnp.float16)
 
 
 SLOW = [
-    (wgmma_sp, (1, 200, 3, 300, 1300), 2, jnp.bfloat16),  # column splits
-    (wgmma_sp, (1, 128, 0, 170, 680), 130, jnp.float32),  # two groups along the rows
-    (wgmma_sp, (1, 64, 0, 170, 680), 70, jnp.float32),  # two along the tokens
-    (wgmma_sp, (2, 128, 70, 130, 700), 66, jnp.float32),  # the same, gathered
-    (wgmma_sp, (3, 64, 70, 130, 700), 66, jnp.bfloat16),
-    (wgmma_sp, (2, 96, 0, 40, 200), 17, jnp.float16),  # rows padded to blocks
-    (wgmma_sp, (2, 8, 5, 0, 40), 1, jnp.float32),  # dense columns alone
-    (expand, (1, 64, 7, 300, 1300), 65, jnp.float32),  # several token blocks
-    (expand, (1, 72, 0, 520, 2080), 9, jnp.bfloat16),  # column splits
+    (WGMMA, (1, 200, 3, 300, 1300), 2, jnp.bfloat16),  # column splits
+    (
+        WGMMA,
+        (1, 128, 0, 170, 680),
+        130,
+        jnp.float32,
+    ),  # two groups along the rows
+    (WGMMA, (1, 64, 0, 170, 680), 70, jnp.float32),  # two along the tokens
+    (WGMMA, (2, 128, 70, 130, 700), 66, jnp.float32),  # the same, gathered
+    (WGMMA, (3, 64, 70, 130, 700), 66, jnp.bfloat16),
+    (WGMMA, (2, 96, 0, 40, 200), 17, jnp.float16),  # rows padded to blocks
+    (WGMMA, (2, 8, 5, 0, 40), 1, jnp.float32),  # dense columns alone
+    (EXPAND, (1, 64, 7, 300, 1300), 65, jnp.float32),  # several token blocks
+    (EXPAND, (1, 72, 0, 520, 2080), 9, jnp.bfloat16),  # column splits
 ]
 
 
 @mosaic
 @pytest.mark.slow
-@pytest.mark.parametrize("module, sizes, n, dtype", SLOW)
-def test_kernels_serve_every_cut(module, sizes, n, dtype):
+@pytest.mark.parametrize("kernel, sizes, n, dtype", SLOW)
+def test_kernels_serve_every_cut(kernel, sizes, n, dtype):
     half = jnp.float16 if dtype == jnp.float16 else jnp.bfloat16
-    assert_serves(module, weight(*sizes, dtype=half), n, dtype)
+    assert_serves(kernel, weight(*sizes, dtype=half), n, dtype)
 
 
 @mosaic
@@ -148,9 +157,9 @@ def test_a_full_pipeline_has_no_race(groups, gathered):
 
 @mosaic
 def test_sparse_dot_runs_the_kernel_that_is_asked_for():
-    packed = prepared(wgmma_sp, weight(2, 8, 6, 4, 32))
+    packed = prepared(WGMMA, weight(2, 8, 6, 4, 32))
     x = inputs(4, 32, jnp.bfloat16).reshape(2, 2, 32)
-    with backends.assume(9, 0), support.interpreted():
+    with kernels.assume(9, 0), support.interpreted():
         y = fh.sparse_dot(x, packed, backend="wgmma_sp")
     want = exact(x.reshape(4, 32), packed).reshape(2, 2, 16)
     np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=2**-7, atol=2**-4)
@@ -158,7 +167,7 @@ def test_sparse_dot_runs_the_kernel_that_is_asked_for():
 
 @mosaic
 def test_a_nan_reaches_the_outputs_that_store_its_column():
-    packed = prepared(wgmma_sp, weight(2, 8, 4, 4, 32))
+    packed = prepared(WGMMA, weight(2, 8, 4, 4, 32))
     x = inputs(2, 32, jnp.bfloat16).at[1, packed.dense_index[0, 0]].set(jnp.nan)
     with support.interpreted():
         y = wgmma_sp.matmul(x, packed, jnp.float32)
@@ -167,14 +176,14 @@ def test_a_nan_reaches_the_outputs_that_store_its_column():
 
 
 @mosaic
-@pytest.mark.parametrize("name", gpu_backends.BACKENDS)
+@pytest.mark.parametrize("name", registry.KERNELS)
 def test_kernels_lower_for_cuda_without_a_gpu(name):
-    module = gpu_backends.BACKENDS[name].load()
-    packed = prepared(module, weight(1, 16, 0, 16, 64))
+    kernel = registry.KERNELS[name]
+    packed = prepared(kernel, weight(1, 16, 0, 16, 64))
     x = jax.ShapeDtypeStruct((3, 64), jnp.bfloat16)
     if name in ("mma_sp", "tcgen05"):
         pytest.skip("its architecture is assumed at lowering: make gpu-compile does it")
-    traced = jax.jit(lambda x: module.matmul(x, packed, jnp.bfloat16)).trace(x)
+    traced = jax.jit(lambda x: kernel.run(x, packed, jnp.bfloat16)).trace(x)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -207,35 +216,38 @@ def test_a_wrong_cut_is_refused(change, message):
         hopper.Tiling(**change)
 
 
-def reason(module, packed, dtype=jnp.bfloat16):
-    return module.reason(jax.ShapeDtypeStruct((4, 64), dtype), packed, (9, 0))
+def refusal(kernel, packed, dtype=jnp.bfloat16):
+    return kernel.refuse(jax.ShapeDtypeStruct((4, 64), dtype), packed, (9, 0))
 
 
 @mosaic
 def test_kernels_say_why_they_cannot_serve():
-    packed = weight(2, 8, 4, 4, 64)
-    assert "one tile" in reason(expand, packed)
-    assert "prepare(packed, 'wgmma_sp')" in reason(wgmma_sp, packed)
-    packed = prepared(wgmma_sp, packed)
-    assert reason(wgmma_sp, packed) is None
-    assert "float32" in reason(wgmma_sp, packed, jnp.float32)
-    assert "1:4" in reason(wgmma_sp, dataclasses.replace(packed, n=1))
+    packed, kernel = weight(2, 8, 4, 4, 64), WGMMA
+    assert "one tile" in refusal(EXPAND, packed).why
+    missing = refusal(kernel, packed)
+    assert missing.cause is Cause.LAYOUT
+    assert "prepare(packed, 'wgmma_sp')" in missing.why
+    packed = prepared(kernel, packed)
+    assert refusal(kernel, packed) is None
+    wide = refusal(kernel, packed, jnp.float32)
+    assert wide.cause is Cause.PRODUCT and "float32" in wide.why
+    assert "1:4" in refusal(kernel, dataclasses.replace(packed, n=1)).why
 
 
 def test_an_older_jax_is_named(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
-    assert "0.11.2" in support.old_jax()
-    assert "0.11.2" in reason(wgmma_sp, weight(2, 8, 4, 4, 64))
+    old = refusal(WGMMA, weight(2, 8, 4, 4, 64))
+    assert old.cause is Cause.MACHINE and "0.11.2" in old.why
 
 
 PRIVATE = ["jax.experimental.pallas.mosaic_gpu", "jax.experimental.mosaic.gpu"]
 
 
 def test_importing_every_kernel_module_leaves_mosaic_alone():
-    modules = "expand hopper layouts mma_sp ptx selfcheck support tcgen05 wgmma_sp"
+    modules = (p.stem for p in Path(registry.__file__).parent.glob("*.py"))
     code = "; ".join(
         ["import sys", "import flexhinm_jax"]
-        + [f"import flexhinm_jax.gpu.{name}" for name in modules.split()]
+        + [f"import flexhinm_jax.gpu.{name}" for name in modules]
         + [f"print(sorted(set(sys.modules) & set({PRIVATE})))"]
     )
     done = subprocess.run(

@@ -124,7 +124,7 @@ def test_two_indices_of_a_group_always_increase(t, v, dense, groups):
     packed = hand_made(np.random.default_rng(1), t, v, dense, groups, 600)
     for meta in (
         layouts.from_sp_meta(layouts.tiles(packed)["meta"].reshape(-1, 2, 128)),
-        layouts.to_words(layouts.stream(packed)[1]),
+        layouts.to_words(layouts.stream(packed)[1], 4),
     ):
         words = np.asarray(meta)
         for shift in range(0, 32, 4):

@@ -4,17 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from flexhinm_jax.gpu import selfcheck
+from flexhinm_jax.gpu import registry, selfcheck
 from flexhinm_jax.kernels import reference
 from flexhinm_jax.kernels.packing import unpack
 
 
-class Backend:
-    NAME = "wgmma_sp"
-    prepare = staticmethod(reference.prepare)
-
-    def __init__(self, matmul):
-        self.matmul = matmul
+def failure(run):
+    """What the check of a kernel says whose product is `run`."""
+    kernel = registry.KERNELS["wgmma_sp"]
+    return selfcheck.failure(kernel.name, reference.prepare, run, kernel.cases)
 
 
 def off_by_one(x, packed, dtype):
@@ -31,15 +29,15 @@ def gpu(monkeypatch):
 
 
 def test_a_kernel_that_is_right_passes(gpu):
-    assert selfcheck.failure(Backend(reference.matmul)) is None
+    assert failure(reference.matmul) is None
 
 
 def test_one_wrong_element_is_found(gpu):
-    assert "wrong result" in selfcheck.failure(Backend(off_by_one))
+    assert "wrong result" in failure(off_by_one)
 
 
 def test_a_kernel_that_does_not_compile_is_refused_with_its_error(gpu):
-    assert "no such instruction" in selfcheck.failure(Backend(broken))
+    assert "no such instruction" in failure(broken)
 
 
 def test_the_check_runs_while_a_product_is_traced(gpu):
@@ -47,8 +45,8 @@ def test_the_check_runs_while_a_product_is_traced(gpu):
 
     @jax.jit
     def traced(x):
-        found.append(selfcheck.failure(Backend(reference.matmul)))
-        found.append(selfcheck.failure(Backend(off_by_one)))
+        found.append(failure(reference.matmul))
+        found.append(failure(off_by_one))
         return x + 1
 
     traced(1.0)
@@ -57,10 +55,12 @@ def test_the_check_runs_while_a_product_is_traced(gpu):
 
 def test_without_a_gpu_nothing_is_checked(monkeypatch):
     monkeypatch.setattr(selfcheck, "first_gpu", lambda: None)
-    assert selfcheck.failure(Backend(broken)) is None
+    assert failure(broken) is None
 
 
-@pytest.mark.parametrize("case", [case for c in selfcheck.CASES.values() for case in c])
+@pytest.mark.parametrize(
+    "case", [case for k in registry.KERNELS.values() for case in k.cases]
+)
 def test_examples_are_what_they_claim(case):
     packed, w = selfcheck.example(np.random.default_rng(0), *case[:4])
     np.testing.assert_array_equal(np.asarray(unpack(packed), np.float32), w)

@@ -13,7 +13,7 @@ pytest.importorskip("safetensors")
 import flexhinm_jax as fh  # noqa: E402
 from flexhinm_jax import kernels  # noqa: E402
 from flexhinm_jax.io import packed, tensors  # noqa: E402
-from flexhinm_jax.kernels import columns, packing, validation  # noqa: E402
+from flexhinm_jax.kernels import packing, validation  # noqa: E402
 from flexhinm_jax.types import (  # noqa: E402
     AxisFactor,
     BlockDiagonal,
@@ -99,7 +99,9 @@ def test_every_group_size_comes_back(tmp_path, n, m):
 
 def test_regions_without_columns_come_back(tmp_path):
     full = weight()
-    groups, dense = (dict.fromkeys(names) for names in (columns.GROUPS, columns.DENSE))
+    groups, dense = (
+        dict.fromkeys(names) for names in (validation.GROUPS, validation.DENSE)
+    )
     leaves = {
         "vector": dataclasses.replace(full, **groups),
         "nm": dataclasses.replace(full, **dense),
@@ -114,8 +116,10 @@ def test_empty_arrays_of_older_trees_and_files_are_read_as_none(tmp_path):
     full = weight()
     cut = lambda names: {f: getattr(full, f)[..., :0] for f in names}  # noqa: E731
     leaves = {
-        "nm": dataclasses.replace(full, **cut(columns.DENSE)),
-        "nothing": dataclasses.replace(full, **cut(columns.DENSE + columns.GROUPS)),
+        "nm": dataclasses.replace(full, **cut(validation.DENSE)),
+        "nothing": dataclasses.replace(
+            full, **cut(validation.DENSE + validation.GROUPS)
+        ),
     }
     path = packed.write_packed(tmp_path / "p", leaves)
     back = packed.read_packed(path)
@@ -401,10 +405,12 @@ def test_a_weight_that_breaks_its_promises_is_not_written(tmp_path):
 @pytest.mark.parametrize("m", [2, 4, 8])
 def test_positions_are_read_as_the_kernels_pack_them(m):
     given = np.random.default_rng(0).integers(0, m, (2, 3, 21)).astype(np.uint32)
-    words = jax.jit(packing.to_words, static_argnums=1)(given, packing.position_bits(m))
-    np.testing.assert_array_equal(
-        validation.unpack_positions(np.asarray(words), 21, m), given
-    )
+    bits = packing.position_bits(m)
+    words = jax.jit(packing.to_words, static_argnums=1)(given, bits)
+    for kind in (np.asarray, jnp.asarray):
+        got = packing.from_words(kind(words), 21, bits)
+        assert isinstance(got, type(kind(words)))
+        np.testing.assert_array_equal(got, given)
 
 
 def test_what_the_kernels_pack_computes_the_same_after_a_round_trip(tmp_path):

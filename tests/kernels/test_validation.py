@@ -6,7 +6,7 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
-from flexhinm_jax.kernels import columns
+from flexhinm_jax.kernels import validation
 from tests.kernels.test_packing import plan_of, ragged_plan
 
 
@@ -44,12 +44,12 @@ def test_unpacking_names_the_broken_promise(packed, field, f, message):
 
 
 def test_a_region_is_there_or_it_is_not(packed):
-    groups = dict.fromkeys(columns.GROUPS)
+    groups = dict.fromkeys(validation.GROUPS)
     kernels.verify_packed(dataclasses.replace(packed, **groups))
     bad = change(packed, "nm_values", lambda _: None)
     with pytest.raises(ValueError, match="^w: nm_values is None; give all of nm_index"):
         kernels.verify_packed(bad, "w")
-    bad = dataclasses.replace(packed, **groups, **dict.fromkeys(columns.DENSE))
+    bad = dataclasses.replace(packed, **groups, **dict.fromkeys(validation.DENSE))
     with pytest.raises(ValueError, match="neither dense nor N:M columns; keep one"):
         kernels.verify_packed(bad, "w")
 

@@ -1,8 +1,10 @@
 """Small numbers in the bits of u32 words: the positions of N:M groups."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 WORD = 32
@@ -24,8 +26,9 @@ def to_words(position: Array, bits: int) -> Array:
     return jnp.sum(parts << shift, axis=-1, dtype=jnp.uint32)
 
 
-def from_words(words: Array, count: int, bits: int) -> Array:
-    """The first `count` numbers of `to_words`, u32[..., count]."""
-    shift = jnp.arange(WORD // bits, dtype=jnp.uint32) * bits
-    parts = (words[..., None] >> shift) & jnp.uint32((1 << bits) - 1)
-    return parts.reshape(*words.shape[:-1], -1)[..., :count]
+def from_words(words: Any, count: int, bits: int) -> Any:
+    """The first `count` numbers of `to_words`, u32[..., count]; of NumPy in NumPy."""
+    shift = np.arange(0, WORD, bits, dtype=np.uint32)
+    parts = (words[..., None] >> shift) & np.uint32((1 << bits) - 1)
+    numbers = parts.reshape(*words.shape[:-1], words.shape[-1] * shift.size)
+    return numbers[..., :count]

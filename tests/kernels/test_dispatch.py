@@ -1,8 +1,10 @@
 """Every program of a product against the dense matrix, under every transformation."""
 
 import dataclasses
+import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
-from flexhinm_jax.gpu import backends as gpu_backends
-from flexhinm_jax.kernels import backends, columns, reference, terms, xla
+from flexhinm_jax.gpu import registry, selfcheck, support
+from flexhinm_jax.gpu.kernel import Kernel
+from flexhinm_jax.kernels import dispatch, reference, terms, xla
 from tests.cases import MORE_PATTERNS, PATTERNS, targets
 
 ALL = {
@@ -42,7 +45,7 @@ def weights():
 
 @jax.jit
 def in_every_form(x, packed):
-    packed = columns.filled(packed)
+    packed = packed.filled()
     slots = xla.slots_of(packed)
     names = xla.FORMS if slots.positions else ["tiles"]
     return {
@@ -146,7 +149,7 @@ def test_gradients_are_those_of_the_reference(weights, name, transposed):
     (dx, dp), (want_x, want_p) = gradients("xla"), gradients("reference")
     np.testing.assert_allclose(dx, want_x, rtol=1e-4, atol=1e-4)
     assert (dp.nm_values is None) == (packed.nm_values is None)
-    dp, want_p = columns.filled(dp), columns.filled(want_p)
+    dp, want_p = dp.filled(), want_p.filled()
     for field in ("dense_values", "nm_values"):
         got, want = getattr(dp, field), getattr(want_p, field)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=field)
@@ -164,7 +167,7 @@ def test_second_derivatives_in_reverse_mode():
 @pytest.mark.parametrize("prepare", [kernels.strip, ready])
 def test_vmap_over_inputs_weights_both_and_gradients(prepare):
     pairs = [pack(fh.FlexHiNM(8), seed=s, sparsity=0.6) for s in (0, 1)]
-    indices = [columns.filled(p) for p, _ in pairs]
+    indices = [p.filled() for p, _ in pairs]
     size = max(p.dense_index.shape[1] for p in indices)
     wide = max(p.nm_index.shape[1] for p in indices)
     w = jnp.stack([w for _, w in pairs])
@@ -189,7 +192,7 @@ def _padded(packed, dense, nm):
     """The same matrix with given numbers of columns per tile."""
     from flexhinm_jax.types import Plan, Regions, Support
 
-    w, packed = kernels.unpack(packed), columns.filled(packed)
+    w, packed = kernels.unpack(packed), packed.filled()
     t, o, i = packed.dense_index.shape[0], *packed.shape
     d, h = packed.dense_index.shape[1], packed.nm_index.shape[1]
     used = np.concatenate([packed.dense_index, packed.nm_index], 1)
@@ -269,7 +272,7 @@ def test_the_compact_layout_takes_no_more_bytes_than_the_canonical_one():
     assert packed.nbytes <= 0.32 * dense
     slots = xla.slots_of(packed)
     layout = sum(a.nbytes for a in jax.tree.leaves(slots))
-    assert layout + columns.filled(packed).dense_values.nbytes <= 0.32 * dense
+    assert layout + packed.filled().dense_values.nbytes <= 0.32 * dense
     # A value and a column of 2 bytes for every fourth weight.
     added = kernels.prepare(packed, "xla").nbytes - packed.nbytes
     assert added <= 0.377 * dense
@@ -292,52 +295,47 @@ def test_unknown_and_unavailable_backends_say_why():
         fh.sparse_dot(x, packed, backend="fast")
     with pytest.raises(ValueError, match="is unknown"):
         kernels.prepare(packed, "fast")
-    if backends.capability() is None:
+    if dispatch.capability() is None:
         with pytest.raises(NotImplementedError, match="no NVIDIA GPU is visible"):
             fh.sparse_dot(x, packed, backend="gpu")
-        for name in gpu_backends.BACKENDS:
+        for name in registry.KERNELS:
             with pytest.raises(NotImplementedError, match="no NVIDIA GPU is visible"):
                 fh.sparse_dot(x, packed, backend=name)
-    with backends.assume(9, 0), pytest.raises(NotImplementedError, match="transposed"):
+    with kernels.assume(9, 0), pytest.raises(NotImplementedError, match="transposed"):
         fh.sparse_dot(x[:, :16], packed, transposed=True, backend="gpu")
 
 
-class Kernel:
-    """A backend that only counts: stands for a GPU kernel."""
+def seven(x, packed, dtype):
+    """Stands for a GPU kernel."""
+    return jnp.full((x.shape[0], packed.shape[0]), 7, dtype)
 
-    def __init__(self, refuses=None):
-        self.refuses = refuses
 
-    def reason(self, x, packed, capability):
-        return self.refuses
-
-    def matmul(self, x, packed, dtype):
-        return jnp.full((x.shape[0], packed.shape[0]), 7, dtype)
+FAKE = Kernel("fake", reference.prepare, seven, (9,), automatic=True, since=(0, 1))
 
 
 @pytest.fixture
 def register(monkeypatch):
-    """Puts one fake backend in the place of the GPU kernels."""
+    """Puts one fake kernel in the place of the GPU kernels; every dtype is served."""
 
-    def run(kernel, **kwargs):
-        class Fake(backends.Backend):
-            def load(self):
-                return kernel
-
-        fake = Fake("fake", "", **({"majors": (9,)} | kwargs))
-        monkeypatch.setattr(gpu_backends, "BACKENDS", {"fake": fake})
-        monkeypatch.setattr(gpu_backends, "ranked", lambda *_: ("fake",))
-        backends._warn.cache_clear()
+    def run(**changes):
+        kernel = dataclasses.replace(FAKE, **changes)
+        monkeypatch.setattr(registry, "KERNELS", {"fake": kernel})
+        monkeypatch.setattr(support, "HALF", (jnp.dtype(jnp.float32),))
+        dispatch._warn.cache_clear()
 
     yield run
     jax.clear_caches()
 
 
+def laid_out(packed):
+    return dataclasses.replace(packed, layouts={"fake": {}})
+
+
 def test_a_gpu_kernel_is_part_of_the_cuda_program_alone(register):
-    register(Kernel())
+    register()
     packed, w = pack(fh.NM(2, 4))
-    x = normal(3, 32)
-    with backends.assume(9, 0):
+    packed, x = laid_out(packed), normal(3, 32)
+    with kernels.assume(9, 0):
         f = jax.jit(lambda x: fh.sparse_dot(x, packed))
         np.testing.assert_allclose(f(x), x @ w.T, rtol=1e-4, atol=1e-4)
         texts = {
@@ -351,39 +349,52 @@ def test_a_gpu_kernel_is_part_of_the_cuda_program_alone(register):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "options", "message"),
+    ("changes", "form", "message"),
     [
-        (Kernel(), {"since": (99, 0)}, "needs jax 99.0 or newer"),
-        (Kernel(), {"majors": (8,)}, "this chip has 9.0"),
-        (Kernel("no layout: call kernels.prepare(packed)"), {}, "kernels.prepare"),
+        ({"since": (99, 0)}, laid_out, "needs jax 99.0 or newer"),
+        ({"majors": (8,)}, laid_out, "this chip has 9.0"),
+        ({}, kernels.strip, r"call kernels.prepare\(packed, 'fake'\)"),
+        ({"cases": ((1, 8, 0, 2, 3),)}, laid_out, "it gave a wrong result"),
     ],
 )
 def test_a_machine_without_the_kernel_falls_back_with_one_warning(
-    register, recwarn, kernel, options, message
+    register, monkeypatch, recwarn, changes, form, message
 ):
-    register(kernel, **options)
+    monkeypatch.setattr(selfcheck, "first_gpu", lambda: jax.devices("cpu")[0])
+    register(**changes)
     packed, w = pack(fh.NM(2, 4))
-    x = normal(3, 32)
-    with backends.assume(9, 0):
+    packed, x = form(packed), normal(3, 32)
+    with kernels.assume(9, 0):
         for _ in range(2):
             got = fh.sparse_dot(x, packed)
         with pytest.raises(NotImplementedError, match=message):
             fh.sparse_dot(x, packed, backend="gpu")
     np.testing.assert_allclose(got, x @ w.T, rtol=1e-4, atol=1e-4)
     ours = [str(w.message) for w in recwarn if "plain XLA" in str(w.message)]
-    assert len(ours) == 1 and message in ours[0]
+    assert len(ours) == 1 and re.search(message, ours[0])
 
 
 def test_a_product_that_a_kernel_does_not_serve_falls_back_in_silence(
     register, recwarn
 ):
-    register(Kernel("float32 has no 2:4 tensor-core form"))
-    packed, _ = pack(fh.NM(2, 4))
-    with backends.assume(9, 0):
-        fh.sparse_dot(normal(3, 32), packed)
-        with pytest.raises(NotImplementedError, match="float32 has no"):
-            fh.sparse_dot(normal(3, 32), packed, backend="fake")
+    register()
+    packed, _ = pack(fh.NM(2, 4), dtype=jnp.bfloat16)
+    packed, x = laid_out(packed), normal(3, 32, dtype=jnp.bfloat16)
+    with kernels.assume(9, 0):
+        fh.sparse_dot(x, packed)
+        with pytest.raises(NotImplementedError, match="bfloat16 has no"):
+            fh.sparse_dot(x, packed, backend="fake")
     assert not [w for w in recwarn if "plain XLA" in str(w.message)]
+
+
+def test_a_kernel_is_not_part_of_a_program_for_any_number_of_rows(register):
+    register()
+    packed = laid_out(pack(fh.NM(2, 4))[0])
+    rows = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 32"), jnp.float32)
+    with kernels.assume(9, 0):
+        f = jax.jit(lambda x: fh.sparse_dot(x, packed))
+        text = jax.export.export(f, platforms=["cuda"])(rows).mlir_module()
+    assert "7.0" not in text and "dot_general" in text
 
 
 def test_operators_are_those_of_the_dense_matrix():

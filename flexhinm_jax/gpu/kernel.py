@@ -1,0 +1,107 @@
+"""What a kernel is: its name, what it serves, its layout, its product, its check."""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+from jax.typing import DTypeLike
+
+from flexhinm_jax.gpu import layouts, selfcheck, support
+from flexhinm_jax.types import PackedWeight
+
+Capability = tuple[int, int]
+
+
+class Cause(enum.Enum):
+    """Why a kernel does not run a product."""
+
+    MACHINE = "the chip or the installation, whatever the product"
+    PRODUCT = "the pattern, the dtype or the sizes"
+    LAYOUT = "a layout that `kernels.prepare` has not made yet"
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A kernel cannot serve a product.
+
+    Attributes:
+      cause: where the reason lies.
+      why: the reason, to be read after the name of the kernel.
+    """
+
+    cause: Cause
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A program for products with packed weights.
+
+    Attributes:
+      name: what `sparse_dot(backend=...)` calls it, and its layout in a packed weight.
+      prepare: packed matrix -> pytree of arrays, its layout, made once.
+      run: (x [N, i], prepared matrix, dtype) -> [N, o], x times the sparse core.
+      majors: compute capability majors of the chips it serves; () for any platform.
+      one_tile: whether it serves weights of one tile only.
+      automatic: whether "auto" may choose it.
+      since: least version of jax.
+      cases: (tiles, rows of a tile, dense columns, groups of four, tokens) of the
+        products that must be right on a GPU before it is used there.
+    """
+
+    name: str
+    prepare: Callable[[PackedWeight], Any]
+    run: Callable[[Array, PackedWeight, DTypeLike], Array]
+    majors: tuple[int, ...] = ()
+    one_tile: bool = True
+    automatic: bool = False
+    since: tuple[int, ...] = support.SINCE
+    cases: tuple[tuple[int, int, int, int, int], ...] = ()
+
+    def refuse(
+        self, x: jax.ShapeDtypeStruct, packed: PackedWeight, chip: Capability
+    ) -> Refusal | None:
+        """Why it cannot serve a product, or None if it can.
+
+        Args:
+          x: the input [N, i], in the dtype of the computation.
+          packed: one packed matrix, of arrays or tracers.
+          chip: compute capability of the chip.
+        """
+        if not self.majors:
+            return None
+        if why := self._machine(chip):
+            return Refusal(Cause.MACHINE, why)
+        why = (
+            self._sizes(x, packed)
+            or layouts.two_of_four(packed)
+            or support.not_half(x.dtype)
+            or support.not_half(packed.dtype)
+        )
+        if why:
+            return Refusal(Cause.PRODUCT, why)
+        if self.name not in packed.layouts:
+            call = f"kernels.prepare(packed, {self.name!r})"
+            return Refusal(Cause.LAYOUT, f"its layout is missing: call {call}")
+        why = selfcheck.failure(self.name, self.prepare, self.run, self.cases)
+        return Refusal(Cause.MACHINE, why) if why else None
+
+    def _machine(self, chip: Capability) -> str | None:
+        if tuple(jax.__version_info__) < self.since:
+            needed = ".".join(map(str, self.since))
+            return f"it needs jax {needed} or newer, this is {jax.__version__}"
+        if chip[0] not in self.majors:
+            served = ", ".join(f"{m}.x" for m in self.majors)
+            here = f"{chip[0]}.{chip[1]}"
+            return f"it serves compute capability {served}, this chip has {here}"
+        return None
+
+    def _sizes(self, x: jax.ShapeDtypeStruct, packed: PackedWeight) -> str | None:
+        if not isinstance(x.shape[0], int):
+            return "it must know the number of rows when a program is traced"
+        if self.one_tile and packed.tiles != 1:
+            return f"it serves weights of one tile, this one has {packed.tiles}"
+        return None

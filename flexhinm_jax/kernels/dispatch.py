@@ -1,0 +1,183 @@
+"""Which program runs a product: the choice among the kernels of a platform.
+
+The platform is chosen when a program is lowered, by `jax.lax.platform_dependent`. It
+cannot see the compute capability of a chip, so that is read when the product is traced:
+from `assume`, else from the abstract mesh, else from the first CUDA device.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterator
+
+import jax
+
+from flexhinm_jax.gpu import registry
+from flexhinm_jax.gpu.kernel import Capability, Cause, Kernel, Refusal
+from flexhinm_jax.kernels import reference, xla
+from flexhinm_jax.types import PackedWeight
+
+PLAIN: dict[str, Kernel] = {
+    "reference": Kernel("reference", reference.prepare, reference.matmul),
+    "xla": Kernel("xla", xla.prepare, xla.matmul),
+}
+"""What every platform runs."""
+
+_assumed: contextvars.ContextVar[Capability | None] = contextvars.ContextVar(
+    "flexhinm_jax_assumed_capability", default=None
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The programs of one product; hashable, so part of the key of a trace.
+
+    Attributes:
+      default: backend of every platform but CUDA, and of CUDA if `cuda` is None.
+      cuda: backend on CUDA devices, or None.
+      forced: `default` or `cuda` runs whatever the platform is.
+    """
+
+    default: str
+    cuda: str | None = None
+    forced: bool = False
+
+
+@contextlib.contextmanager
+def assume(major: int, minor: int) -> Iterator[None]:
+    """Traces products for a chip that need not be there.
+
+    For compiling or exporting ahead of time on another machine. What is traced inside
+    keeps the choice; JAX caches traces, so use it around functions not yet traced.
+
+    Args:
+      major: major number of the compute capability, 9 for Hopper.
+      minor: minor number.
+
+    Yields:
+      None; the choice is made while the context is open.
+    """
+    token = _assumed.set((major, minor))
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def capability() -> Capability | None:
+    """Compute capability (major, minor) of the chip to trace for, or None."""
+    if (given := _assumed.get()) is not None:
+        return given
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    given = getattr(device, "compute_capability", None)
+    return _numbers(given) if given else _first_device()
+
+
+@functools.cache
+def _first_device() -> Capability | None:
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:
+        return None
+    return _numbers(device.compute_capability)
+
+
+def _numbers(text: str) -> Capability:
+    major, _, minor = str(text).partition(".")
+    return int(major), int(minor or 0)
+
+
+def known() -> dict[str, Kernel]:
+    """All kernels by name."""
+    return PLAIN | registry.KERNELS
+
+
+def choose(
+    name: str, x: jax.ShapeDtypeStruct, packed: PackedWeight, *, transposed: bool
+) -> Choice:
+    """Finds the programs of one product.
+
+    Args:
+      name: "auto", "gpu" or the name of a backend.
+      x: the input as [N, i], in the dtype of the computation.
+      packed: one packed matrix.
+      transposed: multiply with W instead of W^T.
+
+    Raises:
+      ValueError: an unknown name.
+      NotImplementedError: a forced backend cannot serve; says why.
+    """
+    kernels = known()
+    if name not in kernels and name not in ("auto", "gpu"):
+        names = ", ".join(kernels)
+        raise ValueError(
+            f"backend={name!r} is unknown; choose one of auto, gpu, {names}"
+        )
+    if name in PLAIN:
+        return Choice(name, forced=True)
+    chip = capability()
+    if name == "auto" and (chip is None or transposed):
+        return Choice("xla")
+    candidates = _automatic() if name in ("auto", "gpu") else (kernels[name],)
+    refusals = {}
+    for kernel in candidates:
+        refusal = _refusal(kernel, x, packed, chip, transposed)
+        if refusal is None:
+            if name == "auto":
+                return Choice("xla", kernel.name)
+            return Choice(kernel.name, kernel.name, forced=True)
+        refusals[kernel.name] = refusal
+    if name != "auto" or chip is None:
+        why = "; ".join(f"{kernel}: {no.why}" for kernel, no in refusals.items())
+        raise NotImplementedError(f"backend={name!r} cannot run this product: {why}")
+    if all(no.cause is not Cause.PRODUCT for no in refusals.values()):
+        _warn("; ".join(f"{kernel}: {no.why}" for kernel, no in refusals.items()))
+    return Choice("xla")
+
+
+def served(x: jax.ShapeDtypeStruct, packed: PackedWeight) -> tuple[str, ...]:
+    """GPU kernels that can serve a product here once their layout is prepared."""
+    chip = capability()
+    if chip is None:
+        return ()
+    refusals = {k.name: _refusal(k, x, packed, chip, False) for k in _automatic()}
+    return tuple(
+        name
+        for name, refusal in refusals.items()
+        if refusal is None or refusal.cause is Cause.LAYOUT
+    )
+
+
+def _automatic() -> tuple[Kernel, ...]:
+    return tuple(kernel for kernel in registry.KERNELS.values() if kernel.automatic)
+
+
+def _refusal(
+    kernel: Kernel,
+    x: jax.ShapeDtypeStruct,
+    packed: PackedWeight,
+    chip: Capability | None,
+    transposed: bool,
+) -> Refusal | None:
+    """Why a GPU kernel cannot run a product, or None if it can."""
+    if transposed:
+        why = "it computes x @ W^T only, not the transposed product"
+        return Refusal(Cause.PRODUCT, why)
+    if chip is None:
+        return Refusal(
+            Cause.MACHINE,
+            "no NVIDIA GPU is visible; to trace for one that is elsewhere, use "
+            "kernels.assume(major, minor)",
+        )
+    return kernel.refuse(x, packed, chip)
+
+
+@functools.cache
+def _warn(cause: str) -> None:
+    """One warning per cause that lies in the machine, not in the product."""
+    warnings.warn(
+        f"products with packed weights run in plain XLA on this GPU: {cause}",
+        stacklevel=6,
+    )
