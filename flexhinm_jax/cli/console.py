@@ -1,22 +1,33 @@
 """What a command may show, and where.
 
 Results go to stdout: tables for people, or one JSON document with `--json`. Progress
-goes to stderr, and only to a terminal, so that a log file or a pipe never holds any.
+goes to stderr: live on a terminal, elsewhere a line for every tenth of a long step.
 """
 
 import contextlib
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import rich.console
 import rich.progress
 from rich.table import Table
 
-from flexhinm_jax.pruning.report import Report
+from flexhinm_jax.pruning.report import Report, Row
 
 T = TypeVar("T")
+
+Tell = Callable[[float, float], None]
+"""Called with how much is done and how much there is in all."""
+
+NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
+"""The number of a layer in the path of a leaf."""
+
+SHORT_SECONDS = 2.0
+"""A step that has not taken so long yet writes no lines."""
 
 PIPE_WIDTH = 160
 """Columns of a table that is not shown on a terminal."""
@@ -57,16 +68,49 @@ class Console:
             self._err.print(text, soft_wrap=True)
 
     @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Shows a spinner while the block runs."""
-        with self._err.status(name) if self._live else contextlib.nullcontext():
-            yield
+    def step(self, name: str, *, long: bool = False) -> Iterator[Tell]:
+        """Shows what is going on while the block runs.
+
+        Args:
+          name: of the step.
+          long: begins with a line where there is no terminal to see a spinner.
+
+        Yields:
+          A function of (done, total) that shows how far the step has come: beside the
+          spinner, or off a terminal as a line for every tenth.
+        """
+        if self._live:
+            with self._err.status(name) as status:
+                yield lambda done, total: status.update(f"{name}: {done} of {total}")
+            return
+        if long:
+            self.note(name)
+        yield _Tenths(self, name)
 
     def track(self, items: Iterable[T], name: str, total: int) -> Iterator[T]:
-        """Yields the items behind a progress bar."""
-        if not self._live:
-            return iter(items)
-        return iter(rich.progress.track(items, name, total=total, console=self._err))
+        """Yields the items and shows how many there were, see `step`."""
+        if self._live:
+            yield from rich.progress.track(items, name, total, console=self._err)
+            return
+        tell = _Tenths(self, name)
+        for done, item in enumerate(items, 1):
+            yield item
+            tell(done, total)
+
+
+class _Tenths:
+    """Writes a line for every tenth of a step; none for one that is over at once."""
+
+    def __init__(self, console: Console, name: str):
+        self.console, self.name = console, name
+        self.began, self.shown = time.monotonic(), 0
+
+    def __call__(self, done: float, total: float) -> None:
+        seconds, tenth = time.monotonic() - self.began, int(10 * done / total)
+        if tenth > self.shown and seconds >= SHORT_SECONDS:
+            self.shown = tenth
+            part = f"{done:.0f} of {total:.0f} ({10 * tenth} %)"
+            self.console.note(f"{self.name}: {part}, {seconds:.0f} s")
 
 
 def table(
@@ -100,7 +144,11 @@ def table(
 
 
 def report_table(
-    report: Report, errors: Mapping[str, float] | None = None, *, packed: bool = True
+    report: Report,
+    errors: Mapping[str, float] | None = None,
+    *,
+    packed: bool = True,
+    every: bool = False,
 ) -> Table:
     """What pruning did to every weight.
 
@@ -108,45 +156,78 @@ def report_table(
       report: of the run.
       errors: path -> relative error of the outputs, where that is known.
       packed: whether there is a packed form.
+      every: a row for each weight; otherwise equal ones of all layers share a row.
     """
     errors = errors or {}
 
-    def sizes(dense: float, small: float) -> tuple[str, str]:
-        return (bytes_text(int(dense)), bytes_text(int(small))) if packed else ("", "")
+    def cells(name: str, shape: str, rows: Sequence[Row], note: str) -> tuple[str, ...]:
+        weights = sum(row.weights for row in rows)
 
-    total = report.total
+        def mean(values: Iterable[float]) -> float:
+            pairs = zip(rows, values, strict=True)
+            return sum(row.weights * x for row, x in pairs) / max(weights, 1)
+
+        known = [errors[row.path] for row in rows if row.path in errors]
+        return (
+            name,
+            shape,
+            f"{mean(row.zeros for row in rows):.2%}",
+            f"{sum(known) / len(known):.4f}" if known else "",
+            bytes_text(sum(row.dense_bytes for row in rows)) if packed else "",
+            bytes_text(sum(row.packed_bytes for row in rows)) if packed else "",
+            f"{mean(row.retained for row in rows):.2%}",
+            note,
+        )
+
+    def kind(row: Row) -> tuple:
+        return row.shape, row.note if packed else ""
+
+    rows = {row.path: row for row in report.rows}
     return table(
         (
             *("weight", "shape", ">zeros", ">error", ">dense", ">packed"),
             *(">saliency kept", "note"),
         ),
         [
-            (
-                row.path,
-                "x".join(map(str, row.shape)),
-                f"{row.zeros:.2%}",
-                f"{errors[row.path]:.4f}" if row.path in errors else "",
-                *sizes(row.dense_bytes, row.packed_bytes),
-                f"{row.retained:.2%}",
-                row.note if packed else "",
+            cells(name, "x".join(map(str, shape)), [rows[p] for p in paths], note)
+            for name, paths, (shape, note) in groups(
+                {path: kind(row) for path, row in rows.items()}, every
             )
-            for row in report.rows
         ],
-        (
-            *("all pruned weights", "", f"{total['zeros']:.2%}", ""),
-            *sizes(total["dense_bytes"], total["packed_bytes"]),
-            *(f"{total['retained']:.2%}", ""),
-        ),
+        cells("all pruned weights", "", report.rows, ""),
     )
 
 
+def groups(
+    kinds: Mapping[str, Hashable], every: bool
+) -> list[tuple[str, list[str], Any]]:
+    """(name, paths, kind) of leaves that are equal but for the number of their layer.
+
+    Args:
+      kinds: path -> what leaves of a group share.
+      every: each leaf is a group of its own.
+
+    Example:
+      >>> groups({"h.0.q": 1, "h.1.q": 1, "h.0.k": 1, "w": 1}, False)
+      [('h.*.q x2', ['h.0.q', 'h.1.q'], 1), ('h.0.k', ['h.0.k'], 1), ('w', ['w'], 1)]
+    """
+    found: dict[Any, list[str]] = {}
+    for path, kind in kinds.items():
+        name = path if every else NUMBER.sub("*", path)
+        found.setdefault((name, kind), []).append(path)
+    return [
+        (f"{name} x{len(paths)}" if len(paths) > 1 else paths[0], paths, kind)
+        for (name, kind), paths in found.items()
+    ]
+
+
 def bytes_text(count: int) -> str:
-    """A number of bytes for people, in decimal units: "1.5 MB"."""
+    """A number of bytes for people, in the units that --memory takes: "1.5 MiB"."""
     size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
             break
-        size, unit = size / 1000, larger
+        size, unit = size / 1024, larger
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 

@@ -97,6 +97,16 @@ def add_shown(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON document, no table")
 
 
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """Adds how long the table is."""
+    parser.add_argument(
+        "--rows",
+        choices=("grouped", "all"),
+        default="grouped",
+        help="one row for equal weights of all layers (default), or one for each",
+    )
+
+
 def add_written(parser: argparse.ArgumentParser) -> None:
     """Adds where a model directory goes, and what decides about it."""
     add = parser.add_argument
@@ -104,6 +114,7 @@ def add_written(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="replace DIR if it is a model directory")
     add_seed(parser)
     add_shown(parser)
+    add_rows(parser)
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax.cli import directory, flags
-from flexhinm_jax.cli.console import Console, bytes_text, table
+from flexhinm_jax.cli.console import NUMBER, Console, bytes_text, groups, table
 from flexhinm_jax.io import tensors
 from flexhinm_jax.streaming.blocks import open_blocks
 from flexhinm_jax.tracing.discover import discover
@@ -34,6 +34,7 @@ def add_parser(commands: Any) -> None:
     )
     flags.add_model(parser)
     flags.add_shown(parser)
+    flags.add_rows(parser)
     parser.set_defaults(run=run)
 
 
@@ -48,7 +49,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
         with console.step("finding the weights"):
             uses = discover(model.apply_fn, model.params, *model.sample())
         leaves = [_describe(path, leaf, uses) for path, leaf in model.params.items()]
-    console.result(_summary(args.model, leaves), _table(leaves), *_totals(leaves))
+    console.result(
+        _summary(args.model, leaves),
+        _table(leaves, args.rows == "all"),
+        *_totals(leaves),
+    )
 
 
 def _decoder_leaves(path: Path) -> list[dict[str, Any]]:
@@ -109,21 +114,28 @@ def _summary(path: Path, leaves: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _table(leaves: list[dict[str, Any]]) -> Any:
+def _table(leaves: list[dict[str, Any]], every: bool) -> Any:
     columns = ("leaf", "shape", "dtype", ">bytes", ">zeros", "prunable or why not")
-    return table(columns, map(_cells, leaves))
+    by_path = {leaf["path"]: leaf for leaf in leaves}
+    kinds = {path: _kind(leaf, every) for path, leaf in by_path.items()}
+    rows = []
+    for name, paths, (shape, dtype, why) in groups(kinds, every):
+        sizes = [by_path[path]["bytes"] for path in paths]
+        zeros = [by_path[path]["zeros"] for path in paths]
+        mean = "" if None in zeros else f"{sum(zeros) / len(zeros):.1%}"
+        rows.append((name, shape, dtype, bytes_text(sum(sizes)), mean, why))
+    return table(columns, rows)
 
 
-def _cells(leaf: dict[str, Any]) -> tuple[str, ...]:
+def _kind(leaf: dict[str, Any], every: bool) -> tuple[str, ...]:
     stack = "".join(f"{size} x " for size in leaf["stack"] or ())
-    matrix = leaf["matrix"]
+    matrix, reason = leaf["matrix"], str(leaf["reason"])
+    if not every:  # it may name a leaf of the same layer
+        reason = NUMBER.sub("*", reason)
     return (
-        leaf["path"],
         "x".join(map(str, leaf["shape"])) or "scalar",
         leaf["dtype"],
-        bytes_text(leaf["bytes"]),
-        "" if leaf["zeros"] is None else f"{leaf['zeros']:.1%}",
-        f"yes, {stack}{matrix}" if matrix else f"no: {leaf['reason']}",
+        f"yes, {stack}{matrix}" if matrix else f"no: {reason}",
     )
 
 

@@ -170,7 +170,7 @@ def _run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
         directory.write(args, result, model, document)
     console.result(
         document,
-        report_table(result.report),
+        report_table(result.report, every=args.rows == "all"),
         "",
         *directory.ending(args.out, result.report, PACKED),
         f"loss on held-back text: {first:.4f} of the first masks, {best:.4f} now",
@@ -238,13 +238,14 @@ def _learn(
         token_mask=directory.real,
     )
     key, fit_key, mix_key = jax.random.split(jax.random.key(args.seed), 3)
-    with console.step(f"solving {len(uses.leaves)} weights"):
+    with console.step(f"solving {len(uses.leaves)} weights", long=True):
         states = _states(choices, key, params, uses, stats, args.sparsity)
     order = np.asarray(jax.random.permutation(mix_key, len(steps)))
     steps = [steps[k] for k in order]
     held = math.ceil(HELD * len(steps)) if len(steps) > 1 else 0
     # every dense output is computed once
-    learned_from = objectives.taught(model.apply_fn, params, steps)
+    with console.step(f"the dense model reads {len(steps)} batches", long=True):
+        learned_from = objectives.taught(model.apply_fn, params, steps)
     loss_fn = objectives.distillation(model.apply_fn, token_mask=directory.real)
     value = jax.jit(loss_fn)
 
@@ -257,6 +258,7 @@ def _learn(
             f"step {entry['step']:.0f} of {args.steps}: loss {entry['loss']:.4f}, held"
             f" back {entry['value']:.4f}"
         )
+        tell(entry["step"], args.steps)
 
     rate = optax.cosine_decay_schedule(choices.rate, args.steps, 0.1)
     tx = optax.adam(rate, b2=0.95)
@@ -264,23 +266,25 @@ def _learn(
         tx = optax.sgd(choices.rate)
     elif args.method in ("maskllm", "patch"):
         tx = optax.chain(relative(0.95), optax.sgd(rate))
-    states, history = fit(
-        choices.method,
-        states,
-        loss_fn,
-        params,
-        uses,
-        learned_from[held:],
-        key=fit_key,
-        tx=tx,
-        steps=args.steps,
-        evaluate=evaluate,
-        every=max(1, args.steps // LOOKS),
-        progress=progress,
-        checkpoints=args.resume,
-        resume="auto" if args.resume else False,
-        config={"rate": choices.rate, "method": args.method},
-    )
+    name = f"learning for {args.steps} steps (the first compiles)"
+    with console.step(name, long=True) as tell:
+        states, history = fit(
+            choices.method,
+            states,
+            loss_fn,
+            params,
+            uses,
+            learned_from[held:],
+            key=fit_key,
+            tx=tx,
+            steps=args.steps,
+            evaluate=evaluate,
+            every=max(1, args.steps // LOOKS),
+            progress=progress,
+            checkpoints=args.resume,
+            resume="auto" if args.resume else False,
+            config={"rate": choices.rate, "method": args.method},
+        )
     with console.step("packing"):
         plans = apply.decide(choices.method, states, params, uses)
         result = prune.applied(plans, params, uses)

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import jax
+
 import flexhinm_jax
 from flexhinm_jax import arguments
 from flexhinm_jax.cli import (
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status: 0, or 2 after a mistake of the user.
     """
     args = parser().parse_args(argv)
+    if argv is None:
+        keep_compiled()
     console = Console(quiet=getattr(args, "quiet", False), json=args.json)
     try:
         with arguments.speaking(flags.WORDS):
@@ -80,6 +84,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("flexhinm: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs on disk for later runs, unless JAX is told where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = os.path.join(os.path.expanduser(base), "flexhinm", "xla")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        # By default only what took a second is kept; a model has many small programs.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def parser() -> Parser:

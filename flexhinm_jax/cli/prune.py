@@ -9,10 +9,12 @@ import dataclasses
 import math
 import re
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import directory, flags
@@ -30,6 +32,8 @@ from flexhinm_jax.streaming import streaming, work
 from flexhinm_jax.streaming.blocks import Blocks, open_blocks
 from flexhinm_jax.streaming.memory import Budget
 from flexhinm_jax.tracing.discover import discover
+from flexhinm_jax.tracing.tree import Leaves
+from flexhinm_jax.types import Plan, Stats, Uses
 
 BATCH_SENTENCES = 32
 BATCH_SAMPLES = 4
@@ -63,6 +67,20 @@ class Choices:
     rules: dict[str, Any]
     exceptions: dict[str, float]
     text: list[str]
+
+
+class Pruned(NamedTuple):
+    """A pruned encoder.
+
+    Attributes:
+      result: of the library.
+      notes: path -> what a person should know about a weight.
+      errors: path -> relative error of the outputs, where that is known.
+    """
+
+    result: prune.Pruned
+    notes: dict[str, str]
+    errors: dict[str, float]
 
 
 def add_parser(commands: Any) -> None:
@@ -335,17 +353,18 @@ def _prune_encoder(
     """Reads the model whole, prunes it and writes it."""
     with console.step("reading the model"):
         model = directory.read_encoder(args.model)
-    result, notes = _pruned(args, choices, model, console)
+    result, notes, errors = _pruned(args, choices, model, console)
     document = _document(args, choices) | {
         "sentences": len(choices.text),
         "notes": notes,
+        "errors": errors,
         **result.report.to_dict(),
     }
     with console.step(f"writing {args.out}"):
         directory.write(args, result, model, document)
     console.result(
         document,
-        report_table(result.report),
+        report_table(result.report, errors, every=args.rows == "all"),
         "",
         *(f"{path}: {text}" for path, text in notes.items()),
         *directory.ending(args.out, result.report, PACKED),
@@ -357,8 +376,8 @@ def _pruned(
     choices: Choices,
     model: directory.Encoder,
     console: Console,
-) -> tuple[prune.Pruned, dict[str, str]]:
-    """The result, and what a person should know about single weights."""
+) -> Pruned:
+    """Calibrates and prunes."""
     method = choices.method
     uses = discover(model.apply_fn, model.params, *model.sample(), rules=choices.rules)
     uses = solve.fitting(method, uses, args.on_mismatch or "error")
@@ -391,17 +410,45 @@ def _pruned(
         )
     if args.sequential:
         return _in_order(args, choices, model, steps, sparsity, console)
-    with console.step(f"solving {len(uses.leaves)} weights"):
+    name = f"solving {len(uses.leaves)} weights (the first of a shape compiles)"
+    with console.step(name, long=True) as tell:
         key = jax.random.key(args.seed)
         if args.share_orders:
             key, order_key = jax.random.split(key)
             method, stats = share_orders(method, order_key, model.params, uses, stats)
-        states = solve.solve(method, key, model.params, uses, stats, sparsity)
+        states = solve.solve(
+            method, key, model.params, uses, stats, sparsity, progress=tell
+        )
         plans = apply.decide(method, states, model.params, uses)
     with console.step("packing"):
         blind = {path: int(unseen(one).sum()) for path, one in (stats or {}).items()}
         result = prune.applied(plans, model.params, uses, blind)
-    return result, report.notes(choices.method, states, uses)
+    notes = report.notes(choices.method, states, uses)
+    return Pruned(result, notes, _errors(plans, model.params, uses, stats))
+
+
+def _errors(
+    plans: Mapping[str, Plan],
+    params: Any,
+    uses: Uses,
+    stats: Mapping[str, Stats] | None,
+) -> dict[str, float]:
+    """Path -> || X (W' - W) ||^2 / || X W ||^2, where the Gram matrix is known."""
+    errors, leaves = {}, Leaves.of(params)
+    for path, use in uses.leaves.items():
+        gram = None if stats is None or path not in stats else stats[path].gram
+        if gram is not None:
+            before = leaves.matrix(use).astype(jnp.float32)
+            lost = apply.dense_weight(plans[path]).astype(jnp.float32) - before
+            # A weight that saw no input has lost nothing of its outputs.
+            total = max(float(_squared(before, gram)), 1e-30)
+            errors[path] = float(_squared(lost, gram)) / total
+    return errors
+
+
+def _squared(w: Any, gram: Any) -> Any:
+    """|| X W^T ||^2 from the Gram matrix of X, over a whole stack."""
+    return jnp.sum(jnp.matmul(w, gram) * w, dtype=jnp.float32)
 
 
 def _in_order(
@@ -411,16 +458,20 @@ def _in_order(
     steps: list[Any],
     sparsity: Any,
     console: Console,
-) -> tuple[prune.Pruned, dict[str, str]]:
+) -> Pruned:
     """The same for --sequential."""
     notes: dict[str, str] = {}
+    errors: dict[str, float] = {}
 
     def progress(layer: Layer) -> None:
         console.progress(layer_text(layer))
+        tell(layer.done, layer.total)
+        errors[layer.path] = layer.error
         if layer.note:
             notes[layer.path] = layer.note
 
-    with console.step("pruning the weights in order"):
+    name = "pruning the weights in order (the first of a shape compiles)"
+    with console.step(name, long=True) as tell:
         result = prune_sequential(
             model.apply_fn,
             model.params,
@@ -435,7 +486,7 @@ def _in_order(
             progress=progress,
             resume=args.resume,
         )
-    return result, notes
+    return Pruned(result, notes, errors)
 
 
 def _prune_decoder(
@@ -513,7 +564,12 @@ def _prune_decoder(
         raise
     console.result(
         document(result),
-        report_table(result.report, result.errors, packed=args.pack),
+        report_table(
+            result.report,
+            result.errors,
+            packed=args.pack,
+            every=args.rows == "all",
+        ),
         "",
         *(f"{path}: {text}" for path, text in notes.items()),
         *directory.ending(args.out, result.report),

@@ -124,9 +124,7 @@ def test_embeddings_of_two_encoders_are_compared(model_dir, text_file, capsys):
     found = run(capsys, "eval", model_dir, other, "--text", text_file)
     assert found["lines"] == 3
     assert 0.5 < found["lowest"] <= found["quantile_5"] < found["mean_cosine"] < 0.999
-    assert "give OTHER_DIR too" in refused(
-        capsys, "eval", model_dir, "--text", text_file
-    )
+    assert "give OTHER too" in refused(capsys, "eval", model_dir, "--text", text_file)
 
 
 def test_generation_prints_the_likeliest_continuation(folders, capsys):

@@ -37,12 +37,20 @@ def test_zeros_of_a_leaf_are_counted(model_dir, capsys):
 
 
 def test_the_table_names_every_leaf_in_full_and_the_totals(model_dir, capsys):
-    assert main(["inspect", str(model_dir)]) == 0
+    assert main(["inspect", str(model_dir), "--rows", "all"]) == 0
     out, err = capsys.readouterr()
     assert "encoder.layer.1.attention.output.LayerNorm.weight " in out
     assert "yes, [64, 32]" in out
     assert "12 of " in out
     assert err == ""
+
+
+def test_equal_leaves_of_all_layers_share_a_row(model_dir, capsys):
+    assert main(["inspect", str(model_dir)]) == 0
+    out = capsys.readouterr().out
+    assert "encoder.layer.*.attention.self.query.weight x2 " in out
+    assert "pooler.dense.weight " in out and "layer.0" not in out
+    assert "12 of " in out
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])

@@ -1,11 +1,14 @@
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 
 import flexhinm_jax
+from flexhinm_jax.cli import console
 from flexhinm_jax.cli.console import bytes_text
-from flexhinm_jax.cli.main import main
+from flexhinm_jax.cli.main import keep_compiled, main
 
 
 @pytest.mark.parametrize("command", [[], ["inspect"], ["prune"]])
@@ -62,7 +65,46 @@ def test_a_closed_pipe_is_no_error(model_dir):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (90868376, "90.9 MB")],
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (90868376, "86.7 MiB")],
 )
-def test_bytes_are_shown_in_decimal_units(count, text):
+def test_bytes_are_shown_in_the_units_that_memory_takes(count, text):
     assert bytes_text(count) == text
+
+
+def test_a_long_step_writes_a_line_for_every_tenth_off_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(console, "SHORT_SECONDS", 0.0)
+    shown = console.Console()
+    with shown.step("solving", long=True) as tell:
+        for done in range(1, 41):
+            tell(done, 40)
+    assert list(shown.track("abc", "reading", 3)) == ["a", "b", "c"]
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == "" and lines[0] == "solving"
+    assert len(lines) == 1 + 10 + 3
+    assert lines[1] == "solving: 4 of 40 (10 %), 0 s"
+    assert lines[-1] == "reading: 3 of 3 (100 %), 0 s"
+    quiet = console.Console(quiet=True)
+    with quiet.step("solving", long=True) as tell:
+        tell(1, 1)
+    assert list(quiet.track("a", "reading", 1)) == ["a"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_step_that_is_over_at_once_writes_nothing(capsys):
+    with console.Console().step("packing") as tell:
+        tell(1, 1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_command_keeps_compiled_programs_unless_told_where(monkeypatch, tmp_path):
+    told = {}
+    config = types.SimpleNamespace(update=told.__setitem__)
+    monkeypatch.setattr(jax, "config", config)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config.jax_compilation_cache_dir = "elsewhere"
+    keep_compiled()
+    assert told == {}
+    config.jax_compilation_cache_dir = None
+    keep_compiled()
+    assert told["jax_compilation_cache_dir"] == str(tmp_path / "flexhinm" / "xla")

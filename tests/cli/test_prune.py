@@ -78,12 +78,40 @@ def test_json_is_the_whole_of_stdout_and_equals_the_report_file(
 def test_quiet_shows_nothing_and_the_default_shows_a_table(prune, capsys):
     assert prune("-q") == 0
     assert capsys.readouterr() == ("", "")
-    assert prune("--force") == 0
+    assert prune("--force", "--rows", "all") == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert err == "solving 12 weights (the first of a shape compiles)\n"
     assert "encoder.layer.1.output.dense.weight" in out
     assert "all pruned weights" in out
     assert "packed.safetensors" in out
+
+
+def test_the_table_groups_layers_and_shows_the_errors_of_outputs(
+    prune, model_dir, text_file, tmp_path, capsys
+):
+    assert prune("--method", "sparsegpt") == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = lines[0].split()
+    assert header == "weight shape zeros error dense packed saliency kept".split()
+    (row,) = (line for line in lines if "attention.self.query.weight x2" in line)
+    assert len([line for line in lines if " x2 " in line]) == 6
+    # The outputs of the first query, on the hidden states before it.
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    path = "encoder.layer.{}.attention.self.query.weight"
+    errors = [report["errors"][path.format(k)] for k in (0, 1)]
+    assert float(row.split()[4]) == pytest.approx(np.mean(errors), abs=1e-4)
+    model = directory.read_encoder(model_dir)
+    (batch,) = model.tokenize(directory.read_sentences(text_file), 3)
+    at = {k.removeprefix("embeddings."): v for k, v in model.params.items()}
+    x = at["word_embeddings.weight"][batch.tokens[batch.mask != 0]]
+    x = x + at["position_embeddings.weight"][np.nonzero(batch.mask)[1]]
+    x = x + at["token_type_embeddings.weight"][0]
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
+    x = x * at["LayerNorm.weight"] + at["LayerNorm.bias"]
+    before = model.params[path.format(0)]
+    after = huggingface.read(tmp_path / "out").params[path.format(0)]
+    want = np.sum((x @ (after - before).T) ** 2) / np.sum((x @ before.T) ** 2)
+    assert errors[0] == pytest.approx(want, rel=1e-3)
 
 
 def test_the_same_seed_gives_the_same_files(prune, tmp_path):
