@@ -25,6 +25,7 @@ from flexhinm_jax.types import Support
 
 CHECK = 3  # iterations between two looks at the support
 LEAST, MOST = 1e-6, 1e6  # range of the penalty
+POLISH = 2  # conjugate-gradient steps from a D whose support has settled
 
 
 class Iterate(NamedTuple):
@@ -53,6 +54,22 @@ class Iterate(NamedTuple):
     done: Array
 
 
+class Split(NamedTuple):
+    """What the iteration ends with.
+
+    Attributes:
+      d: f[o, i], the sparse iterate D in scaled coordinates.
+      support: its support.
+      step: i32[], iterations done.
+      settled: bool[], whether the support had stopped to change.
+    """
+
+    d: Array
+    support: Support
+    step: Array
+    settled: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class ADMM(Reconstruction):
     """What `ALPS` and `StagedALPS` share: the iteration and its schedule.
@@ -66,7 +83,8 @@ class ADMM(Reconstruction):
       iterations: at most so many steps.
       growth: penalty factors for many, some and few changes of the support. The paper's
         are the default; smaller ones take longer and find better supports.
-      refit_steps: conjugate-gradient steps on the final support.
+      refit_steps: conjugate-gradient steps on the final support, at most; where the
+        iteration has settled, its weights need two.
     """
 
     _: dataclasses.KW_ONLY
@@ -104,14 +122,30 @@ class ADMM(Reconstruction):
         support = self.pattern.project(key, scores, sparsity, before)
         target = start * s
         g = task.cross / s
-        steps = {"steps": jnp.zeros((), jnp.int32), "settled": jnp.ones((), bool)}
         if before is None or self.pattern.free_rows:
-            support, steps = self.split(
-                target, h, g, support, self.pattern.refine, before
-            )
-        b = jnp.where(support.keep, target, 0)
-        solved = gram.descend(b, support.keep, h, g, self.refit_steps)
-        return Solved(solved / s, support, steps)
+            split = self.split(target, h, g, support, self.pattern.refine, before)
+        else:
+            d = jnp.where(support.keep, target, 0)
+            split = Split(d, support, jnp.zeros((), jnp.int32), jnp.ones((), bool))
+        solved = self.refit(split, h, g) / s
+        reports = {"steps": split.step, "settled": split.settled}
+        return Solved(solved, split.support, reports)
+
+    def refit(self, split: Split, h: Array, g: Array) -> Array:
+        """f[o, i]: the weights of the final support by conjugate gradients.
+
+        They start from D, which is all but the solution when the support has settled:
+        on a layer where ten steps from the dense weight end at 1.002 times the least
+        error, D itself has 1.0001 times.
+
+        Args:
+          split: from `split`.
+          h: f[i, i], Gram with unit diagonal.
+          g: f[o, i], cross Gram.
+        """
+        near = split.settled & (split.step > 0)
+        steps = jnp.where(near, min(POLISH, self.refit_steps), self.refit_steps)
+        return gram.descend(split.d, split.support.keep, h, g, steps)
 
     def split(
         self,
@@ -121,8 +155,8 @@ class ADMM(Reconstruction):
         support: Support,
         refine: Callable[[Support, Array], Support],
         before: Support | None = None,
-    ) -> tuple[Support, dict[str, Array]]:
-        """The support that the iteration settles on, and how it went.
+    ) -> Split:
+        """The support that the iteration settles on, with its weights.
 
         Args:
           target: f[o, i], dense solution in scaled coordinates.
@@ -132,6 +166,7 @@ class ADMM(Reconstruction):
           refine: the best support with the regions of a support, for scores.
           before: an earlier support to stay within, or None.
         """
+        # One factorisation for all penalties: (H + rho I)^-1 = Q (L + rho)^-1 Q^T.
         values, vectors = jnp.linalg.eigh(h)
         values = jnp.maximum(values, 0)
 
@@ -145,7 +180,8 @@ class ADMM(Reconstruction):
         def project(x, keep):
             return choose(jnp.square(x).astype(jnp.float32), keep)
 
-        def admm(_, carry, inverse, rho):
+        def alternation(carry, inverse, rho):
+            """B, D and V in turn (arXiv:2406.07831, the ADMM updates)."""
             b, d, v, keep = carry
             b = gram.dot(g - v + rho * d, inverse)
             x = b + v / rho
@@ -165,29 +201,11 @@ class ADMM(Reconstruction):
             b, d, v, keep = lax.fori_loop(
                 0,
                 CHECK,
-                lambda i, c: admm(i, c, inverse, at.rho),
+                lambda _, carry: alternation(carry, inverse, at.rho),
                 (at.b, at.d, at.v, at.keep),
             )
             at = at._replace(b=b, d=d, v=v, keep=keep, step=at.step + CHECK)
-            changed = jnp.sum(keep != at.last, dtype=jnp.int32)
-            share = changed / jnp.maximum(jnp.sum(keep, dtype=jnp.int32), 1)
-            many, some, few = self.growth
-            busy = share > 0.005
-            factor = jnp.where(share > 0.1, many, jnp.where(busy, some, few))
-            raised = at.raised | busy
-            settled = (changed == 0) | ((at.step > 30) & (share < 3e-4))
-            # A penalty that was never raised and moves little started too high.
-            lower = ~raised
-            again = lower & (changed > 0)
-            rho = jnp.where(
-                lower, at.rho / 5, jnp.where(settled, at.rho, at.rho * factor)
-            )
-            at = at._replace(
-                rho=jnp.clip(rho, LEAST, MOST).astype(at.rho.dtype),
-                raised=raised,
-                done=settled & (raised | (at.rho <= LEAST)),
-                last=keep,
-            )
+            at, again = self.scheduled(at)
             return lax.cond(again, restart, lambda x: x, at)
 
         still = jnp.zeros((), bool)
@@ -196,25 +214,55 @@ class ADMM(Reconstruction):
             other = choose(1.0 - support.keep.astype(jnp.float32), support.keep)
             still = jnp.all(other == support.keep)
         zero = jnp.zeros_like(target)
-        at = Iterate(
-            b=target,
-            d=zero,
-            v=zero,
-            keep=support.keep,
-            last=support.keep,
-            rho=jnp.asarray(self.rho, target.dtype),
-            raised=jnp.zeros((), bool),
-            step=jnp.zeros((), jnp.int32),
-            done=still,
+        first = restart(
+            Iterate(
+                b=target,
+                d=zero,
+                v=zero,
+                keep=support.keep,
+                last=support.keep,
+                rho=jnp.asarray(self.rho, target.dtype),
+                raised=jnp.zeros((), bool),
+                step=jnp.zeros((), jnp.int32),
+                done=still,
+            )
         )
-        at = restart(at)
-        at = lax.while_loop(
+        last = lax.while_loop(
             lambda at: ~at.done & (at.step < self.iterations),
             advance,
-            at._replace(last=at.keep),
+            first._replace(last=first.keep),
         )
-        found = Support(at.keep, support.regions)
-        return found, {"steps": at.step, "settled": at.done}
+        return Split(last.d, Support(last.keep, support.regions), last.step, last.done)
+
+    def scheduled(self, at: Iterate) -> tuple[Iterate, Array]:
+        """The next penalty, from how much of the support has changed.
+
+        Args:
+          at: after some iterations.
+
+        Returns:
+          The iterate, and whether it must start again with a lower penalty.
+
+        Source: arXiv:2406.07831, its update of rho.
+        """
+        changed = jnp.sum(at.keep != at.last, dtype=jnp.int32)
+        share = changed / jnp.maximum(jnp.sum(at.keep, dtype=jnp.int32), 1)
+        many, some, few = self.growth
+        busy = share > 0.005
+        factor = jnp.where(share > 0.1, many, jnp.where(busy, some, few))
+        raised = at.raised | busy
+        settled = (changed == 0) | ((at.step > 30) & (share < 3e-4))
+        # A penalty that was never raised and moves little started too high.
+        lower = ~raised
+        raise_ = jnp.where(settled, at.rho, at.rho * factor)
+        rho = jnp.clip(jnp.where(lower, at.rho / 5, raise_), LEAST, MOST)
+        at = at._replace(
+            rho=rho.astype(at.rho.dtype),
+            raised=raised,
+            done=settled & (raised | (at.rho <= LEAST)),
+            last=at.keep,
+        )
+        return at, lower & (changed > 0)
 
 
 @dataclasses.dataclass(frozen=True)

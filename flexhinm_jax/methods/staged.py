@@ -43,23 +43,17 @@ class StagedALPS(ADMM):
         start = gram.solve(task) if task.has_targets else task.weight
         h, s = gram.unit_diagonal(task.gram)
         g = task.cross / s
-
-        def solve(support: Support) -> Array:
-            b = jnp.where(support.keep, start * s, 0)
-            steps = self.refit_steps
-            return gram.descend(b, support.keep, h, g, steps) / s
-
         chosen = self.pattern.project(key, squared_scores(task, start), sparsity)
         columns = best_columns(chosen, squared_scores(task, start))
-        columns, first = self.split(start * s, h, g, columns, best_columns)
-        scores = squared_scores(task, solve(columns))
+        first = self.split(start * s, h, g, columns, best_columns)
+        scores = squared_scores(task, self.refit(first, h, g) / s)
         support = self.pattern.regroup(order_key, chosen, scores)
-        support, second = self.split(start * s, h, g, support, self.pattern.refine)
-        steps = {
-            "steps": first["steps"] + second["steps"],
-            "settled": first["settled"] & second["settled"],
+        second = self.split(start * s, h, g, support, self.pattern.refine)
+        reports = {
+            "steps": first.step + second.step,
+            "settled": first.settled & second.settled,
         }
-        return Solved(solve(support), support, steps)
+        return Solved(self.refit(second, h, g) / s, second.support, reports)
 
 
 def best_columns(support: Support, scores: Array) -> Support:

@@ -238,7 +238,7 @@ def refit(start: Array, keep: Array, h: Array, g: Array, steps: int) -> Array:
     return solved / s
 
 
-def descend(b: Array, keep: Array, h: Array, g: Array, steps: int) -> Array:
+def descend(b: Array, keep: Array, h: Array, g: Array, steps: Array | int) -> Array:
     """`refit` for a Gram that has a unit diagonal already."""
 
     def squared(x):

@@ -87,6 +87,12 @@ class NM(Pattern):
             ),
         )
 
+    def refine(self, support: Support, scores: Array) -> Support:
+        """Chooses every group anew; in natural order without a gather."""
+        if self.permute is not None:
+            return super().refine(support, scores)
+        return Support(masks.n_of_m(scores, n=self.n, m=self.m), support.regions)
+
     @functools.partial(jax.jit, static_argnums=0)
     def _search(self, key, scores):
         """The best of the natural and the searched input order."""
