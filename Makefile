@@ -15,7 +15,7 @@ ARGS    ?=
 
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-TEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
+TEST  := $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help house parity install demo distill learn-masks train-digits train-bytes

@@ -37,13 +37,15 @@ ROOMS = {
     "methods": ("Methods", "Where scores come from, and whether weights move."),
     "training": ("Training", "Fine-tuning, gradual pruning and learned masks."),
     "kernels": ("Kernels", "Packed weights and the products that run on them."),
+    "gpu": ("GPU kernels", "Products on NVIDIA GPUs: layouts, checks, backends."),
+    "streaming": ("Streaming", "Decoders pruned block by block in bounded memory."),
     "types": ("Types", "The pytrees that everything passes on."),
     "checks": ("Checks", "Errors that name what was given and what is needed."),
     "io": ("Files", "Checkpoints, Hugging Face directories, the packed file."),
     "models": ("Models", "Encoders, decoders and vision models as pure functions."),
     "ops": ("Operations", "The mathematics of one matrix."),
 }
-BY_MODULE = ("io", "models", "ops")
+BY_MODULE = ("io", "models", "ops", "gpu", "streaming")
 """Rooms of which every module is shown; of the others what the package exports."""
 
 SOURCE = re.compile(r"arXiv:(\d{4}\.\d{4,5})|(?:ICLR|ICML|NeurIPS|MLSys|CVPR) \d{4}")
@@ -253,7 +255,7 @@ def layers(package: Any) -> str:
 
 
 def readme(heading: str | None) -> str:
-    """A section of the README, links to files of the repository taken out."""
+    """A section of the README, its links made those of the site."""
     text = (ROOT / "README.md").read_text()
     parts = re.split(r"^## (.+)$", text, flags=re.M)
     named = dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -264,13 +266,13 @@ def readme(heading: str | None) -> str:
     else:
         known = ", ".join(named)
         raise PluginError(f"README.md has no section {heading!r}; it has: {known}")
-    found = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)", "", found)
-    return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", found).strip()
+    found = re.sub(r"\]\(docs/", "](", found)
+    return re.sub(r"\[([^]]+)\]\((?:colab|bench)/[^)]*\)", r"\1", found).strip()
 
 
 def results() -> dict[str, str]:
     """The page of measurements, as `make bench-report` wrote it."""
-    return {"results.md": RESULTS.read_text()} if RESULTS.exists() else {}
+    return {"measurements.md": RESULTS.read_text()} if RESULTS.exists() else {}
 
 
 _package: Any = None
@@ -283,7 +285,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     pages = reference(_package)
     config.nav = [*config.nav]
     if results():
-        config.nav.append({"Measurements": "results.md"})
+        config.nav.append({"Measurements": "measurements.md"})
     config.nav.append({"Reference": list(pages)})
     return config
 

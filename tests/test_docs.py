@@ -43,6 +43,12 @@ RUN = [
 
 
 @pytest.mark.once
+def test_the_example_of_the_readme_runs():
+    text = code(DOCS.parent / "README.md")
+    exec(compile(text, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("name", RUN)
 def test_the_examples_of_a_page_run(name):
     text = code(PAGES[name])
