@@ -13,7 +13,7 @@ from flexhinm_jax import checks
 from flexhinm_jax.methods import Method
 from flexhinm_jax.patterns import Levels, Pattern
 from flexhinm_jax.pruning.solve import method_for
-from flexhinm_jax.pruning.statistics import blank
+from flexhinm_jax.pruning.statistics import blank, informed, unseen
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Stats, Use, Uses
 
@@ -146,7 +146,12 @@ def offered(
         check(mine.pattern)
         w = leaves.matrix(use)
         checks.finite(w, "weight", path)
-        pair = _flat(use, (w, (stats or {}).get(path)))
+        known = (stats or {}).get(path)
+        if known is not None:
+            known = informed(
+                known, unseen(known), functools.partial(leaves.matrix, use)
+            )
+        pair = _flat(use, (w, known))
         result = jax.device_get(_scored(mine, *pair))
         found[path] = made(result, found[path].size, mine.pattern)
     return found

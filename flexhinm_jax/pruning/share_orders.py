@@ -24,6 +24,7 @@ from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.ordered import Ordered
 from flexhinm_jax.paths import over_stack
 from flexhinm_jax.patterns import NM, ChannelSearch
+from flexhinm_jax.pruning.statistics import informed, unseen
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Stats, Use, Uses
 
@@ -157,6 +158,9 @@ def shared_orders(
             for p in paths:
                 w = leaves.matrix(uses.leaves[p])
                 given = (stats or {}).get(p)
+                if given is not None:
+                    load = functools.partial(leaves.matrix, uses.leaves[p])
+                    given = informed(given, unseen(given), load)
                 mine = method.with_pattern(pattern)
                 mine.check(jax.eval_shape(_last, w), given, None, p)
                 rows.append(_scores(mine, w, given, w.ndim - 2))

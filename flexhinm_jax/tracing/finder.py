@@ -101,7 +101,7 @@ def _shapes(tree: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     forms = tuple(
         (x.shape, x.dtype, getattr(x, "weak_type", False), meshes.explicit(x))
-        if is_array(x)
+        if hasattr(x, "dtype")
         else (type(x), x)
         for x in leaves
     )

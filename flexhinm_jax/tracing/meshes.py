@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flexhinm_jax import checks
@@ -43,7 +44,7 @@ def bound(tree: Any, mesh: Mesh) -> Any:
 
 def explicit(x: Any) -> Mesh | None:
     """The mesh with explicit axes that a concrete array lives on, or None."""
-    if not isinstance(x, jax.Array) or not checks.is_concrete(x):
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         return None
     sharding = x.sharding
     if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
@@ -112,7 +113,7 @@ def whole(tree: Any) -> Any:
 
 def spread(x: Any) -> bool:
     """Whether an array has parts that this process cannot read."""
-    concrete = isinstance(x, jax.Array) and checks.is_concrete(x)
+    concrete = isinstance(x, jax.Array) and not isinstance(x, Tracer)
     return concrete and not (x.is_fully_addressable or x.is_fully_replicated)
 
 

@@ -132,3 +132,30 @@ def test_a_plan_that_is_not_finite_names_leaf_and_method(monkeypatch):
     for run in (fh.prune, fh.prune_sequential):
         with pytest.raises(ValueError, match="w: Wanda gave NaN or infinite weights"):
             run(linear, {"w": W[0]}, [X], fh.Wanda(fh.NM(1, 4)), key=KEY)
+
+
+def test_budgets_and_shared_orders_see_unseen_weights_too():
+    params = {"up": W}
+    uses = fh.discover(experts, params, X, TO)
+    stats = fh.calibrate(experts, params, uses, [(X, TO)])
+    method = fh.Wanda(fh.Vector(4))
+    one = fh.budgets(method, params, uses, stats, 0.5, mode="global")
+    assert one == {"up": 0.5}
+    result = fh.prune(
+        experts, params, [(X, TO)], fh.Wanda(NM), key=KEY, share_orders=True
+    )
+    assert (np.asarray(result.params["up"]) == 0).mean() == 0.5
+
+
+def test_a_layer_that_saw_nothing_keeps_its_share_of_a_common_budget():
+    def apply_fn(params, x):
+        return jax.lax.cond(
+            x.sum() > 1e9, lambda x: x @ params["a"], lambda x: x @ params["b"], x
+        )
+
+    params = {"a": W[0], "b": W[0]}
+    uses = fh.discover(apply_fn, params, X)
+    stats = fh.calibrate(apply_fn, params, uses, [X])
+    method = fh.Wanda(fh.Vector(4))
+    found = fh.budgets(method, params, uses, stats, 0.5, mode="global")
+    assert abs(found["a"] - 0.5) < 0.2 and abs(found["b"] - 0.5) < 0.2
