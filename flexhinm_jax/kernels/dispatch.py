@@ -16,12 +16,13 @@ import jax
 
 from flexhinm_jax.gpu import registry
 from flexhinm_jax.gpu.kernel import Capability, Cause, Kernel, Refusal
-from flexhinm_jax.kernels import reference, xla
+from flexhinm_jax.kernels import dense, reference, xla
 from flexhinm_jax.types import PackedWeight
 
 PLAIN: dict[str, Kernel] = {
     "reference": Kernel("reference", reference.prepare, reference.matmul),
     "xla": Kernel("xla", xla.prepare, xla.matmul),
+    "dense": Kernel("dense", dense.prepare, dense.matmul),
 }
 """What every platform runs."""
 

@@ -24,7 +24,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments
-from flexhinm_jax.kernels import dispatch, reference, xla
+from flexhinm_jax.kernels import dense, dispatch, reference, xla
 from flexhinm_jax.kernels.dispatch import Choice
 from flexhinm_jax.kernels.packing import accumulator, block_product
 from flexhinm_jax.types import PackedWeight
@@ -50,7 +50,7 @@ def sparse_dot(
       transposed: multiply with W instead of its transpose; plain XLA everywhere.
       dtype: dtype of the result; None for what x and the values promote to.
       backend: "auto" takes a GPU kernel where one can serve and plain XLA elsewhere;
-        "reference" and "xla" force those; "gpu" or the name of a kernel forces it.
+        "reference", "xla" and "dense" force those; "gpu" or the name of a kernel forces it.
 
     Returns:
       [..., o], or [..., i] with `transposed`, accumulated in float32, or in the
@@ -184,7 +184,9 @@ def _run(
 ) -> Array:
     def plain(x: Array, packed: PackedWeight) -> Array:
         x = lax.optimization_barrier(x)  # the test for NaN must not compute it again
-        return xla.multiply(x, packed, dtype, transposed=transposed)
+        held = dense.NAME in (choice.default, *packed.layouts)
+        room = dense if held else xla
+        return room.multiply(x, packed, dtype, transposed=transposed)
 
     packed = jax.tree.unflatten(structure, leaves)
     if choice.cuda is None:

@@ -38,6 +38,10 @@ def ready(packed):
     return kernels.prepare(packed, "xla")
 
 
+def held(packed):
+    return kernels.prepare(packed, "dense")
+
+
 @pytest.fixture(scope="module")
 def weights():
     return {name: pack(pattern) for name, pattern in ALL.items()}
@@ -64,7 +68,7 @@ def test_every_form_computes_the_product_of_every_pattern(weights, name):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 63, 64, 129, 300])
-@pytest.mark.parametrize("form", [kernels.strip, ready])
+@pytest.mark.parametrize("form", [kernels.strip, ready, held])
 def test_any_number_of_rows_gives_the_dense_product(weights, rows, form):
     packed, w = weights["flexhinm"]
     x = normal(rows, 32)
@@ -72,7 +76,7 @@ def test_any_number_of_rows_gives_the_dense_product(weights, rows, form):
     np.testing.assert_allclose(got, x @ w.T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", [kernels.strip, ready])
+@pytest.mark.parametrize("form", [kernels.strip, ready, held])
 def test_tiles_with_different_regions_give_the_dense_product(form):
     from tests.kernels.test_packing import ragged_plan
 
@@ -164,7 +168,7 @@ def test_second_derivatives_in_reverse_mode():
     np.testing.assert_allclose(twice(f)(x), twice(dense)(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("prepare", [kernels.strip, ready])
+@pytest.mark.parametrize("prepare", [kernels.strip, ready, held])
 def test_vmap_over_inputs_weights_both_and_gradients(prepare):
     pairs = [pack(fh.FlexHiNM(8), seed=s, sparsity=0.6) for s in (0, 1)]
     indices = [p.filled() for p, _ in pairs]
@@ -249,6 +253,28 @@ def test_an_exported_product_computes_the_same(prepare):
     f = lambda x, *arrays: fh.sparse_dot(x, jax.tree.unflatten(structure, arrays))  # noqa: E731
     exported = jax.export.export(jax.jit(f), platforms=["cpu"])(x, *arrays)
     np.testing.assert_allclose(exported.call(x, *arrays), x @ w.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_that_holds_its_matrix_runs_one_dense_product(transposed):
+    packed, w = pack(fh.FlexHiNM(8))
+    weight, x = held(packed), normal(5, 16 if transposed else 32)
+    np.testing.assert_array_equal(weight.layouts["dense"], w.T)
+
+    def run(x, weight, backend="auto"):
+        return fh.sparse_dot(x, weight, transposed=transposed, backend=backend)
+
+    want = x @ (w if transposed else w.T)
+    for got in (run(x, weight), run(x, packed, "dense")):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    loss = lambda x: jnp.sin(run(x, weight)).sum()  # noqa: E731
+    dense = lambda x: jnp.sin(x @ (w if transposed else w.T)).sum()  # noqa: E731
+    for f in (jax.grad, jax.hessian):
+        np.testing.assert_allclose(f(loss)(x), f(dense)(x), rtol=1e-4, atol=1e-4)
+    for f, products in ((run, 1), (lambda x, p: jax.grad(loss)(x), 2)):
+        text = jax.jit(f).lower(x, weight).as_text()
+        assert text.count("dot_general") == products
+        assert "gather" not in text and "while" not in text
 
 
 def test_preparing_keeps_the_weight_and_adds_the_layout():
