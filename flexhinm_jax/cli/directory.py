@@ -450,15 +450,16 @@ def write(
     args: argparse.Namespace,
     result: prune.Pruned,
     model: Encoder,
-    document: dict[str, Any],
+    texts: Mapping[str, str],
 ) -> None:
-    """Writes the directory: the model with zeros in place, packed file, report."""
+    """Writes the directory: the model with zeros in place, packed file, other texts."""
     with atomic.directory(args.out, overwrite=args.force) as folder:
         huggingface.write(
             folder, result.params, source=model.checkpoint, overwrite=True
         )
         packed.write_packed(folder / PACKED, result.packed, overwrite=True)
-        (folder / REPORT).write_text(report_text(document))
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def report_text(document: dict[str, Any]) -> str:

@@ -86,16 +86,27 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
     paths = [args.model] + ([args.other] if args.other else [])
+    document, *lines = measure(args, paths, console)
+    console.result(document, *lines)
+
+
+def measure(args: argparse.Namespace, paths: list[Path], console: Console) -> list[Any]:
+    """The document, then the table and lines, about one directory or two.
+
+    Args:
+      args: text, length, stride, limit and batch_size of the command line.
+      paths: directories.
+      console: for the progress.
+    """
     kinds = [directory.is_decoder(path) for path in paths]
     if all(kinds):
-        _perplexities(args, paths, console)
-    elif not any(kinds):
-        _similarity(args, console)
-    else:
+        return _perplexities(args, paths, console)
+    if any(kinds):
         raise ValueError(
-            f"{args.model} and {args.other} are a decoder and another model; give two"
-            " of a kind"
+            f"{paths[0]} and {paths[1]} are a decoder and another model; give two of a"
+            " kind"
         )
+    return _similarity(args, paths, console)
 
 
 def windows(
@@ -130,7 +141,7 @@ def windows(
 
 def _perplexities(
     args: argparse.Namespace, paths: list[Path], console: Console
-) -> None:
+) -> list[Any]:
     text = directory.read_text(args.text)
     rows = []
     for path in paths:
@@ -152,7 +163,7 @@ def _perplexities(
     )
     note = f"windows of {rows[0]['length']} tokens, one every {rows[0]['stride']}"
     document = {"text": str(args.text), "kind": "decoder", "models": rows}
-    console.result(document, shown, note)
+    return [document, shown, note]
 
 
 def _perplexity(
@@ -218,14 +229,16 @@ def _nats(
     return jnp.sum(jnp.where(scored, nats, jnp.float32(0)))
 
 
-def _similarity(args: argparse.Namespace, console: Console) -> None:
+def _similarity(
+    args: argparse.Namespace, paths: list[Path], console: Console
+) -> list[Any]:
+    if len(paths) < 2:
+        raise ValueError(
+            f"{paths[0]} is no decoder: give OTHER too, to compare the embeddings of"
+            " two encoders"
+        )
     models = []
-    for path in (args.model, args.other):
-        if path is None:
-            raise ValueError(
-                f"{args.model} is no decoder: give OTHER too, to compare the"
-                " embeddings of two encoders"
-            )
+    for path in paths:
         with console.step(f"reading {path}"):
             models.append(directory.read_encoder(path))
     if args.stride:
@@ -246,15 +259,15 @@ def _similarity(args: argparse.Namespace, console: Console) -> None:
     figures = (f"{value:.4f}" for value in found.values())
     shown = table(
         ("model", "other", ">mean cosine", ">5 % quantile", ">lowest", ">lines"),
-        [(str(args.model), str(args.other), *figures, f"{len(text):,}")],
+        [(*map(str, paths), *figures, f"{len(text):,}")],
     )
     document = {
         "text": str(args.text),
         "kind": "encoder",
-        "models": [str(args.model), str(args.other)],
+        "models": [*map(str, paths)],
         "lines": len(text),
     }
-    console.result(document | found, shown)
+    return [document | found, shown]
 
 
 def _embeddings(

@@ -167,7 +167,7 @@ def _run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
         **result.report.to_dict(),
     }
     with console.step(f"writing {args.out}"):
-        directory.write(args, result, model, document)
+        directory.write(args, result, model, {REPORT: directory.report_text(document)})
     console.result(
         document,
         report_table(result.report, every=args.rows == "all"),

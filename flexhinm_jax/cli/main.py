@@ -24,6 +24,7 @@ from flexhinm_jax.cli import (
     inspect,
     learn,
     prune,
+    recipe,
 )
 from flexhinm_jax.cli.console import Console
 
@@ -60,12 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0, or 2 after a mistake of the user.
     """
-    args = parser().parse_args(argv)
     if argv is None:
+        argv = sys.argv[1:]
         keep_compiled()
+    args = parser().parse_args(argv)
     console = Console(quiet=getattr(args, "quiet", False), json=args.json)
     try:
         with arguments.speaking(flags.WORDS):
+            if getattr(args, "recipe", None) is not None:
+                args = recipe.merged(parser(), list(argv), args.recipe)
             for name in ("model", "other"):
                 if getattr(args, name, None) is not None:
                     path = directory.find(

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from flexhinm_jax import __version__, checks, methods, patterns
-from flexhinm_jax.cli import directory, flags
+from flexhinm_jax.cli import directory, evaluate, flags, recipe
 from flexhinm_jax.cli.console import Console, bytes_text, report_table
 from flexhinm_jax.cli.directory import PACKED, REPORT
+from flexhinm_jax.cli.recipe import RECIPE
 from flexhinm_jax.io import atomic
 from flexhinm_jax.models import decoder
 from flexhinm_jax.pruning import apply, prune, report, solve
@@ -104,6 +105,13 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     flags.add_model(parser)
     add(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help=f"options from a YAML file, such as the {RECIPE} that every run writes;"
+        " those given here come first",
+    )
+    add(
         "--method",
         metavar="NAME",
         help="see below (default: staged_alps for patterns of columns and groups, alps"
@@ -178,6 +186,13 @@ def add_parser(commands: Any) -> None:
         choices=("error", "skip"),
         help="weights whose sizes the pattern does not divide: refuse them (error), or"
         " leave them dense with a reason in the report (skip); default error",
+    )
+    add(
+        "--eval",
+        type=Path,
+        metavar="TEXT",
+        help="compare the pruned model with the dense one on a text at the end, as"
+        " 'flexhinm eval' does",
     )
     _add_decoders(parser)
     flags.add_written(parser)
@@ -347,6 +362,24 @@ def _document(args: argparse.Namespace, choices: Choices) -> dict[str, Any]:
     }
 
 
+def _texts(args: argparse.Namespace, document: dict[str, Any]) -> dict[str, str]:
+    """What is written beside the model: the report, and how to get it again."""
+    return {REPORT: directory.report_text(document), RECIPE: recipe.text(args)}
+
+
+def _evaluated(
+    args: argparse.Namespace, document: dict[str, Any], console: Console
+) -> tuple[dict[str, Any], list[Any]]:
+    """The document and lines for people, with what --eval asks for."""
+    if args.eval is None:
+        return document, []
+    asked = argparse.Namespace(
+        text=args.eval, length=None, stride=None, limit=None, batch_size=None
+    )
+    figures, *lines = evaluate.measure(asked, [args.model, args.out], console)
+    return document | {"evaluation": figures}, ["", *lines]
+
+
 def _prune_encoder(
     args: argparse.Namespace, choices: Choices, console: Console
 ) -> None:
@@ -361,13 +394,15 @@ def _prune_encoder(
         **result.report.to_dict(),
     }
     with console.step(f"writing {args.out}"):
-        directory.write(args, result, model, document)
+        directory.write(args, result, model, _texts(args, document))
+    document, evaluated = _evaluated(args, document, console)
     console.result(
         document,
         report_table(result.report, errors, every=args.rows == "all"),
         "",
         *(f"{path}: {text}" for path, text in notes.items()),
         *directory.ending(args.out, result.report, PACKED),
+        *evaluated,
     )
 
 
@@ -554,7 +589,7 @@ def _prune_decoder(
             output=streaming.Output(
                 args.pack,
                 args.force,
-                lambda made: {REPORT: directory.report_text(document(made))},
+                lambda made: _texts(args, document(made)),
             ),
             progress=progress,
         )
@@ -562,8 +597,9 @@ def _prune_decoder(
         if partial.exists():
             console.note(f"{partial} is kept: the same command goes on from there")
         raise
+    shown, evaluated = _evaluated(args, document(result), console)
     console.result(
-        document(result),
+        shown,
         report_table(
             result.report,
             result.errors,
@@ -573,6 +609,7 @@ def _prune_decoder(
         "",
         *(f"{path}: {text}" for path, text in notes.items()),
         *directory.ending(args.out, result.report),
+        *evaluated,
     )
 
 

@@ -76,6 +76,7 @@ def test_the_plan_comes_first_then_a_line_per_block(prune, model_dir, tmp_path, 
     for key, x in after.items():
         assert np.mean(x == 0) == 0.5 if key in pruned else (x == before[key]).all()
     assert (tmp_path / "out" / "generation_config.json").is_file()
+    assert "target: asym" in (tmp_path / "out" / "recipe.yaml").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "text.txt"]
 
 
