@@ -17,7 +17,8 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from flexhinm_jax.tracing.contractions import Followed, Product, plain
+from flexhinm_jax.tracing import jax_versions
+from flexhinm_jax.tracing.contractions import Followed, Product
 from flexhinm_jax.tracing.convolutions import Window, window_params
 from flexhinm_jax.tracing.stops import Where
 
@@ -41,7 +42,7 @@ class Masks:
 
     def __init__(self, mask: Array, batch: Sequence[Any]):
         """Gives the mask to every array of the batch whose leading axes it has."""
-        self.mask = mask
+        self.mask = mask = jax_versions.automatic(jnp.asarray, None, mask)
         self.known: dict[int, Keep] = {}
         self.alive: list[Any] = []
         self.reached: dict[tuple[str, Where], bool] = {}
@@ -64,7 +65,7 @@ class Masks:
         keep, mask = self.of(product.operand), self.mask
         valid = None
         if keep is not None and not isinstance(keep, Lost):
-            valid = product.kept(keep)
+            valid = jax_versions.automatic(product.kept, None, keep)
         elif tuple(mask.shape) == product.free[: mask.ndim]:
             rest = (1,) * (len(product.free) - mask.ndim)
             valid = jnp.broadcast_to(mask.reshape(mask.shape + rest), product.free)
@@ -105,7 +106,9 @@ class Masks:
         shapes = [tuple(v.aval.shape) for v in eqn.invars]
         if any(0 in shape for shape in shapes):
             return
-        found = _result(eqn, shapes, keeps, operands)
+        arrays = [None if isinstance(v, Followed) else v for v in operands]
+        find = functools.partial(_result, eqn, shapes)
+        found = jax_versions.automatic(find, None, keeps, arrays)
         for value, keep in zip(results, found, strict=True):
             self.put(value, keep)
 
@@ -147,7 +150,7 @@ def both(*keeps: Keep) -> Keep:
 
 
 def _result(eqn: Any, shapes: list, keeps: list, operands: list) -> list[Keep]:
-    """The masks of the results of an equation."""
+    """The masks of the results of an equation; an operand that is a leaf is None."""
     name, outs = eqn.primitive.name, [tuple(v.aval.shape) for v in eqn.outvars]
     if has_program(eqn):
         return [Lost() for _ in outs]
@@ -306,7 +309,7 @@ def _top_k(eqn: Any, shapes: list, keeps: list, operands: list) -> list[Keep]:
     keep, axis = keeps[0], eqn.params.get("axis", len(shapes[0]) - 1)
     if keep.shape[axis] == 1:
         return [keep, keep]
-    value = plain(operands)[0]
+    value = operands[0]
     at = lax.top_k(jnp.moveaxis(value, axis, -1), eqn.params["k"])[1]
     whole = jnp.moveaxis(_full(keep, shapes[0]), axis, -1)
     picked = jnp.moveaxis(jnp.take_along_axis(whole, at, -1), -1, axis)
@@ -317,10 +320,12 @@ def _sort(eqn: Any, shapes: list, keeps: list, operands: list) -> list[Keep]:
     """Operands move together; where tokens are sorted, their mask moves with them."""
     axis, together = eqn.params["dimension"], both(*keeps)
     count = len(shapes)
+    if any(v is None for v in operands):
+        return [Lost()] * count
     if isinstance(together, Lost) or together.shape[axis] == 1:
         return [together] * count
     keys = {k: eqn.params[k] for k in ("dimension", "is_stable", "num_keys")}
-    moved = lax.sort((*plain(operands), _full(together, shapes[0])), **keys)[-1]
+    moved = lax.sort((*operands, _full(together, shapes[0])), **keys)[-1]
     return [moved] * count
 
 
@@ -390,7 +395,7 @@ def _dot(eqn: Any, shapes: list, keeps: list, operands: list) -> Keep:
         return Lost()
     mixed = any(k.shape[d] != 1 for k, c, _, _ in known for d in c)
     stays = any(k.shape[d] != 1 for k, _, _, f in known for d in f)
-    if mixed and not stays and not any(isinstance(v, Followed) for v in operands):
+    if mixed and not stays and all(v is not None for v in operands):
         return _contributes(eqn, shapes, keeps, operands)
     found, ones = [], [len(side[3]) for side in sides]
     for keep, c, b, f in known:

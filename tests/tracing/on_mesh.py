@@ -128,6 +128,19 @@ def explicit_with_sharded_weights():
         jax.tree.map(assert_close, stats[path], want[path])
 
 
+def masked_on_an_explicit_mesh():
+    """Masks follow sharded tokens, also through an axis order that moves them."""
+    x, mask = normal(8, 3, 8), np.arange(24).reshape(8, 3) % 3 > 0
+    params = {"w": normal(8, 8)}
+    f = lambda p, x, m: x.swapaxes(0, 1) @ p["w"]  # noqa: E731
+    sharded = put((x, mask), EXPLICIT, P("data"))
+    placed = put(params, EXPLICIT, P())
+    uses = discover(f, placed, *sharded)
+    stats = calibrate(f, placed, uses, [sharded], token_mask=lambda x, m: m)["w"]
+    assert float(stats.count) == mask.sum()
+    assert_close(stats.gram, x[mask].T @ x[mask])
+
+
 def explicit_convolution():
     params = block_params()
     with jax.set_mesh(EXPLICIT):
@@ -281,6 +294,7 @@ CHECKS = [
     explicit,
     explicit_with_set_mesh,
     explicit_with_sharded_weights,
+    masked_on_an_explicit_mesh,
     explicit_convolution,
     automatic,
     shard_map,

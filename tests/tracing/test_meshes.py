@@ -20,6 +20,7 @@ NAMES = (
     "explicit",
     "explicit_with_set_mesh",
     "explicit_with_sharded_weights",
+    "masked_on_an_explicit_mesh",
     "explicit_convolution",
     "automatic",
     "shard_map",
