@@ -90,7 +90,6 @@ class Walk:
     def __init__(
         self,
         job: Job,
-        target: str,
         shelf: Shelf,
         *,
         twins: Sequence[Sequence[Any]] | None = None,
@@ -101,13 +100,12 @@ class Walk:
 
         Args:
           job: what to do.
-          target: what to fit to.
           shelf: where values of the batches are kept.
           twins: per batch its arrays as the dense model has them, where they differ.
           programs: compiled before, in a walk of an equal function.
           to_end: goes on behind the last cut, for `outputs`.
         """
-        self.job, self.target, self.shelf = job, target, shelf
+        self.job, self.target, self.shelf = job, job.request.target, shelf
         self.programs = programs or Programs()
         self.compiler = segments.Compiler(self.programs.compiler)
         self.to_end = to_end
@@ -143,7 +141,7 @@ class Walk:
                     line,
                     parts,
                     [*arrays, *masked],
-                    None if target == "seq" else changing,
+                    changing if job.request.beside else None,
                     shelf,
                     self.compiler,
                     None if twins is None else [*twins[n], *(None for _ in masked)],

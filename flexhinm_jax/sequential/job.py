@@ -12,11 +12,11 @@ from jax import Array
 from jax import numpy as jnp
 
 from flexhinm_jax.io import fingerprint
-from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning.apply import dense_weight
 from flexhinm_jax.pruning.solve import method_for, target_for
 from flexhinm_jax.pruning.statistics import blank
 from flexhinm_jax.sequential.finished import Finished
+from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.program import is_array
 from flexhinm_jax.tracing.tree import Leaves
@@ -42,12 +42,8 @@ class Job:
         params: Any,
         batches: list[tuple],
         uses: Uses,
-        method: Method,
-        sparsity: Any,
-        key: Array,
-        center: bool,
-        token_mask: Callable[..., Array] | None,
-        beside: bool = True,
+        request: Request,
+        token_mask: Callable[..., Array] | None = None,
     ):
         """Checks every leaf before anything is computed.
 
@@ -56,40 +52,35 @@ class Job:
           params: its parameters, dense; the leaves may be abstract.
           batches: tuples of the other arguments.
           uses: what to prune.
-          method: what to prune with.
-          sparsity: fraction of weights removed, one for all or one per path.
-          key: PRNG key.
-          center: as in `prune_sequential`.
+          request: what to prune with, and how; where a dense model runs beside the
+            pruned one, dense weights are kept after they were solved.
           token_mask: as in `prune_sequential`.
-          beside: keeps dense weights after they were solved, for the dense model that
-            runs beside the pruned one.
         """
-        self.beside = beside
         self.apply_fn, self.batches = apply_fn, batches
         self.structure = jax.tree.structure(params)
-        self.uses, self.method, self.sparsity = uses, method, sparsity
-        self.key, self.token_mask = key, token_mask
+        self.uses, self.request = uses, request
+        self.key, self.token_mask = request.key, token_mask
         values = jax.tree.map(on_device, params)
-        own = Leaves.of(values).dense(uses)
-        self.paths, self.leaves, self.current = list(own), dict(own), dict(own)
+        known = Leaves.of(values).dense(uses)
+        self.paths, self.leaves, self.current = list(known), dict(known), dict(known)
         self.plans: dict[str, dict[tuple, Plan]] = defaultdict(dict)
         self.finished: Finished | None = None
         self.bias = own_biases(uses)
-        self.center = center
         self.methods, self.targets = {}, {}
         for path, use in uses.leaves.items():
-            mine = method_for(method, use)
-            self.targets[path] = target = target_for(mine, use, sparsity)
+            own = method_for(request.method, use)
+            self.targets[path] = target = target_for(own, use, request.sparsity)
             if np.shape(target):
                 raise ValueError(
                     f"{path}: sparsity of shape {np.shape(target)}; give one number, "
                     "or {leaf path: number}"
                 )
             shape, dtype = use.layout.matrix_shape, self.leaves[path].dtype
-            mine.pattern.check(shape, self.targets[path], path)
-            self.methods[path] = mine.centered(center, has_bias=path in self.bias)
-            w = jax.ShapeDtypeStruct(shape, dtype)
-            self.methods[path].check(w, blank(shape[1]), self.targets[path], path)
+            own.pattern.check(shape, target, path)
+            own = own.centered(request.center, has_bias=path in self.bias)
+            w: Any = jax.ShapeDtypeStruct(shape, dtype)
+            own.check(w, blank(shape[1]), target, path)
+            self.methods[path] = own
 
     def tree(self, leaves: Mapping[str, Any]) -> Any:
         """The tree of parameters with these leaves."""
@@ -127,7 +118,7 @@ class Job:
             before = matrix(meshes.released(old), layout)
             leaf = to_leaf(before.at[select(at)].set(new), layout)
         self.current[path] = meshes.placed(leaf, old.sharding)
-        if not self.beside:
+        if not self.request.beside:
             self.leaves[path] = self.current[path]
         if plan.bias is not None:
             name = self.bias[path]
@@ -190,16 +181,16 @@ def own_biases(uses: Uses) -> dict[str, str]:
     }
 
 
-def record(job: Job, target: str) -> dict[str, str]:
+def record(job: Job) -> dict[str, str]:
     """Everything that decides about the result, as text."""
     masks = None
     if job.token_mask is not None:
         masks = [np.asarray(job.token_mask(*batch)) for batch in job.batches]
     return fingerprint.record(
-        method=job.method,
-        sparsity=job.sparsity,
-        target=target,
-        center=job.center,
+        method=job.request.method,
+        sparsity=job.request.sparsity,
+        target=job.request.target,
+        center=job.request.center,
         key=str(fingerprint.key_words(job.key)),
         params=job.tree(job.leaves),
         batches=job.batches,

@@ -34,7 +34,7 @@ from flexhinm_jax.pruning.solve import OnMismatch, check_targets, fitting
 from flexhinm_jax.sequential.cuts import Layer, Walk
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.job import Job, record
-from flexhinm_jax.sequential.request import Target, check_target
+from flexhinm_jax.sequential.request import Request, Target, check_target
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.tracing.finder import Traced
 
@@ -126,23 +126,20 @@ def prune_sequential(
     uses = fitting(method, found, on_mismatch)
     prune.check_found(uses)
     check_targets(sparsity, uses)
-    job = Job(
-        apply_fn,
-        params,
-        given,
-        uses,
-        method,
-        sparsity,
-        key,
-        center,
-        token_mask,
-        beside=target != "seq",
+    request = Request(
+        method=method,
+        key=key,
+        sparsity=sparsity,
+        rules=rules,
+        target=target,
+        center=center,
     )
+    job = Job(apply_fn, params, given, uses, request, token_mask)
     with contextlib.ExitStack() as stack:
         if resume is not None:
             if jax.process_count() == 1:
                 stack.enter_context(atomic.locked(resume))
-            job.finished = Finished(resume, record(job, target))
-        walk = Walk(job, target, Shelf(memory_limit))
+            job.finished = Finished(resume, record(job))
+        walk = Walk(job, Shelf(memory_limit))
         plans = walk.run(progress)
     return prune.applied(plans, params, uses, walk.unseen)

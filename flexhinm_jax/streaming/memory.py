@@ -151,7 +151,6 @@ def _block_budget(setting: Setting, layer: int, limit: int | None) -> Budget:
     ledger: Any = Ledger()
     walk = Walk(
         job,
-        setting.request.target,
         ledger,
         twins=[(h,)] * count if beside else None,
         programs=programs,

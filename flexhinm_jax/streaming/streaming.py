@@ -275,7 +275,6 @@ def prune_block(
     job.finished = Finished(work.solved(layer), fingerprint.record(layer=layer))
     walk = Walk(
         job,
-        setting.request.target,
         Shelf(plan.shelf, work.folder),
         twins=None if twins is None else [(h,) for h in twins],
         programs=setting.programs,

@@ -110,7 +110,6 @@ def survey(
         job = dense.job(layer, setting.blocks.load(layer), hidden)
         walk = Look(
             job,
-            "seq",
             Shelf(shelf, work.folder),
             programs=setting.programs,
             to_end=True,

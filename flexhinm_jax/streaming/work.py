@@ -83,12 +83,7 @@ class Setting:
             params,
             [(h,) for h in hidden],
             self.uses.of(layer),
-            self.request.method,
-            self.targets,
-            self.request.key,
-            self.request.center,
-            None,
-            self.request.beside,
+            dataclasses.replace(self.request, sparsity=self.targets),
         )
 
 

@@ -17,6 +17,7 @@ from flexhinm_jax.sequential import (
     targets,
 )
 from flexhinm_jax.sequential.job import Job
+from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.types import Stats
 
 KEY = jax.random.key(5)
@@ -460,10 +461,10 @@ def test_a_walk_in_two_halves_is_the_walk_of_the_whole(target):
         mine = {name: params[name]}
         uses = fh.discover(half, mine, *now[0])
         beside = target != "seq"
-        job = Job(half, mine, now, uses, method, None, KEY, True, None, beside)
+        request = Request(method=method, key=KEY, target=target)
+        job = Job(half, mine, now, uses, request)
         walk = cuts.Walk(
             job,
-            target,
             Shelf(None),
             twins=dense,
             programs=programs,

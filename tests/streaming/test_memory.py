@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import flexhinm_jax as fh
 from flexhinm_jax.sequential import cuts
 from flexhinm_jax.sequential.job import Job
+from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.streaming import memory
 
 
@@ -21,10 +22,10 @@ def test_memory_is_known_before_the_walk():
     }
     batch = (jax.ShapeDtypeStruct((32, 8), jnp.float32),)
     uses = fh.discover(chain, like, *batch)
-    method, key = fh.Wanda(fh.NM(2, 4)), jax.random.key(5)
-    job = Job(chain, like, [batch] * 2, uses, method, None, key, True, None, False)
+    request = Request(method=fh.Wanda(fh.NM(2, 4)), key=jax.random.key(5))
+    job = Job(chain, like, [batch] * 2, uses, request)
     ahead = memory.Ahead()
-    walk = cuts.Walk(job, "seq", memory.Ledger(), to_end=True)
+    walk = cuts.Walk(job, memory.Ledger(), to_end=True)
     first, second, end = memory.stages(walk, ahead)
     assert [s.paths for s in (first, second, end)] == [("first",), ("second",), ()]
     # The input, then what lies between the layers, then the result: of two batches.
