@@ -111,6 +111,29 @@ def add_parser(commands: Any) -> None:
         help=f"options from a YAML file, such as the {RECIPE} that every run writes;"
         " those given here come first",
     )
+    _add_what(parser)
+    flags.add_calibration(parser)
+    flags.add_sentences(
+        parser,
+        "calibration sentences (or samples of a decoder) in one step (default:"
+        f" {BATCH_SENTENCES}, or {BATCH_SAMPLES})",
+    )
+    _add_order(parser)
+    add(
+        "--eval",
+        type=Path,
+        metavar="TEXT",
+        help="compare the pruned model with the dense one on a text at the end, as"
+        " 'flexhinm eval' does",
+    )
+    _add_decoders(parser)
+    flags.add_written(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    """Adds what stays of which weights, and who decides."""
+    add = parser.add_argument
     add(
         "--method",
         metavar="NAME",
@@ -149,12 +172,11 @@ def add_parser(commands: Any) -> None:
         " less is lost; owl: less in blocks with many outliers, with options such as"
         " owl:multiple=5,spread=0.08. The total over all pruned weights is --sparsity",
     )
-    flags.add_calibration(parser)
-    flags.add_sentences(
-        parser,
-        "calibration sentences (or samples of a decoder) in one step (default:"
-        f" {BATCH_SENTENCES}, or {BATCH_SAMPLES})",
-    )
+
+
+def _add_order(parser: argparse.ArgumentParser) -> None:
+    """Adds in which order weights are pruned, and inputs are sorted."""
+    add = parser.add_argument
     add(
         "--sequential",
         action="store_true",
@@ -187,16 +209,6 @@ def add_parser(commands: Any) -> None:
         help="weights whose sizes the pattern does not divide: refuse them (error), or"
         " leave them dense with a reason in the report (skip); default error",
     )
-    add(
-        "--eval",
-        type=Path,
-        metavar="TEXT",
-        help="compare the pruned model with the dense one on a text at the end, as"
-        " 'flexhinm eval' does",
-    )
-    _add_decoders(parser)
-    flags.add_written(parser)
-    parser.set_defaults(run=run)
 
 
 def _add_decoders(parser: argparse.ArgumentParser) -> None:
@@ -530,14 +542,7 @@ def _prune_decoder(
     """Prunes and writes block by block."""
     blocks = open_blocks(args.model)
     if args.first_last:
-        first, last = map(decoder.block_prefix, (0, blocks.count - 1))
-        regex = f"^({re.escape(first)}|{re.escape(last)})"
-        rules, exceptions = flags.rules([f"{regex}={args.first_last}"])
-        choices = dataclasses.replace(
-            choices,
-            rules=rules | choices.rules,
-            exceptions=exceptions | choices.exceptions,
-        )
+        choices = _with_first_last(choices, args.first_last, blocks)
     tokens = _samples(args, blocks)
     notes: dict[str, str] = {}
 
@@ -610,6 +615,18 @@ def _prune_decoder(
         *(f"{path}: {text}" for path, text in notes.items()),
         *directory.ending(args.out, result.report),
         *evaluated,
+    )
+
+
+def _with_first_last(choices: Choices, what: str, blocks: Blocks) -> Choices:
+    """The choices with a rule for the first and the last block before all others."""
+    first, last = map(decoder.block_prefix, (0, blocks.count - 1))
+    regex = f"^({re.escape(first)}|{re.escape(last)})"
+    rules, exceptions = flags.rules([f"{regex}={what}"])
+    return dataclasses.replace(
+        choices,
+        rules=rules | choices.rules,
+        exceptions=exceptions | choices.exceptions,
     )
 
 
