@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flexhinm_jax as fh
 from bench import encoder
 from bench.study import Row, Study, alone, chosen
 from train import distill as program
 from train import minilm
 from train.distill import Config
-from train.gated import Gates
-from train.recovery import Budget
+from train.recovery import Gates
 
 TABLE = "all-MiniLM-L6-v2, pruned and distilled"
 
@@ -66,7 +66,7 @@ def configured(
 ) -> tuple[str, Config]:
     """(title of a row, its configuration) under a budget."""
     config = rows()[name]
-    changes: dict[str, Any] = {"budget": Budget(amount, unit)}
+    changes: dict[str, Any] = {"budget": fh.Duration(amount, unit)}
     if calibration is not None:
         changes["calibration"] = calibration
     return f"{name}, {amount:g} {unit}", dataclasses.replace(config, **changes)

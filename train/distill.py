@@ -29,11 +29,9 @@ from rich.console import Console
 
 import flexhinm_jax as fh
 from flexhinm_jax.io import atomic, checkpoints, huggingface, packed
-from flexhinm_jax.tracing import views
 from train import corpus, log, minilm, prose
-from train.gated import GatedRecovery, Gates
 from train.pruned import Encoder, load, method, packed_again, prune, tokenize
-from train.recovery import Budget, Recovery
+from train.recovery import Gates, Recovery
 from train.teacher import Recipe
 
 
@@ -59,7 +57,7 @@ class Config:
     sentences: int = 30_000
     text: tuple[str, ...] = ()
     evaluation: int = 512
-    budget: Budget = Budget()
+    budget: fh.Duration = fh.Duration(8.0, "minutes")
     recipe: Recipe = Recipe()
     gates: Gates | None = None
 
@@ -98,78 +96,36 @@ def recover(
       ValueError: too few sentences, a loss that is not a number, or checkpoints of a
         run with another configuration.
     """
-    cpu = time.process_time()
-    run = _recovery(made, start, lists, config)
-    folder = None
+    cpu, saves = time.process_time(), None
     if out is not None:
         folder = out / "checkpoints"
-        _resume(run, folder, config)
+        saves = checkpoints.Checkpoints(folder, None, resume="older", seconds=every)
+    gates = None
+    if config.gates is not None:
+        gates = config.gates, method(config.pattern).pattern
+    run = Recovery(
+        made.params,
+        start,
+        lists,
+        made.model.config,
+        config.recipe,
+        config.budget,
+        gates,
+        saves=saves,
+        told=config,
+    )
     total = int(config.budget.amount) if config.budget.unit == "steps" else 0
     path = None if out is None else out / "metrics.jsonl"
-    began, saved = run.progress.step, time.monotonic()
-    with log.Log(path, total, "distilling", began) as records:
-        for figures in run.run():
-            records.write(run.progress.step, spent=run.progress.spent, **figures)
-            if folder is not None and time.monotonic() - saved >= every:
-                _save(run, folder, config)
-                saved = time.monotonic()
-        seen = sum(record["sentences"] for record in records.records)
-    params, moved = run.params(), None
-    if isinstance(run, GatedRecovery):
-        plans, moved = run.plans(), run.moved
-    else:
-        plans = {
-            path: dataclasses.replace(
-                plan,
-                weight=views.matrix(params[path], start.uses.leaves[path].layout),
-                bias=None,
-            )
-            for path, plan in start.plans.items()
-        }
-    return (
-        params,
-        plans,
-        {
-            "steps": run.progress.step,
-            "spent": run.progress.spent,
-            "sentences_seen": seen,
-            "sentences": run.sentences.used,
-            "cpu_seconds": time.process_time() - cpu,
-            "moved": moved,
-        },
-    )
-
-
-def _recovery(
-    made: Encoder, start: fh.Pruned, lists: Sequence[Sequence[int]], config: Config
-) -> Recovery:
-    how = (lists, made.model.config, config.recipe, config.budget)
-    if config.gates is not None:
-        pattern = method(config.pattern).pattern
-        return GatedRecovery(made.params, start, pattern, *how, config.gates)
-    keep = fh.keep_tree(start.plans, start.params, start.uses)
-    return Recovery(made.params, start.params, keep, *how)
-
-
-def _save(run: Recovery, folder: Path, config: Config) -> None:
-    """Adds a checkpoint and drops all but the one before."""
-    name = f"step-{run.progress.step:07d}"
-    checkpoints.save(folder / name, run.tree(), config, overwrite=True)
-    for old in sorted(folder.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
-
-
-def _resume(run: Recovery, folder: Path, config: Config) -> None:
-    """Goes on from the last checkpoint that is whole."""
-    found = sorted(folder.glob("step-*"), reverse=True)
-    for number, path in enumerate(found):
-        try:
-            run.restore(checkpoints.restore(path, run.tree(), config))
-            return
-        except ValueError as error:
-            if "damaged" not in str(error) or number + 1 == len(found):
-                raise
-            Console(stderr=True).print(f"{error}\nusing the checkpoint before it")
+    records = log.follow(run, path, "distilling", total, run.figures)
+    figures = {
+        "steps": run.step,
+        "spent": run.spent,
+        "sentences_seen": sum(record["sentences"] for record in records),
+        "sentences": run.sentences.used,
+        "cpu_seconds": time.process_time() - cpu,
+        "moved": run.moved,
+    }
+    return run.params(), run.plans(), figures
 
 
 def write(
@@ -259,11 +215,11 @@ def configuration(args: argparse.Namespace) -> Config:
     Raises:
       ValueError: a value is out of range, or the pattern is unknown.
     """
-    budget = Budget()
+    budget = Config.budget
     for unit in ("minutes", "cpu-seconds", "steps"):
         amount = getattr(args, unit.replace("-", "_"))
         if amount is not None:
-            budget = Budget(float(amount), unit)
+            budget = fh.Duration(float(amount), unit)
     names = [field.name for field in dataclasses.fields(Recipe)]
     chosen = {
         field.name: getattr(args, f"gate_{field.name}")

@@ -21,11 +21,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import flexhinm_jax as fh
 from train import log, mask_rows, mask_tasks, minilm, prose
 from train.mask_comparison import Comparison, compare, table
 from train.mask_learner import Learner
 from train.mask_tasks import Problem
-from train.recovery import Budget
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,19 +58,19 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def budget(args: argparse.Namespace) -> tuple[Budget, int | None]:
+def budget(args: argparse.Namespace) -> tuple[fh.Duration, int | None]:
     """The budget of a learned row, and the steps it has at most.
 
     Raises:
       ValueError: a budget that is not positive.
     """
     if args.minutes is not None:
-        return Budget(args.minutes, "minutes"), args.steps
+        return fh.Duration(args.minutes, "minutes"), args.steps
     if args.cpu_seconds is not None:
-        return Budget(args.cpu_seconds, "cpu-seconds"), args.steps
+        return fh.Duration(args.cpu_seconds, "cpu-seconds"), args.steps
     if args.steps is not None:
-        return Budget(float(args.steps), "steps"), None
-    return Budget(600.0, "cpu-seconds"), None
+        return fh.Duration(float(args.steps), "steps"), None
+    return fh.Duration(600.0, "cpu-seconds"), None
 
 
 def learners(text: str) -> dict[str, Learner]:

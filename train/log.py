@@ -8,7 +8,7 @@ Every record is on disk when `write` returns, so a stopped run keeps what it mea
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+
+import flexhinm_jax as fh
+from flexhinm_jax.training.run import NotFinite
 
 
 class Diverged(ValueError):
@@ -97,6 +100,43 @@ class Log:
                     "is kept"
                 )
         return record
+
+
+def follow(
+    run: fh.Run,
+    path: Path | None,
+    title: str,
+    total: int = 0,
+    more: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {},
+) -> list[dict[str, Any]]:
+    """Drives a run to its end and writes its steps.
+
+    Args:
+      run: the run.
+      path: JSONL file, or None.
+      title: what runs.
+      total: steps of the whole run, for the bar; 0 where time is the limit.
+      more: row -> further values.
+
+    Returns:
+      The records, those before an interruption too.
+
+    Raises:
+      Diverged: a loss or gradient is not finite.
+    """
+    left_out = ("kind", "step", "stage", "part", "seconds", "finite", "grad_norm")
+    try:
+        rows = iter(run)
+        row = next(rows, None)
+        with Log(path, total, title, start=run.begun) as records:
+            while row is not None:
+                if row["kind"] == "step" and "loss" in row:
+                    values = {k: v for k, v in row.items() if k not in left_out}
+                    records.write(row["step"], **more(row), **values)
+                row = next(rows, None)
+            return records.records
+    except NotFinite as error:
+        raise Diverged(str(error)) from None
 
 
 def read(path: Path, before: float = math.inf) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """Rows of the comparison, computed once each, with their files."""
 
+import dataclasses
 import json
 import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
+from flexhinm_jax.io.checkpoints import Checkpoints
 from flexhinm_jax.tracing.views import leaf as to_leaf
 from flexhinm_jax.types import Uses
 from train import log, mask_rows, mask_tiles
-from train.mask_learner import Learner, Learning, started_at
+from train.mask_learner import Learner, learning, started_at, state_bytes
 from train.mask_rows import Keeps, Row
 from train.mask_tasks import Problem
-from train.recovery import Budget
 
 
 class Comparison:
@@ -27,7 +29,7 @@ class Comparison:
     def __init__(
         self,
         problem: Problem,
-        budget: Budget,
+        budget: fh.Duration,
         out: Path,
         *,
         seed: int = 0,
@@ -144,40 +146,31 @@ class Comparison:
                     problem.batch_at,
                     key=tile_key,
                 )
-        run = Learning(
-            learner,
-            states,
-            params,
-            uses,
-            problem.loss_fn,
-            problem.batch_at,
-            problem.validate,
-            self.budget,
-            key=run_key,
-            most=self.most,
-            began=began,
-        )
-        told = {"row": row.text, "weights": problem.name} | self._told(row)
+        duration = dataclasses.replace(self.budget, most=self.most)
         folder = self.out / "checkpoints" / _file(row.text)
-        if self.resume:
-            run.restore(folder, told)
-        self._run(run, row, folder, told)
-        plans = run.plans()
+        if not self.resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        run = learning(
+            *(learner, states, params, uses),
+            (problem.loss_fn, problem.batch_at, problem.validate),
+            duration,
+            key=run_key,
+            checkpoints=Checkpoints(folder, None, resume="older", seconds=self.every),
+            config={"row": row.text, "weights": problem.name} | self._told(row),
+        )
+        run.spent = duration.clock() - began
+        path = self.out / "metrics" / f"{_file(row.text)}.jsonl"
+
+        def more(row: dict[str, Any]) -> dict[str, Any]:
+            return {"spent": run.spent, "rate": learner.rate_at(row["progress"])}
+
+        log.follow(run, path, row.text, self._steps() or 0, more)
+        plans = fh.decide(method, run.states, params, uses)
         return {path: plan.support.keep for path, plan in plans.items()}, {
             "steps": run.step,
-            "first": run.first,
-            "bytes": run.state_bytes(),
+            "first": run.rows[0]["value"],
+            "bytes": state_bytes(run.now()),
         }
-
-    def _run(self, run: Learning, row: Row, folder: Path, told: dict) -> None:
-        path = self.out / "metrics" / f"{_file(row.text)}.jsonl"
-        total, saved = self._steps() or 0, time.monotonic()
-        with log.Log(path, total, row.text, run.step) as records:
-            for figures in run.run():
-                records.write(run.step, spent=run.spent, **figures)
-                if time.monotonic() - saved >= self.every:
-                    run.save(folder, told)
-                    saved = time.monotonic()
 
     def _steps(self) -> int | None:
         """Steps at most, or None where time is the limit."""

@@ -1,29 +1,25 @@
 """Learns masks of frozen weights until a budget is spent.
 
-The loop of `flexhinm_jax.fit` for programs that count time: schedules and learning rate
-follow the spent fraction of the budget, so they always reach their end, and the hard
-masks that validate best are kept, the first ones among them. A run whose budget counts
-steps is reproducible to the bit, also when it was killed and resumed in between.
+Schedules and learning rate follow the spent fraction of the budget, so they always
+reach their end, and the hard masks that validate best are kept, the first among them.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import flexhinm_jax as fh
-from flexhinm_jax.io.checkpoints import Checkpoints
 from flexhinm_jax.ops import gates
-from flexhinm_jax.training import model_gates
+from flexhinm_jax.training.fit import Learn
+from flexhinm_jax.training.run import At
 from flexhinm_jax.types import State, Uses
 from train import mask_optimizers
-from train.recovery import Budget, at_rate
+from train.mask_optimizers import at_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,142 +73,52 @@ class Learner:
         return self.rate * (self.last + (1 - self.last) * wave)
 
 
-class Learning:
-    """A run: states of a method, the loss of a model, and a budget."""
+def learning(
+    learner: Learner,
+    states: Mapping[str, State],
+    params: Any,
+    uses: Uses,
+    task: tuple[Callable[..., Any], Callable[[int], tuple], Callable[[Any], float]],
+    duration: fh.Duration,
+    **options: Any,
+) -> Learn:
+    """A run of `fh.learn` with a row per step.
 
-    def __init__(
-        self,
-        learner: Learner,
-        states: Mapping[str, State],
-        params: Any,
-        uses: Uses,
-        loss_fn: Callable[..., Any],
-        batch_at: Callable[[int], tuple],
-        validate: Callable[[Any], float],
-        budget: Budget,
-        *,
-        key: jax.Array,
-        most: int | None = None,
-        began: float | None = None,
-    ):
-        """Validates the first masks and compiles nothing else yet.
+    Args:
+      learner: what learns, and how.
+      states: from `solve`.
+      params: the dense parameters.
+      uses: from `discover`.
+      task: loss function, batch by step, and (parameters under hard masks) -> number;
+        lower is better.
+      duration: how long.
+      **options: of `fh.learn`, such as `key`.
+    """
+    method: Any = learner.method
+    loss_fn, batch_at, validate = task
 
-        Args:
-          learner: what learns, and how.
-          states: from `solve`.
-          params: the dense parameters.
-          uses: from `discover`.
-          loss_fn: (params, *batch) -> (f32[], metrics), lower is better.
-          batch_at: step -> batch.
-          validate: parameters under hard masks -> number, lower is better.
-          budget: how long.
-          key: consumed.
-          most: steps at most, whatever the budget is.
-          began: when the budget's clock started; None for now.
-        """
-        self.learner, self.budget, self.most = learner, budget, most
-        self._began = budget.clock() if began is None else began
-        self._params, self._uses = params, uses
-        self._batch_at, self._validate = batch_at, validate
-        method: Any = learner.method
-        tx = learner.tx()
-        self.training = fh.init_training(
-            method, params, uses, states, None, key=key, mask_tx=tx
-        )
-        self._step = fh.make_step(method, loss_fn, None, uses, mask_tx=tx)
+    def before(training: fh.Training, at: At) -> fh.Training:
+        opt = at_rate(training.learned_opt, learner.rate_at(at.progress))
+        return dataclasses.replace(training, learned_opt=opt)
 
-        @jax.jit
-        def hard(states: Any, params: Any) -> Any:
-            settled = model_gates.harden(method, states, params, uses)
-            plans = fh.decide(method, settled, params, uses)
-            return settled, fh.densify(plans, params, uses)
+    return fh.learn(
+        *(method, states, loss_fn, params, uses, batch_at),
+        tx=learner.tx(),
+        steps=duration,
+        evaluate=validate,
+        every=1,
+        looks=learner.looks,
+        before=before,
+        **options,
+    )
 
-        self._hard = hard
-        self.step, self.spent, self._looked = 0, 0.0, 0.0
-        self.best, sparse = hard(dict(states), params)
-        self.first = self.lowest = float(validate(sparse))
 
-    def progress(self) -> float:
-        """The spent fraction."""
-        part = self.budget.progress(self.step, self.spent)
-        return part if self.most is None else max(part, self.step / self.most)
-
-    def state_bytes(self) -> dict[str, int]:
-        """Bytes of what is learned, of its gradient and of the optimiser's state."""
-        size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
-        learned = size([s.learned for s in self.training.states.values()])
-        return {
-            "learned": learned,
-            "gradient": learned,
-            "optimizer": size(self.training.learned_opt),
-        }
-
-    def run(self) -> Iterator[dict[str, Any]]:
-        """Runs until the budget is spent; yields the figures of every step.
-
-        "value" is there after a look at the hard masks.
-        """
-        while (part := self.progress()) < 1:
-            now = self.training.at(part)
-            rate = self.learner.rate_at(part)
-            now = dataclasses.replace(now, learned_opt=at_rate(now.learned_opt, rate))
-            self.training, found = self._step(now, *self._batch_at(self.step))
-            figures = {name: float(x) for name, x in found.items()}
-            self.step += 1
-            self.spent = self.budget.clock() - self._began
-            after = self.progress()
-            if after >= 1 or after - self._looked >= 1 / self.learner.looks:
-                figures["value"] = self.look()
-                self._looked = after
-                self.spent = self.budget.clock() - self._began
-            yield {"progress": part, "rate": rate, **figures}
-
-    def look(self) -> float:
-        """Validates the hard masks now and keeps them if they are the best."""
-        settled, sparse = self._hard(self.training.states, self._params)
-        value = float(self._validate(sparse))
-        if value < self.lowest:
-            self.lowest = value
-            # copied, because a step gives the memory of its argument away
-            self.best = jax.tree.map(lambda x: jnp.array(x, copy=True), settled)
-        return value
-
-    def plans(self) -> dict[str, Any]:
-        """The plans of the best masks."""
-        method = self.learner.method
-        return fh.decide(method, self.best, self._params, self._uses)
-
-    def tree(self) -> dict[str, Any]:
-        """Everything that a checkpoint holds."""
-        return {
-            "training": self.training,
-            "best": self.best,
-            "step": np.asarray(self.step, np.int64),
-            "spent": np.asarray(self.spent, np.float64),
-            "looked": np.asarray(self._looked, np.float64),
-            "lowest": np.asarray(self.lowest, np.float64),
-        }
-
-    def save(self, folder: Path, told: Mapping[str, Any]) -> None:
-        """Adds a checkpoint, and drops all but the last two."""
-        Checkpoints(folder).save(self.step, self.tree(), dict(told))
-
-    def restore(self, folder: Path, told: Mapping[str, Any]) -> bool:
-        """Goes on from the last whole checkpoint; False where there is none.
-
-        Raises:
-          ValueError: a checkpoint of another run.
-        """
-        saves = Checkpoints(folder, resume="older")
-        found = saves.load(lambda _: self.tree(), dict(told))
-        if found is None:
-            return False
-        tree = found[1]
-        self.training, self.best = tree["training"], tree["best"]
-        self.step, self.spent = int(tree["step"]), float(tree["spent"])
-        self._looked, self.lowest = float(tree["looked"]), float(tree["lowest"])
-        self._began = self.budget.clock() - self.spent
-        return True
+def state_bytes(training: fh.Training) -> dict[str, int]:
+    """Bytes of what is learned, of its gradient and of the optimiser's state."""
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
+    learned = size([s.learned for s in training.states.values()])
+    optimizer = size(training.learned_opt)
+    return {"learned": learned, "gradient": learned, "optimizer": optimizer}
 
 
 def started_at(

@@ -3,6 +3,7 @@
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import flexhinm_jax as fh
@@ -56,3 +57,9 @@ def lanewise(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         return jax.vmap(lambda u, s: tx.update(u, s))(updates, state)
 
     return optax.GradientTransformation(init, update)
+
+
+def at_rate(opt_state: Any, rate: float) -> Any:
+    """The state of an optimiser with an injected learning rate, with another one."""
+    value = jnp.asarray(rate, jnp.float32)
+    return optax.tree_utils.tree_set(opt_state, learning_rate=value)

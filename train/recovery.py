@@ -1,19 +1,19 @@
 """Recovering a pruned encoder from its teacher, until a budget is spent.
 
 All weights, biases and norms of the layers move, the embeddings stay; pruned weights
-stay exactly zero.
+stay exactly zero. Hard Concrete gates may move the masks first: they start from the
+supports that a one-shot method chose, a weight that it pruned from its dense value,
+because a gate learns nothing from a weight that is zero. For a first share of the
+budget gates and weights move together, then the gates harden to exactly n of m and the
+rest of the budget trains the weights under fixed masks.
 
-A run ends after a number of steps or when its time is spent. In the first case it is
-reproducible to the last bit, also when it was killed and resumed in between; in the
-second the learning rate follows the clock, so that it always reaches its end.
+The learning rate follows the spent fraction of the budget, so that it always reaches
+its end.
 """
 
 import dataclasses
-import functools
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,69 +22,58 @@ import optax
 from jax import Array
 
 import flexhinm_jax as fh
+from flexhinm_jax.io.checkpoints import Checkpoints
 from flexhinm_jax.models.encoder import EncoderConfig
+from flexhinm_jax.ops.gates import Relaxation
+from flexhinm_jax.tracing import views
+from flexhinm_jax.training.run import At, Row
+from train import mask_optimizers
+from train.mask_optimizers import at_rate
 from train.packing import Rows
 from train.teacher import Recipe, Sentences, Targets, Teacher, loss_of
 
-Unit = Literal["minutes", "cpu-seconds", "steps"]
-
 
 @dataclasses.dataclass(frozen=True)
-class Budget:
-    """When a run ends; teacher and compilation are included.
+class Gates:
+    """How gates are trained; by default as did best, see train/LOG.md.
 
     Attributes:
-      amount: how much.
-      unit: "minutes" of wall time, "cpu-seconds" of this process, or "steps".
+      share: fraction of the budget in which gates move, in (0, 1].
+      rate: learning rate of log_alpha.
+      optimizer: of log_alpha.
+      start: log_alpha of kept weights at the beginning, minus that of pruned ones.
+      temperature: first and last.
+      count_weight: weight of the count term at the end of the share.
+      sparsity_weight: weight of the mean gate.
+      relaxation: what training sees, see `fh.HardConcrete`.
     """
 
-    amount: float = 8.0
-    unit: Unit = "minutes"
+    share: float = 0.3
+    rate: float = 0.003
+    optimizer: mask_optimizers.Name = "relative"
+    start: float = 0.5
+    temperature: tuple[float, float] = (0.5, 0.1)
+    count_weight: float = 1.0
+    sparsity_weight: float = 0.0
+    relaxation: Relaxation = "expected"
 
     def __post_init__(self):
         """Validates the fields."""
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unit={self.unit!r}; known: {', '.join(get_args(Unit))}")
-        if not 0 < self.amount < math.inf:
-            raise ValueError(f"a budget of {self.amount} {self.unit} is not positive")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} must be in (0, 1]")
+        mask_optimizers.check(self.optimizer)
+        self.method(fh.NM(2, 4))  # validates the rest
 
-    def progress(self, step: int, spent: float) -> float:
-        """The spent fraction after `step` steps and `spent` seconds of `clock`."""
-        if self.unit == "steps":
-            return step / self.amount
-        return spent / (60 * self.amount if self.unit == "minutes" else self.amount)
-
-    def clock(self) -> float:
-        """Seconds since some moment, in the kind of time that the budget counts."""
-        if self.unit == "cpu-seconds":
-            return time.process_time()
-        return time.perf_counter()
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run is; everything that a checkpoint holds.
-
-    Attributes:
-      student: the parameters that move.
-      opt_state: state of the optimiser.
-      step: finished steps.
-      spent: seconds of the budget's clock.
-    """
-
-    student: Any
-    opt_state: Any
-    step: int = 0
-    spent: float = 0.0
-
-    def tree(self) -> dict[str, Any]:
-        """The tree to save."""
-        return {
-            "student": self.student,
-            "opt_state": self.opt_state,
-            "step": np.asarray(self.step, np.int64),
-            "spent": np.asarray(self.spent, np.float64),
-        }
+    def method(self, pattern: fh.Pattern) -> fh.HardConcrete:
+        """The method for a pattern."""
+        return fh.HardConcrete(
+            pattern,
+            temperature=self.temperature,
+            start=self.start,
+            count_weight=self.count_weight,
+            sparsity_weight=self.sparsity_weight,
+            relaxation=self.relaxation,
+        )
 
 
 def moving(params: Mapping[str, Any]) -> list[str]:
@@ -108,128 +97,140 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return adam(learning_rate=0.0)
 
 
-def at_rate(opt_state: Any, rate: float) -> Any:
-    """The state of `optimizer` with another learning rate."""
-    value = jnp.asarray(rate, jnp.float32)
-    return optax.tree_utils.tree_set(opt_state, learning_rate=value)
+class Recovery(fh.Run):
+    """A run: the pruned model, its teacher, the text and the budget.
 
-
-def make_step(
-    tx: optax.GradientTransformation, config: EncoderConfig, recipe: Recipe
-) -> Callable[..., Any]:
-    """One jitted step.
-
-    Args:
-      tx: the optimiser, `keep_sparse` outermost.
-      config: sizes.
-      recipe: the loss.
-
-    Returns:
-      (student, opt_state, fixed, rows, targets) -> student and state, moved, and the
-      parts of the loss. The memory of the first two is given to the results.
+    Attributes:
+      sentences: the packed text.
+      fixed: the parameters that stay.
+      moved: fraction of the kept weights of the start that hardening exchanged; None
+        before, and without gates.
     """
-
-    def loss_fn(student: Any, fixed: Any, rows: Rows, targets: Targets) -> Any:
-        return loss_of({**fixed, **student}, rows, targets, config, recipe)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(
-        student: Any, opt_state: Any, fixed: Any, rows: Rows, targets: Targets
-    ) -> tuple[Any, Any, dict[str, Array]]:
-        grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, parts), grads = grad(student, fixed, rows, targets)
-        updates, opt_state = tx.update(grads, opt_state, student)
-        student = optax.apply_updates(student, updates)
-        return student, opt_state, {"loss": loss, **parts}
-
-    return step
-
-
-class Recovery:
-    """A run: the pruned model, its teacher, the text and the budget."""
 
     def __init__(
         self,
         dense: Mapping[str, Any],
-        pruned: Mapping[str, Any],
-        keep: Mapping[str, Any],
+        start: Any,
         token_lists: Sequence[Sequence[int]],
         config: EncoderConfig,
         recipe: Recipe,
-        budget: Budget,
+        duration: fh.Duration,
+        gates: tuple[Gates, fh.Pattern] | None = None,
+        *,
+        saves: Checkpoints | None = None,
+        told: Any = None,
     ):
         """Sets up a run and starts its clock.
 
         Args:
           dense: the teacher.
-          pruned: the same tree with zeros in place.
-          keep: the same tree with masks; None on what is not pruned.
+          start: the pruned model, with `params`, `plans` and `uses`.
           token_lists: the sentences.
           config: sizes.
           recipe: how.
-          budget: how long.
+          duration: how long, teacher and compilation included.
+          gates: how they are trained, and the pattern; None fixes the masks.
+          saves: where checkpoints go; None for nowhere.
+          told: what must be equal to continue from one.
 
         Raises:
           ValueError: too few sentences.
         """
-        self.budget = budget
-        self._began = budget.clock()
-        self._recipe = recipe
+        began = duration.clock()
+        self._recipe, self._from, self._gates = recipe, start, gates
         self.sentences = Sentences(token_lists, recipe)
-        names = moving(pruned)
-        self.fixed = {k: jnp.asarray(v) for k, v in pruned.items() if k not in names}
+        names = moving(start.params)
+        self.fixed = {
+            k: jnp.asarray(v) for k, v in start.params.items() if k not in names
+        }
         self._teacher = Teacher(jax.tree.map(jnp.asarray, dict(dense)), config, recipe)
-        # The step gives its arguments' memory away: the caller keeps their own arrays.
-        copy = functools.partial(jax.tree.map, functools.partial(jnp.array, copy=True))
-        tx = fh.keep_sparse(optimizer(recipe), copy({k: keep[k] for k in names}))
-        student = copy({name: pruned[name] for name in names})
-        self.progress = Progress(student, tx.init(student))
-        self._step = make_step(tx, config, recipe)
+        self._tx = optimizer(recipe)
+        self._keep = fh.keep_tree(start.plans, start.params, start.uses)
 
-    def tree(self) -> dict[str, Any]:
-        """What a checkpoint holds; its structure stays the same through the run."""
-        return self.progress.tree()
+        def loss_fn(student: Any, fixed: Any, rows: Rows, targets: Targets) -> Any:
+            return loss_of({**fixed, **student}, rows, targets, config, recipe)
 
-    def restore(self, tree: Mapping[str, Any]) -> None:
-        """Continues where `tree` was taken."""
-        self.progress = Progress(
-            tree["student"], tree["opt_state"], int(tree["step"]), float(tree["spent"])
+        fixed_step = fh.make_step(None, loss_fn, self._tx, None)
+        key = jax.random.key(recipe.seed)
+        if gates is None:
+            student = {name: start.params[name] for name in names}
+            keep = {name: self._keep[name] for name in names}
+            first = fh.Training.under(keep, student, self._tx, key=key)
+            phases = [fh.Phase(fixed_step, 1)]
+        else:
+            student = {name: dense[name] for name in names}
+            first, phases = self._gated(*gates, student, loss_fn, fixed_step, key)
+        super().__init__(
+            first,
+            phases,
+            self._batch,
+            duration,
+            before=self._at_rate,
+            saves=saves,
+            config=told,
+            every=1,
         )
-        self._began = self.budget.clock() - self.progress.spent
+        self.spent = duration.clock() - began
+
+    def _gated(self, gates, pattern, student, loss_fn, fixed_step, key):
+        self._method, uses = gates.method(pattern), self._from.uses
+        states, student = fh.adopt(self._method, self._from.plans, student, uses)
+        mask_tx = mask_optimizers.make(gates.optimizer, gates.rate)
+        first = fh.init_training(
+            self._method, student, uses, states, self._tx, key=key, mask_tx=mask_tx
+        )
+        step = fh.make_step(self._method, loss_fn, self._tx, uses, mask_tx=mask_tx)
+        phases = [
+            fh.Phase(step, gates.share, end=self._harden),
+            fh.Phase(fixed_step, 1 - gates.share),
+        ]
+        return first, phases if gates.share < 1 else phases[:1]
+
+    def _harden(self, training: fh.Training) -> tuple[fh.Training, Row]:
+        """Closes the gates; from here on the masks are fixed."""
+        training = fh.harden(self._method, training, self._from.uses)
+        masks = training.opt_state.keep
+        kept = [(self._keep[k], m) for k, m in masks.items() if m is not None]
+        lost = sum(int(np.sum(np.asarray(a) & ~np.asarray(b))) for a, b in kept)
+        return training, {"moved": lost / sum(int(np.sum(a)) for a, _ in kept)}
+
+    def _batch(self, step: int) -> tuple[Any, ...]:
+        number = self.sentences.number(step)
+        rows = self.sentences.batch(number)
+        return self.fixed, rows, self._teacher(number, rows)
+
+    def _at_rate(self, training: fh.Training, at: At) -> fh.Training:
+        opt = at_rate(training.opt_state, self._recipe.rate(at.progress))
+        return dataclasses.replace(training, opt_state=opt)
+
+    @property
+    def moved(self) -> float | None:
+        """See the class."""
+        return next((row["moved"] for row in self.rows if "moved" in row), None)
+
+    def figures(self, row: Row) -> dict[str, Any]:
+        """Of a row: seconds spent, learning rate, sentences of its step."""
+        rows = self.sentences.batch(self.sentences.number(row["step"] - 1))
+        return {
+            "spent": self.spent,
+            "rate": self._recipe.rate(row["progress"]),
+            "sentences": int(np.sum(rows.lists >= 0)),
+        }
 
     def params(self) -> dict[str, Array]:
         """All parameters of the student."""
-        return {**self.fixed, **self.progress.student}
+        return {**self.fixed, **self.now().params}
 
-    def advance(
-        self, rows: Rows, targets: Targets, rate: float, part: float
-    ) -> dict[str, Array]:
-        """One step at a learning rate, when a fraction `part` is spent."""
-        del part
-        now = self.progress
-        now.student, now.opt_state, found = self._step(
-            now.student,
-            at_rate(now.opt_state, rate),
-            self.fixed,
-            rows,
-            targets,
-        )
-        return found
-
-    def run(self) -> Iterator[dict[str, Any]]:
-        """Runs until the budget is spent; yields the figures of every step."""
-        now = self.progress
-        while True:
-            part = self.budget.progress(now.step, now.spent)
-            if part >= 1:
-                return
-            number = self.sentences.number(now.step)
-            rows = self.sentences.batch(number)
-            targets = self._teacher(number, rows)
-            rate = self._recipe.rate(part)
-            found = self.advance(rows, targets, rate, part)
-            figures = {k: float(v) for k, v in found.items()}
-            now.step += 1
-            now.spent = self.budget.clock() - self._began
-            count = int(np.sum(rows.lists >= 0))
-            yield {"progress": part, "rate": rate, "sentences": count, **figures}
+    def plans(self) -> dict[str, Any]:
+        """The hard plans with the weights as they are now."""
+        now, uses = self.now(), self._from.uses
+        if self._gates is not None:
+            return fh.decide(self._method, now.states, now.params, uses)
+        return {
+            path: dataclasses.replace(
+                plan,
+                weight=views.matrix(now.params[path], uses.leaves[path].layout),
+                bias=None,
+            )
+            for path, plan in self._from.plans.items()
+        }

@@ -104,8 +104,9 @@ def fit(
         checkpoint that is due.
         tracker (None): called as tracker(step, row) with every row, see `learn`.
         before (None): (training, moment) -> training before every update, see `Run`.
-        checkpoints (None): folder for checkpoints. They hold what is learned, the
-        optimiser, the best states, keys and history, not the frozen weights.
+        checkpoints (None): folder for checkpoints, or an `io.checkpoints.Checkpoints`,
+        which has the next three itself. They hold what is learned, the optimiser, the
+        best states, keys and history, not the frozen weights.
         save_every (100): updates between two of them; the end is saved as well.
         keep_last (2): how many to keep.
         resume (False): True continues the newest checkpoint, "auto" begins where there

@@ -36,7 +36,7 @@ from flexhinm_jax.types import Plan, Stats, Uses
 class Saves(TypedDict, total=False):
     """How a run is saved, as `fit` and `gradual` are told."""
 
-    checkpoints: str | os.PathLike | None
+    checkpoints: str | os.PathLike | Checkpoints | None
     save_every: int
     keep_last: int
     resume: Resume
@@ -53,6 +53,8 @@ def saves(name: str, told: Saves) -> Checkpoints | None:
     resume = told.pop("resume", False)
     arguments.count(every, f"{name}: save_every", 1)
     arguments.count(last, f"{name}: keep_last", 1)
+    if isinstance(folder, Checkpoints):
+        return folder
     if folder is None:
         Checkpoints("", every, last, resume)  # refuses unknown words
         if resume:
@@ -107,7 +109,8 @@ def gradual(
       stats_fn: statistics for given parameters, called where a stage begins.
       **options: further ones.
         log_every (10): steps between two rows.
-        checkpoints (None): folder for checkpoints.
+        checkpoints (None): folder for checkpoints, or an `io.checkpoints.Checkpoints`,
+        which has the next three itself.
         save_every (100): steps between two of them; one more ends every stage.
         keep_last (2): how many to keep.
         resume (False): True continues the newest checkpoint, "auto" begins where there

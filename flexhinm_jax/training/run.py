@@ -44,10 +44,12 @@ class Duration:
     Attributes:
       amount: how much, above 0.
       unit: "steps", "minutes" of wall time, or "cpu-seconds" of this process.
+      most: steps at most, whatever the amount is; None for any number.
     """
 
     amount: float
     unit: Unit = "steps"
+    most: int | None = None
 
     def __post_init__(self):
         """Validates the fields."""
@@ -61,8 +63,10 @@ class Duration:
     def progress(self, step: int, spent: float) -> float:
         """The spent fraction after `step` steps and `spent` seconds of `clock`."""
         if self.unit == "steps":
-            return step / self.amount
-        return spent / (60 * self.amount if self.unit == "minutes" else self.amount)
+            part = step / self.amount
+        else:
+            part = spent / (self.amount * (60 if self.unit == "minutes" else 1))
+        return part if self.most is None else max(part, step / self.most)
 
     def clock(self) -> float:
         """Seconds since some moment, in the kind of time that is counted."""
@@ -77,8 +81,8 @@ class Phase:
 
     Attributes:
       step: (training, *batch) -> (training, metrics), such as `make_step` returns.
-      steps: how many. In a run that has a duration: its share, beside those of the
-        other phases.
+      steps: how many. In a run that has a duration: its share, any positive number,
+        beside those of the other phases.
       begin: Training -> Training where the phase begins, such as `next_stage`; not
         called for the first one, whose start the run is given.
       end: Training -> (Training, row) where it ends, such as `harden`; called again by
@@ -88,7 +92,7 @@ class Phase:
     """
 
     step: Step
-    steps: int
+    steps: float
     begin: Callable[[Training], Training] | None = None
     end: Callable[[Training], tuple[Training, Row]] | None = None
     progress: Callable[[int], float] | None = None
@@ -167,6 +171,7 @@ class Run:
       phase: number of the phase.
       done: steps done in the phase.
       step: steps done in all.
+      begun: steps done where the run began or continued.
       spent: seconds of the duration's clock; what is set before the first row counts
         as spent already.
       rows: all rows so far, those before an interruption too.
@@ -225,7 +230,7 @@ class Run:
         self.duration, self._before, self._judge = duration, before, judge
         self.options = Options(**options)
         self.training: Training | None = None
-        self.phase = self.done = self.step = 0
+        self.phase = self.done = self.step = self.begun = 0
         self.spent, self.skipped, self._looked = 0.0, 0, 0.0
         self.rows: list[Row] = []
         self.best, self.lowest, self.last = None, math.inf, None
@@ -445,7 +450,7 @@ class Run:
         counts = [int(x) for x in tree["counts"]]
         self.phase, self.done, self.step, self.skipped, pending = counts
         self.spent, self._looked, self.lowest = (float(x) for x in tree["figures"])
-        self._losses = list(tree["losses"][:pending])
+        self.begun, self._losses = self.step, list(tree["losses"][:pending])
         self.last = saves.folder / f"step-{self.step:08d}"
         self.rows = [row for row in _read(saves.folder) if self._before_now(row)]
         _write(saves.folder, self.rows)

@@ -1,6 +1,7 @@
 """Learned masks on a tiny encoder: rows, budgets, resumption, and the table."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -10,8 +11,7 @@ import pytest
 import flexhinm_jax as fh
 from flexhinm_jax.models.decoder import DecoderConfig
 from train import language, mask_comparison, mask_rows, mask_tasks
-from train.mask_learner import Learner, Learning, started_at
-from train.recovery import Budget
+from train.mask_learner import Learner, learning, started_at
 from train.teacher import Recipe
 
 RECIPE = Recipe(rows=2, length=16, precision="float32")
@@ -32,7 +32,7 @@ def problem(model_dir, sentences):
 
 
 def comparison(problem, out, steps=4.0, **options):
-    budget = Budget(steps, "steps")
+    budget = fh.Duration(steps)
     return mask_comparison.Comparison(
         problem, budget, out, learners=LEARNERS, **options
     )
@@ -101,34 +101,31 @@ def test_every_kind_of_row_keeps_the_weights_and_the_sparsity(problem, tmp_path)
     assert problem.validate(params) == found["wanda>maskllm"]["validation"]
 
 
-def learning(problem, steps=6.0):
+def run_of(problem, folder=None, resume=False, told=1):
     learner = LEARNERS["maskllm"]
     key = jax.random.key(0)
     parts = problem.params, problem.uses
     states = fh.solve(learner.method, key, *parts, problem.stats)
-    given = problem.loss_fn, problem.batch_at, problem.validate
-    budget = Budget(steps, "steps")
-    return Learning(learner, states, *parts, *given, budget, key=key)
+    task = problem.loss_fn, problem.batch_at, problem.validate
+    saves = {"checkpoints": folder, "save_every": 1, "resume": resume, "config": told}
+    return learning(learner, states, *parts, task, fh.Duration(6), key=key, **saves)
 
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_ends_with_the_same_bits(problem, tmp_path):
-    whole = learning(problem)
-    list(whole.run())
-    stopped, told = learning(problem), {"run": 1}
-    for _ in zip(range(3), stopped.run(), strict=False):
-        pass
-    stopped.save(tmp_path, told)
-    other = learning(problem)
-    assert other.restore(tmp_path, told)
-    rest = list(other.run())
+    whole = run_of(problem)
+    list(whole)
+    stopped = run_of(problem, tmp_path)
+    list(itertools.islice(stopped, 4))
+    other = run_of(problem, tmp_path, True)
+    rest = list(other)
     assert other.step == whole.step == 6 and len(rest) == 6 - stopped.step
     for a, b in zip(
-        jax.tree.leaves(whole.plans()), jax.tree.leaves(other.plans()), strict=True
+        jax.tree.leaves(whole.states), jax.tree.leaves(other.states), strict=True
     ):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="run"):
-        learning(problem).restore(tmp_path, {"run": 2})
+        list(run_of(problem, tmp_path, True, told=2))
 
 
 @pytest.mark.slow
@@ -141,7 +138,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(problem, tmp_path):
     ids=["solved", "learned"],
 )
 def test_every_other_row_runs_too(rows, problem, tmp_path):
-    made = mask_comparison.Comparison(problem, Budget(2, "steps"), tmp_path)
+    made = mask_comparison.Comparison(problem, fh.Duration(2), tmp_path)
     for row in mask_comparison.compare(made, rows, tmp_path):
         want = 0.25 if "@" in row["row"] else 0.5
         assert row["sparsity"] == pytest.approx(want, abs=1e-3)
@@ -167,7 +164,7 @@ def test_the_byte_decoder_learns_masks_too(tmp_path, loss):
     made = mask_tasks.bytes_decoder(
         tmp_path, path=text, loss=loss, config=config, calibration=4
     )
-    budget = Budget(3, "steps")
+    budget = fh.Duration(3)
     table = mask_comparison.Comparison(made, budget, tmp_path, learners=LEARNERS)
     row = table.row("wanda>maskllm")
     assert row["sparsity"] == 0.5
