@@ -1,13 +1,12 @@
 """Dense training, then pruning and training on, for any task and recipe.
 
 Recipes with fixed masks share one compiled step, whatever the mask, and so does the
-dense model that trains on: only `keep` differs, and it is data. Learned masks use
-`fh.make_step`.
+dense model that trains on: only `keep` differs, and it is data.
 """
 
 import dataclasses
+import functools
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import optax
 import flexhinm_jax as fh
 from flexhinm_jax.io import checkpoints, fingerprint
 from flexhinm_jax.methods import LearnedMethod
-from flexhinm_jax.methods.gated import Gated
 from flexhinm_jax.paths import leaf_paths
 from train import log
 from train.recipes import Recipe
@@ -110,58 +108,6 @@ class Saves:
     resume: bool = False
 
 
-def _unchanged(step, carry):
-    return carry
-
-
-@dataclasses.dataclass
-class Run:
-    """One pass of the training loop.
-
-    Attributes:
-      title: names it beside the progress bar.
-      steps: how many.
-      path: JSONL file for the records, or None.
-      before: (step, carry) -> carry before every step.
-      kept: where checkpoints go, and what a run must agree on to continue; or None.
-      memory: what `before` remembers, saved with the carry.
-      like: (steps done, carry before the first) -> a tree like the carry then.
-    """
-
-    title: str
-    steps: int
-    path: Path | None = None
-    before: Callable[[int, Any], Any] = _unchanged
-    kept: tuple[Saves, dict[str, Any]] | None = None
-    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
-    like: Callable[[int, Any], Any] = _unchanged
-
-    def restore(self, carry: Any) -> tuple[int, Any]:
-        """Steps done and the carry, from the newest checkpoint if there is one."""
-        if self.kept is None:
-            return 0, carry
-        saves, told = self.kept
-        if not saves.resume:
-            shutil.rmtree(saves.folder, ignore_errors=True)
-
-        def like(done: int) -> Any:
-            return {"carry": self.like(done, carry), "memory": self.memory}
-
-        found = checkpoints.Checkpoints(saves.folder, resume="auto").load(like, told)
-        if found is None:
-            return 0, carry
-        done, tree = found
-        self.memory.update(tree["memory"])
-        return done, tree["carry"]
-
-    def save(self, done: int, carry: Any) -> None:
-        """Keeps a checkpoint."""
-        if self.kept is not None:
-            saves, told = self.kept
-            tree = {"carry": carry, "memory": self.memory}
-            checkpoints.Checkpoints(saves.folder).save(done, tree, told)
-
-
 class Trainer:
     """A task under a configuration, with its compiled steps."""
 
@@ -169,7 +115,8 @@ class Trainer:
         """Prepares the steps; nothing is compiled yet."""
         self.task, self.config = task, config
         self.tx = config.optimizer(config.prune_rate, config.steps, task.lanes)
-        self._learned: dict[Any, Any] = {}
+        self.masked_step = fh.make_step(None, task.loss_fn, self.tx, None)
+        self._steps: dict[Any, Any] = {}
 
     def dense(self, folder: Path | None = None) -> Any:
         """The trained dense model, read from `folder` if it was trained before.
@@ -190,9 +137,12 @@ class Trainer:
                 pass  # of another configuration: trained anew below
         tx = config.optimizer(config.learning_rate, config.dense_steps, task.lanes)
         path = None if folder is None else folder / "dense.jsonl"
-        carry = jax.tree.map(jnp.array, task.params), tx.init(task.params)
-        run = Run("dense", config.dense_steps, path)
-        (params, _), _ = self._run(self._plain_step(tx), carry, run)
+        keep = jax.tree.map(lambda _: None, task.params)
+        start = fh.Training.under(keep, task.params, tx, key=jax.random.key(0))
+        step = fh.make_step(None, task.loss_fn, tx, None)
+        run = self._run(start, [fh.Phase(step, config.dense_steps)])
+        log.follow(run, path, "dense", config.dense_steps)
+        params = run.now().params
         if saved is not None:
             checkpoints.save(saved, params, told, overwrite=True)
         return params
@@ -225,8 +175,6 @@ class Trainer:
           ValueError: checkpoints of another run, or damaged ones.
         """
         title = recipe.title if recipe.method is None else f"{recipe.title} {sparsity}"
-        learns = isinstance(recipe.method, LearnedMethod)
-        run = self._prune_learned if learns else self._prune_fixed
         told = {
             "data": self.task.digest,
             "config": repr(self.config),
@@ -234,51 +182,83 @@ class Trainer:
             "sparsity": sparsity,
             "key": fingerprint.key_words(key),
         }
-        kept = None if saves is None else (saves, told)
-        return run(recipe, sparsity, params, key, title, path, kept)
-
-    def _prune_fixed(self, recipe, sparsity, params, key, title, path, kept):
-        task, config = self.task, self.config
-        schedule = recipe.schedule(config.steps, sparsity)
-        memory = {"states": None}
-        keep = [
-            jnp.ones(leaf.shape, bool) if name in task.uses.leaves else None
-            for name, leaf in zip(
-                leaf_paths(params), jax.tree.leaves(params), strict=True
+        options: dict[str, Any] = {"config": told}
+        if saves is not None:
+            if not saves.resume:
+                shutil.rmtree(saves.folder, ignore_errors=True)
+            every = self.config.every
+            options["saves"] = checkpoints.Checkpoints(
+                saves.folder, every, resume="auto"
             )
+        learns = isinstance(recipe.method, LearnedMethod)
+        parts = self._learned if learns else self._fixed
+        start, phases, before = parts(recipe, sparsity, params, key)
+        run = self._run(start, phases, before=before, **options)
+        records = log.follow(run, path, title, self.config.steps)
+        training = run.now()
+        if learns and len(phases) == recipe.stages:
+            training = fh.harden(recipe.method, training, self.task.uses)
+        return training.params, records
+
+    def _run(self, start: fh.Training, phases: Any, **options: Any) -> fh.Run:
+        batch_at = lambda step: (self.task.batch_at(step),)  # noqa: E731
+        return fh.Run(start, phases, batch_at, every=self.config.every, **options)
+
+    def _next(self, recipe: Recipe, key: jax.Array, at: int, sparsity: float) -> Any:
+        """What begins a stage at a step: hard masks, and the choice of new ones."""
+        method, uses = recipe.method, self.task.uses
+        assert method is not None
+
+        def begin(training: fh.Training) -> fh.Training:
+            training = fh.harden(method, training, uses)
+            return fh.next_stage(
+                method,
+                training,
+                uses,
+                key=_key_at(key, at),
+                sparsity=sparsity,
+                mask_tx=recipe.mask_tx(),
+            )
+
+        return begin
+
+    def _phases(
+        self, recipe: Recipe, sparsity: float, key: jax.Array, step: Any, end: int
+    ) -> list[fh.Phase]:
+        """The stages of a recipe, up to step `end`."""
+        schedule = recipe.schedule(self.config.steps, sparsity)
+        ends = [*list(schedule)[1:], end]
+        return [
+            fh.Phase(step, last - at, self._next(recipe, key, at, target))
+            for (at, target), last in zip(schedule.items(), ends, strict=True)
         ]
-        keep = jax.tree.unflatten(jax.tree.structure(params), keep)
-        carry = (
-            jax.tree.map(jnp.array, params),
-            fh.keep_sparse(self.tx, keep).init(params),
+
+    def _fixed(self, recipe, sparsity, params, key):
+        """Start and phases of masks that are chosen, not learned."""
+        task, method, steps = self.task, recipe.method, self.config.steps
+        run_key = jax.random.fold_in(key, steps)
+        if method is None:
+            leaves = zip(leaf_paths(params), jax.tree.leaves(params), strict=True)
+            keep = [
+                jnp.ones(leaf.shape, bool) if name in task.uses.leaves else None
+                for name, leaf in leaves
+            ]
+            keep = jax.tree.unflatten(jax.tree.structure(params), keep)
+            start = fh.Training.under(keep, params, self.tx, key=run_key)
+            return start, [fh.Phase(self._masked, steps)], None
+        target = recipe.schedule(steps, sparsity)[0]
+        states = fh.solve(method, _key_at(key, 0), params, task.uses, None, target)
+        start = fh.init_training(
+            method, params, task.uses, states, self.tx, key=run_key
         )
+        return start, self._phases(recipe, sparsity, key, self._masked, steps), None
 
-        def before(step, carry):
-            if step not in schedule:
-                return carry
-            (params, opt), method = carry, recipe.method
-            step_key, states = _key_at(key, step), memory["states"]
-            states = fh.solve(
-                method, step_key, params, task.uses, None, schedule[step], states
-            )
-            memory["states"] = states
-            plans = fh.decide(method, states, params, task.uses)
-            keep = fh.keep_tree(plans, params, task.uses)
-            params = fh.densify(plans, params, task.uses)
-            return params, opt.under(keep)
-
-        run = Run(title, config.steps, path, before, kept, memory)
-        (params, _), records = self._run(self._masked_step(), carry, run)
-        return params, records
-
-    def _prune_learned(self, recipe, sparsity, params, key, title, path, kept):
-        task, config, method = self.task, self.config, recipe.method
-        schedule = recipe.schedule(config.steps, sparsity)
-        mask_tx = recipe.mask_tx()
-        step = self._learned_step(recipe)
-        target = schedule.pop(0)
-        run_key, first_key = jax.random.fold_in(key, config.steps), _key_at(key, 0)
-        if isinstance(method, Gated):
+    def _learned(self, recipe, sparsity, params, key):
+        """Start and phases of masks that are learned, and then stay."""
+        task, steps, method = self.task, self.config.steps, recipe.method
+        target = recipe.schedule(steps, sparsity)[0]
+        first_key = _key_at(key, 0)
+        if method.adopts_plans:
             # The start that `solve` would find too, from the programs and with the key
             # of the fixed masks: gates begin exactly where those stay.
             scores = method.scores
@@ -287,99 +267,44 @@ class Trainer:
             states, params = fh.adopt(method, plans, params, task.uses)
         else:
             states = fh.solve(method, first_key, params, task.uses, None, target)
-        carry = fh.init_training(
-            method, params, task.uses, states, self.tx, key=run_key, mask_tx=mask_tx
+        start = fh.init_training(
+            method,
+            params,
+            task.uses,
+            states,
+            self.tx,
+            key=jax.random.fold_in(key, steps),
+            mask_tx=recipe.mask_tx(),
         )
-        last = max(recipe.stages, int(recipe.pruning * config.steps))
+        last = min(steps, max(recipe.stages, int(recipe.pruning * steps)))
+        step = self._learned_step(recipe)
+        phases = self._phases(recipe, sparsity, key, step, last)
+        if last < steps:
+            # Hard masks train like fixed ones, without the price of sampling.
+            hard = functools.partial(fh.harden, method, uses=task.uses)
+            phases.append(fh.Phase(self._masked, steps - last, hard))
         length = last / recipe.stages
+        return start, phases, lambda training, at: training.at(at.step / length % 1)
 
-        def before(step, carry):
-            if step == last:
-                carry = fh.harden(method, carry, task.uses)
-                return carry.params, carry.opt_state
-            if step > last:
-                return carry
-            if step in schedule:
-                carry = fh.harden(method, carry, task.uses)
-                carry = fh.next_stage(
-                    method,
-                    carry,
-                    task.uses,
-                    key=_key_at(key, step),
-                    sparsity=schedule[step],
-                    mask_tx=mask_tx,
-                )
-            return carry.at(step / length % 1)
-
-        # Hard masks train like fixed ones, without the price of sampling.
-        def either(carry, batch):
-            hard = isinstance(carry, tuple)
-            return (self._masked_step() if hard else step)(carry, batch)
-
-        def like(done, carry):
-            return (carry.params, carry.opt_state) if done > last else carry
-
-        run = Run(title, config.steps, path, before, kept, like=like)
-        carry, records = self._run(either, carry, run)
-        if last >= config.steps:
-            carry = before(last, carry)
-        return carry[0], records
-
-    def _run(self, step_fn, carry, run):
-        """The loop itself: batches in, records out, losses averaged between records."""
-        carry = run.before(0, carry)
-        done, carry = run.restore(carry)
-        with log.Log(run.path, run.steps, run.title, start=done) as records:
-            losses = []
-            for step in range(done, run.steps):
-                if step:
-                    carry = run.before(step, carry)
-                carry, metrics = step_fn(carry, self.task.batch_at(step))
-                losses.append(metrics["loss"])
-                done = step + 1
-                if done % self.config.every == 0 or done == run.steps:
-                    found = jax.device_get(metrics) | {"loss": np.mean(losses)}
-                    records.write(done, **found)
-                    losses = []
-                    run.save(done, carry)
-            return carry, records.records
-
-    def _plain_step(self, tx):
-        def step(carry, batch):
-            params, opt = carry
-            loss, grads = jax.value_and_grad(self.task.loss_fn)(params, batch)
-            updates, opt = tx.update(grads, opt, params)
-            return (optax.apply_updates(params, updates), opt), {"loss": loss}
-
-        return jax.jit(step, donate_argnums=0)
-
-    def _masked_step(self):
-        if "masked" not in self._learned:
-            wrapped = fh.keep_sparse(self.tx, None)
-            plain = self._plain_step(wrapped)
-
-            def step(carry, batch):
-                carry, metrics = plain(carry, batch)
-                kept = jax.tree.leaves(carry[1].keep)
-                total = sum(k.size for k in kept)
-                pruned = total - sum(jnp.sum(k, dtype=jnp.int32) for k in kept)
-                return carry, metrics | {"sparsity": pruned / total}
-
-            self._learned["masked"] = jax.jit(step, donate_argnums=0)
-        return self._learned["masked"]
+    def _masked(self, training: fh.Training, batch: Any) -> Any:
+        """A step under fixed supports: one program for all, whatever chose them."""
+        bare = dataclasses.replace(training, states={}, learned_opt=())
+        after, metrics = self.masked_step(bare, batch)
+        states, opt = training.states, training.learned_opt
+        return dataclasses.replace(after, states=states, learned_opt=opt), metrics
 
     def _learned_step(self, recipe):
         # Recipes that differ in their schedule alone share a step.
         same = dataclasses.replace(recipe, title="", stages=1, pruning=1.0)
-        if same not in self._learned:
-            self._learned[same] = fh.make_step(
+        if same not in self._steps:
+            self._steps[same] = fh.make_step(
                 recipe.method,
                 self.task.loss_fn,
                 self.tx,
                 self.task.uses,
                 mask_tx=recipe.mask_tx(),
             )
-        return self._learned[same]
+        return self._steps[same]
 
 
 def _key_at(key: jax.Array, step: int) -> jax.Array:

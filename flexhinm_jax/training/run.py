@@ -135,7 +135,7 @@ class Options:
     """What a run writes and when it gives up.
 
     Attributes:
-      every: steps between two rows; a phase ends with one too.
+      every: steps between two rows; the run, and a phase with an `end`, end with one.
       saves: where checkpoints go, see `io.checkpoints.Checkpoints`; None for nowhere.
       config: what must be equal to continue from a checkpoint, plain values.
       max_skipped: steps without a finite loss that are tolerated.
@@ -305,8 +305,10 @@ class Run:
             self.training, metrics = phase.step(training, *batch)
             self._took(metrics)
             ends = self._over()
-            tells = ends or self.step % self.options.every == 0
-            looks = self._judge is not None and self._looks(tells, ends)
+            final = ends and self.phase + 1 == len(self.phases)
+            tells = final or (ends and phase.end is not None)
+            tells = tells or self.step % self.options.every == 0
+            looks = self._judge is not None and self._looks(tells, final)
             saves = self._due(ends and phase.end is None)
             if tells or looks or saves:
                 self._check_finite()
@@ -349,11 +351,10 @@ class Run:
         first, last = self._share(self.phase), self._share(self.phase + 1)
         return min(max((self.progress() - first) / (last - first), 0.0), 1.0)
 
-    def _looks(self, tells: bool, ends: bool) -> bool:
+    def _looks(self, tells: bool, final: bool) -> bool:
         assert self._judge is not None
         if self._judge.looks is None:
             return tells
-        final = ends and self.phase + 1 == len(self.phases)
         return final or self.progress() - self._looked >= 1 / self._judge.looks
 
     def _look(self) -> float:

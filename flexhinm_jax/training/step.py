@@ -73,9 +73,9 @@ def make_step(
     Returns:
       A jitted function that gives the memory of its first argument to the result. The
       metrics, f32[] each: "loss" (of `loss_fn`), "penalty/..." and "total" when there
-      are penalties, "grad_norm", "finite" (1 or 0), "sparsity", and those of `loss_fn`
-      and of the method (`LearnedMethod.metrics`), such as "expected_sparsity" and
-      "temperature".
+      are penalties, "grad_norm", "finite" (1 or 0), "sparsity" if there are supports,
+      and those of `loss_fn` and of the method (`LearnedMethod.metrics`), such as
+      "expected_sparsity" and "temperature".
 
     Raises:
       ValueError: no method or loss function, `tx` is missing; in the first step, a loss
@@ -202,7 +202,7 @@ class _Step:
         after = self._moved(training, moving, grads, total)
         if self.learner is not None:
             metrics |= model_gates.metrics(self.learner, training.states, self.uses)
-        else:
+        elif jax.tree.leaves(training.opt_state.keep):
             metrics["sparsity"] = _sparsity(training.opt_state.keep)
         if scored:
             gap = MEMORY * training.gap + (1 - MEMORY) * extra["gap"]

@@ -157,18 +157,26 @@ def test_checkpoints_of_another_run_are_refused(trainer, dense, tmp_path):
 
 
 def test_fixed_masks_share_one_program(trainer, dense):
-    step = trainer._masked_step()
+    step = trainer.masked_step
     trainer.prune(Recipe("dense", None), 0.0, dense, jax.random.key(0))
     compiled = step._cache_size()
     trainer.prune(Recipe("a", fh.Magnitude(HINM)), 0.5, dense, jax.random.key(0))
     assert step._cache_size() == compiled
 
 
-def test_a_run_that_diverges_stops_and_keeps_its_records(trainer, dense, tmp_path):
-    broken = jax.tree.map(lambda x: x.at[0].set(jnp.inf), dense)
-    path = tmp_path / "run.jsonl"
-    with pytest.raises(log.Diverged, match="loss is nan at step 10"):
-        trainer.prune(Recipe("dense", None), 0.0, broken, jax.random.key(0), path)
+def test_a_run_that_diverges_stops_and_keeps_its_records(
+    trainer, dense, tmp_path, monkeypatch
+):
+    task, path = trainer.task, tmp_path / "run.jsonl"
+
+    def batch_at(step):
+        x, y = task.batch_at(step)
+        return (x * np.nan if step == 12 else x), y
+
+    broken = dataclasses.replace(task, batch_at=batch_at)
+    monkeypatch.setattr(trainer, "task", broken)
+    with pytest.raises(log.Diverged, match="step 13: loss or gradient is not finite"):
+        trainer.prune(Recipe("dense", None), 0.0, dense, jax.random.key(0), path)
     assert [r["step"] for r in log.read(path)] == [10]
 
 

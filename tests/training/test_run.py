@@ -51,8 +51,8 @@ def test_a_row_holds_the_mean_loss_since_the_last_one():
         tracker=lambda step, row: seen.append((step, row["loss"])),
     )
     rows = list(run)
-    assert seen == [(2, 0.5), (3, 2.0), (4, 3.0), (5, 4.0)]
-    assert [row["stage"] for row in rows] == [0, 0, 1, 1]
+    assert seen == [(2, 0.5), (4, 2.5), (5, 4.0)]
+    assert [row["stage"] for row in rows] == [0, 1, 1]
     assert run.rows == rows and list(run) == []
     np.testing.assert_array_equal(run.training.params["w"], [23, 23])
 
@@ -91,8 +91,10 @@ def test_a_duration_shares_itself_among_phases(monkeypatch):
     assert [row["stage"] for row in rows] == [0] * 6 + [1] * 14
     first = [row["part"] for row in rows[:6]]
     np.testing.assert_allclose(first, np.arange(6) / 6)
-    by_steps = Run(start(), phases, batch_at, fh.Duration(10))
-    assert [row["step"] for row in by_steps] == [3, 10]
+    by_steps = Run(start(), phases, batch_at, fh.Duration(10), every=1)
+    assert [row["stage"] for row in by_steps] == [0] * 3 + [1] * 7
+    short = Run(start(), phases, batch_at, fh.Duration(20, "minutes", most=4))
+    assert [row["step"] for row in short] == [4]
 
 
 @pytest.mark.parametrize(
