@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
         "eval",
         help="perplexity of a text, or similarity of embeddings, dense beside pruned",
         description="""\
-            Decoders (llama, mistral, qwen2, qwen3): perplexity and bits per byte of a
+            Decoders (llama, qwen3, gemma3, ...): perplexity and bits per byte of a
             text file, for one directory or two beside each other. Every token but the
             first is scored once.
             Encoders (bert): cosine similarity of the embeddings that two directories

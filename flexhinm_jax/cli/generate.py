@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
         "generate",
         help="continue a text with a decoder",
         description="""\
-            Continues TEXT with the decoder in MODEL (llama, mistral, qwen2, qwen3)
+            Continues TEXT with the decoder in MODEL (llama, qwen3, gemma3, ...)
             and prints the continuation. Takes the likeliest token every time unless
             --temperature is given. Stops at the model's own end token.
             """,

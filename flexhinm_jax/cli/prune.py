@@ -95,7 +95,7 @@ def add_parser(commands: Any) -> None:
             place, {PACKED} with the weights as the sparse kernels read them, and
             {REPORT}. DIR appears complete or not at all.
 
-            A decoder (llama, mistral, qwen2, qwen3) is pruned block by block in order
+            A decoder (llama, qwen3, gemma3, ...) is pruned block by block in order
             of execution, which takes the memory of one block: --memory gives a limit.
             A run that is stopped or killed goes on by itself when the same command is
             given again: its state is in DIR.partial, beside DIR.

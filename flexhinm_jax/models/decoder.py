@@ -1,10 +1,13 @@
-"""Text decoders of the Llama, Mistral and Qwen families as pure functions.
+"""Text decoders of the Llama, Mistral, Qwen and Gemma families as pure functions.
 
 Pre-norm transformer decoder with RMSNorm (arXiv:1910.07467), rotary positions
 (arXiv:2104.09864), SwiGLU (arXiv:2002.05202) and grouped key and value heads
-(arXiv:2305.13245), as in Llama (arXiv:2302.13971); with the biases of Qwen2
-(arXiv:2407.10671) or the norms of queries and keys of Qwen3 (arXiv:2505.09388) where
-the configuration asks for them. Rotary halves are paired as in Hugging Face's
+(arXiv:2305.13245), as in Llama (arXiv:2302.13971). Where the configuration asks for
+them: the biases of Qwen2 (arXiv:2407.10671), the norms of queries and keys of Qwen3
+(arXiv:2505.09388), the windows of Mistral (arXiv:2310.06825), the mixtures of experts
+of Mixtral (arXiv:2401.04088) and Qwen3, the layers without rotary positions of SmolLM3,
+the local layers, sandwiched norms and GeGLU of Gemma 3 (arXiv:2503.19786). Rotary
+halves are paired as in Hugging Face's
 checkpoints: channel c with channel c + head_dim / 2.
 
 Parameters are a flat dict under Hugging Face's keys, weights `[out, in]`. Products run
@@ -15,6 +18,7 @@ positions and softmax accumulate in float32.
 its own parameters, so a model larger than memory can run a block at a time.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +27,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from flexhinm_jax.models import rope
-from flexhinm_jax.models.decoder_config import DecoderConfig
+from flexhinm_jax.models.decoder_config import DecoderConfig, Experts
 from flexhinm_jax.models.decoder_parameters import (
     HEAD,
     NORM,
@@ -34,6 +38,7 @@ from flexhinm_jax.models.decoder_parameters import (
     check,
     head_shapes,
     init,
+    rules,
     select,
     shapes,
     table_shapes,
@@ -50,6 +55,7 @@ __all__ = [
     "embed",
     "head",
     "init",
+    "rules",
     "shapes",
 ]
 
@@ -83,7 +89,7 @@ def apply(params: Mapping[str, Array], tokens: Array, config: DecoderConfig) -> 
     params = select(params, shapes(config))
     h = embed(params, tokens, config)
     for layer in range(config.num_hidden_layers):
-        h = block(block_params(params, layer), h, config)
+        h = block(block_params(params, layer), h, config, layer)
     return head(params, h, config)
 
 
@@ -102,16 +108,22 @@ def embed(params: Mapping[str, Array], tokens: Array, config: DecoderConfig) -> 
       ValueError: the table is missing or has another shape.
     """
     select(params, table_shapes(config))
-    return jnp.take(params[TABLE], tokens, axis=0, mode="fill")
+    h = jnp.take(params[TABLE], tokens, axis=0, mode="fill")
+    if config.embed_scaled:
+        h = h * jnp.asarray(config.hidden_size**0.5, h.dtype)
+    return h
 
 
-def block(params: Mapping[str, Array], h: Array, config: DecoderConfig) -> Array:
+def block(
+    params: Mapping[str, Array], h: Array, config: DecoderConfig, layer: int = 0
+) -> Array:
     """One layer, causal, at positions 0 .. length - 1.
 
     Args:
-      params: the parameters of one layer under the keys of `block_shapes(config)`.
+      params: the parameters of one layer under the keys of `block_shapes`.
       h: [batch, length, hidden_size].
       config: sizes.
+      layer: which layer, where layers differ.
 
     Returns:
       [batch, length, hidden_size].
@@ -119,15 +131,24 @@ def block(params: Mapping[str, Array], h: Array, config: DecoderConfig) -> Array
     Raises:
       ValueError: a parameter is missing or has a shape that disagrees with `config`.
     """
+    window = config.layer(layer).window
 
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        mixed = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            scale=config.attention_scale,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+        )
         return mixed, None
 
-    params = select(params, block_shapes(config))
+    params = select(params, block_shapes(config, layer))
     length = h.shape[1]
     positions = jnp.arange(length, dtype=jnp.int32)
-    return run_block(params, h, turns(positions, length, config), attend, config)[0]
+    turned = turns(positions, length, config, layer)
+    return run_block(params, h, turned, attend, config)[0]
 
 
 def head(params: Mapping[str, Array], h: Array, config: DecoderConfig) -> Array:
@@ -152,7 +173,7 @@ def head(params: Mapping[str, Array], h: Array, config: DecoderConfig) -> Array:
 def run_block(
     params: Mapping[str, Array],
     h: Array,
-    turned: tuple[Array, Array],
+    turned: tuple[Array, Array] | None,
     attend: Attend,
     config: DecoderConfig,
 ) -> tuple[Array, Any]:
@@ -161,7 +182,7 @@ def run_block(
     Args:
       params: those of one layer under their short keys, no others; not checked.
       h: [batch, length, hidden_size].
-      turned: `turns` of the positions of h.
+      turned: `turns` of the positions of h; None where nothing turns.
       attend: mixes values; its second result is passed on.
       config: sizes.
 
@@ -177,26 +198,77 @@ def run_block(
         return y if scale is None else _norm(scale, y, config)
 
     x = _norm(params["input_layernorm.weight"], h, config)
-    query, key = rope.rotate(split("q"), turned), rope.rotate(split("k"), turned)
+    query, key = split("q"), split("k")
+    if turned is not None:
+        query, key = rope.rotate(query, turned), rope.rotate(key, turned)
     mixed, state = attend(query, key, split("v"))
-    h = h + _dense(params, "self_attn.o_proj", mixed.reshape(batch, length, -1))
-    x = _norm(params["post_attention_layernorm.weight"], h, config)
-    gate = jax.nn.silu(_dense(params, "mlp.gate_proj", x))
-    inner = gate * _dense(params, "mlp.up_proj", x)
-    return h + _dense(params, "mlp.down_proj", inner), state
+    mixed = _dense(params, "self_attn.o_proj", mixed.reshape(batch, length, -1))
+    after = params["post_attention_layernorm.weight"]
+    if config.sandwich_norms:
+        h = h + _norm(after, mixed, config)
+        x = _norm(params["pre_feedforward_layernorm.weight"], h, config)
+        y = _feed_forward(params, x, config)
+        return h + _norm(params["post_feedforward_layernorm.weight"], y, config), state
+    h = h + mixed
+    return h + _feed_forward(params, _norm(after, h, config), config), state
 
 
-def turns(positions: Array, length: int, config: DecoderConfig) -> tuple[Array, Array]:
-    """Cosine and sine of the rotary angles of positions of a text of that length."""
-    return rope.turns(
-        positions, config.rope_theta, config.head_size, config.rope_scaling, length
-    )
+def _feed_forward(
+    params: Mapping[str, Array], x: Array, config: DecoderConfig
+) -> Array:
+    """The gated block, or the mixture of experts where the layer has one."""
+    experts = config.experts
+    if experts is not None and experts.router in params:
+        return _mixture(params, x, experts)
+    act = functools.partial(jax.nn.gelu, approximate=True)
+    act = act if config.gelu else jax.nn.silu
+    gate = act(_dense(params, "mlp.gate_proj", x))
+    return _dense(params, "mlp.down_proj", gate * _dense(params, "mlp.up_proj", x))
+
+
+def _mixture(params: Mapping[str, Array], x: Array, experts: Experts) -> Array:
+    """Every token by its likeliest experts.
+
+    Each expert reads all tokens, those of others as zeros, which add nothing to its
+    sums: every matrix stays a leaf with a product of its own. With few experts chosen
+    that multiplies more than sorting the tokens would; a CPU expands that as well.
+    """
+    scores = _product(x, params[experts.router]).astype(jnp.float32)
+    share, to = lax.top_k(jax.nn.softmax(scores), experts.chosen)  # [b, t, chosen]
+    if experts.normalised:
+        share = share / share.sum(-1, keepdims=True)
+    y = jnp.zeros_like(x)
+    for k in range(experts.count):
+        weight = jnp.where(to == k, share, 0).sum(-1, keepdims=True)  # [b, t, 1]
+        own = jnp.where(weight > 0, x, 0)
+        gate = jax.nn.silu(_product(own, params[experts.key(k, "gate")]))
+        inner = gate * _product(own, params[experts.key(k, "up")])
+        y += _product(inner, params[experts.key(k, "down")]) * weight.astype(x.dtype)
+    return y
+
+
+def turns(
+    positions: Array, length: int, config: DecoderConfig, layer: int = 0
+) -> tuple[Array, Array] | None:
+    """Cosine and sine of the rotary angles of positions of a text of that length.
+
+    None for a layer whose queries and keys do not turn.
+    """
+    kind = config.layer(layer)
+    if not kind.rotary:
+        return None
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if kind.theta is not None:
+        theta, scaling = kind.theta, None
+    return rope.turns(positions, theta, config.head_size, scaling, length)
 
 
 def _norm(scale: Array, x: Array, config: DecoderConfig) -> Array:
     x32 = x.astype(jnp.float32)
     square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
     normal = x32 * lax.rsqrt(square + jnp.float32(config.rms_norm_eps))
+    if config.norm_offset:  # Gemma scales before it rounds
+        return (normal * (1 + scale.astype(jnp.float32))).astype(x.dtype)
     return normal.astype(x.dtype) * scale.astype(x.dtype)
 
 

@@ -1,5 +1,6 @@
 """Keys, shapes and random values of the parameters of a decoder."""
 
+import re
 from collections.abc import Mapping
 
 import jax
@@ -15,6 +16,7 @@ __all__ = [
     "check",
     "head_shapes",
     "init",
+    "rules",
     "select",
     "shapes",
     "table_shapes",
@@ -29,8 +31,8 @@ def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every parameter that `apply` reads."""
     found = table_shapes(config)
     for layer in range(config.num_hidden_layers):
-        at = block_prefix(layer)
-        found |= {at + name: shape for name, shape in block_shapes(config).items()}
+        at, own = block_prefix(layer), block_shapes(config, layer)
+        found |= {at + name: shape for name, shape in own.items()}
     return found | head_shapes(config)
 
 
@@ -39,8 +41,8 @@ def block_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
-def block_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Key below `block_prefix(layer)` -> shape; equal for all layers."""
+def block_shapes(config: DecoderConfig, layer: int = 0) -> dict[str, tuple[int, ...]]:
+    """Key below `block_prefix(layer)` -> shape."""
     width, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_size
     keys = config.num_key_value_heads * config.head_size
@@ -54,6 +56,18 @@ def block_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         found["self_attn.q_norm.weight"] = (config.head_size,)
         found["self_attn.k_norm.weight"] = (config.head_size,)
     found["post_attention_layernorm.weight"] = (width,)
+    if config.sandwich_norms:
+        found["pre_feedforward_layernorm.weight"] = (width,)
+        found["post_feedforward_layernorm.weight"] = (width,)
+    experts = config.experts
+    if experts is not None and config.layer(layer).experts:
+        found[experts.router] = (experts.count, width)
+        inner = experts.intermediate_size
+        for k in range(experts.count):
+            found[experts.key(k, "gate")] = (inner, width)
+            found[experts.key(k, "up")] = (inner, width)
+            found[experts.key(k, "down")] = (width, inner)
+        return found
     found |= _dense_shapes("mlp.gate_proj", inner, width, config.mlp_bias)
     found |= _dense_shapes("mlp.up_proj", inner, width, config.mlp_bias)
     found |= _dense_shapes("mlp.down_proj", width, inner, config.mlp_bias)
@@ -69,6 +83,20 @@ def head_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Key -> shape of the last norm and the output layer (tied: the token table)."""
     last = TABLE if config.tie_word_embeddings else HEAD
     return {NORM: (config.hidden_size,), last: (config.vocab_size, config.hidden_size)}
+
+
+def rules(config: DecoderConfig) -> dict[str, str]:
+    """Rules for pruning: the routers of experts are small and decide, so they stay.
+
+    Args:
+      config: sizes.
+
+    Returns:
+      {regex of keys: "skip"}, empty without experts.
+    """
+    if config.experts is None:
+        return {}
+    return {rf"\.{re.escape(config.experts.router)}$": "skip"}
 
 
 def check(found: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> None:
@@ -130,7 +158,8 @@ def init(
     """Random parameters: normal weights, zero biases, unit norms.
 
     Weights that write the residual stream are scaled down by the square root of the
-    number of writers, so that its variance does not grow with depth.
+    number of writers, so that its variance does not grow with depth. Unit norms have
+    zero weights where the configuration adds 1 to them.
 
     Args:
       key: PRNG key, consumed.
@@ -146,10 +175,10 @@ def init(
     params = {}
     for k, (name, shape) in zip(keys, wanted.items(), strict=True):
         if len(shape) == 1:
-            bias = name.endswith(".bias")
-            params[name] = (jnp.zeros if bias else jnp.ones)(shape, dtype)
+            zero = name.endswith(".bias") or config.norm_offset
+            params[name] = (jnp.zeros if zero else jnp.ones)(shape, dtype)
             continue
-        writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+        writes = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
         scale = config.initializer_range * (writers if writes else 1.0)
         draw = jax.random.normal(k, shape, jnp.float32) * jnp.float32(scale)
         params[name] = draw.astype(dtype)

@@ -154,17 +154,22 @@ def _advance(
     """
     columns = at + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.maximum(columns - first[:, None], 0)
-    turned = decoder.turns(positions, total, config)
     held = jnp.arange(total, dtype=jnp.int32)
     # [b, 1, t, total]: real columns up to the own one.
     mask = (held <= columns[:, None]) & (held >= first[:, None, None])
     mask = mask[:, None]
+    ages = columns[:, None] - held
     h = decoder.embed(params, tokens, config)
     filled = []
     for layer, (keys, values) in enumerate(cache):
 
         def attend(
-            query: Array, key: Array, value: Array, keys: Array, values: Array
+            query: Array,
+            key: Array,
+            value: Array,
+            keys: Array,
+            values: Array,
+            seen: Array,
         ) -> tuple[Array, tuple[Array, Array]]:
             new_keys, new_values = (
                 lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), at, 1)
@@ -174,11 +179,15 @@ def _advance(
                 query,
                 new_keys.astype(query.dtype),
                 new_values.astype(query.dtype),
-                mask=mask,
+                mask=seen,
+                scale=config.attention_scale,
             )
             return mixed, (new_keys, new_values)
 
-        bound = functools.partial(attend, keys=keys, values=values)
+        window = config.layer(layer).window
+        seen = mask if window is None else mask & (ages < window)
+        bound = functools.partial(attend, keys=keys, values=values, seen=seen)
+        turned = decoder.turns(positions, total, config, layer)
         block = decoder.block_params(params, layer)
         h, new = decoder.run_block(block, h, turned, bound, config)
         filled.append(new)

@@ -186,14 +186,20 @@ def rotate(x: Array, turns: tuple[Array, Array]) -> Array:
     return turned.astype(x.dtype)
 
 
-def from_dict(config: Mapping[str, Any], limit: int) -> tuple[float, Scaling | None]:
+def from_dict(
+    config: Mapping[str, Any], limit: int
+) -> tuple[float, Scaling | None, float | None]:
     """Base and scaling of a Hugging Face `config.json`, in its old or new form.
 
-    Old: `rope_theta` beside `rope_scaling`; new: both in `rope_parameters`.
+    Old: `rope_theta` beside `rope_scaling`, and `rope_local_base_freq` for layers with
+    a window; new: both in `rope_parameters`, perhaps once per kind of layer.
 
     Args:
       config: contents of the file.
       limit: `max_position_embeddings` of the model.
+
+    Returns:
+      Base, scaling, and the base of layers with a window where that is another.
 
     Raises:
       ValueError: an unknown kind, a missing number, or a setting not supported.
@@ -203,11 +209,23 @@ def from_dict(config: Mapping[str, Any], limit: int) -> tuple[float, Scaling | N
     if not isinstance(given, Mapping):
         raise ValueError(f"{where}={given!r} must be an object or null")
     given = {name: value for name, value in given.items() if value is not None}
+    local = config.get("rope_local_base_freq")
     if any(isinstance(value, Mapping) for value in given.values()):
-        raise ValueError(
-            f"{where} differs between layers ({', '.join(given)}); supported is one for"
-            " all"
-        )
+        inner = given.get("sliding_attention", {})
+        if set(given) != {"full_attention", "sliding_attention"} or not isinstance(
+            inner, Mapping
+        ):
+            raise ValueError(
+                f"{where} differs between layers ({', '.join(given)}); supported is one"
+                " for all, or full_attention and sliding_attention"
+            )
+        if inner.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"{where}: rope_type={inner['rope_type']!r} in sliding_attention is not"
+                " supported; supported there is default"
+            )
+        local = inner.get("rope_theta", local)
+        given = {k: v for k, v in given["full_attention"].items() if v is not None}
     theta = given.pop("rope_theta", config.get("rope_theta"))
     theta = 10_000.0 if theta is None else theta
     kind = given.get("rope_type", given.get("type", "default"))
@@ -222,7 +240,7 @@ def from_dict(config: Mapping[str, Any], limit: int) -> tuple[float, Scaling | N
             f"partial_rotary_factor={part!r} is not supported; supported is 1"
         )
     try:
-        return theta, _scaling(kind, given, config, limit)
+        return theta, _scaling(kind, given, config, limit), local
     except KeyError as error:
         raise ValueError(f"{where}: {error.args[0]} is missing for {kind}") from error
     except ValueError as error:

@@ -53,7 +53,7 @@ class Blocks:
     def keys(self, layer: int) -> list[str]:
         """Keys of the parameters of a block."""
         prefix = decoder.block_prefix(layer)
-        return [prefix + name for name in decoder.block_shapes(self.config)]
+        return [prefix + name for name in decoder.block_shapes(self.config, layer)]
 
     def like(self, layer: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the parameters of a block, as they are computed with."""
@@ -88,7 +88,7 @@ class Blocks:
 
         def run(params: Mapping[str, Any], h: Any) -> Any:
             short = {key.removeprefix(prefix): x for key, x in params.items()}
-            return decoder.block(short, h, self.config)
+            return decoder.block(short, h, self.config, layer)
 
         return run
 
@@ -113,7 +113,7 @@ class Blocks:
             yield np.asarray(run(table, jnp.asarray(tokens, jnp.int32)))
 
     def uses(self, rules: Mapping[str, Any] | None) -> "BlockUses":
-        """What is prunable in every block.
+        """What is prunable in every block; routers of experts never are.
 
         Args:
           rules: {regex: pattern, "skip" or "prune"} on the keys of the checkpoint.
@@ -122,7 +122,8 @@ class Blocks:
           ValueError: a rule that matches nothing, or asks to prune what lies outside
             the blocks.
         """
-        chosen = choose(dict(rules or {}), list(self.index.files))
+        rules = decoder.rules(self.config) | dict(rules or {})
+        chosen = choose(rules, list(self.index.files))
         inside = {key for layer in range(self.count) for key in self.keys(layer)}
         for key, (rule, action) in chosen.items():
             if key not in inside and action != "skip":
@@ -142,9 +143,9 @@ class BlockUses:
         self.known: dict[Any, tuple[str, Uses]] = {}
 
     def kind(self, layer: int) -> tuple:
-        """Equal for blocks to which the same rules apply."""
+        """Equal for blocks that do the same and to which the same rules apply."""
         prefix = decoder.block_prefix(layer)
-        return tuple(
+        return self.blocks.config.layer(layer), tuple(
             (key.removeprefix(prefix), self.actions[key])
             for key in self.blocks.keys(layer)
             if key in self.actions
@@ -164,7 +165,9 @@ class BlockUses:
             like = self.blocks.like(layer)
             width = self.blocks.config.hidden_size
             h = jax.ShapeDtypeStruct((1, 8, width), self.blocks.computed(TABLE))
-            rules = {f"^{re.escape(prefix + name)}$": action for name, action in kind}
+            rules = {
+                f"^{re.escape(prefix + name)}$": action for name, action in kind[1]
+            }
             run = self.blocks.apply(layer)
             self.known[kind] = prefix, discover(run, like, h, rules=rules)
         before, uses = self.known[kind]

@@ -50,6 +50,49 @@ MISTRAL = COMMON | {
     "sliding_window": None,
 }
 
+SMOLLM3 = COMMON | {
+    "model_type": "smollm3",
+    "architectures": ["SmolLM3ForCausalLM"],
+    "num_hidden_layers": 4,
+    "no_rope_layers": [1, 0, 1, 0],
+    "rope_theta": 2e6,
+    "tie_word_embeddings": False,
+}
+GEMMA3 = COMMON | {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "tie_word_embeddings": True,
+}
+MIXTRAL = COMMON | {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+}
+QWEN3_MOE = COMMON | {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "moe_intermediate_size": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+    "decoder_sparse_step": 1,
+}
+
 # Wavelengths of these small heads are few: `original_max_position_embeddings` is chosen
 # so that every branch of a scaling has a pair of channels.
 CASES: dict[str, dict] = {
@@ -106,6 +149,13 @@ CASES: dict[str, dict] = {
     },
     "qwen3": QWEN3 | {"tie_word_embeddings": True},
     "qwen3 with biases": QWEN3 | {"attention_bias": True},
+    "mistral with a window": MISTRAL | {"sliding_window": 6},
+    "qwen2 with late windows": QWEN2
+    | {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 7},
+    "smollm3": SMOLLM3,
+    "gemma3": GEMMA3,
+    "mixtral": MIXTRAL,
+    "qwen3 with experts": QWEN3_MOE,
 }
 
 

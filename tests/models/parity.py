@@ -35,19 +35,25 @@ from tests.models import decoder_cases, directories
 TOLERANCE = 1e-4
 
 
-def reference(case: dict) -> transformers.PreTrainedModel:
-    """A model of `transformers` with our random weights."""
+def reference(case: dict, folder: Path) -> transformers.PreTrainedModel:
+    """A model of `transformers` with our random weights, read as it reads any file."""
     kinds = transformers.AutoConfig.for_model(case["model_type"])
-    config = type(kinds).from_dict(dict(case))
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", dtype=torch.float32
-    )
+    type(kinds).from_dict(dict(case)).save_pretrained(folder)
     weights = directories.random_params(DecoderConfig.from_dict(case))
-    state = {name: torch.from_numpy(leaf) for name, leaf in weights.items()}
-    if case.get("tie_word_embeddings"):
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, strict=True)
+    directories.write_weights(folder / "model.safetensors", weights)
+    return loaded(folder)
+
+
+def loaded(folder: Path) -> transformers.PreTrainedModel:
+    """A directory as `transformers` reads it; what is missing there is an error."""
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation="eager",
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    wrong = {name: keys for name, keys in told.items() if keys}
+    assert not wrong, f"{folder}: {wrong}"
     return model.eval()
 
 
@@ -96,7 +102,7 @@ def pruned(params: dict, config: DecoderConfig) -> dict:
 def compare(case: dict, folder: Path) -> tuple[dict, dict]:
     """Differences of a case, and what `transformers` computed."""
     steps = decoder_cases.steps(case)
-    model = reference(case)
+    model = reference(case, folder / "ours")
     logits, tokens = their_logits(model), their_continuation(model, steps)
     config = DecoderConfig.from_dict(case)
     params = directories.random_params(config)
@@ -113,9 +119,7 @@ def compare(case: dict, folder: Path) -> tuple[dict, dict]:
 
     sparse = pruned(saved.params, config)
     huggingface.write(folder / "pruned", sparse, source=saved)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "pruned", attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    model = loaded(folder / "pruned")
     ours = our_logits(sparse, config)
     found["pruned by us"] = np.abs(ours - their_logits(model)).max()
     found["pruning moved"] = np.abs(ours - logits).max()

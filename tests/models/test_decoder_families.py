@@ -11,7 +11,15 @@ import flexhinm_jax as fh
 from flexhinm_jax.models import decoder, generation, rope
 from flexhinm_jax.models.decoder import DecoderConfig
 from tests.models import decoder_cases, directories
-from tests.models.decoder_cases import CASES, LLAMA, MISTRAL, QWEN2, QWEN3
+from tests.models.decoder_cases import (
+    CASES,
+    GEMMA3,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+)
 
 TOKENS = jnp.asarray(decoder_cases.TOKENS, jnp.int32)
 GOLDEN = decoder_cases.golden()
@@ -149,9 +157,6 @@ def stretched(**values):
     return {"rope_scaling": values}
 
 
-SLIDING = {"use_sliding_window": True, "max_window_layers": 1}
-
-
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
@@ -163,7 +168,11 @@ SLIDING = {"use_sliding_window": True, "max_window_layers": 1}
         (LLAMA, {"hidden_size": "32"}, "hidden_size must be an integer > 0, got '32'"),
         (LLAMA, {"attention_bias": 1}, "attention_bias must be true or false, got 1"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        (LLAMA, {"num_local_experts": 8}, "num_local_experts=8: mixtures of experts"),
+        (
+            LLAMA,
+            {"num_local_experts": 8},
+            "num_local_experts=8: llama has no mixture of",
+        ),
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantised weights are not"),
         (LLAMA, stretched(type="su"), "rope_scaling: rope_type='su' is not supported"),
         (LLAMA, stretched(type="linear"), "factor is missing for linear"),
@@ -171,9 +180,12 @@ SLIDING = {"use_sliding_window": True, "max_window_layers": 1}
         (LLAMA, {"rope_scaling": 2}, "rope_scaling=2 must be an object"),
         (LLAMA, {"rope_parameters": {"full_attention": {}}}, "differs between layers"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not"),
-        (MISTRAL, {"sliding_window": 16}, "sliding_window=16 with max_position_embed"),
-        (QWEN2, SLIDING, "sliding_window=16 with"),
-        (QWEN3, {"layer_types": ["sliding_attention"]}, "layer_types has sliding"),
+        (QWEN3, {"layer_types": ["sliding_attention"]}, "each of the 2 layers; got"),
+        (QWEN3, {"layer_types": ["chunked"] * 2}, "got .'chunked', 'chunked'."),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is"),
+        (GEMMA3, {"hidden_activation": "silu"}, "hidden_activation='silu' is not"),
+        (GEMMA3, {"use_bidirectional_attention": True}, "supported is causal"),
+        (QWEN3_MOE, {"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than"),
     ],
 )
 def test_a_setting_that_is_not_supported_is_named(config, change, message):

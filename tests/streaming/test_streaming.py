@@ -18,6 +18,7 @@ from flexhinm_jax.sequential.cuts import Layer, Programs  # noqa: E402
 from flexhinm_jax.streaming import streaming  # noqa: E402
 from flexhinm_jax.streaming.memory import Ahead, Budget  # noqa: E402
 from flexhinm_jax.types import PackedWeight  # noqa: E402
+from tests.models import decoder_cases  # noqa: E402
 from tests.models.directories import make_decoder_directory  # noqa: E402
 
 KEY = jax.random.key(3)
@@ -136,6 +137,30 @@ def assert_same(out, want):
     for name in want:
         assert got[name].dtype == want[name].dtype
         np.testing.assert_array_equal(got[name], np.asarray(want[name]), name)
+
+
+@pytest.mark.slow
+def test_blocks_that_differ_stream_too(stream, tmp_path):
+    """A window, a layer with other positions, experts: blocks of several kinds."""
+    small = {"vocab_size": 260, "hidden_size": 16, "head_dim": 8}
+    gemma = small | {"intermediate_size": 16, "num_attention_heads": 2}
+    cases = (
+        decoder_cases.GEMMA3 | gemma,
+        decoder_cases.QWEN3_MOE | small | {"moe_intermediate_size": 8},
+    )
+    for case in cases:
+        source = tmp_path / case["model_type"]
+        make_decoder_directory(source, case)
+        stream(source, overwrite=True)
+        config = decoder.DecoderConfig.from_dict(case)
+        want = in_memory(source, METHOD, target="resid", rules=decoder.rules(config))
+        assert_same(tmp_path / "out", want.params)
+        kept = huggingface.read(source).params
+        for name, leaf in huggingface.read(tmp_path / "out").params.items():
+            router = name.endswith("mlp.gate.weight")
+            inside = ".layers." in name and leaf.ndim == 2
+            changed = not np.array_equal(leaf, kept[name])
+            assert changed == (inside and not router), name
 
 
 def test_streaming_gives_what_the_whole_model_gives(model, whole):
