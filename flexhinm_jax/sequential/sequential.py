@@ -75,8 +75,9 @@ def prune_sequential(
       center: for methods that move weights: fits around the means, and refits the bias
         where the product has one of its own.
       rules: {regex: pattern or "skip"} on leaf paths; the first match wins.
-      token_mask: called as token_mask(*batch), gives booleans whose shape is a prefix
-        of the token axes; tokens with False are left out of the statistics.
+      token_mask: called as token_mask(*batch), gives booleans over leading axes of the
+        batch, such as [batch, length]; tokens with False are left out, as in
+        `calibrate`.
       progress: called with a `Layer` for every matrix that is done.
       resume: folder in which finished matrices are kept; a run that finds some there
         goes on behind them, with the same result as an uninterrupted run.
