@@ -230,7 +230,7 @@ class Writer:
         for file in self.index.headers:
             path = self.folder / (file + PARTIAL)
             if path.exists():
-                os.replace(path, self.folder / file)
+                atomic.swap(path, self.folder / file)
         source = self.index.directory / INDEX
         if SINGLE not in self.index.headers and source.is_file():
             with atomic.file(self.folder / INDEX, overwrite=True) as temporary:
