@@ -33,7 +33,8 @@ def code(page: Path) -> str:
 
 PAGES = {str(p.relative_to(DOCS)): p for p in sorted(DOCS.rglob("*.md"))}
 SLOW = {"choose.md"} | {
-    f"recipes/{name}.md" for name in ("equinox", "huggingface", "steps", "training")
+    f"recipes/{name}.md"
+    for name in ("equinox", "huggingface", "steps", "trackers", "training")
 }
 RUN = [
     pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
