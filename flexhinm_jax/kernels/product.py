@@ -24,6 +24,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments
+from flexhinm_jax.gpu import support
 from flexhinm_jax.kernels import dense, dispatch, reference, xla
 from flexhinm_jax.kernels.dispatch import Choice
 from flexhinm_jax.kernels.packing import accumulator, block_product
@@ -139,7 +140,10 @@ def sparse_product(
         y = multiply(x, bare, inner)
     else:
         x, bare = _alike(x, bare)
-        y = _bind(x, bare, choice=choice, transposed=transposed, dtype=inner)
+        how = {"choice": choice, "transposed": transposed, "dtype": inner}
+        # An interpreted kernel has effects, which a primitive would hide.
+        run = _run_packed if choice.cuda and support.interpreting() else _bind
+        y = run(x, bare, **how)
     return block_product(y.reshape(*lead, side), last).astype(dtype)
 
 
@@ -172,6 +176,11 @@ VALUES = ("dense_values", "nm_values")
 def _bind(x: Array, packed: PackedWeight, **how: Any) -> Array:
     leaves, structure = jax.tree.flatten(packed)
     return core.bind(x, *leaves, structure=structure, **how)
+
+
+def _run_packed(x: Array, packed: PackedWeight, **how: Any) -> Array:
+    leaves, structure = jax.tree.flatten(packed)
+    return _run(x, *leaves, structure=structure, **how)
 
 
 def _run(
