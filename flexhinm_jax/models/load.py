@@ -64,8 +64,9 @@ class Model:
     @property
     def rules(self) -> dict[str, str]:
         """Rules for `fh.prune` that any pruning of this model should have."""
-        known = isinstance(self.config, decoder.DecoderConfig)
-        return decoder.rules(self.config) if known else {}
+        if not isinstance(self.config, decoder.DecoderConfig):
+            return {}
+        return decoder.rules(self.config)
 
     def __repr__(self) -> str:
         """Kind, size and place."""

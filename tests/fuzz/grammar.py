@@ -499,7 +499,9 @@ def routed(make: Builder) -> Step:
 def experts(make: Builder) -> Step:
     """Experts in one leaf: ragged, gathered, by capacity, or each on all tokens."""
     form = make.one("ragged", "gathered", "capacity", "all")
-    name = make.weight("eio", "e", "o", "i", SIZES)
+    # Experts that all read every token are more outputs of one matrix.
+    stack, out = ("", "eo") if form == "all" else ("e", "o")
+    name = make.weight("eio", stack, out, "i", SIZES)
 
     def run(p, x):
         tokens = x.reshape(-1, WIDTH)
@@ -520,12 +522,11 @@ def experts(make: Builder) -> Step:
     def told(p, x, truth, mask):
         tokens, to, rows = flat(x), route(flat(x), np), mask.reshape(-1)
         y = np.zeros((len(tokens), WIDTH), np.float32)
-        for e in range(EXPERTS):
+        if form == "all":
+            truth.see(name, tokens, rows)
+            y = np.einsum("nd,edo->no", tokens, p[name])
+        for e in range(EXPERTS) if form != "all" else ():
             mine = to == e
-            if form == "all":
-                truth.see(name, tokens, rows, at=(e,))
-                y = y + tokens @ p[name][e]
-                continue
             if form == "capacity":
                 truth.see(name, np.where(mine[:, None], tokens, 0), rows, at=(e,))
             else:
