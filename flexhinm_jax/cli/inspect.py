@@ -68,16 +68,16 @@ def _decoder_leaves(path: Path) -> list[dict[str, Any]]:
     )
     leaves = found.leaves
     rows = []
-    for path in blocks.index.files:
-        name = blocks.index.dtype(path)
+    for key in blocks.index.files:
+        name = blocks.index.dtype(key)
         known = {
-            "path": path,
-            "shape": list(blocks.index.shape(path)),
+            "path": key,
+            "shape": list(blocks.index.shape(key)),
             "dtype": str(tensors.DTYPES.get(name, name)),
-            "bytes": blocks.index.nbytes(path),
+            "bytes": blocks.index.nbytes(key),
             "zeros": None,
         }
-        rows.append(known | _use(leaves.get(path), found.skipped[path]))
+        rows.append(known | _use(leaves.get(key), found.skipped[key]))
     return rows
 
 

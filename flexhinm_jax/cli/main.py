@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def keep_compiled() -> None:
     """Keeps compiled programs on disk for later runs, unless JAX is told where."""
-    if jax.config.jax_compilation_cache_dir is None:
+    known = jax.config.jax_compilation_cache_dir  # pyright: ignore
+    if known is None:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         folder = os.path.join(os.path.expanduser(base), "flexhinm", "xla")
         jax.config.update("jax_compilation_cache_dir", folder)

@@ -83,6 +83,7 @@ def _taken(lock: Path, path: str | os.PathLike) -> int:
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
+            assert fcntl is not None  # asked before
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.read(handle, 200).decode(errors="replace").strip()

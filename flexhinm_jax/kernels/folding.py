@@ -122,7 +122,7 @@ def gather_once(*readers: PackedWeight) -> tuple[Array, tuple[PackedWeight, ...]
 
 
 def fold_inputs(
-    producer: PackedWeight | Array, *readers: PackedWeight, within: int | None = None
+    producer: Any, *readers: PackedWeight, within: int | None = None
 ) -> tuple[Any, tuple[PackedWeight, ...], Array]:
     """Moves the input order that readers share into the rows of their producer.
 
@@ -148,9 +148,10 @@ def fold_inputs(
         order that leaves the blocks.
     """
     order = _shared_order(readers)
-    packed = isinstance(producer, PackedWeight)
-    outputs = producer.shape[0] if packed else producer.shape[-2]
-    stack = producer.out_order.shape[:-1] if packed else producer.shape[:-2]
+    if isinstance(producer, PackedWeight):
+        outputs, stack = producer.shape[0], producer.out_order.shape[:-1]
+    else:
+        outputs, stack = producer.shape[-2], producer.shape[:-2]
     if order.shape != (*stack, outputs):
         raise ValueError(
             f"fold_inputs: the readers take {order.shape} inputs, the producer gives "

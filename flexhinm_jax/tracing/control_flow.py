@@ -255,12 +255,15 @@ def row_keeps(keeps: list, length: int) -> tuple[list, list]:
     """Token masks of scanned values: (those of every row, those that are scanned)."""
     steady, moving = [], []
     for keep in keeps:
-        along = keep is not None and not isinstance(keep, masks.Lost)
-        is_scanned = along and keep.shape[0] == length
-        moving.append(keep if is_scanned else None)
-        steady.append(keep[0] if along and not is_scanned else keep)
-        if is_scanned:
-            steady[-1] = None
+        if keep is None or isinstance(keep, masks.Lost):
+            moving.append(None)
+            steady.append(keep)
+        elif keep.shape[0] == length:
+            moving.append(keep)
+            steady.append(None)
+        else:
+            moving.append(None)
+            steady.append(keep[0])
     return steady, moving
 
 

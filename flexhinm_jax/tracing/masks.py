@@ -412,14 +412,14 @@ def _dot(eqn: Any, shapes: list, keeps: list, operands: list) -> Keep:
 
 def _contributes(eqn: Any, shapes: list, keeps: list, operands: list) -> Array:
     """Whether a token that counts is part of a sum over tokens, such as a dispatch."""
-    parts = [
+    left, right = [
         ((v != 0) & _full(None if isinstance(k, Lost) else k, shape)).astype(
             jnp.float32
         )
         for v, k, shape in zip(operands, keeps, shapes, strict=True)
     ]
     numbers = eqn.params["dimension_numbers"]
-    return lax.dot_general(*parts, numbers, precision=lax.Precision.HIGHEST) > 0
+    return lax.dot_general(left, right, numbers, precision=lax.Precision.HIGHEST) > 0
 
 
 def _convolution(eqn: Any, shapes: list, keeps: list, operands: list) -> Keep:

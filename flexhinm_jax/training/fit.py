@@ -250,7 +250,7 @@ def learn(
         saves=places,
         config=config,
         every=every,
-        **options,
+        **options,  # pyright: ignore[reportCallIssue]
     )
 
 
@@ -266,6 +266,7 @@ class Learn(Run):
     def states(self) -> dict[str, State]:
         """The hardened states with the best evaluation so far."""
         self.now()
+        assert self.best is not None  # a run of `learn` has a judge
         return self.best
 
     @property

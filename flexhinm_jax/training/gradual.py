@@ -231,7 +231,7 @@ def gradual(
         saves=saves("gradual", options),
         config=config,
         every=options.pop("log_every", 10),
-        **options,
+        **options,  # pyright: ignore[reportCallIssue]
     )
 
 

@@ -226,7 +226,8 @@ class Run:
         if not phases:
             raise ValueError("phases is empty: give at least one Phase(step, steps)")
         arguments.function(batch_at, "batch_at", "batch_at(step)")
-        self._start, self.phases, self._batch_at = start, tuple(phases), batch_at
+        self._start: Any = start  # asked by `_lazy`
+        self.phases, self._batch_at = tuple(phases), batch_at
         self.duration, self._before, self._judge = duration, before, judge
         self.options = Options(**options)
         self.training: Training | None = None
