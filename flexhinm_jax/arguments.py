@@ -230,16 +230,6 @@ def batch(value: Any, name: str) -> None:
         )
 
 
-def nonempty(batch: tuple, number: int) -> None:
-    """Raises ValueError for a batch without examples."""
-    shapes = [np.shape(x) for x in jax.tree.leaves(batch) if np.ndim(x)]
-    if shapes and 0 in shapes[0]:
-        raise ValueError(
-            f"batch {number} is empty: its first array has shape {list(shapes[0])}; "
-            "leave it out"
-        )
-
-
 def optimiser(value: Any, name: str) -> None:
     """Raises ValueError unless the value is an optax optimiser."""
     if not callable(getattr(value, "init", None)):

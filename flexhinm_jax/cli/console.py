@@ -8,6 +8,7 @@ import contextlib
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -73,7 +74,7 @@ class Console:
 
         Args:
           name: of the step.
-          long: begins with a line where there is no terminal to see a spinner.
+          long: says that it has begun where there is no terminal to see a spinner.
 
         Yields:
           A function of (done, total) that shows how far the step has come: beside the
@@ -83,9 +84,15 @@ class Console:
             with self._err.status(name) as status:
                 yield lambda done, total: status.update(f"{name}: {done} of {total}")
             return
+        # Later, so that a mistake found at once stays the only line.
+        begun = threading.Timer(SHORT_SECONDS, self.note, (name,))
+        begun.daemon = True
         if long:
-            self.note(name)
-        yield _Tenths(self, name)
+            begun.start()
+        try:
+            yield _Tenths(self, name)
+        finally:
+            begun.cancel()
 
     def track(self, items: Iterable[T], name: str, total: int) -> Iterator[T]:
         """Yields the items and shows how many there were, see `step`."""

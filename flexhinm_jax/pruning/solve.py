@@ -241,7 +241,10 @@ def scale_of(w: Array, path: str) -> np.ndarray | None:
     Raises:
       ValueError: weights with NaN or infinity.
     """
-    largest = np.asarray(meshes.whole(jnp.max(jnp.abs(w), axis=(-2, -1))), np.float64)
+    top = jnp.max(jnp.abs(w), axis=(-2, -1))
+    if isinstance(top, jax.core.Tracer):
+        return None  # traced for shapes alone, as when a run looks for its checkpoint
+    largest = np.asarray(meshes.whole(top), np.float64)
     if not np.isfinite(largest).all():
         meshes.check_finite(w, path)
     exponent = np.frexp(largest)[1]

@@ -116,9 +116,8 @@ def calibrate(
         token_mask,
         min(CHUNK_BYTES, left),
     )
-    for n, batch in enumerate(batches):
+    for batch in batches:
         batch = batch if isinstance(batch, tuple) else (batch,)
-        arguments.nonempty(batch, n)
         arrays, skeleton = split((params, batch))
         found = traced.find(params, batch)
         sums, empty = step(sums, arrays, skeleton, found), False

@@ -117,7 +117,6 @@ class Walk:
         self.runners: list[segments.Runner] = []
         params, traced = job.tree(job.leaves), Traced.of(job.apply_fn)
         for n, batch in enumerate(job.batches):
-            arguments.nonempty(batch, n)
             arrays, skeleton = split(batch)
             mask = None
             if job.token_mask is not None:

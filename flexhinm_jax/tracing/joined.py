@@ -8,7 +8,7 @@ is a product with its own leaf.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -341,12 +341,22 @@ def _read_from(product: Product, x: Any, cut: Callable, span: tuple) -> Product:
     """The product in terms of the whole operand."""
     if span[0] is None:
         return dataclasses.replace(product, operand=x)
-    arrange = product.arrange
+    arrange, parts = product.arrange, product.parts
+
+    def cut_parts(whole: Product, limit: int) -> Iterator[tuple[int, Any]]:
+        assert parts is not None
+        for number, chunk in parts(whole, limit):
+            yield number, lambda k, chunk=chunk: of_part(chunk(k))
+
+    def of_part(chunk: Any) -> Any:
+        return dataclasses.replace(chunk, tokens=lambda x: chunk.tokens(cut(x)))
+
     return dataclasses.replace(
         product,
         operand=x,
         arrange=lambda x: arrange(cut(x)),
         reading=(*product.reading, "part", *span),
+        parts=None if parts is None else cut_parts,
     )
 
 

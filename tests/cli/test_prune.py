@@ -80,7 +80,8 @@ def test_quiet_shows_nothing_and_the_default_shows_a_table(prune, capsys):
     assert capsys.readouterr() == ("", "")
     assert prune("--force", "--rows", "all") == 0
     out, err = capsys.readouterr()
-    assert err == "solving 12 weights (the first of a shape compiles)\n"
+    # Said only where it takes a while.
+    assert err in ("", "solving 12 weights (the first of a shape compiles)\n")
     assert "encoder.layer.1.output.dense.weight" in out
     assert "all pruned weights" in out
     assert "packed.safetensors" in out

@@ -71,7 +71,7 @@ def test_an_existing_directory_is_replaced_only_when_it_is_an_output(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="--force"):
+    with pytest.raises(FileExistsError, match="overwrite=True"):
         with atomic.directory(target):
             pass
     with pytest.raises(FileExistsError, match="not an earlier output"):

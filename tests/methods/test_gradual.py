@@ -71,4 +71,6 @@ def test_where_nothing_is_left_to_choose_the_support_stays(pattern):
         first.fixed["support"].keep, second.fixed["support"].keep
     )
     assert int(second.fixed["steps"]) == 0 and bool(second.fixed["settled"])
-    assert first.fixed["error"] == second.fixed["error"]
+    # The weights are fitted on by two more steps: closer to their least squares.
+    before, after = float(first.fixed["error"]), float(second.fixed["error"])
+    assert after <= before and after == pytest.approx(before, rel=1e-3)
