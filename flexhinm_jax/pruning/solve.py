@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from flexhinm_jax import arguments
 from flexhinm_jax.methods import Magnitude, Method
@@ -242,7 +243,7 @@ def scale_of(w: Array, path: str) -> np.ndarray | None:
       ValueError: weights with NaN or infinity.
     """
     top = jnp.max(jnp.abs(w), axis=(-2, -1))
-    if isinstance(top, jax.core.Tracer):
+    if isinstance(top, Tracer):
         return None  # traced for shapes alone, as when a run looks for its checkpoint
     largest = np.asarray(meshes.whole(top), np.float64)
     if not np.isfinite(largest).all():
