@@ -1,8 +1,8 @@
 """The product with the matrix itself, held by a weight beside its packed form.
 
 Few rows of x and a matrix that fits the cache leave a packed form nothing to win on
-CPUs, and many rows little on GPUs. A weight prepared for "dense" is never slower than
-the dense product, in value and in gradients, for the memory of the dense matrix.
+CPUs, and many rows little on GPUs. A weight prepared for "dense" runs one dense
+product, in value and in gradients, for the memory of the dense matrix.
 """
 
 import jax.numpy as jnp

@@ -30,8 +30,8 @@ def prepare(tree: Any, backend: str = "auto") -> Any:
         keep their leading axes.
       backend: "auto" takes what the device at hand would run, GPU kernels where there
         are any and "xla" elsewhere; "gpu" or the name of a backend takes that. "dense"
-        holds the matrix itself: never slower than the dense product on any platform and
-        at any number of rows, also in its gradients, for the memory of that matrix.
+        holds the matrix itself and runs one dense product in place of the packed one,
+        also in its gradients, for the memory of that matrix.
 
     Returns:
       The same tree with `layouts` filled. The layout of "xla" holds every stored value
