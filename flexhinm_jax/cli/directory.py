@@ -21,11 +21,11 @@ from flexhinm_jax.cli.console import Console, bytes_text
 from flexhinm_jax.io import atomic, huggingface, packed, records
 from flexhinm_jax.models import batches, decoder, decoder_config, encoder
 from flexhinm_jax.models.decoder import DecoderConfig
+from flexhinm_jax.models.load import TOKENIZER, load_tokenizer
 from flexhinm_jax.pruning import prune
 from flexhinm_jax.pruning.report import Report
 from flexhinm_jax.types import Uses
 
-TOKENIZER = "tokenizer.json"
 GENERATION = "generation_config.json"
 PACKED = "packed.safetensors"
 REPORT = "report.json"
@@ -103,7 +103,7 @@ class Encoder:
                 f"--max-length {max_length} is more than this model reads:"
                 f" max_position_embeddings={longest}"
             )
-        tokenizer = _tokenizer(self.checkpoint.directory)
+        tokenizer = load_tokenizer(self.checkpoint.directory / TOKENIZER)
         tokenizer.enable_truncation(max_length)
         ids = [encoded.ids for encoded in tokenizer.encode_batch(text)]
         largest = max((max(tokens, default=0) for tokens in ids), default=0)
@@ -193,7 +193,7 @@ def read_decoder(directory: Path) -> Decoder:
     except ValueError as error:
         raise ValueError(f"{directory / huggingface.CONFIG}: {error}") from error
     # The tokenizer first: a missing one should not cost the time to read the weights.
-    tokenizer = _tokenizer(directory)
+    tokenizer = load_tokenizer(directory / TOKENIZER)
     stored = huggingface.read(directory).params
     try:
         decoder.check({name: leaf.shape for name, leaf in stored.items()}, config)
@@ -380,7 +380,7 @@ def samples(
         another model.
       ImportError: the `hf` extra is not installed.
     """
-    ids = np.asarray(_tokenizer(directory).encode(text).ids, np.int64)
+    ids = np.asarray(load_tokenizer(directory / TOKENIZER).encode(text).ids, np.int64)
     wanted = count or 1
     if len(ids) < wanted * length:
         raise ValueError(
@@ -400,29 +400,6 @@ def _check_known(largest: int, vocab_size: int) -> None:
             f"{TOKENIZER} gives token {largest}, but the model has"
             f" vocab_size={vocab_size}; they belong to different models"
         )
-
-
-def _tokenizer(directory: Path) -> Any:
-    """The tokenizer of a directory, neither cutting nor padding."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            "reading text needs the tokenizers package: pip install 'flexhinm_jax[hf]'"
-        ) from error
-    path = directory / TOKENIZER
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing; save the model's fast tokenizer there"
-            " (tokenizer.save_pretrained of transformers writes it)"
-        )
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def real(tokens: Any, mask: Any) -> Any:
