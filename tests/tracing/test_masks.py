@@ -246,13 +246,6 @@ def test_a_mask_of_another_kind_or_size_is_refused(mask, message, sequential):
         run(f, W, [(X,)], method, key=KEY, token_mask=lambda x: mask)
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_an_empty_batch_is_refused_by_number(sequential):
-    run = fh.prune_sequential if sequential else fh.prune
-    with pytest.raises(ValueError, match=r"batch 1 is empty: .* \[0, 5, 8\]; leave it"):
-        run(PLAIN["as it is"], W, [X, X[:0]], fh.Wanda(fh.NM(2, 4)), key=KEY)
-
-
 @pytest.mark.parametrize("name", ["time first and flat", "sorted", "gathered"])
 def test_going_in_order_follows_the_mask_too(name):
     def apply_fn(p, x):
