@@ -183,33 +183,14 @@ def learn(
       ValueError: see `fit`.
       NotFinite: while iterating.
     """
-    check_method(method)
-    if not isinstance(method, LearnedMethod) or not method.frozen_weights:
-        raise ValueError(
-            f"fit: {type(method).__name__} does not learn with frozen weights; train "
-            "it with gradual or make_step, or apply its plans"
-        )
     arguments.options(options, Told.__annotations__ | Saves.__annotations__, "fit")
+    _check(method, states, loss_fn, uses, tx, evaluate)
     arguments.key(key)
-    arguments.optimiser(tx, "tx")
-    arguments.function(loss_fn, "loss_fn", LOSS)
-    if evaluate is not None:
-        arguments.function(evaluate, "evaluate", "evaluate(params)")
     duration = steps if isinstance(steps, Duration) else None
     if duration is None:
         arguments.count(steps, "fit: steps", 0)
-    arguments.found(uses)
-    arguments.by_path(states, State, "states", "solve()", uses.leaves)
-    if not states:
-        raise ValueError("fit: states is empty; solve at least one leaf")
-    ties = options.pop("ties", None)
-    if ties is not None and not isinstance(ties, Mapping):
-        raise ValueError(
-            f"fit: ties is {arguments.shown(ties)}: need {{path: path of its leader}}"
-        )
-    if ties:
-        check_ties(states, ties)
-        tx = tied(tx, ties)
+    ties = _ties(options.pop("ties", None), states)
+    tx = tied(tx, ties) if ties else tx
     batch_at, count = _batch_at(batches)
     if evaluate is None and count is None:
         raise ValueError(
@@ -223,7 +204,7 @@ def learn(
         "steps": steps,
         "every": every,
         "batches": count,
-        "ties": dict(ties or {}),
+        "ties": ties,
         "start": None if places is None else fingerprint.digest((params, states)),
         "method": method,
         "key": fingerprint.key_words(key),
@@ -234,11 +215,7 @@ def learn(
     where = sharding.places(start)
     step = make_step(method, loss_fn, None, uses, mask_tx=tx, shardings=where)
     task = _Task(method, uses, sharding.gather(params), start.states)
-    judge = Judge(
-        task.hard,
-        task.value(loss_fn, evaluate, batches),
-        options.pop("looks", None),
-    )
+    value, looks = task.value(loss_fn, evaluate, batches), options.pop("looks", None)
     options.pop("progress", None)
     return Learn(
         task,
@@ -246,12 +223,47 @@ def learn(
         [Phase(step, 1 if duration else steps)],  # type: ignore[arg-type]
         batch_at,
         duration,
-        judge=judge,
+        judge=Judge(task.hard, value, looks),
         saves=places,
         config=config,
         every=every,
         **options,  # pyright: ignore[reportCallIssue]
     )
+
+
+def _check(
+    method: Any, states: Any, loss_fn: Any, uses: Any, tx: Any, evaluate: Any
+) -> None:
+    """Raises ValueError for arguments of another kind."""
+    check_method(method)
+    if not isinstance(method, LearnedMethod) or not method.frozen_weights:
+        raise ValueError(
+            f"fit: {type(method).__name__} does not learn with frozen weights; train "
+            "it with gradual or make_step, or apply its plans"
+        )
+    arguments.optimiser(tx, "tx")
+    arguments.function(loss_fn, "loss_fn", LOSS)
+    if evaluate is not None:
+        arguments.function(evaluate, "evaluate", "evaluate(params)")
+    arguments.found(uses)
+    arguments.by_path(states, State, "states", "solve()", uses.leaves)
+    if not states:
+        raise ValueError("fit: states is empty; solve at least one leaf")
+
+
+def _ties(ties: Any, states: Mapping[str, State]) -> dict[str, str]:
+    """Path -> path of the leader, checked.
+
+    Raises:
+      ValueError: no mapping, or one of unknown or different leaves.
+    """
+    if ties is not None and not isinstance(ties, Mapping):
+        raise ValueError(
+            f"fit: ties is {arguments.shown(ties)}: need {{path: path of its leader}}"
+        )
+    if ties:
+        check_ties(states, ties)
+    return dict(ties or {})
 
 
 class Learn(Run):

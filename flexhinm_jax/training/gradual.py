@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
@@ -29,8 +30,8 @@ from flexhinm_jax.training.state import (
     init_training,
     next_stage,
 )
-from flexhinm_jax.training.step import LOSS, make_step
-from flexhinm_jax.types import Plan, Stats, Uses
+from flexhinm_jax.training.step import LOSS, Step, make_step
+from flexhinm_jax.types import Plan, State, Stats, Uses
 
 
 class Saves(TypedDict, total=False):
@@ -168,64 +169,10 @@ def gradual(
         "key": fingerprint.key_words(key),
         "run": options.pop("config", None),
     }
-    solve_key, train_key = jax.random.split(key)
-
-    def look() -> None:
-        # outside of `first`, which is traced where a run continues
-        seen["stats"] = None if stats_fn is None else stats_fn(params)
-
-    def first() -> Training:
-        states = solve.solve(
-            method,
-            jax.random.fold_in(solve_key, 0),
-            params,
-            uses,
-            seen["stats"],
-            stages[0].sparsity,
-        )
-        return init_training(
-            method, params, uses, states, tx, key=train_key, mask_tx=mask_tx
-        )
-
-    def begin(number: int, training: Training) -> Training:
-        return next_stage(
-            method,
-            training,
-            uses,
-            key=jax.random.fold_in(solve_key, number),
-            stats=None if stats_fn is None else stats_fn(training.params),
-            sparsity=stages[number].sparsity,
-            mask_tx=mask_tx,
-        )
-
-    def end(training: Training) -> tuple[Training, Row]:
-        training = harden(method, training, uses)
-        plans = apply.decide(method, training.states, training.params, uses)
-        keeps = [np.asarray(plan.support.keep) for plan in plans.values()]
-        kept, size = sum(k.sum() for k in keeps), sum(k.size for k in keeps)
-        row = {"sparsity": 1 - float(kept) / max(size, 1)}
-        return training, row | {"skipped": int(training.skipped)}
-
-    def shared(training: Training, *batch: Any) -> Any:
-        if not compiled:
-            where = sharding.places(training)
-            compiled.append(
-                make_step(method, loss_fn, tx, uses, mask_tx=mask_tx, shardings=where)
-            )
-        return compiled[0](training, *batch)
-
-    seen: dict[str, Any] = {}
-    compiled: list[Any] = []
-    phases = [
-        Phase(shared, s.steps, functools.partial(begin, k), end, s.progress)
-        for k, s in enumerate(stages)
-    ]
+    task = _Stages(method, params, uses, stages, tx, mask_tx, stats_fn, key)
     return Gradual(
-        method,
-        uses,
-        look,
-        first,
-        phases,
+        task,
+        task.phases(loss_fn),
         batch_at,
         options.pop("duration", None),
         saves=saves("gradual", options),
@@ -238,22 +185,18 @@ def gradual(
 class Gradual(Run):
     """A run of `gradual`, with its results."""
 
-    def __init__(
-        self,
-        method: Method,
-        uses: Uses,
-        prepare: Callable[[], None],
-        *run: Any,
-        **options: Any,
-    ):
-        """Keeps what the results need; `prepare` is called before the start."""
-        super().__init__(*run, **options)
-        self._method, self._uses, self._prepare = method, uses, prepare
+    def __init__(self, task: "_Stages", *run: Any, **options: Any):
+        """Keeps what the results need."""
+        super().__init__(task.first, *run, **options)
+        self._task = task
 
     def _begin(self) -> Iterator[Row]:
         if self.training is None:
-            self._prepare()
+            self._task.look()
         return super()._begin()
+
+    def _shape(self) -> Training:
+        return self._task.shape()
 
     @property
     def params(self) -> Any:
@@ -263,5 +206,100 @@ class Gradual(Run):
     @property
     def plans(self) -> dict[str, Plan]:
         """Path -> hard plan."""
-        now = self.now()
-        return apply.decide(self._method, now.states, now.params, self._uses)
+        return self._task.plans(self.now())
+
+
+class _Stages:
+    """What a gradual run does where its stages begin and end."""
+
+    def __init__(
+        self,
+        method: Method,
+        params: Any,
+        uses: Uses,
+        stages: Sequence[Stage],
+        tx: optax.GradientTransformation | None,
+        mask_tx: optax.GradientTransformation,
+        stats_fn: Callable[[Any], Mapping[str, Stats]] | None,
+        key: Array,
+    ):
+        """Keeps the arguments of `gradual`; nothing is computed yet."""
+        self.method, self.params, self.uses = method, params, uses
+        self.stages, self.tx, self.mask_tx = stages, tx, mask_tx
+        self._stats_fn, self._stats = stats_fn, None
+        self._solve_key, self._train_key = jax.random.split(key)
+
+    def look(self) -> None:
+        """Takes the statistics of the start, outside of what is traced."""
+        self._stats = self._stats_of(self.params)
+
+    def first(self) -> Training:
+        """The training before its first step."""
+        return self._begun(self._solved())
+
+    def shape(self) -> Training:
+        """Shapes of `first`, and on a mesh where its arrays live; nothing is solved."""
+        if sharding.mesh_of(self.params) is None:
+            return jax.eval_shape(self.first)
+        states = jax.eval_shape(self._solved)
+        return self._begun(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), states))
+
+    def begin(self, number: int, training: Training) -> Training:
+        """The training at the begin of a stage after the first."""
+        return next_stage(
+            self.method,
+            training,
+            self.uses,
+            key=jax.random.fold_in(self._solve_key, number),
+            stats=self._stats_of(training.params),
+            sparsity=self.stages[number].sparsity,
+            mask_tx=self.mask_tx,
+        )
+
+    def end(self, training: Training) -> tuple[Training, Row]:
+        """The hard training at the end of a stage, and its row."""
+        training = harden(self.method, training, self.uses)
+        keeps = [np.asarray(p.support.keep) for p in self.plans(training).values()]
+        kept, size = sum(k.sum() for k in keeps), sum(k.size for k in keeps)
+        row = {"sparsity": 1 - float(kept) / max(size, 1)}
+        return training, row | {"skipped": int(training.skipped)}
+
+    def plans(self, training: Training) -> dict[str, Plan]:
+        """Path -> plan."""
+        return apply.decide(self.method, training.states, training.params, self.uses)
+
+    def phases(self, loss_fn: Callable[..., Any]) -> list[Phase]:
+        """A phase per stage; they share one compiled step."""
+        compiled: list[Step] = []
+
+        def step(training: Training, *batch: Any) -> Any:
+            if not compiled:
+                where = sharding.places(training)
+                parts = self.method, loss_fn, self.tx, self.uses
+                made = make_step(*parts, mask_tx=self.mask_tx, shardings=where)
+                compiled.append(made)
+            return compiled[0](training, *batch)
+
+        return [
+            Phase(step, s.steps, functools.partial(self.begin, k), self.end, s.progress)
+            for k, s in enumerate(self.stages)
+        ]
+
+    def _solved(self) -> dict[str, State]:
+        key, sparsity = jax.random.fold_in(self._solve_key, 0), self.stages[0].sparsity
+        given = self.uses, self._stats, sparsity
+        return solve.solve(self.method, key, sharding.gather(self.params), *given)
+
+    def _begun(self, states: dict[str, State]) -> Training:
+        return init_training(
+            self.method,
+            self.params,
+            self.uses,
+            states,
+            self.tx,
+            key=self._train_key,
+            mask_tx=self.mask_tx,
+        )
+
+    def _stats_of(self, params: Any) -> Mapping[str, Stats] | None:
+        return None if self._stats_fn is None else self._stats_fn(params)

@@ -433,11 +433,15 @@ class Run:
             "figures": np.asarray(seconds, np.float64),
         }
 
+    def _shape(self) -> Training:
+        """The start without its values: shapes, and where its arrays live."""
+        return jax.eval_shape(self._start) if self._lazy() else self._start
+
     def _like(self, _: int) -> Any:
-        lazy, judge = self._lazy(), self._judge
-        training = jax.eval_shape(self._start) if lazy else self._start
+        training, judge = self._shape(), self._judge
         if judge is None:
             return self._tree(training, None)
+        lazy = self._lazy()
         best = jax.eval_shape(judge.keep, training) if lazy else judge.keep(training)
         return self._tree(training, best)
 

@@ -5,7 +5,9 @@ the other tests.
 """
 
 import dataclasses
+import itertools
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +138,49 @@ def pmap():
     compare((losses, jax_utils.unreplicate(many)))
 
 
+def gradual_resumes_on_its_mesh():
+    """An interrupted run goes on where its arrays lived, with the same bits."""
+    mesh = sharding.make_mesh(4, 2)
+    params = {
+        k: jax.device_put(v, NamedSharding(mesh, TENSOR[k]))
+        for k, v in program.params().items()
+    }
+    uses = fh.discover(program.model, program.params(), program.batch_at(0)[0])
+    stages = [fh.Stage(0.5, 2), fh.Stage(0.75, 2)]
+
+    def run(method, folder=None, resume=False):
+        return fh.gradual(
+            method,
+            program.loss_fn,
+            params,
+            uses,
+            lambda step: sharding.shard_batch(program.batch_at(step), mesh),
+            stages,
+            TX,
+            key=KEY,
+            checkpoints=folder,
+            save_every=1,
+            log_every=1,
+            resume=resume,
+        )
+
+    for method in (METHOD, fh.Magnitude(METHOD.pattern)):
+        whole = run(method)
+        list(whole)
+        with tempfile.TemporaryDirectory() as folder:
+            list(itertools.islice(run(method, folder), 4))
+            again = run(method, folder, True)
+            assert next(iter(again))["step"] == 4
+            list(again)
+        for a, b in zip(
+            jax.tree.leaves((whole.now().params, whole.now().opt_state)),
+            jax.tree.leaves((again.now().params, again.now().opt_state)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(a, b)
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim), b.sharding
+
+
 def learned_masks(method, mesh=None):
     """Three steps of a method with frozen weights; where its logits were and are."""
     params = program.params()
@@ -243,6 +288,7 @@ CHECKS = [
     explicit_data_parallel,
     explicit_tensor_parallel,
     pmap,
+    gradual_resumes_on_its_mesh,
     masks_live_with_their_weights,
     shards_that_split_the_pattern,
     devices_and_batches_that_do_not_fit,

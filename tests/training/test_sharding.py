@@ -15,6 +15,7 @@ NAMES = (
     "explicit_data_parallel",
     "explicit_tensor_parallel",
     "pmap",
+    "gradual_resumes_on_its_mesh",
     "masks_live_with_their_weights",
     "shards_that_split_the_pattern",
     "devices_and_batches_that_do_not_fit",
