@@ -24,6 +24,7 @@ from flexhinm_jax.methods.proxsparse import ProxSparse
 from flexhinm_jax.methods.refine_mask import RefineMask
 from flexhinm_jax.methods.refit import Refit
 from flexhinm_jax.methods.ria import RIA
+from flexhinm_jax.methods.sparse_swaps import SparseSwaps
 from flexhinm_jax.methods.sparsegpt import SparseGPT
 from flexhinm_jax.methods.staged import StagedALPS
 from flexhinm_jax.methods.wanda import Wanda
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
     "staged_alps": StagedALPS,
     "refit": Refit,
     "refine_mask": RefineMask,
+    "sparse_swaps": SparseSwaps,
     "hyperprune": HyperPrune,
     "hard_concrete": HardConcrete,
     "gumbel": GumbelPatterns,
@@ -74,6 +76,7 @@ __all__ = [
     "Refit",
     "ScoreMethod",
     "SparseGPT",
+    "SparseSwaps",
     "StagedALPS",
     "Wanda",
     "Wrapper",

@@ -1,9 +1,13 @@
-"""RefineMask: exact coordinate descent over the patterns of every group.
+"""RefineMask: exact coordinate descent over what a pattern leaves to choose.
 
 For pure layer reconstruction this beats learned masks without a schedule or a learning
-rate: it is the baseline that a learned method has to meet. Groups are n of m columns of
-the regions; groups with more than 70 patterns and unstructured rows are refined by
-single swaps, transposable tiles by exchanges between two rows.
+rate: it is the baseline that a learned method has to meet. Every move is exact on the
+Gram, and which moves there are is the pattern's: the best of all patterns of a group of
+n of m, single swaps in groups with more than 70 patterns, swaps within the row where it
+is unstructured, exchanges between two rows of a transposable tile.
+
+`SparseSwaps` (arXiv:2512.10922) is the same descent with the dense weights, until no
+move gains.
 """
 
 import dataclasses
@@ -19,8 +23,6 @@ from flexhinm_jax.methods.wrapper import Wrapper
 from flexhinm_jax.ops import descent, elimination, gram, masks, regions
 from flexhinm_jax.types import Support
 
-RUN = 16  # columns of an unstructured row in which weights are swapped
-
 
 @dataclasses.dataclass(frozen=True)
 class RefineMask(Wrapper):
@@ -30,7 +32,8 @@ class RefineMask(Wrapper):
 
     Attributes:
       inner: the method that finds the start.
-      sweeps: visits of every group.
+      sweeps: visits of every group, at most; with "dense" the descent ends when one of
+        them changes nothing, and no move of the kind gains any more.
       weights: "solve" moves the weights with the support, "dense" keeps those of the
         dense matrix.
       refit_steps: conjugate-gradient steps after every sweep, with "solve".
@@ -75,26 +78,25 @@ class RefineMask(Wrapper):
             h, g, steps = task.gram, task.cross, self.refit_steps
             return gram.refit(b, keep, h, g, steps)
 
-        def once(_, carry):
-            b, keep = carry
+        def once(carry):
+            b, keep, left, _ = carry
+            last = keep
             if not fixed:
                 b, keep = self._sweep(task, b, Support(keep, support.regions), within)
-            return refit(b, keep), keep
+            return refit(b, keep), keep, left - 1, solve | jnp.any(keep != last)
 
-        b, keep = lax.fori_loop(0, self.sweeps, once, (start, support.keep))
+        left = jnp.asarray(self.sweeps, jnp.int32)
+        first = start, support.keep, left, jnp.ones((), bool)
+        b, keep, *_ = lax.while_loop(lambda c: c[3] & (c[2] > 0), once, first)
         return Solved(b, Support(keep, support.regions))
 
     def _sweep(self, task, b, support, within):
         """One visit of every group of every tile; new weights and support."""
         solve = self.weights == "solve"
-        columns = b.shape[1]
         given = support.regions
         if given is None:
-            unit = max(d for d in range(1, RUN + 1) if columns % d == 0)
-            live = jnp.ones((columns,), bool)
-            step = descent.best_swap(solve)
-            matrices = b, support.keep, within, task.weight
-            return descent.sweep(*matrices, task.gram, task.cross, live, step, unit)
+            matrices = b, support.keep, within, task.weight, task.gram, task.cross
+            return descent.swap_rows(*matrices, solve=solve)
         n, m = given.n, given.m
         if m == n:
             return b, support.keep

@@ -148,16 +148,15 @@ def best_pattern(n: int, m: int, solve: bool) -> Step:
     return step
 
 
-def _swap_gains(b, keep, allowed, dense, residual, h, solve):
-    """Gain of removing q and adding p, and the weight that p gets, f[q, p, r]."""
+def _swaps(b, keep, allowed, dense, residual, h, solve):
+    """Gain of removing q and adding p, weight that p gets, f[q, p, r]; loss of q."""
     pull = residual[None] + h[..., None] * b[:, None]  # on p after q is gone
     diagonal = jnp.diag(h)[:, None]
     enter = pull / diagonal if solve else jnp.broadcast_to(dense, pull.shape)
     lost = residual * b + diagonal * jnp.square(b) / 2
     gain = enter * pull - diagonal * jnp.square(enter) / 2 - lost[:, None]
     legal = keep[:, None] & (allowed & ~keep)[None]
-    floor = 1e-6 * (jnp.abs(lost)[:, None] + diagonal * jnp.square(enter))
-    return jnp.where(legal & (gain > floor), gain, -jnp.inf), enter, lost
+    return jnp.where(legal, gain, -jnp.inf), enter, lost
 
 
 def best_swap(solve: bool) -> Step:
@@ -165,17 +164,86 @@ def best_swap(solve: bool) -> Step:
 
     def step(b, keep, allowed, dense, residual, h):
         m, r = b.shape
-        gain, enter, _ = _swap_gains(b, keep, allowed, dense, residual, h, solve)
-        flat = gain.reshape(m * m, r)
+        gain, enter, lost = _swaps(b, keep, allowed, dense, residual, h, solve)
+        # A swap must gain more than rounding.
+        entering = jnp.diag(h)[:, None] * jnp.square(enter)
+        floor = 1e-6 * (jnp.abs(lost)[:, None] + entering)
+        flat = jnp.where(gain > floor, gain, -jnp.inf).reshape(m * m, r)
         best = _first_max(flat)
         hit = (jnp.arange(m * m, dtype=jnp.int32)[:, None] == best).reshape(m, m, r)
-        hit &= gain > 0
+        hit &= flat.reshape(m, m, r) > 0
         into = jnp.any(hit, axis=0)
         new = jnp.where(jnp.any(hit, axis=1), 0, b)
         new = jnp.where(into, jnp.sum(jnp.where(hit, enter, 0), axis=0), new)
         return new, (keep & ~jnp.any(hit, axis=1)) | into
 
     return step
+
+
+def swap_rows(
+    b: Array,
+    keep: Array,
+    within: Array,
+    dense: Array,
+    h: Array,
+    g: Array,
+    *,
+    solve: bool,
+) -> tuple[Array, Array]:
+    """Swaps every kept weight for the best removed one of its row, in turn.
+
+    The swaps of SparseSwaps (arXiv:2512.10922): with the residual r = g - b h of the
+    normal equations, removing q and adding p with weight u lowers || X (W - W') ||^2
+    by twice gain(p) - lost(q), where
+
+        lost(q) = r_q b_q + h_qq b_q^2 / 2
+        gain(p) = u (r_p + h_pq b_q) - h_pp u^2 / 2
+
+    The paper takes the one best pair of a row and looks at all pairs again; here every
+    kept weight takes its best partner when its turn comes, so that one look at all
+    pairs makes many swaps. A pass without a swap means the same for both: no pair of
+    any row gains.
+
+    Args:
+      b: f[r, i], weights now.
+      keep: bool[r, i], their support.
+      within: bool[r, i], what may be kept; contains `keep`.
+      dense: f[r, i], the dense matrix.
+      h: f[i, i], Gram.
+      g: f[r, i], cross Gram.
+      solve: whether a weight that enters gets its best value; else its dense one.
+
+    Returns:
+      The new weights and their support.
+    """
+    diagonal = jnp.diag(h)[:, None]
+    row = jnp.arange(b.shape[0], dtype=jnp.int32)
+
+    def one(carry, q):
+        x, kept, residual = carry
+        old = x[q]
+        pull = residual + h[q][:, None] * old  # on every other column once q is gone
+        enter = pull / diagonal if solve else dense.T
+        gain = enter * pull - diagonal * jnp.square(enter) / 2
+        gain = jnp.where(allowed & ~kept, gain, -jnp.inf)
+        p = jnp.argmax(gain, axis=0)
+        lost = residual[q] * old + h[q, q] * jnp.square(old) / 2
+        fresh = enter[p, row]
+        # A swap must gain more than rounding.
+        floor = 1e-6 * (jnp.abs(lost) + h[p, p] * jnp.square(fresh))
+        moves = kept[q] & (gain[p, row] - lost > floor)
+        out = jnp.where(moves, old, 0)
+        into = jnp.where(moves, fresh, 0)
+        residual = residual + h[q][:, None] * out - h[:, p] * into
+        x = x.at[q].add(-out).at[p, row].add(into)
+        kept = kept.at[q].set(kept[q] & ~moves).at[p, row].max(moves)
+        return (x, kept, residual), None
+
+    allowed = within.T
+    start = b.T, keep.T, (g - dot(b, h)).T
+    columns = jnp.arange(b.shape[1], dtype=jnp.int32)
+    (x, kept, _), _ = lax.scan(one, start, columns)
+    return x.T, kept.T
 
 
 def best_cycle(m: int, solve: bool) -> Step:
@@ -186,13 +254,7 @@ def best_cycle(m: int, solve: bool) -> Step:
 
     def step(b, keep, allowed, dense, residual, h):
         r = b.shape[1]
-        pull = residual[None] + h[..., None] * b[:, None]
-        diagonal = jnp.diag(h)[:, None]
-        enter = pull / diagonal if solve else jnp.broadcast_to(dense, pull.shape)
-        lost = residual * b + diagonal * jnp.square(b) / 2
-        gain = enter * pull - diagonal * jnp.square(enter) / 2 - lost[:, None]
-        legal = keep[:, None] & (allowed & ~keep)[None]
-        gain = jnp.where(legal, gain, -jnp.inf)
+        gain, enter, lost = _swaps(b, keep, allowed, dense, residual, h, solve)
         tiles = gain.reshape(m, m, r // m, m)
         top = jnp.max(tiles, axis=-1)
         both = (top + jnp.swapaxes(top, 0, 1)).reshape(m * m, -1)
