@@ -15,6 +15,7 @@ same counts. (2) Places are drawn in random blocks, so wide layers cost O(rows *
 One tile with all rows is the channel permutation of plain N:M (Zhang et al. 2024, RIA).
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -63,51 +64,42 @@ def max_reduction(b: Array, x: Array) -> Array:
     return lax.fori_loop(0, v // unroll, step, jnp.zeros((g, g), jnp.float32))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("n", "m", "sweeps", "block", "solver", "trace")
-)
+@functools.partial(jax.jit, static_argnames=("sweeps", "block", "solver", "trace"))
 def search(
     key: Array,
     tiles: Array,
-    order: Array,
-    dense: Array,
-    h: Array,
+    columns: regions.Columns,
     *,
-    n: int,
-    m: int,
     sweeps: int,
     block: int = 64,
     solver: Literal["swaps", "hungarian"] = "swaps",
     trace: bool = False,
-) -> Array:
+) -> regions.Columns:
     """Improves the input order of every tile; never lowers what a tile keeps.
 
     Args:
       key: consumed: a block partition and one sampled slot per group and sweep.
       tiles: scores f32[t, v, i], non-negative, in original column order.
-      order: i32[t, i], the start: dense, grouped, pruned columns.
-      dense: i32[], dense columns per tile.
-      h: i32[], groups per tile.
-      n: kept per group.
-      m: group size; divides i.
+      columns: the start; m divides i.
       sweeps: proposals per group.
       block: groups that exchange columns in one proposal; bounds memory and time.
       solver: "swaps" or "hungarian", see `ops.assignment`.
       trace: return what is kept after every sweep as well.
 
     Returns:
-      i32[t, i], the improved order, or (order, f32[sweeps]) with `trace`.
+      The columns in an improved order, or (columns, f32[sweeps]) with `trace`.
     """
+    dense, h, n, m = columns.dense, columns.h, columns.n, columns.m
     t, v, i = tiles.shape
     units = i // m
     block = min(block, units)
-    columns = jnp.swapaxes(tiles, 1, 2).astype(jnp.float32)
+    by_column = jnp.swapaxes(tiles, 1, 2).astype(jnp.float32)
     slot = jnp.arange(m, dtype=jnp.int32)
 
     def exchange(units_of, table, shift):
         """One proposal between the units of a block."""
         sub = table[:, units_of]  # [t, g, m], the sampled column first
-        value = jax.vmap(lambda c, at: c[at])(columns, sub)  # [t, g, m, v]
+        value = jax.vmap(lambda c, at: c[at])(by_column, sub)  # [t, g, m, v]
         value = jnp.moveaxis(value, 3, 1)  # [t, v, g, m]
         x = value[..., 0]
         b = nth_best([value[..., j] for j in range(1, m)], n)
@@ -138,16 +130,16 @@ def search(
         table = lax.fori_loop(0, units // block, one, table)
         back = (slot - shift[..., None]) % m
         table = jnp.take_along_axis(table, back, axis=2)
-        return table, kept(table) if trace else None
+        return table, regions.value(tiles, ordered(table)) if trace else None
 
-    def kept(table):
-        found = unit_layout(table.reshape(t, i), dense, h, m, inverse=True)
-        return regions.value(tiles, found, dense, h, n, m)
+    def ordered(table):
+        order = unit_layout(table.reshape(t, i), dense, h, m, inverse=True)
+        return dataclasses.replace(columns, order=order)
 
-    table = unit_layout(order, dense, h, m).reshape(t, units, m)
+    table = unit_layout(columns.order, dense, h, m).reshape(t, units, m)
     table, curve = lax.scan(sweep, table, jax.random.split(key, sweeps))
-    order = unit_layout(table.reshape(t, i), dense, h, m, inverse=True)
-    return (order, curve) if trace else order  # pyright: ignore[reportReturnType]
+    better = ordered(table)
+    return (better, curve) if trace else better  # pyright: ignore[reportReturnType]
 
 
 def accept_better(gain: Array, choice: Array) -> Array:

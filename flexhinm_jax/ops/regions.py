@@ -8,18 +8,64 @@ YaZraqRsbB, section 3.2), because the retained saliency is not always unimodal i
 Scores arrive as tiles `[t, v, i]`: t row tiles of v rows in storage order.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from flexhinm_jax.ops import masks
+from flexhinm_jax.types import Regions, Support
 
 FULL_SCAN = 128  # up to this many numbers of groups every one is evaluated
 # The constants that FlexHiNM-GP does not state, see `walk_groups`.
 WALK_ALPHA, WALK_BETA, WALK_GAMMA = 0.05, 0.01, 0.01
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Which columns of every tile are dense, in a group or pruned.
+
+    Attributes:
+      order: i32[t, i], original column at each position: first the dense ones, then the
+        groups, then the pruned ones.
+      dense: i32[], dense columns of every tile.
+      h: i32[], groups of every tile.
+      n: kept per group.
+      m: group size.
+    """
+
+    order: Array
+    dense: Array
+    h: Array
+    n: int = dataclasses.field(metadata={"static": True})
+    m: int = dataclasses.field(metadata={"static": True})
+
+    def regions(self, out_order: Array) -> Regions:
+        """The regions of a support with these columns, for rows in storage order."""
+        dense_end = jnp.full(self.order.shape[:1], self.dense, jnp.int32)
+        nm_end = dense_end + self.m * self.h
+        return Regions(out_order, self.order, dense_end, nm_end, self.n, self.m)
+
+
+class Steps(NamedTuple):
+    """What counts of columns are legal.
+
+    Attributes:
+      groups: multiples of this number of groups.
+      dense: multiples of this number of dense columns.
+      regroup: whether dense columns may become groups.
+      pruned: whether columns may be pruned.
+    """
+
+    groups: int = 1
+    dense: int = 1
+    regroup: bool = True
+    pruned: bool = True
 
 
 def budget(columns: int, sparsity: Array | float) -> Array:
@@ -127,27 +173,24 @@ def kept(
     return jnp.take_along_axis(keep, jnp.argsort(order, axis=1)[:, None], axis=2)
 
 
-def value(tiles: Array, order: Array, dense: Array, h: Array, n: int, m: int) -> Array:
+def value(tiles: Array, columns: Columns) -> Array:
     """Score that the regions retain, all tiles together.
 
     Args:
       tiles: scores [t, v, i], non-negative, in original column order.
-      order: i32[t, i], original column at each position.
-      dense: i32[], dense columns of every tile.
-      h: i32[], groups of every tile.
-      n: kept per group.
-      m: group size.
+      columns: dense, grouped and pruned ones.
 
     Returns:
       f32[].
     """
+    order, dense, m = columns.order, columns.dense, columns.m
     t, _, i = tiles.shape
     tiles = tiles.astype(jnp.float32)
     column = jnp.take_along_axis(jnp.sum(tiles, axis=1), order, axis=1)
     in_dense = jnp.arange(i, dtype=jnp.int32) < dense
     groups = group_scores(order, jnp.full((t,), dense, jnp.int32), tiles, m)
-    live = jnp.arange(i // m, dtype=jnp.int32) < h
-    best = jnp.sum(masks.top_n_sum(groups, n=n), axis=1)
+    live = jnp.arange(i // m, dtype=jnp.int32) < columns.h
+    best = jnp.sum(masks.top_n_sum(groups, n=columns.n), axis=1)
     return jnp.sum(jnp.where(in_dense, column, 0)) + jnp.sum(jnp.where(live, best, 0))
 
 
@@ -295,9 +338,7 @@ def walk_groups(tiles: Array, k: Array, n: int, m: int, step: int = 1) -> Array:
     return lax.while_loop(lambda s: s[-1], advance, start)[3]
 
 
-def absorb(
-    tiles: Array, order: Array, dense: Array, h: Array, n: int, m: int
-) -> tuple[Array, Array, Array]:
+def absorb(tiles: Array, columns: Columns) -> Columns:
     """Merges n dense with m - n pruned columns into groups, as often as possible.
 
     A group that holds n dense columns can keep just these in every row, so the result
@@ -307,16 +348,14 @@ def absorb(
 
     Args:
       tiles: scores [t, v, i] in original column order.
-      order: i32[t, i], dense, grouped, pruned columns.
-      dense: i32[], dense columns per tile.
-      h: i32[], groups per tile.
-      n: kept per group.
-      m: group size.
+      columns: dense, grouped and pruned ones.
 
     Returns:
-      order, dense, h of the new regions: remaining dense columns, new groups (the
-      weakest dense with the strongest pruned columns), old groups, pruned.
+      The remaining dense columns, new groups (the weakest dense with the strongest
+      pruned columns), old groups, pruned ones.
     """
+    order, dense, h = columns.order, columns.dense, columns.h
+    n, m = columns.n, columns.m
     i = order.shape[-1]
     p = jnp.arange(i, dtype=jnp.int32)
     column = jnp.take_along_axis(jnp.sum(tiles, axis=1), order, axis=1)
@@ -339,23 +378,10 @@ def absorb(
     after = p - left - m * new  # old groups, then what stays pruned
     after = jnp.where(after < m * h, dense + after, p)
     source = jnp.where(p < left, p, jnp.where(p < left + m * new, source, after))
-    return order[:, source], left, h + new
+    return Columns(order[:, source], left, h + new, n, m)
 
 
-def shrink(
-    tiles: Array,
-    keep: Array,
-    order: Array,
-    dense_end: Array,
-    nm_end: Array,
-    k: Array,
-    n: int,
-    m: int,
-    *,
-    regroup: bool,
-    step: int = 1,
-    dense_step: int = 1,
-) -> tuple[Array, Array, Array, Array]:
+def shrink(scores: Array, prev: Support, k: Array, steps: Steps) -> Support:
     """Smaller regions inside given ones: nothing that was removed comes back.
 
     Surviving groups keep their columns and their support, so masks that were hardened
@@ -365,23 +391,22 @@ def shrink(
     survival that FlexHiNM-GP leaves open.
 
     Args:
-      tiles: scores [t, v, i] in original column order.
-      keep: bool[t, v, i], the previous support.
-      order: i32[t, i], the previous order.
-      dense_end: i32[t], previous, equal for all tiles.
-      nm_end: i32[t], previous, equal for all tiles.
-      k: i32[], new budget, at most the previous one and reachable: a multiple of n when
-        there is no dense column.
-      n: kept per group.
-      m: group size.
-      regroup: whether dense columns may become groups.
-      step: only multiples of this number of groups are legal.
-      dense_step: only multiples of this number of dense columns are legal.
+      scores: [o, i], non-negative; larger stays.
+      prev: the previous support; all of its tiles have equal boundaries.
+      k: i32[], new budget in column-equivalents, at most the previous one and
+        reachable: a multiple of n when there is no dense column.
+      steps: the counts of columns that are legal.
 
     Returns:
-      keep, order, dense_end, nm_end: the new regions, nested in the previous ones.
+      The support, nested in the previous one.
     """
-    t, v, i = tiles.shape
+    given = prev.regions
+    assert given is not None
+    t, i = given.in_order.shape
+    n, m = given.n, given.m
+    keep = tile(prev.keep, given.out_order, scores.shape[0] // t)
+    tiles = tile(scores, given.out_order, scores.shape[0] // t)
+    order, dense_end, nm_end = given.in_order, given.dense_end, given.nm_end
     size = i // m
     dense, old = dense_end[0], (nm_end[0] - dense_end[0]) // m
     tiles = jnp.where(keep, tiles, 0).astype(jnp.float32)
@@ -398,7 +423,7 @@ def shrink(
     def arrange(d):
         """Candidate order for d dense columns: (score, order, h, legal)."""
         h = (k - d) // n
-        q = jnp.minimum((dense - d) // m, h) if regroup else jnp.zeros_like(h)
+        q = jnp.minimum((dense - d) // m, h) if steps.regroup else jnp.zeros_like(h)
         dealt = deal(q, m, i)
         moved = jnp.where(
             (p >= d) & (p < d + m * q), d + dealt[jnp.clip(p - d, 0, i - 1)], p
@@ -413,9 +438,11 @@ def shrink(
         total = jnp.sum(jnp.where((rank < h) & (both >= 0), both, 0))
         total += jnp.sum(jnp.where(d > 0, sums[:, jnp.maximum(d, 1) - 1], 0))
         legal = (d <= k) & ((k - d) % n == 0) & (h <= old + q)
-        legal &= (d % dense_step == 0) & (h % step == 0)
-        if not regroup:
+        legal &= (d % steps.dense == 0) & (h % steps.groups == 0)
+        if not steps.regroup:
             legal &= (d == k) | (dense == 0)
+        if not steps.pruned:
+            legal &= d + m * h == i
         return jnp.where(legal, total, -jnp.inf), fresh_order, rank, h, q
 
     def better(d, best):
@@ -437,8 +464,9 @@ def shrink(
     new_order = jnp.take_along_axis(
         fresh_order, jnp.argsort(section, axis=1, stable=True), axis=1
     )
-    ends = jnp.full((t,), d, jnp.int32), jnp.full((t,), d + m * h, jnp.int32)
-    return kept(tiles, new_order, *ends, n, m) & keep, new_order, *ends
+    new = Columns(new_order, d, h, n, m).regions(given.out_order)
+    fresh = kept(tiles, new.in_order, new.dense_end, new.nm_end, n, m) & keep
+    return Support(masks.fold_tiles(fresh, given.out_order), new)
 
 
 def natural_order(tiles: int, columns: int) -> Array:

@@ -16,6 +16,7 @@ from jax import Array
 
 from flexhinm_jax import checks
 from flexhinm_jax.ops import regions
+from flexhinm_jax.ops.regions import Columns
 from flexhinm_jax.patterns.permute import PERMUTES, ChannelSearch, Gyro
 from flexhinm_jax.patterns.tiled import Tiled
 
@@ -103,33 +104,20 @@ class FlexHiNM(Tiled):
             return regions.walk_groups(tiles, k, self.n, self.m, step)
         return regions.scan_groups(tiles, k, self.n, self.m, step)[0]
 
-    def columns(
-        self,
-        key: Array,
-        tiles: Array,
-        k: Array,
-        order: Array,
-        dense: Array,
-        h: Array,
-    ) -> tuple[Array, Array, Array]:
+    def columns(self, key: Array, tiles: Array, k: Array, columns: Columns) -> Columns:
         """Searches the input orders; with "absorb" also without dense columns."""
         if self.regions != "absorb":
-            return super().columns(key, tiles, k, order, dense, h)
+            return super().columns(key, tiles, k, columns)
         n, m = self.n_of_m
         flex_key, absorb_key, plain_key = jax.random.split(key, 3)
-        flex = super().columns(flex_key, tiles, k, order, dense, h)
-        merged = regions.absorb(tiles, *flex, n, m)
-        merged = super().columns(absorb_key, tiles, k, *merged)
+        flex = super().columns(flex_key, tiles, k, columns)
+        merged = super().columns(absorb_key, tiles, k, regions.absorb(tiles, flex))
         step = self.group_step
-        most = regions.most_groups(k, order.shape[-1], n, m) // step * step
-        rank = regions.ranked(jnp.sum(tiles, axis=1, dtype=jnp.float32))
-        left = k - n * most
-        plain = regions.column_order(rank, left, most, m), left, most
-        plain = super().columns(plain_key, tiles, k, *plain)
-        worth = [regions.value(tiles, *found, n, m) for found in (merged, plain)]
-        return jax.tree.map(
-            lambda a, b: jnp.where(worth[0] >= worth[1], a, b), merged, plain
-        )
+        most = regions.most_groups(k, tiles.shape[-1], n, m) // step * step
+        plain = self.strongest(tiles, k - n * most, most)
+        plain = super().columns(plain_key, tiles, k, plain)
+        better = regions.value(tiles, merged) >= regions.value(tiles, plain)
+        return jax.tree.map(lambda a, b: jnp.where(better, a, b), merged, plain)
 
     def budget(self, columns: int, sparsity: Array) -> Array:
         """Column-equivalents that stay; fixed regions fix them."""

@@ -102,15 +102,14 @@ class NM(Pattern):
         none = jnp.zeros((), jnp.int32)
         h = jnp.asarray(i // self.m, jnp.int32)
 
-        def worth(order):
-            return regions.value(tiles, order, none, h, self.n, self.m)
+        def whole(order):
+            return regions.Columns(order, none, h, self.n, self.m)
 
-        natural, dealt = (
-            regions.natural_order(1, i),
-            channels.serpentine(scores, self.m),
-        )
-        start = jnp.where(worth(dealt) > worth(natural), dealt, natural)
-        order = self.permute.columns(key, tiles, start, none, h, self.n, self.m)
+        natural = whole(regions.natural_order(1, i))
+        dealt = whole(channels.serpentine(scores, self.m))
+        better = regions.value(tiles, dealt) > regions.value(tiles, natural)
+        start = whole(jnp.where(better, dealt.order, natural.order))
+        order = self.permute.columns(key, tiles, start).order
         ends = jnp.zeros((1,), jnp.int32), jnp.full((1,), i, jnp.int32)
         keep = regions.kept(tiles, order, *ends, self.n, self.m)[0]
         rows = jnp.arange(o, dtype=jnp.int32)

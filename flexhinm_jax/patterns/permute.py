@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexhinm_jax import arguments
-from flexhinm_jax.ops import channels, gyro
+from flexhinm_jax.ops import channels, gyro, regions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,39 +67,24 @@ class ChannelSearch:
         return table
 
     def columns(
-        self,
-        key: Array,
-        tiles: Array,
-        order: Array,
-        dense: Array,
-        h: Array,
-        n: int,
-        m: int,
-    ) -> Array:
+        self, key: Array, tiles: Array, columns: regions.Columns
+    ) -> regions.Columns:
         """A better input order for every tile; see `ops.channels.search`.
 
         Args:
           key: consumed.
           tiles: scores [t, v, i] in original column order.
-          order: i32[t, i], the start.
-          dense: i32[], dense columns per tile.
-          h: i32[], groups per tile.
-          n: kept per group.
-          m: group size.
+          columns: the start.
 
         Returns:
-          i32[t, i].
+          As many dense, grouped and pruned columns.
         """
-        if self.sweeps == 0 or n == m:
-            return order
+        if self.sweeps == 0 or columns.n == columns.m:
+            return columns
         return channels.search(
             key,
             tiles,
-            order,
-            dense,
-            h,
-            n=n,
-            m=m,
+            columns,
             sweeps=self.sweeps,
             block=self.block,
             solver=self.solver,

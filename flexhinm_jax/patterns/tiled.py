@@ -18,7 +18,7 @@ from flexhinm_jax import checks
 from flexhinm_jax.ops import masks, regions
 from flexhinm_jax.patterns.base import Levels, Pattern, Units, check_n_of_m
 from flexhinm_jax.patterns.permute import PERMUTES, ChannelSearch
-from flexhinm_jax.types import Regions, Support
+from flexhinm_jax.types import Support
 
 #: Columns that one tensor-core instruction reads: mma.sp m16n8k32 and mma m16n8k16.
 NM_TILE, DENSE_TILE = 32, 16
@@ -95,12 +95,11 @@ class Tiled(Pattern):
         tiles = regions.tile(scores, given.out_order, self.vector_size)
         dense = given.dense_end[0]
         groups = (given.nm_end[0] - dense) // m
-        rank = regions.ranked(jnp.sum(tiles, axis=1, dtype=jnp.float32))
-        order = regions.column_order(rank, dense, groups, m)
+        columns = self.strongest(tiles, dense, groups)
         if self.permute is not None:
-            order = self.permute.columns(key, tiles, order, dense, groups, n, m)
-        keep = regions.kept(tiles, order, given.dense_end, given.nm_end, n, m)
-        chosen = dataclasses.replace(given, in_order=order)
+            columns = self.permute.columns(key, tiles, columns)
+        keep = regions.kept(tiles, columns.order, given.dense_end, given.nm_end, n, m)
+        chosen = dataclasses.replace(given, in_order=columns.order)
         return Support(masks.fold_tiles(keep, given.out_order), chosen)
 
     @property
@@ -170,92 +169,82 @@ class Tiled(Pattern):
             return self._shrink(scores, prev, k)
         out_order = jnp.arange(o, dtype=jnp.int32)
         tiles = regions.tile(scores, out_order, self.vector_size)
-        in_order, dense, h = self.divide(tiles, k)
+        columns = self.divide(tiles, k)
         row_key, column_key = jax.random.split(key)
         if self.permute is not None:
-            out_order, in_order, dense, h = self._rows(
-                row_key, scores, k, (out_order, in_order, dense, h)
-            )
+            out_order, columns = self._rows(row_key, scores, k, (out_order, columns))
             tiles = regions.tile(scores, out_order, self.vector_size)
-        in_order, dense, h = self.columns(column_key, tiles, k, in_order, dense, h)
-        dense_end = jnp.full(in_order.shape[:1], dense, jnp.int32)
-        nm_end = dense_end + m * h
-        keep = regions.kept(tiles, in_order, dense_end, nm_end, n, m)
-        return Support(
-            masks.fold_tiles(keep, out_order),
-            Regions(out_order, in_order, dense_end, nm_end, n, m),
+        columns = self.columns(column_key, tiles, k, columns)
+        chosen = columns.regions(out_order)
+        keep = regions.kept(
+            tiles, chosen.in_order, chosen.dense_end, chosen.nm_end, n, m
         )
+        return Support(masks.fold_tiles(keep, out_order), chosen)
 
-    def divide(self, tiles: Array, k: Array) -> tuple[Array, Array, Array]:
+    def divide(self, tiles: Array, k: Array) -> regions.Columns:
         """Columns by strength into dense, dealt groups and pruned ones.
 
         Args:
           tiles: scores [t, v, i].
           k: i32[], the budget.
+        """
+        h = self.groups(tiles, k)
+        return self.strongest(tiles, k - self.n_of_m[0] * h, h)
 
-        Returns:
-          order i32[t, i], dense columns i32[], groups i32[].
+    def strongest(self, tiles: Array, dense: Array, h: Array) -> regions.Columns:
+        """The strongest columns dense, the next ones dealt to groups.
+
+        Args:
+          tiles: scores [t, v, i].
+          dense: i32[], dense columns.
+          h: i32[], groups.
         """
         n, m = self.n_of_m
-        h = self.groups(tiles, k)
-        dense = k - n * h
-        vectors = jnp.sum(tiles, axis=1, dtype=jnp.float32)
-        return regions.column_order(regions.ranked(vectors), dense, h, m), dense, h
+        rank = regions.ranked(jnp.sum(tiles, axis=1, dtype=jnp.float32))
+        order = regions.column_order(rank, dense, h, m)
+        return regions.Columns(order, dense, h, n, m)
 
     def columns(
-        self,
-        key: Array,
-        tiles: Array,
-        k: Array,
-        order: Array,
-        dense: Array,
-        h: Array,
-    ) -> tuple[Array, Array, Array]:
+        self, key: Array, tiles: Array, k: Array, columns: regions.Columns
+    ) -> regions.Columns:
         """Searches the input order of every tile.
 
         Args:
           key: consumed.
           tiles: scores [t, v, i].
           k: i32[], the budget.
-          order: i32[t, i], the start.
-          dense: i32[], dense columns.
-          h: i32[], groups.
-
-        Returns:
-          order, dense, h.
+          columns: the start.
         """
         del k
-        n, m = self.n_of_m
         if self.permute is None or not self.has_groups:
-            return order, dense, h
-        return self.permute.columns(key, tiles, order, dense, h, n, m), dense, h
+            return columns
+        return self.permute.columns(key, tiles, columns)
 
     def _rows(self, key, scores, k, start):
         """Searches the rows of the tiles; keeps the start where that retains more."""
-        n, m = self.n_of_m
         permute = self.permute
         assert permute is not None
 
         def worth(found):
-            out_order, in_order, dense, h = found
+            out_order, columns = found
             tiles = regions.tile(scores, out_order, self.vector_size)
-            return regions.value(tiles, in_order, dense, h, n, m)
+            return regions.value(tiles, columns)
 
         best, best_worth = start, worth(start)
         found = start
         for round_key in jax.random.split(key, self.rounds):
-            out_order, _, dense, h = found
+            out_order, columns = found
             table = permute.rows(
                 round_key,
                 scores,
                 out_order.reshape(-1, self.vector_size),
-                dense,
-                m * h,
+                columns.dense,
+                columns.m * columns.h,
                 self.rounds,
             )
             out_order = table.reshape(-1)
             tiles = regions.tile(scores, out_order, self.vector_size)
-            found = out_order, *self.divide(tiles, k)
+            found = out_order, self.divide(tiles, k)
             found_worth = worth(found)
             better = found_worth > best_worth
             if not permute.never_worse:
@@ -284,27 +273,14 @@ class Tiled(Pattern):
     def _shrink(self, scores: Array, prev: Support, k: Array) -> Support:
         old = prev.regions
         assert old is not None
-        n, m = self.n_of_m
-        size = (old.nm_end[0] - old.dense_end[0]) // m
-        k = jnp.minimum(k, old.dense_end[0] + n * size)
-        tiles = regions.tile(scores, old.out_order, self.vector_size)
-        keep, in_order, dense_end, nm_end = regions.shrink(
-            tiles,
-            regions.tile(prev.keep, old.out_order, self.vector_size),
-            old.in_order,
-            old.dense_end,
-            old.nm_end,
-            k,
-            n,
-            m,
-            regroup=self.has_groups,
-            step=self.group_step,
-            dense_step=self.dense_step,
-        )
-        return Support(
-            masks.fold_tiles(keep, old.out_order),
-            Regions(old.out_order, in_order, dense_end, nm_end, n, m),
-        )
+        size = (old.nm_end[0] - old.dense_end[0]) // old.m
+        k = jnp.minimum(k, old.dense_end[0] + old.n * size)
+        return regions.shrink(scores, prev, k, self.steps)
+
+    @property
+    def steps(self) -> regions.Steps:
+        """The counts of columns that are legal."""
+        return regions.Steps(self.group_step, self.dense_step, self.has_groups)
 
     @property
     def form(self) -> tuple[int, int] | None:

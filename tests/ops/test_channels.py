@@ -1,5 +1,6 @@
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,12 @@ def start(t, dense, h, m=4):
 
 @functools.partial(jax.jit, static_argnames=("n", "m"))
 def worth(t, order, dense, h, n=2, m=4):
-    return regions.value(t, order, dense, h, n, m)
+    return regions.value(t, regions.Columns(order, dense, h, n, m))
+
+
+def search(key, t, order, dense, h, **options):
+    columns = regions.Columns(order, dense, h, 2, 4)
+    return channels.search(key, t, columns, **options).order
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 4), (4, 8)])
@@ -49,9 +55,9 @@ def test_max_reduction_equals_its_definition(v):
 def test_search_permutes_the_columns_and_never_loses(seed, dense, h):
     t = tiles(seed)
     order = start(t, dense, h)
-    found, curve = channels.search(
-        KEY, t, order, dense, h, n=2, m=4, sweeps=4, block=3, trace=True
-    )
+    columns = regions.Columns(order, jnp.int32(dense), jnp.int32(h), 2, 4)
+    searched: Any = channels.search(KEY, t, columns, sweeps=4, block=3, trace=True)
+    found, curve = searched[0].order, searched[1]
     assert (np.sort(found, axis=1) == np.arange(16)).all()
     curve = np.asarray([worth(t, order, dense, h), *curve])
     assert (np.diff(curve) >= -1e-5 * curve[-1]).all()
@@ -67,9 +73,7 @@ def test_search_finds_the_best_order_of_a_tiny_tile():
             best = max(
                 float(worth(t, jnp.asarray([p]), 0, h)) for p in best_candidates(h)
             )
-            found = channels.search(
-                KEY, t, start(t, 0, h), 0, h, n=2, m=4, sweeps=64, block=2
-            )
+            found = search(KEY, t, start(t, 0, h), 0, h, sweeps=64, block=2)
             hits += float(worth(t, found, 0, h)) >= best - 1e-5
         assert hits >= 5
 
@@ -88,9 +92,7 @@ def test_both_solvers_reach_nearly_the_same():
         solver: float(
             worth(
                 t,
-                channels.search(
-                    KEY, t, order, 0, 12, n=2, m=4, sweeps=32, solver=solver
-                ),
+                search(KEY, t, order, 0, 12, sweeps=32, solver=solver),
                 0,
                 12,
             )
@@ -104,7 +106,7 @@ def test_both_solvers_reach_nearly_the_same():
 def test_equal_and_zero_scores_leave_the_order_alone():
     for t in (jnp.ones((2, 4, 16)), jnp.zeros((2, 4, 16))):
         order = start(t, 1, 2)
-        found = channels.search(KEY, t, order, 1, 2, n=2, m=4, sweeps=4, block=3)
+        found = search(KEY, t, order, 1, 2, sweeps=4, block=3)
         np.testing.assert_array_equal(found, order)
 
 
@@ -127,7 +129,7 @@ def test_serpentine_deals_the_columns_by_strength():
 def test_the_search_of_a_stack_equals_the_search_of_each():
     stack = jnp.stack([tiles(s) for s in range(3)])
     keys = jax.random.split(KEY, 3)
-    run = functools.partial(channels.search, n=2, m=4, sweeps=4, block=3)
+    run = functools.partial(search, sweeps=4, block=3)
     orders = jnp.stack([start(t, 1, 2) for t in stack])
     together = jax.vmap(run, (0, 0, 0, None, None))(keys, stack, orders, 1, 2)
     each = [run(k, t, o, 1, 2) for k, t, o in zip(keys, stack, orders, strict=True)]

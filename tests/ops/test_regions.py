@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexhinm_jax.ops import regions
+from flexhinm_jax.ops import masks, regions
+from flexhinm_jax.types import Support
 
 
 def tiles(seed, shape=(2, 4, 16), sigma=0.0):
@@ -18,7 +19,7 @@ def tiles(seed, shape=(2, 4, 16), sigma=0.0):
 
 @functools.partial(jax.jit, static_argnames=("n", "m"))
 def worth(t, order, dense, h, n=2, m=4):
-    return regions.value(t, order, dense, h, n, m)
+    return regions.value(t, regions.Columns(order, dense, h, n, m))
 
 
 def dealt(t, k, h, n=2, m=4):
@@ -90,9 +91,9 @@ def test_absorbing_dense_columns_never_loses(seed, n_of_m, k, h):
     t = tiles(seed, (2, 4, 16), sigma=1.0)
     h = min(h, int(regions.most_groups(jnp.int32(k), 16, n, m)))
     order = dealt(t, k, h, n, m)
-    new, dense, groups = regions.absorb(
-        t, order, jnp.int32(k - n * h), jnp.int32(h), n, m
-    )
+    old = regions.Columns(order, jnp.int32(k - n * h), jnp.int32(h), n, m)
+    found = regions.absorb(t, old)
+    new, dense, groups = found.order, found.dense, found.h
     assert (np.sort(new, axis=1) == np.arange(16)).all()
     assert int(dense) + n * int(groups) == k  # the same sparsity
     if 1 - k / 16 >= 1 - n / m:
@@ -105,37 +106,37 @@ def test_absorbing_keeps_every_weight_of_the_old_support():
     t = tiles(4, (1, 4, 16), sigma=1.0)
     dense, h = jnp.int32(4), jnp.int32(1)
     order = dealt(t, 6, 1)
-    new, left, groups = regions.absorb(t, order, dense, h, 2, 4)
-    assert (int(left), int(groups)) == (0, 3)
+    found = regions.absorb(t, regions.Columns(order, dense, h, 2, 4))
+    new = found.order
+    assert (int(found.dense), int(found.h)) == (0, 3)
     assert set(order[0, :4].tolist()) <= set(new[0, :12].tolist())
     assert new[0, 8:12].tolist() == order[0, 4:8].tolist()
 
 
+@pytest.mark.parametrize("pruned", [True, False])
 @given(st.integers(0, 99))
-def test_shrinking_nests_and_respects_hardware_steps(seed):
+def test_shrinking_nests_and_respects_hardware_steps(pruned, seed):
     t = tiles(seed, (2, 4, 128))
-    order = dealt(t, 64, 16)
-    ends = jnp.full((2,), 32, jnp.int32), jnp.full((2,), 96, jnp.int32)
-    keep = regions.kept(t, order, *ends, 2, 4)
-    new, _, dense_end, nm_end = shrink(t, keep, order, *ends)
-    assert not (np.asarray(new) & ~np.asarray(keep)).any()
+    dense, h, k = (32, 16, 32) if pruned else (64, 16, 80)
+    rank = regions.ranked(jnp.sum(t, axis=1))
+    order = regions.column_order(rank, jnp.int32(dense), jnp.int32(h), 4)
+    old = regions.Columns(order, jnp.int32(dense), jnp.int32(h), 2, 4)
+    old = old.regions(jnp.arange(8))
+    keep = regions.kept(t, order, old.dense_end, old.nm_end, 2, 4)
+    new = shrink(
+        t.reshape(8, 128),
+        Support(masks.fold_tiles(keep, old.out_order), old),
+        k,
+        regions.Steps(8, 16, pruned=pruned),
+    )
+    assert not (np.asarray(new.keep) & ~np.asarray(keep).reshape(8, 128)).any()
+    dense_end, nm_end = new.regions.dense_end, new.regions.nm_end
     assert (dense_end % 16 == 0).all()
     assert ((nm_end - dense_end) % 32 == 0).all()
-    assert int(dense_end[0]) + int(nm_end[0] - dense_end[0]) // 2 == 32
+    assert int(dense_end[0]) + int(nm_end[0] - dense_end[0]) // 2 == k
+    assert pruned or (nm_end == 128).all()
 
 
-@jax.jit
-def shrink(t, keep, order, dense_end, nm_end):
-    return regions.shrink(
-        t,
-        keep,
-        order,
-        dense_end,
-        nm_end,
-        jnp.int32(32),
-        2,
-        4,
-        regroup=True,
-        step=8,
-        dense_step=16,
-    )
+@functools.partial(jax.jit, static_argnums=3)
+def shrink(scores, prev, k, steps):
+    return regions.shrink(scores, prev, jnp.int32(k), steps)
