@@ -1,6 +1,6 @@
 """Sparsity for JAX: prune any function's weights to shapes that hardware exploits."""
 
-from flexhinm_jax import kernels, methods, patterns
+from flexhinm_jax import kernels, methods, models, patterns
 from flexhinm_jax.checks import verify
 from flexhinm_jax.kernels import sparse_dot
 from flexhinm_jax.methods import (
@@ -143,6 +143,7 @@ __all__ = [
     "learn",
     "make_step",
     "methods",
+    "models",
     "next_stage",
     "objectives",
     "pack",

@@ -37,6 +37,7 @@ WORDS = {
     "overwrite": "overwrite=True",
     "owl blocks": "name the blocks with OWL(block=...), or allocate by 'uniform'",
     "restart": 'resume=False, or "auto" to begin where there is none',
+    "samples": "fewer samples",
     "share orders": "share_orders",
     "skip": 'rules={{"<regex>": "skip"}}',
     "some sparsity": "sparsity=",

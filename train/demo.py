@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import flexhinm_jax as fh
-from flexhinm_jax.cli import directory
+from flexhinm_jax import models
 from flexhinm_jax.io import atomic, huggingface, packed
 from flexhinm_jax.models import encoder
 from train import corpus
@@ -98,7 +97,7 @@ def table(rows: list[Row]) -> Table:
 
 def main() -> None:
     """Runs the demo."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--calibration", type=int, default=512, help="sentences")
     parser.add_argument("--evaluation", type=int, default=512, help="sentences")
@@ -121,8 +120,8 @@ def main() -> None:
         def step(text: str) -> None:
             progress.update(task, description=text, advance=1)
 
-        model = directory.read_encoder(model_directory())
-        params = jax.tree.map(jnp.asarray, model.params)
+        model = models.load(model_directory())
+        params = model.params
         splits = {
             "calibration": corpus.sentences("calibration", args.calibration),
             "evaluation": corpus.sentences("evaluation", args.evaluation),
@@ -178,7 +177,7 @@ def main() -> None:
         if gap > 1e-5:
             raise SystemExit(f"packed and densified embeddings differ by {gap:g}")
         with atomic.directory(args.out, overwrite=True) as folder:
-            huggingface.write(folder, sparse, source=model.checkpoint, overwrite=True)
+            huggingface.write(folder, sparse, source=model.directory, overwrite=True)
             packed.write_packed(folder / "packed.safetensors", compact)
             document = {
                 "corpus": corpus.digest(),

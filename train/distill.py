@@ -134,7 +134,7 @@ def write(
     """Writes the model, the summary and the curves."""
     with atomic.directory(out / "model", overwrite=True) as folder:
         huggingface.write(
-            folder, result.params, source=made.model.checkpoint, overwrite=True
+            folder, result.params, source=made.model.directory, overwrite=True
         )
         packed.write_packed(folder / "packed.safetensors", result.packed)
         report = json.dumps(result.report.to_dict(), indent=2)

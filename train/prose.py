@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from flexhinm_jax.cli import directory
+from flexhinm_jax.io.sources import read_sentences
 from train import corpus
 
 
@@ -50,7 +50,7 @@ def from_files(paths: Iterable[Path]) -> list[str]:
       ValueError: a file is not UTF-8 or has no text.
     """
     held_out = {sentence.lower() for sentence in corpus.sentences("evaluation")}
-    lines = [line for path in paths for line in directory.read_sentences(path)]
+    lines = [line for path in paths for line in read_sentences(path)]
     return [s for s in dict.fromkeys(lines) if s.lower() not in held_out]
 
 

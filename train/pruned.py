@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
-from flexhinm_jax.cli import directory
 from flexhinm_jax.models import batches, encoder
+from flexhinm_jax.models.load import Model
+from flexhinm_jax.models.load import load as load_model
 from flexhinm_jax.pruning.prune import Pruned, applied
 from train import corpus, minilm
 
@@ -31,7 +32,7 @@ class Encoder:
       dense: their embeddings by the dense model.
     """
 
-    model: directory.Encoder
+    model: Model
     params: dict[str, Any]
     evaluation: list[batches.Batch]
     dense: np.ndarray
@@ -66,7 +67,7 @@ def method(pattern: str) -> fh.Method:
 
 def load(folder: Path, evaluation: int) -> Encoder:
     """Reads a model directory and embeds the evaluation sentences."""
-    model = directory.read_encoder(folder)
+    model = load_model(folder)
     params = jax.tree.map(jnp.asarray, dict(model.params))
     text = corpus.sentences("evaluation", evaluation)
     held_out = model.tokenize(text, 32, None)
@@ -76,7 +77,7 @@ def load(folder: Path, evaluation: int) -> Encoder:
     return made
 
 
-def tokenize(model: directory.Encoder, text: Sequence[str]) -> list[list[int]]:
+def tokenize(model: Model, text: Sequence[str]) -> list[list[int]]:
     """Token ids of sentences, cut at `LONGEST` tokens."""
     longest = min(LONGEST, model.config.max_position_embeddings)
     return [

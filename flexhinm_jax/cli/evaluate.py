@@ -1,32 +1,21 @@
-"""`flexhinm eval`: perplexity of decoders, similarity of encoders, side by side.
-
-Perplexity is over windows of `length` tokens that begin every `stride` tokens. Every
-token of the text but the first is scored once, in the first window that holds it: with
-`stride` = `length` windows do not overlap, which is what papers on pruning report; a
-smaller stride gives every token behind the first window at least length - stride + 1
-tokens to look back at. The mean is over tokens, not over windows.
-"""
+"""`flexhinm eval`: perplexity of decoders, similarity of encoders, side by side."""
 
 import argparse
+import dataclasses
 import functools
-import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from flexhinm_jax.cli import directory, flags
-from flexhinm_jax.cli.console import Console, table
-from flexhinm_jax.models import decoder, encoder
-
-LENGTH = 2048
-"""Tokens of a window where the model reads so many."""
-
-
-_embed = jax.jit(encoder.embed, static_argnames="config")
+from flexhinm_jax import kernels
+from flexhinm_jax.cli import flags
+from flexhinm_jax.cli.console import Console, bytes_text, table
+from flexhinm_jax.io.sources import read_sentences, read_text
+from flexhinm_jax.models import evaluation
+from flexhinm_jax.models.evaluation import LENGTH
+from flexhinm_jax.models.load import Model, is_decoder, load
 
 
 def add_parser(commands: Any) -> None:
@@ -46,6 +35,7 @@ def add_parser(commands: Any) -> None:
             examples:
               flexhinm eval Qwen2.5-0.5B pruned --text wiki.txt
               flexhinm eval Llama-2-7b --text wiki.txt --length 4096 --stride 512
+              flexhinm eval Qwen2.5-0.5B pruned --text wiki.txt --packed
               flexhinm eval all-MiniLM-L6-v2 pruned --text sentences.txt
             """,
     )
@@ -79,6 +69,11 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="windows or lines in one step (default: 1 window, 32 lines)",
     )
+    flags.add_packed(
+        parser,
+        "run the last directory on its packed weights, beside the one before it, or"
+        " beside itself with zeros in place; shows bytes and tokens per second",
+    )
     flags.add_shown(parser)
     parser.set_defaults(run=run)
 
@@ -94,11 +89,13 @@ def measure(args: argparse.Namespace, paths: list[Path], console: Console) -> li
     """The document, then the table and lines, about one directory or two.
 
     Args:
-      args: text, length, stride, limit and batch_size of the command line.
+      args: text, length, stride, limit, batch_size and packed of the command line.
       paths: directories.
       console: for the progress.
     """
-    kinds = [directory.is_decoder(path) for path in paths]
+    kinds = [is_decoder(path) for path in paths]
+    if args.packed and len(paths) == 1:
+        paths = paths * 2
     if all(kinds):
         return _perplexities(args, paths, console)
     if any(kinds):
@@ -109,124 +106,101 @@ def measure(args: argparse.Namespace, paths: list[Path], console: Console) -> li
     return _similarity(args, paths, console)
 
 
-def windows(
-    tokens: np.ndarray, length: int, stride: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts a text so that every token but the first is scored once.
+def evaluated(
+    args: argparse.Namespace, document: dict[str, Any], console: Console
+) -> tuple[dict[str, Any], list[Any]]:
+    """The document of a pruned model and further lines, with what --eval asks for."""
+    if args.eval is None:
+        return document, []
+    asked = argparse.Namespace(
+        text=args.eval,
+        length=None,
+        stride=None,
+        limit=None,
+        batch_size=None,
+        packed=False,
+    )
+    figures, *lines = measure(asked, [args.model, args.out], console)
+    return document | {"evaluation": figures}, ["", *lines]
 
-    Args:
-      tokens: i32[count], count >= 2.
-      length: inputs of a window.
-      stride: tokens from one window to the next, at most `length`.
 
-    Returns:
-      Inputs i32[windows, length], targets i32[windows, length] (the next tokens), and
-      bool[windows, length], True where a target is scored.
+def read(path: Path, packed: bool, console: Console) -> tuple[Model, int]:
+    """A model as it runs fastest, and its bytes as they are stored."""
+    with console.step(f"reading {path}"):
+        model = load(path, packed=packed)
+        size = model.nbytes
+        if packed:
+            model = dataclasses.replace(model, params=kernels.prepare(model.params))
+    return model, size
 
-    Example:
-      >>> inputs, targets, scored = windows(np.arange(7, dtype=np.int32), 4, 2)
-      >>> [targets[k][scored[k]].tolist() for k in range(2)]
-      [[1, 2, 3, 4], [5, 6]]
-      >>> inputs.tolist()
-      [[0, 1, 2, 3], [2, 3, 4, 5]]
-    """
-    count = len(tokens) - 1
-    starts = np.arange(0, max(count - length, 0) + stride, stride)
-    at = starts[:, None] + np.arange(length)
-    before = np.where(starts > 0, starts - stride + length, 0)
-    scored = (at >= before[:, None]) & (at < count)
-    at = np.minimum(at, count - 1)
-    return tokens[at], tokens[at + 1], scored
+
+def name(model: Model) -> str:
+    """The directory, and whether its packed form runs."""
+    return f"{model.directory} packed" if model.packed else str(model.directory)
 
 
 def _perplexities(
     args: argparse.Namespace, paths: list[Path], console: Console
 ) -> list[Any]:
-    text = directory.read_text(args.text)
+    text = read_text(args.text)
     rows = []
-    for path in paths:
-        with console.step(f"reading {path}"):
-            model = directory.read_decoder(path)
-        rows.append(_perplexity(model, text, args, console))
-    shown = table(
-        ("model", ">zeros", ">perplexity", ">bits per byte", ">tokens"),
+    for k, path in enumerate(paths):
+        model, size = read(path, args.packed and k == len(paths) - 1, console)
+        found = evaluation.perplexity(
+            model,
+            text,
+            length=args.length,
+            stride=args.stride,
+            limit=args.limit,
+            batch=args.batch_size or 1,
+            timed=args.packed,
+            track=functools.partial(_track, console, name(model)),
+        )
+        row = {
+            "model": str(path),
+            "packed": model.packed,
+            "zeros": model.zeros,
+            "perplexity": found.perplexity,
+            "bits_per_byte": found.bits_per_byte,
+            **dataclasses.asdict(found),
+            "stored_bytes": size,
+        }
+        if found.seconds is not None:
+            row["tokens_per_second"] = found.computed / found.seconds
+        rows.append(row | {"shown": name(model)})
+    document = {
+        "text": str(args.text),
+        "kind": "decoder",
+        "models": [
+            {k: v for k, v in row.items() if k != "shown" and v is not None}
+            for row in rows
+        ],
+    }
+    note = f"windows of {rows[0]['length']} tokens, one every {rows[0]['stride']}"
+    return [document, _table(rows, args.packed), note]
+
+
+def _track(console: Console, at: str, steps: range) -> Iterable[int]:
+    return console.track(steps, at, total=len(steps))
+
+
+def _table(rows: list[dict[str, Any]], timed: bool) -> Any:
+    columns = ("model", ">zeros", ">perplexity", ">bits per byte", ">tokens")
+    return table(
+        (*columns, ">bytes", ">tokens per second"),
         [
             (
-                row["model"],
+                row["shown"],
                 f"{row['zeros']:.1%}",
                 f"{row['perplexity']:.4f}",
                 f"{row['bits_per_byte']:.4f}",
                 f"{row['tokens']:,}",
+                bytes_text(row["stored_bytes"]) if timed else "",
+                f"{row['tokens_per_second']:,.1f}" if timed else "",
             )
             for row in rows
         ],
     )
-    note = f"windows of {rows[0]['length']} tokens, one every {rows[0]['stride']}"
-    document = {"text": str(args.text), "kind": "decoder", "models": rows}
-    return [document, shown, note]
-
-
-def _perplexity(
-    model: directory.Decoder, text: str, args: argparse.Namespace, console: Console
-) -> dict[str, Any]:
-    tokens, offsets = model.encode(text)
-    tokens, offsets = tokens[: args.limit], offsets[: args.limit]
-    if len(tokens) < 2:
-        raise ValueError(
-            f"{args.text} has {len(tokens)} tokens; at least 2 are needed, the first of"
-            " which is only read"
-        )
-    longest = model.config.max_position_embeddings or LENGTH
-    length = args.length or min(LENGTH, longest)
-    if length > longest:
-        raise ValueError(
-            f"--length {length} is more than {model.directory} reads:"
-            f" max_position_embeddings={longest}"
-        )
-    if args.stride and args.stride > length:
-        raise ValueError(
-            f"--stride {args.stride} is more than windows of {length} tokens: those"
-            " between two windows would not be scored"
-        )
-    length = min(length, len(tokens) - 1)
-    stride = min(args.stride or length, length)
-    parts = windows(tokens, length, stride)
-    size = args.batch_size or 1
-    nats = 0.0
-    steps = range(0, len(parts[0]), size)
-    for start in console.track(steps, str(model.directory), total=len(steps)):
-        # The last batch is filled up with windows that score nothing.
-        batch = [part[start : start + size] for part in parts]
-        missing = ((0, size - len(batch[0])), (0, 0))
-        batch = [np.pad(part, missing) for part in batch]
-        nats += float(_nats(model.params, *batch, config=model.config))
-    if not math.isfinite(nats):
-        model.check_finite()
-        raise ValueError(f"{model.directory} gives logits that are not finite")
-    count = len(tokens) - 1
-    read = len(text[offsets[1][0] : offsets[-1][1]].encode())
-    return {
-        "model": str(model.directory),
-        "zeros": model.zeros,
-        "perplexity": math.exp(nats / count),
-        "bits_per_byte": nats / math.log(2) / max(read, 1),
-        "nats": nats,
-        "tokens": count,
-        "bytes": read,
-        "length": length,
-        "stride": stride,
-    }
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _nats(
-    params: Any, inputs: Array, targets: Array, scored: Array, config: Any
-) -> Array:
-    """Nats of all scored targets together; compiled once for dense and pruned."""
-    logits = decoder.apply(params, inputs, config).astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    nats = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.sum(jnp.where(scored, nats, jnp.float32(0)))
 
 
 def _similarity(
@@ -237,14 +211,15 @@ def _similarity(
             f"{paths[0]} is no decoder: give OTHER too, to compare the embeddings of"
             " two encoders"
         )
-    models = []
-    for path in paths:
-        with console.step(f"reading {path}"):
-            models.append(directory.read_encoder(path))
     if args.stride:
         raise ValueError("--stride has no use for encoders")
-    text = directory.read_sentences(args.text, args.limit)
-    first, second = (_embeddings(model, text, args) for model in models)
+    read_both = zip(paths, (False, args.packed), strict=True)
+    models, sizes = zip(*(read(p, how, console) for p, how in read_both), strict=True)
+    text = read_sentences(args.text, args.limit)
+    first, second = (
+        evaluation.embeddings(model, text, args.batch_size or 32, args.length)
+        for model in models
+    )
     if first.shape != second.shape:
         raise ValueError(
             f"embeddings of {first.shape[1]} and {second.shape[1]} channels cannot be"
@@ -259,7 +234,7 @@ def _similarity(
     figures = (f"{value:.4f}" for value in found.values())
     shown = table(
         ("model", "other", ">mean cosine", ">5 % quantile", ">lowest", ">lines"),
-        [(*map(str, paths), *figures, f"{len(text):,}")],
+        [(*map(name, models), *figures, f"{len(text):,}")],
     )
     document = {
         "text": str(args.text),
@@ -267,17 +242,7 @@ def _similarity(
         "models": [*map(str, paths)],
         "lines": len(text),
     }
-    return [document | found, shown]
-
-
-def _embeddings(
-    model: directory.Encoder, text: list[str], args: argparse.Namespace
-) -> np.ndarray:
-    """Unit rows, f64[lines, hidden]."""
-    found: dict[int, np.ndarray] = {}
-    for batch in model.tokenize(text, args.batch_size or 32, args.length):
-        rows = _embed(model.params, batch.tokens, batch.mask, config=model.config)
-        rows = np.asarray(rows, np.float64)
-        found |= dict(zip(batch.rows.tolist(), rows, strict=False))
-    stacked = np.stack([found[row] for row in sorted(found)])
-    return stacked / np.linalg.norm(stacked, axis=-1, keepdims=True)
+    if not args.packed:
+        return [document | found, shown]
+    note = f"{bytes_text(sizes[0])} dense, {bytes_text(sizes[1])} packed"
+    return [document | found | {"stored_bytes": list(sizes)}, shown, note]

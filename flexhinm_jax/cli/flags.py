@@ -36,6 +36,7 @@ WORDS = {
     "overwrite": "--force",
     "owl blocks": "choose --allocate global or uniform",
     "restart": "another --resume",
+    "samples": "fewer --samples",
     "share orders": "--share-orders",
     "skip": "--rule 'REGEX=skip'",
     "some sparsity": "--sparsity",
@@ -88,6 +89,11 @@ def add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:
         help="UTF-8 text file, one sentence a line; hf:DATASET[:CONFIG]:SPLIT:COLUMN"
         f" of the Hub; or builtin, a short neutral text (default){more}",
     )
+
+
+def add_packed(parser: argparse.ArgumentParser, help: str) -> None:
+    """Adds the switch for weights as the sparse kernels read them."""
+    parser.add_argument("--packed", action="store_true", help=help)
 
 
 def add_shown(parser: argparse.ArgumentParser) -> None:

@@ -1,14 +1,12 @@
 """`flexhinm generate`: a smoke look at what a decoder says."""
 
 import argparse
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from flexhinm_jax.cli import directory, flags
-from flexhinm_jax.cli.console import Console
+from flexhinm_jax.cli import evaluate, flags
+from flexhinm_jax.cli.console import Console, bytes_text
 from flexhinm_jax.models import generation
 
 
@@ -27,6 +25,7 @@ def add_parser(commands: Any) -> None:
             examples:
               flexhinm generate pruned --prompt "Once upon a time" --tokens 40
               flexhinm generate pruned --prompt "Once" --temperature 0.8 --top-k 50
+              flexhinm generate pruned --prompt "Once" --packed
             """,
     )
     flags.add_model(parser)
@@ -47,6 +46,11 @@ def add_parser(commands: Any) -> None:
         help="draw from softmax(logits / T); 0, the default, draws nothing",
     )
     add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens only")
+    flags.add_packed(
+        parser,
+        "run on the packed weights, and again with zeros in place; shows bytes and"
+        " tokens per second of both",
+    )
     flags.add_seed(parser)
     flags.add_shown(parser)
     parser.set_defaults(run=run)
@@ -54,33 +58,38 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    with console.step("reading the model"):
-        model = directory.read_decoder(args.model)
-    tokens, _ = model.encode(args.prompt)
-    if tokens.size == 0:
-        raise ValueError("--prompt has no tokens; give at least one")
-    go_on = functools.partial(
-        generation.generate,
-        config=model.config,
-        steps=args.tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        ends=model.ends,
-    )
+    document, lines = _continued(args, args.packed, console)
+    if args.packed:
+        dense, others = _continued(args, False, console)
+        document, lines = document | {"dense": dense}, lines + others
+    console.result(document, *lines)
+
+
+def _continued(
+    args: argparse.Namespace, packed: bool, console: Console
+) -> tuple[dict[str, Any], list[str]]:
+    """The document and the lines of one form of the model."""
+    model, size = evaluate.read(args.model, packed, console)
     with console.step("generating"):
-        key = jax.random.key(args.seed) if args.temperature else None
-        made = jax.jit(go_on)(model.params, jnp.asarray(tokens[None]), key=key)
-    length = int(made.lengths[0])
-    new = made.tokens[0, :length].tolist()
-    # The text behind the prompt: a token decoded alone may lack its leading space.
-    whole = model.tokenizer.decode([*tokens.tolist(), *new])
-    before = model.tokenizer.decode(tokens.tolist())
-    text = whole.removeprefix(before)
+        made = generation.continue_text(
+            model,
+            args.prompt,
+            steps=args.tokens,
+            key=jax.random.key(args.seed) if args.temperature else None,
+            timed=args.packed,
+            temperature=args.temperature,
+            top_k=args.top_k,
+        )
     document = {
         "model": str(args.model),
         "prompt": args.prompt,
-        "text": text,
-        "tokens": new,
-        "ended": bool(new and new[-1] in model.ends),
+        "text": made.text,
+        "tokens": made.tokens,
+        "ended": made.ended,
     }
-    console.result(document, text)
+    if made.seconds is None:
+        return document, [made.text]
+    speed = len(made.tokens) / made.seconds
+    document |= {"packed": packed, "stored_bytes": size, "tokens_per_second": speed}
+    told = f"{'packed' if packed else 'dense'}: {bytes_text(size)}, {speed:,.1f} tokens"
+    return document, [made.text, f"({told} per second)"]

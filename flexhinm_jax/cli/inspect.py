@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from flexhinm_jax.cli import directory, flags
+from flexhinm_jax.cli import flags
 from flexhinm_jax.cli.console import NUMBER, Console, bytes_text, groups, table
 from flexhinm_jax.io import tensors
+from flexhinm_jax.models.load import is_decoder, load
 from flexhinm_jax.streaming.blocks import open_blocks
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.types import Use, Uses
@@ -40,14 +41,14 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    if directory.is_decoder(args.model):
+    if is_decoder(args.model):
         with console.step("finding the weights"):
             leaves = _decoder_leaves(args.model)
     else:
         with console.step("reading the model"):
-            model = directory.read_encoder(args.model)
+            model = load(args.model, tokenizer=False)
         with console.step("finding the weights"):
-            uses = discover(model.apply_fn, model.params, *model.sample())
+            uses = discover(model.apply, model.params, *model.sample())
         leaves = [_describe(path, leaf, uses) for path, leaf in model.params.items()]
     console.result(
         _summary(args.model, leaves),

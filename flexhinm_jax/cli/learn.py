@@ -14,9 +14,11 @@ import optax
 from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.cli.console import Console, report_table
-from flexhinm_jax.cli.directory import PACKED, REPORT
+from flexhinm_jax.cli.directory import REPORT
 from flexhinm_jax.io import atomic
+from flexhinm_jax.io.sources import read_sentences
 from flexhinm_jax.methods import LearnedMethod, RefineMask
+from flexhinm_jax.models.load import PACKED, Model, load
 from flexhinm_jax.pruning import apply, prune, solve
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.tracing.discover import discover
@@ -147,7 +149,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 def _run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
     with console.step("reading the model"):
-        model = directory.read_encoder(args.model)
+        model = load(args.model)
     result, history = _learn(args, choices, model, console)
     first, best = history[0]["value"], min(entry["value"] for entry in history)
     document = {
@@ -188,7 +190,7 @@ def _check(args: argparse.Namespace) -> Choices:
         raise ValueError(f"--rate {rate}: need a positive number")
     directory.check_out(args)
     start = _start(args.start, method)
-    text = directory.read_sentences(args.calibration, args.limit)
+    text = read_sentences(args.calibration, args.limit)
     rules, numbers = flags.rules(args.rule)
     if numbers:
         raise ValueError(
@@ -220,18 +222,18 @@ def _start(name: str | None, method: LearnedMethod) -> methods.Method | None:
 def _learn(
     args: argparse.Namespace,
     choices: Choices,
-    model: directory.Encoder,
+    model: Model,
     console: Console,
 ) -> tuple[prune.Pruned, list[dict[str, float]]]:
     """The result, and the validations on the way."""
-    params: Any = jax.tree.map(jnp.asarray, model.params)
-    uses = discover(model.apply_fn, params, *model.sample(), rules=choices.rules)
+    params: Any = model.params
+    uses = discover(model.apply, params, *model.sample(), rules=choices.rules)
     directory.check_uses(args.model, uses)
     size = args.batch_size or BATCH_SENTENCES
     batches = model.tokenize(choices.text, size, args.max_length)
     steps = [(jnp.asarray(b.tokens), jnp.asarray(b.mask)) for b in batches]
     stats = calibrate(
-        model.apply_fn,
+        model.apply,
         params,
         uses,
         console.track(steps, "calibrating", len(steps)),
@@ -245,8 +247,8 @@ def _learn(
     held = math.ceil(HELD * len(steps)) if len(steps) > 1 else 0
     # every dense output is computed once
     with console.step(f"the dense model reads {len(steps)} batches", long=True):
-        learned_from = objectives.taught(model.apply_fn, params, steps)
-    loss_fn = objectives.distillation(model.apply_fn, token_mask=directory.real)
+        learned_from = objectives.taught(model.apply, params, steps)
+    loss_fn = objectives.distillation(model.apply, token_mask=directory.real)
     value = jax.jit(loss_fn)
 
     def evaluate(now: Any) -> float:

@@ -16,7 +16,6 @@ import jax
 import flexhinm_jax
 from flexhinm_jax import arguments
 from flexhinm_jax.cli import (
-    directory,
     evaluate,
     flags,
     generate,
@@ -27,6 +26,7 @@ from flexhinm_jax.cli import (
     recipe,
 )
 from flexhinm_jax.cli.console import Console
+from flexhinm_jax.io import sources
 
 COMMANDS = (inspect, prune, learn, evaluate, generate, importer)
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args = recipe.merged(parser(), list(argv), args.recipe)
             for name in ("model", "other"):
                 if getattr(args, name, None) is not None:
-                    path = directory.find(
+                    path = sources.find(
                         getattr(args, name), args.hub_cache, args.offline
                     )
                     setattr(args, name, path)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["BUCKETS", "Batch", "batches", "pad_tokens"]
+from flexhinm_jax import arguments
+
+__all__ = ["BUCKETS", "Batch", "batches", "pad_tokens", "pieces"]
 
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Lengths that lists are padded to, up to the longest allowed."""
@@ -110,3 +112,33 @@ def pad_tokens(
         tokens[row, : len(ids)] = ids
         mask[row, : len(ids)] = 1
     return tokens, mask
+
+
+def pieces(tokens: np.ndarray, length: int, count: int | None, most: int) -> np.ndarray:
+    """A text as pieces of equal length; what is left at the end is dropped.
+
+    Args:
+      tokens: i32[n], the whole text.
+      length: tokens of a piece.
+      count: pieces; None for all, at most `most`.
+      most: see `count`.
+
+    Returns:
+      i32[pieces, length].
+
+    Raises:
+      ValueError: the text is too short.
+
+    Example:
+      >>> pieces(np.arange(7, dtype=np.int32), 3, None, 9).tolist()
+      [[0, 1, 2], [3, 4, 5]]
+    """
+    wanted = count or 1
+    if len(tokens) < wanted * length:
+        raise ValueError(
+            f"the calibration text has {len(tokens)} tokens, {wanted} samples of"
+            f" {length} need {wanted * length}; give more text,"
+            f" {arguments.say('samples')} or {arguments.say('length')}"
+        )
+    found = min(count or most, len(tokens) // length)
+    return tokens[: found * length].reshape(found, length)

@@ -5,10 +5,12 @@ token. The cache has its final size from the start, so a call compiles two progr
 for the prompt, one for all steps.
 """
 
+import dataclasses
 import functools
 import math
+import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,10 @@ from jax import Array, lax
 
 from flexhinm_jax.models import decoder, decoder_parameters, rope
 from flexhinm_jax.models.decoder import DecoderConfig
+from flexhinm_jax.models.load import Model
+from flexhinm_jax.tracing.sparsify import sparsify
 
-__all__ = ["Generated", "generate"]
+__all__ = ["Continuation", "Generated", "Sampling", "continue_text", "generate"]
 
 Cache = tuple[tuple[Array, Array], ...]
 """Rotated keys and values of every layer, [b, total, kv_heads, head_size]."""
@@ -35,6 +39,41 @@ class Generated(NamedTuple):
     lengths: Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and when a text ends.
+
+    Attributes:
+      temperature: 0 takes the most likely token (the lowest id of equal ones); above,
+        tokens are drawn from softmax(logits / temperature).
+      top_k: draws only among so many most likely tokens; None among all.
+      ends: ids after which a text is finished. Once all are, no more steps run.
+      pad: id behind the end of a finished text.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    ends: Sequence[int] = ()
+    pad: int = 0
+
+    def __post_init__(self):
+        """Validates what needs no model."""
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be a number >= 0, got {self.temperature!r}"
+            )
+        if self.top_k is not None and self.temperature == 0:
+            raise ValueError("top_k has no use at temperature 0, which draws nothing")
+
+    def choose(self, key: Array | None, logits: Array, step: Array | int) -> Array:
+        """The next token of every row, i32[b], from f32[b, vocab_size]."""
+        if key is None or self.temperature == 0:
+            return jnp.argmax(logits, -1).astype(jnp.int32)
+        return _draw(
+            jax.random.fold_in(key, step), logits, self.temperature, self.top_k
+        )
+
+
 def generate(
     params: Mapping[str, Array],
     prompt: Array,
@@ -43,11 +82,8 @@ def generate(
     steps: int,
     lengths: Array | None = None,
     key: Array | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    ends: Sequence[int] = (),
-    pad: int = 0,
     cache_dtype: jax.typing.DTypeLike | None = None,
+    **sampling: Any,
 ) -> Generated:
     """Continues prompts token by token.
 
@@ -60,12 +96,8 @@ def generate(
       steps: new tokens.
       lengths: i32[batch], real tokens of every prompt, 1 .. length; None if all are.
       key: PRNG key, consumed; needed when `temperature` is above 0.
-      temperature: 0 takes the most likely token (the lowest id of equal ones); above,
-        tokens are drawn from softmax(logits / temperature).
-      top_k: draws only among so many most likely tokens; None among all.
-      ends: ids after which a text is finished. Once all are, no more steps run.
-      pad: id behind the end of a finished text.
       cache_dtype: dtype of cached keys and values; None for that of the parameters.
+      **sampling: temperature, top_k, ends and pad, see `Sampling`.
 
     Returns:
       The new tokens, without the prompt.
@@ -83,28 +115,24 @@ def generate(
       >>> generate(params, prompt, config, steps=3).tokens.shape
       (1, 3)
     """
-    _check(prompt, config, steps, key, temperature, top_k)
+    rule = Sampling(**sampling)
+    _check(prompt, config, steps, key, rule)
     params = decoder_parameters.select(params, decoder.shapes(config))
     batch, length = prompt.shape
     total = length + steps
     if lengths is None:
         lengths = jnp.full((batch,), length, jnp.int32)
     first = length - jnp.asarray(lengths, jnp.int32)
-    stops = jnp.asarray(tuple(ends), jnp.int32)
+    stops, pad = jnp.asarray(tuple(rule.ends), jnp.int32), rule.pad
 
     def advance(tokens: Array, at: Array | int, cache: Cache) -> tuple[Array, Cache]:
         """Logits behind the last of the tokens, which stand at `at` and after it."""
         return _advance(params, tokens, at, first, total, cache, config)
 
-    def choose(logits: Array, k: Array | int) -> Array:
-        if key is None or temperature == 0:
-            return jnp.argmax(logits, -1).astype(jnp.int32)
-        return _draw(jax.random.fold_in(key, k), logits, temperature, top_k)
-
     def step(carry: tuple) -> tuple:
         k, token, done, out, cache = carry
         logits, cache = advance(token[:, None], length + k - 1, cache)
-        token = choose(logits, k)
+        token = rule.choose(key, logits, k)
         token = jnp.where(done, jnp.int32(pad), token)
         out = lax.dynamic_update_index_in_dim(out, token, k, 1)
         done = done | jnp.isin(token, stops)
@@ -119,7 +147,7 @@ def generate(
     empty = jnp.zeros(shape, dtype)
     cache = ((empty, empty),) * config.num_hidden_layers
     logits, cache = advance(jnp.asarray(prompt, jnp.int32), 0, cache)
-    token = choose(logits, 0)
+    token = rule.choose(key, logits, 0)
     out = jnp.full((batch, steps), pad, jnp.int32).at[:, 0].set(token)
     carry = (jnp.int32(1), token, jnp.isin(token, stops), out, cache)
     _, _, _, out, _ = lax.while_loop(unfinished, step, carry)
@@ -127,6 +155,74 @@ def generate(
     # The first end counts; `pad` behind it may be an end token itself.
     before = jnp.where(ended.any(1), jnp.argmax(ended, 1) + 1, steps)
     return Generated(out, before.astype(jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """A text behind a prompt.
+
+    Attributes:
+      text: without the prompt.
+      tokens: its ids, the end included.
+      ended: whether the last one is an end.
+      seconds: wall time without compiling; None where it was not asked.
+    """
+
+    text: str
+    tokens: list[int]
+    ended: bool
+    seconds: float | None = None
+
+
+def continue_text(
+    model: Model,
+    prompt: str,
+    *,
+    steps: int,
+    key: Array | None = None,
+    timed: bool = False,
+    **sampling: Any,
+) -> Continuation:
+    """Continues one text, up to the model's own end.
+
+    Args:
+      model: a decoder with its tokenizer, dense or packed.
+      prompt: text with at least one token.
+      steps: new tokens at most.
+      key: PRNG key, consumed; needed when `temperature` is above 0.
+      timed: measures the time of a second run, which compiles nothing.
+      **sampling: temperature and top_k, see `Sampling`.
+
+    Returns:
+      The text and its tokens.
+
+    Raises:
+      ValueError: an encoder, a prompt without tokens, or what `generate` refuses.
+    """
+    if not isinstance(model.config, DecoderConfig):
+        raise ValueError(
+            f"{model.directory} is an encoder, which continues no text; give a decoder"
+        )
+    tokens, _ = model.encode(prompt)
+    if tokens.size == 0:
+        raise ValueError("the prompt has no tokens; give at least one")
+    sampling = {"ends": model.ends} | sampling
+    go_on = functools.partial(generate, config=model.config, steps=steps, **sampling)
+    run = jax.jit(sparsify(go_on) if model.packed else go_on)
+    made = run(model.params, jnp.asarray(tokens[None]), key=key)
+    seconds = None
+    if timed:
+        jax.block_until_ready(made)
+        began = time.perf_counter()
+        made = run(model.params, jnp.asarray(tokens[None]), key=key)
+        jax.block_until_ready(made)
+        seconds = time.perf_counter() - began
+    new = made.tokens[0, : int(made.lengths[0])].tolist()
+    # The text behind the prompt: a token decoded alone may lack its leading space.
+    whole = model.tokenizer.decode([*tokens.tolist(), *new])
+    before = model.tokenizer.decode(tokens.tolist())
+    ended = bool(new and new[-1] in sampling["ends"])
+    return Continuation(whole.removeprefix(before), new, ended, seconds)
 
 
 def _advance(
@@ -211,8 +307,7 @@ def _check(
     config: DecoderConfig,
     steps: int,
     key: Array | None,
-    temperature: float,
-    top_k: int | None,
+    rule: Sampling,
 ) -> None:
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(
@@ -234,13 +329,9 @@ def _check(
             " of dynamic positions, which would turn with every step while the cache"
             " stays; take fewer steps"
         )
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a number >= 0, got {temperature!r}")
-    if temperature > 0 and key is None:
-        raise ValueError(f"temperature={temperature!r} draws tokens: give a key")
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+    if rule.temperature > 0 and key is None:
+        raise ValueError(f"temperature={rule.temperature!r} draws tokens: give a key")
+    if rule.top_k is not None and not 1 <= rule.top_k <= config.vocab_size:
         raise ValueError(
-            f"top_k={top_k!r} must be between 1 and vocab_size={config.vocab_size}"
+            f"top_k={rule.top_k!r} must be between 1 and vocab_size={config.vocab_size}"
         )
-    if top_k is not None and temperature == 0:
-        raise ValueError("top_k has no use at temperature 0, which draws nothing")

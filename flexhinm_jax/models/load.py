@@ -8,25 +8,42 @@ that is not known, a tensor too many or of another shape is named.
 import dataclasses
 import functools
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flexhinm_jax.io import huggingface, packed, shards
-from flexhinm_jax.models import decoder, decoder_config, encoder
+from flexhinm_jax.io import huggingface, shards, tensors
+from flexhinm_jax.io import packed as packed_files
+from flexhinm_jax.models import batches, decoder, decoder_config, encoder
 from flexhinm_jax.tracing.sparsify import sparsify
+from flexhinm_jax.types import PackedWeight
 
-__all__ = ["DECODERS", "ENCODERS", "Model", "load", "load_tokenizer"]
+__all__ = [
+    "DECODERS",
+    "ENCODERS",
+    "Model",
+    "is_decoder",
+    "load",
+    "load_tokenizer",
+    "token_ids",
+]
 
 ENCODERS = ("bert",)
 DECODERS = tuple(decoder_config.FAMILIES)
 """Supported values of `model_type`."""
 
 PACKED = "packed.safetensors"
+"""The whole packed model, as an encoder is written."""
+
+PACKED_BLOCKS = "packed"
+"""Folder with one packed file per block, as a decoder is written."""
+
 TOKENIZER = "tokenizer.json"
 GENERATION = "generation_config.json"
 
@@ -45,15 +62,17 @@ class Model:
       tokenizer: of the `tokenizers` package, neither cutting nor padding; None where
         the directory has none.
       ends: ids that end a text.
+      pad: id behind the end of a text.
       packed: whether `params` has packed weights, which `apply` multiplies as they are.
     """
 
     directory: Path
-    config: decoder.DecoderConfig | encoder.EncoderConfig
+    config: Any  # one of two, which callers know
     apply: Callable[..., jax.Array]
     params: dict[str, Any]
     tokenizer: Any
     ends: tuple[int, ...]
+    pad: int = 0
     packed: bool = False
 
     @property
@@ -62,35 +81,116 @@ class Model:
         return isinstance(self.config, decoder.DecoderConfig)
 
     @property
-    def rules(self) -> dict[str, str]:
+    def rules(self) -> dict[str, Any]:
         """Rules for `fh.prune` that any pruning of this model should have."""
-        if not isinstance(self.config, decoder.DecoderConfig):
-            return {}
-        return decoder.rules(self.config)
+        return dict(decoder.rules(self.config)) if self.is_decoder else {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.nbytes for x in jax.tree.leaves(self.params))
+
+    @functools.cached_property
+    def zeros(self) -> float:
+        """Share of zeros in the matrices of the layers."""
+        blocks = "model.layers." if self.is_decoder else "encoder.layer."
+        layers = [x for name, x in self.params.items() if name.startswith(blocks)]
+        matrices = [x for x in layers if len(_shape(x)) == 2]
+        nonzero = sum(
+            np.count_nonzero(values)
+            for x in matrices
+            for values in (
+                (x.dense_values, x.nm_values) if isinstance(x, PackedWeight) else (x,)
+            )
+            if values is not None
+        )
+        return 1 - nonzero / sum(math.prod(_shape(x)) for x in matrices)
+
+    def sample(self) -> tuple[np.ndarray, ...]:
+        """A batch of the right form, for tracing; its values mean nothing."""
+        length = min(8, self.config.max_position_embeddings or 8)
+        tokens = np.zeros((1, length), np.int32)
+        return (tokens,) if self.is_decoder else (tokens, np.ones_like(tokens))
+
+    def encode(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Tokens of a text, and where in it each begins and ends, in characters.
+
+        Raises:
+          ValueError: the tokenizer belongs to another model.
+        """
+        return token_ids(self.tokenizer, text, self.config.vocab_size)
+
+    def tokenize(
+        self, text: Sequence[str], batch_size: int, max_length: int | None = None
+    ) -> list[batches.Batch]:
+        """Batches of sentences, tokenized as the directory says.
+
+        Args:
+          text: sentences.
+          batch_size: sentences of a batch.
+          max_length: longest sentence in tokens, special tokens included, the rest is
+            cut; None takes 128 or what the model allows.
+
+        Raises:
+          ValueError: the model cannot read so many tokens, or the tokenizer belongs to
+            another model.
+        """
+        longest: int | None = self.config.max_position_embeddings
+        cut = max_length or min(128, longest or 128)
+        if longest is not None and cut > longest:
+            raise ValueError(
+                f"sentences of {cut} tokens are more than this model reads:"
+                f" max_position_embeddings={longest}; cut them shorter"
+            )
+        self.tokenizer.enable_truncation(cut)
+        try:
+            ids = [encoded.ids for encoded in self.tokenizer.encode_batch(list(text))]
+        finally:
+            self.tokenizer.no_truncation()
+        largest = max((max(tokens, default=0) for tokens in ids), default=0)
+        _check_known(largest, self.config.vocab_size)
+        kept = [tokens for tokens in ids if tokens]
+        return list(batches.batches(kept, batch_size, cut, self.pad))
+
+    def check_finite(self) -> None:
+        """Raises ValueError that names leaves with NaN or infinity, if any."""
+        bad = [
+            name
+            for name, leaf in self.params.items()
+            if not all(
+                bool(jnp.all(jnp.isfinite(x)))
+                for x in jax.tree.leaves(leaf)
+                if jnp.issubdtype(x.dtype, jnp.floating)
+            )
+        ]
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise ValueError(
+                f"{self.directory}: NaN or infinity in {', '.join(bad[:3])}{more}"
+            )
 
     def __repr__(self) -> str:
         """Kind, size and place."""
-        leaves = jax.tree.leaves(self.params)
-        size = sum(x.nbytes for x in leaves)
         form = "packed" if self.packed else "dense"
         return (
             f"Model({self.directory.name!r}, {type(self.config).__name__}, {form},"
-            f" {len(self.params)} arrays, {size / 1e6:.1f} MB)"
+            f" {len(self.params)} arrays, {self.nbytes / 1e6:.1f} MB)"
         )
 
 
 def load(
     directory: str | os.PathLike,
     *,
-    packed_weights: bool = False,
+    packed: bool = False,
     tokenizer: bool = True,
 ) -> Model:
     """Reads a model directory.
 
     Args:
       directory: Hugging Face directory of a family in `ENCODERS` or `DECODERS`.
-      packed_weights: read `packed.safetensors`, which `flexhinm prune` wrote, instead
-        of the weights with zeros in place.
+      packed: read what `flexhinm prune` packed instead of the weights with zeros in
+        place: `packed.safetensors`, or for a decoder the folder `packed`, which
+        --pack writes.
       tokenizer: read `tokenizer.json`; without it a directory may lack one.
 
     Returns:
@@ -113,15 +213,7 @@ def load(
     config = read_config(directory, given)
     # The tokenizer first: a missing one should not cost the time to read the weights.
     read = load_tokenizer(directory / TOKENIZER) if tokenizer else None
-    if packed_weights:
-        if not (directory / PACKED).is_file():
-            raise FileNotFoundError(
-                f"{directory / PACKED} is missing; `flexhinm prune` writes it, a dense"
-                " directory has none"
-            )
-        params = packed.read_packed(directory / PACKED)
-    else:
-        params = huggingface.read(directory).params
+    params = _packed(directory) if packed else huggingface.read(directory).params
     if isinstance(config, decoder.DecoderConfig):
         shapes = {name: tuple(_shape(leaf)) for name, leaf in params.items()}
         try:
@@ -134,12 +226,23 @@ def load(
     return Model(
         directory=directory,
         config=config,
-        apply=sparsify(apply) if packed_weights else apply,
+        apply=sparsify(apply) if packed else apply,
         params={name: _placed(leaf) for name, leaf in params.items()},
         tokenizer=read,
         ends=_ends(directory, given),
-        packed=packed_weights,
+        pad=given.get("pad_token_id") or 0,
+        packed=packed,
     )
+
+
+def is_decoder(directory: str | os.PathLike) -> bool:
+    """Whether a directory holds a decoder, otherwise an encoder.
+
+    Raises:
+      FileNotFoundError: the directory or its config is missing.
+      ValueError: another architecture.
+    """
+    return _kind(Path(directory), huggingface.read_config(directory)) in DECODERS
 
 
 def read_config(
@@ -154,13 +257,7 @@ def read_config(
     Raises:
       ValueError: another architecture, or a setting not supported.
     """
-    kind = given.get("model_type")
-    if kind not in ENCODERS + DECODERS:
-        raise ValueError(
-            f"{directory}: model_type={kind!r} is not supported; supported are"
-            f" {', '.join(ENCODERS + DECODERS)}. The library prunes any pure function:"
-            " see flexhinm_jax.prune"
-        )
+    kind = _kind(directory, given)
     known = decoder.DecoderConfig if kind in DECODERS else encoder.EncoderConfig
     try:
         return known.from_dict(given)
@@ -194,6 +291,68 @@ def load_tokenizer(path: Path) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def token_ids(
+    tokenizer: Any, text: str, vocab_size: int
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Tokens of a text, and where in it each begins and ends.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      text: anything.
+      vocab_size: tokens that the model knows.
+
+    Returns:
+      i32[count], and (first, one behind the last) character of every token.
+
+    Raises:
+      ValueError: the tokenizer gives a token that the model does not know.
+    """
+    encoded = tokenizer.encode(text)
+    _check_known(max(encoded.ids, default=0), vocab_size)
+    return np.array(encoded.ids, np.int32), encoded.offsets
+
+
+def _check_known(largest: int, vocab_size: int) -> None:
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{TOKENIZER} gives token {largest}, but the model has"
+            f" vocab_size={vocab_size}; they belong to different models"
+        )
+
+
+def _kind(directory: Path, given: Mapping[str, Any]) -> str:
+    """The `model_type`, one that is supported."""
+    kind = given.get("model_type")
+    if kind not in ENCODERS + DECODERS:
+        raise ValueError(
+            f"{directory}: model_type={kind!r} is not supported; supported are"
+            f" {', '.join(ENCODERS + DECODERS)}. The library prunes any pure function:"
+            " see flexhinm_jax.prune"
+        )
+    return kind
+
+
+def _packed(directory: Path) -> dict[str, Any]:
+    """The parameters in packed form; what no packed file holds as it is stored."""
+    if (directory / PACKED).is_file():
+        return packed_files.read_packed(directory / PACKED)
+    files = sorted((directory / PACKED_BLOCKS).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"{directory} holds no packed weights: neither {PACKED} nor a folder"
+            f" {PACKED_BLOCKS} with blocks; `flexhinm prune` writes them, of a decoder"
+            " with --pack"
+        )
+    params: dict[str, Any] = {}
+    for path in files:
+        params |= packed_files.read_packed(path)
+    index = shards.read_index(directory)
+    for file in index.headers:
+        rest = [key for key in index.keys_of(file) if key not in params]
+        params |= tensors.read(directory / file, rest)
+    return params
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:

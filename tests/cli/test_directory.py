@@ -7,9 +7,9 @@ import types
 import pytest
 
 from flexhinm_jax import NM, methods, patterns
-from flexhinm_jax.cli import directory, prune
+from flexhinm_jax.cli import choices
 from flexhinm_jax.cli.main import main
-from flexhinm_jax.io import huggingface
+from flexhinm_jax.io import huggingface, sources
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -39,7 +39,7 @@ def test_a_model_of_the_hub_is_pruned_by_its_name(hub, tmp_path, capsys):
     weight = params["encoder.layer.0.output.dense.weight"]
     assert ((weight.reshape(32, -1, 4) != 0).sum(-1) == 2).all()  # 2:4 by default
     assert not (out / "config.json").is_symlink()
-    at = directory.find(f"owner/tiny@{SHA}", hub, offline=True)
+    at = sources.find(f"owner/tiny@{SHA}", hub, offline=True)
     assert at.name == SHA and (at / "config.json").is_file()
     command[1] = "owner/other"
     assert main([*command, "--force", *options]) == 2
@@ -49,14 +49,14 @@ def test_a_model_of_the_hub_is_pruned_by_its_name(hub, tmp_path, capsys):
 def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "tiny").mkdir(parents=True)
-    assert directory.find("owner/tiny", offline=True).is_dir()
+    assert sources.find("owner/tiny", offline=True).is_dir()
     for name in ("nowhere", "./a/b/c", "/a/b"):
-        assert str(directory.find(name, offline=True)).strip("./") in name
+        assert str(sources.find(name, offline=True)).strip("./") in name
 
 
 def test_the_default_method_follows_the_pattern():
     def method(text):
-        return prune.best(patterns.parse(text))
+        return choices.best(patterns.parse(text))
 
     assert method("2:4") == method("vector:v=8") == method("unstructured") == "alps"
     assert method("flexhinm:v=8") == method("hinm:v=8") == "staged_alps"
@@ -64,10 +64,10 @@ def test_the_default_method_follows_the_pattern():
 
 
 def test_the_bundled_text_is_sentences_of_plain_english():
-    sentences = directory.read_sentences("builtin")
+    sentences = sources.read_sentences("builtin")
     assert len(sentences) > 100 and len(set(sentences)) == len(sentences)
     assert all(20 < len(s) < 200 and s.isascii() for s in sentences)
-    assert len(directory.read_sentences("builtin", 7)) == 7
+    assert len(sources.read_sentences("builtin", 7)) == 7
 
 
 def test_the_bundled_text_is_used_with_a_note(model_dir, tmp_path, capsys):
@@ -95,25 +95,25 @@ def datasets(monkeypatch):
 
 
 def test_a_dataset_gives_its_rows_with_text(datasets):
-    assert directory.read_sentences("hf:o/n:cfg:train:text", 2) == ["a b", "c"]
-    assert directory.read_text("hf:o/n:train:text") == "a b\nc\nd"
+    assert sources.read_sentences("hf:o/n:cfg:train:text", 2) == ["a b", "c"]
+    assert sources.read_text("hf:o/n:train:text") == "a b\nc\nd"
     streaming = {"split": "train", "streaming": True}
     assert datasets == [(("o/n", "cfg"), streaming), (("o/n",), streaming)]
     with pytest.raises(ValueError, match="hf:o/n:train:body: KeyError: 'body'"):
-        directory.read_text("hf:o/n:train:body")
+        sources.read_text("hf:o/n:train:body")
 
 
 @pytest.mark.parametrize("name", ["hf:a", "hf:a:b", "hf:a::c:d", "hf:a:b:c:d:e"])
 def test_an_odd_name_of_a_dataset_is_refused(name, datasets):
     with pytest.raises(ValueError, match="write hf:DATASET"):
-        directory.read_text(name)
+        sources.read_text(name)
     assert datasets == []
 
 
 def test_missing_packages_are_named(monkeypatch):
     for package, extra, read in (
-        ("datasets", "datasets", lambda: directory.read_text("hf:a:b:c")),
-        ("huggingface_hub", "hf", lambda: directory.find("no/where")),
+        ("datasets", "datasets", lambda: sources.read_text("hf:a:b:c")),
+        ("huggingface_hub", "hf", lambda: sources.find("no/where")),
     ):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ImportError, match=rf"flexhinm_jax\[{extra}\]"):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from flexhinm_jax.cli import directory, evaluate
+from flexhinm_jax import models
 from flexhinm_jax.cli.main import main
-from flexhinm_jax.models import decoder
+from flexhinm_jax.models import decoder, evaluation
 from flexhinm_jax.models.decoder import DecoderConfig
 from tests.models import directories
 
@@ -46,7 +46,7 @@ def logits(params, tokens):
 
 def by_hand(folder, length, stride):
     """Nats of all tokens but the first, one at a time, each with its own context."""
-    model = directory.read_decoder(folder)
+    model = models.load(folder)
     tokens = model.tokenizer.encode(TEXT).ids
     total = 0.0
     for target in range(1, len(tokens)):
@@ -101,7 +101,7 @@ def test_the_table_shows_dense_beside_pruned(folders, capsys):
 @pytest.mark.parametrize(("length", "stride"), [(1, 1), (4, 4), (8, 3), (8, 8)])
 def test_windows_score_every_target_once_with_what_is_before_it(count, length, stride):
     tokens = np.arange(count, dtype=np.int32) * 3
-    inputs, targets, scored = evaluate.windows(tokens, length, stride)
+    inputs, targets, scored = evaluation.windows(tokens, length, stride)
     np.testing.assert_array_equal(targets[scored], tokens[1:])
     np.testing.assert_array_equal(inputs[scored] + 3, targets[scored])
     # Inputs up to a scored one are consecutive: its context has no holes.
@@ -130,7 +130,7 @@ def test_embeddings_of_two_encoders_are_compared(model_dir, text_file, capsys):
 def test_generation_prints_the_likeliest_continuation(folders, capsys):
     prompt = ["--prompt", "hé", "--tokens", "4"]
     found = run(capsys, "generate", folders / "dense", *prompt)
-    model = directory.read_decoder(folders / "dense")
+    model = models.load(folders / "dense")
     tokens = model.tokenizer.encode("hé").ids
     for new in found["tokens"]:
         padded = np.zeros((1, 16), np.int32)
@@ -142,6 +142,44 @@ def test_generation_prints_the_likeliest_continuation(folders, capsys):
     assert capsys.readouterr().out == found["text"] + "\n"
 
 
+@pytest.fixture(scope="module")
+def packed(folders):
+    """What `prune --pack` writes, with its zeros in other places than those above."""
+    out = folders / "packed"
+    arguments = ["--method", "magnitude", "--pack", "--length", 8, "--out", out, "-q"]
+    arguments += ["--calibration", folders / "text.txt"]
+    assert main([str(a) for a in ("prune", folders / "dense", *arguments)]) == 0
+    return out
+
+
+def test_packed_weights_run_beside_dense_ones(folders, packed, capsys):
+    text = ["--text", folders / "text.txt", "--packed"]
+    rows = run(capsys, "eval", packed, *text)["models"]
+    assert [row["packed"] for row in rows] == [False, True]
+    assert rows[0]["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=1e-4)
+    assert rows[0]["zeros"] == rows[1]["zeros"] == pytest.approx(0.5, abs=0.01)
+    assert rows[1]["stored_bytes"] < rows[0]["stored_bytes"]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    rows = run(capsys, "eval", folders / "dense", packed, *text)["models"]
+    assert [row["packed"] for row in rows] == [False, True] and rows[0]["zeros"] < 0.1
+    assert main([str(a) for a in ("eval", packed, *text)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].endswith("tokens per second") and f"{packed} packed" in out[2]
+    told = refused(capsys, "eval", folders / "dense", *text)
+    assert "dense holds no packed weights" in told and "with --pack" in told
+
+
+def test_packed_weights_generate_what_dense_ones_do(packed, capsys):
+    prompt = ["--prompt", "hé", "--tokens", "4", "--packed"]
+    found = run(capsys, "generate", packed, *prompt)
+    assert found["packed"] and not found["dense"]["packed"]
+    assert found["tokens"] == found["dense"]["tokens"]
+    assert found["stored_bytes"] < found["dense"]["stored_bytes"]
+    assert main([str(a) for a in ("generate", packed, *prompt)]) == 0
+    out = capsys.readouterr().out
+    assert "(packed: " in out and "(dense: " in out and "tokens per second)" in out
+
+
 def test_bad_options_are_refused_in_one_line(folders, capsys, tmp_path):
     dense, text = folders / "dense", ["--text", folders / "text.txt"]
 
@@ -149,12 +187,12 @@ def test_bad_options_are_refused_in_one_line(folders, capsys, tmp_path):
         return refused(capsys, "eval", dense, *args)
 
     assert "nothing.txt is not a file" in evaluated("--text", tmp_path / "nothing.txt")
-    assert "--length 17 is more than" in evaluated(*text, "--length", 17)
-    assert "--stride 9 is more than windows of 8" in evaluated(
+    assert "windows of 17 tokens are more than" in evaluated(*text, "--length", 17)
+    assert "a stride of 9 is more than windows of 8" in evaluated(
         *text, "--length", 8, "--stride", 9
     )
     (tmp_path / "empty.txt").write_text("")
-    assert "empty.txt has 1 tokens; at least 2" in evaluated(
+    assert "the text has 1 tokens; at least 2" in evaluated(
         "--text", tmp_path / "empty.txt"
     )
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))

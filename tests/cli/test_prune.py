@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from flexhinm_jax import NM, SparseGPT, Wanda, arguments, methods
-from flexhinm_jax.cli import directory, flags
+from flexhinm_jax import NM, SparseGPT, Wanda, arguments, methods, models
+from flexhinm_jax.cli import flags, prune_encoder
 from flexhinm_jax.cli.main import main
-from flexhinm_jax.io import huggingface, packed
+from flexhinm_jax.io import huggingface, packed, sources
 from flexhinm_jax.kernels import unpack
 from flexhinm_jax.types import PackedWeight
 
@@ -101,15 +101,16 @@ def test_the_table_groups_layers_and_shows_the_errors_of_outputs(
     path = "encoder.layer.{}.attention.self.query.weight"
     errors = [report["errors"][path.format(k)] for k in (0, 1)]
     assert float(row.split()[4]) == pytest.approx(np.mean(errors), abs=1e-4)
-    model = directory.read_encoder(model_dir)
-    (batch,) = model.tokenize(directory.read_sentences(text_file), 3)
-    at = {k.removeprefix("embeddings."): v for k, v in model.params.items()}
+    model = models.load(model_dir)
+    (batch,) = model.tokenize(sources.read_sentences(text_file), 3)
+    dense = {k: np.asarray(v) for k, v in model.params.items()}
+    at = {k.removeprefix("embeddings."): v for k, v in dense.items()}
     x = at["word_embeddings.weight"][batch.tokens[batch.mask != 0]]
     x = x + at["position_embeddings.weight"][np.nonzero(batch.mask)[1]]
     x = x + at["token_type_embeddings.weight"][0]
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
     x = x * at["LayerNorm.weight"] + at["LayerNorm.bias"]
-    before = model.params[path.format(0)]
+    before = dense[path.format(0)]
     after = huggingface.read(tmp_path / "out").params[path.format(0)]
     want = np.sum((x @ (after - before).T) ** 2) / np.sum((x @ before.T) ** 2)
     assert errors[0] == pytest.approx(want, rel=1e-3)
@@ -352,7 +353,7 @@ def test_a_second_process_is_refused_before_it_reads_the_model(
     prune, tmp_path, capsys, monkeypatch
 ):
     fcntl = pytest.importorskip("fcntl")
-    monkeypatch.setattr(directory, "read_encoder", None)
+    monkeypatch.setattr(prune_encoder, "load", None)
     with open(tmp_path / ".out.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("process 123 on elsewhere")
@@ -364,7 +365,7 @@ def test_a_second_process_is_refused_before_it_reads_the_model(
 def test_a_source_that_cannot_be_copied_is_refused_before_it_is_read(
     prune, model_dir, capsys, monkeypatch
 ):
-    monkeypatch.setattr(directory, "read_encoder", None)
+    monkeypatch.setattr(prune_encoder, "load", None)
     (model_dir / "vocab.txt").symlink_to(model_dir / "gone")
     assert prune() == 2
     assert "vocab.txt is a link to" in error_line(capsys)
@@ -414,7 +415,7 @@ def test_a_failed_write_leaves_the_old_output(prune, tmp_path, monkeypatch, caps
 
 
 def test_text_is_cut_by_the_tokenizer_and_keeps_its_closing_token(model_dir):
-    model = directory.read_encoder(model_dir)
+    model = models.load(model_dir)
     (batch,) = model.tokenize(["the cat sat on the mat"], 1, 4)
     assert batch.tokens.tolist() == [[2, 4, 6, 3]]
 

@@ -1,0 +1,109 @@
+"""What `flexhinm prune` was asked, checked before anything is computed."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from flexhinm_jax import __version__, checks, methods, patterns
+from flexhinm_jax.cli import directory, flags
+from flexhinm_jax.io.sources import read_sentences
+
+ONLY_ENCODERS = {
+    "resume": "a decoder goes on by itself from OUT.partial beside --out",
+    "limit": "give --samples",
+    "max_length": "give --length",
+    "share_orders": "it is not for --sequential",
+    "on_mismatch": "leave such weights dense with --rule 'REGEX=skip'",
+}
+ONLY_DECODERS = ("memory", "length", "samples", "dtype", "pack", "first_last")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What to do, checked before anything is computed.
+
+    Attributes:
+      method: with its pattern.
+      sparsity: fraction of weights removed, or None.
+      rules: regular expression on leaf paths -> pattern or "skip".
+      exceptions: regular expression on leaf paths -> sparsity.
+      text: calibration sentences of an encoder; empty for a method that needs none.
+    """
+
+    method: methods.Method
+    sparsity: float | None
+    rules: dict[str, Any]
+    exceptions: dict[str, float]
+    text: list[str]
+
+
+def check(args: argparse.Namespace, is_decoder: bool) -> Choices:
+    """Everything that can be refused before the model is read."""
+    pattern = patterns.parse(args.pattern)
+    args.method = args.method or best(pattern)
+    method = methods.parse(args.method, pattern)
+    low, high = pattern.sparsity_range()
+    checks.sparsity(args.sparsity, low, high, pattern, "--sparsity")
+    rules, exceptions = flags.rules(args.rule)
+    directory.check_out(args)
+    if method.needs == "gradients":
+        raise ValueError(
+            f"--method {args.method} needs gradients of a loss, which the command line"
+            " has not; use it from Python, or choose another method"
+        )
+    if args.allocate != "uniform" and low == high:
+        raise ValueError(
+            f"--allocate {args.allocate}: --pattern {args.pattern} has only one"
+            f" sparsity, {low:g}, so there is nothing to spread; choose one that can"
+            " have several (flexhinm, hinm, vector), or leave --allocate out"
+        )
+    check_kind = _check_decoder if is_decoder else _check_encoder
+    text = check_kind(args, method)
+    return Choices(method, args.sparsity, rules, exceptions, text)
+
+
+def best(pattern: patterns.Pattern) -> str:
+    """The method that lost least in our measurements, of those that do not train."""
+    low, high = pattern.sparsity_range()
+    return "staged_alps" if pattern.form and low < high else "alps"
+
+
+def _check_decoder(args: argparse.Namespace, method: methods.Method) -> list[str]:
+    del method
+    for option, why in ONLY_ENCODERS.items():
+        if getattr(args, option):
+            raise ValueError(f"--{option.replace('_', '-')} is for encoders; {why}")
+    return []
+
+
+def _check_encoder(args: argparse.Namespace, method: methods.Method) -> list[str]:
+    """The calibration sentences that are needed."""
+    for option in ONLY_DECODERS:
+        if getattr(args, option):
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is for decoders; leave it out")
+    if args.share_orders and args.sequential:
+        raise ValueError("--share-orders is not for --sequential; drop one of them")
+    if not args.sequential and (args.target or args.resume):
+        option = "--target" if args.target else "--resume"
+        raise ValueError(f"{option} is for --sequential; add that")
+    plain = args.allocate in ("uniform", "global")
+    if method.needs == "nothing" and not args.sequential and plain:
+        return []
+    return read_sentences(args.calibration, args.limit)
+
+
+def document(args: argparse.Namespace, choices: Choices) -> dict[str, Any]:
+    """What decides about the result, as the report says it."""
+    return {
+        "model": str(args.model),
+        "out": str(args.out),
+        "method": repr(choices.method),
+        "sparsity": choices.sparsity,
+        "rules": {regex: str(value) for regex, value in choices.rules.items()},
+        "allocate": str(args.allocate),
+        "exceptions": choices.exceptions,
+        "seed": args.seed,
+        "target": (args.target or "seq") if args.sequential else None,
+        "version": __version__,
+    }

@@ -1,0 +1,135 @@
+"""`flexhinm prune` of a decoder: block by block, in bounded memory."""
+
+import argparse
+import dataclasses
+import re
+from typing import Any
+
+import jax
+
+from flexhinm_jax.cli import directory, flags, progress
+from flexhinm_jax.cli.choices import Choices
+from flexhinm_jax.cli.choices import document as document_of
+from flexhinm_jax.cli.console import Console, report_table
+from flexhinm_jax.cli.evaluate import evaluated
+from flexhinm_jax.io.sources import read_text
+from flexhinm_jax.models import decoder
+from flexhinm_jax.models.batches import pieces
+from flexhinm_jax.models.load import TOKENIZER, load_tokenizer, token_ids
+from flexhinm_jax.sequential.sequential import Layer
+from flexhinm_jax.streaming import streaming, work
+from flexhinm_jax.streaming.blocks import Blocks, open_blocks
+from flexhinm_jax.streaming.memory import Budget
+
+BATCH_SAMPLES = 4
+SAMPLES = 128
+LENGTH = 512
+
+
+def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
+    """Prunes and writes block by block."""
+    blocks = open_blocks(args.model)
+    if args.first_last:
+        choices = _with_first_last(choices, args.first_last, blocks)
+    tokens = samples(args, blocks)
+    notes: dict[str, str] = {}
+
+    def tell(done: streaming.Told) -> None:
+        if isinstance(done, Budget):
+            console.note(progress.plan_text(done, tokens.shape))
+        elif isinstance(done, Layer):
+            console.progress(progress.layer_text(done))
+            if done.note:
+                notes[done.path] = done.note
+        elif isinstance(done, streaming.Surveyed):
+            seconds = f"{done.seconds:.1f} s"
+            console.progress(f"block {done.layer + 1}/{done.total} read, {seconds}")
+        elif isinstance(done, streaming.Allocated):
+            console.note(progress.budgets_text(done, blocks))
+        else:
+            console.note(progress.block_text(done))
+
+    def document(result: streaming.Streamed) -> dict[str, Any]:
+        return document_of(args, choices) | {
+            "budgets": dict(result.targets),
+            "samples": tokens.shape[0],
+            "length": tokens.shape[1],
+            "errors": result.errors,
+            **result.report.to_dict(),
+        }
+
+    partial = args.out.with_name(args.out.name + work.PARTIAL)
+    if partial.exists():
+        console.note(f"going on with {partial}")
+    try:
+        result = streaming.stream(
+            args.model,
+            args.out,
+            tokens,
+            streaming.Request(
+                method=choices.method,
+                key=jax.random.key(args.seed),
+                sparsity=choices.sparsity,
+                rules=choices.rules,
+                target=args.target or "seq",
+            ),
+            spread=streaming.Spread(args.allocate, choices.exceptions),
+            limits=streaming.Limits(
+                args.memory,
+                args.batch_size or BATCH_SAMPLES,
+                args.dtype or "checkpoint",
+            ),
+            output=streaming.Output(
+                args.pack,
+                args.force,
+                lambda made: directory.texts(args, document(made)),
+            ),
+            progress=tell,
+        )
+    except BaseException:
+        if partial.exists():
+            console.note(f"{partial} is kept: the same command goes on from there")
+        raise
+    shown, more = evaluated(args, document(result), console)
+    console.result(
+        shown,
+        report_table(
+            result.report,
+            result.errors,
+            packed=args.pack,
+            every=args.rows == "all",
+        ),
+        "",
+        *(f"{path}: {text}" for path, text in notes.items()),
+        *directory.ending(args.out, result.report),
+        *more,
+    )
+
+
+def _with_first_last(choices: Choices, what: str, blocks: Blocks) -> Choices:
+    """The choices with a rule for the first and the last block before all others."""
+    first, last = map(decoder.block_prefix, (0, blocks.count - 1))
+    regex = f"^({re.escape(first)}|{re.escape(last)})"
+    rules, exceptions = flags.rules([f"{regex}={what}"])
+    return dataclasses.replace(
+        choices,
+        rules=rules | choices.rules,
+        exceptions=exceptions | choices.exceptions,
+    )
+
+
+def samples(args: argparse.Namespace, blocks: Blocks) -> Any:
+    """The calibration text as i32[samples, length]."""
+    longest = blocks.config.max_position_embeddings or LENGTH
+    length = args.length or min(LENGTH, longest)
+    if length > longest:
+        raise ValueError(
+            f"--length {length} is more than this model reads:"
+            f" max_position_embeddings={longest}"
+        )
+    tokens, _ = token_ids(
+        load_tokenizer(args.model / TOKENIZER),
+        read_text(args.calibration),
+        blocks.config.vocab_size,
+    )
+    return pieces(tokens, length, args.samples, SAMPLES)

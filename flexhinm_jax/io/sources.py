@@ -1,0 +1,133 @@
+"""Where models and texts come from: files, the bundled text, the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+
+from flexhinm_jax.io import huggingface
+
+__all__ = ["BUILTIN", "find", "read_sentences", "read_text"]
+
+BUILTIN = "builtin"
+"""Name of the bundled text: short sentences of plain English."""
+
+DATASET_ROWS = 512
+"""Rows that are read of a dataset unless told otherwise."""
+
+HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def find(name: str | Path, cache: Path | None = None, offline: bool = False) -> Path:
+    """The directory of a model: a folder, or one of the Hugging Face Hub.
+
+    Args:
+      name: a folder, or OWNER/NAME[@REVISION].
+      cache: where downloads are kept; None for the place of huggingface_hub.
+      offline: takes what is in the cache and fetches nothing.
+
+    Returns:
+      A path; one that is neither there nor a name of the Hub as it was given.
+
+    Raises:
+      ValueError: it is not there, or cannot be fetched.
+      ImportError: the `hf` extra is not installed.
+    """
+    path = Path(name)
+    remote = HUB_NAME.fullmatch(str(name))
+    if path.exists() or remote is None:
+        return path
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is no folder here; fetching it from the Hub needs"
+            " huggingface_hub: pip install 'flexhinm_jax[hf]'"
+        ) from error
+    others = [s for s in huggingface.WEIGHT_SUFFIXES if s != ".safetensors"]
+    try:
+        found = huggingface_hub.snapshot_download(
+            remote["repo"],
+            revision=remote["revision"],
+            cache_dir=cache,
+            local_files_only=offline,
+            ignore_patterns=[f"*{suffix}" for suffix in others],
+        )
+    # The package and its transport raise many kinds, some of them no OSError.
+    except Exception as error:
+        why = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{name} is no folder here, and not to be had from the Hugging Face Hub:"
+            f" {type(error).__name__}: {why}"
+        ) from error
+    return Path(found)
+
+
+def read_text(source: str | Path, limit: int | None = None) -> str:
+    """Reads a text, line ends as they are.
+
+    Args:
+      source: a file, "builtin", or hf:DATASET[:CONFIG]:SPLIT:COLUMN.
+      limit: rows of a dataset; None takes `DATASET_ROWS`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not UTF-8, or the dataset cannot be read.
+      ImportError: the `datasets` extra is not installed.
+    """
+    if str(source) == BUILTIN:
+        return Path(__file__).with_name("builtin.txt").read_text(encoding="utf-8")
+    if str(source).startswith("hf:"):
+        return "\n".join(_rows(str(source), limit or DATASET_ROWS))
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; give a UTF-8 text")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def read_sentences(source: str | Path, limit: int | None = None) -> list[str]:
+    """Reads a text of one sentence a line; blank lines are skipped.
+
+    Args:
+      source: see `read_text`.
+      limit: takes the first so many sentences; None takes all.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not UTF-8 or has no text.
+    """
+    lines = [line.strip() for line in read_text(source, limit).splitlines()]
+    sentences = [line for line in lines if line]
+    if not sentences:
+        raise ValueError(f"{source} has no text; give one sentence a line")
+    return sentences[:limit]
+
+
+def _rows(source: str, limit: int) -> list[str]:
+    """The first rows with text of a column of a dataset."""
+    parts = source.split(":")[1:]
+    if len(parts) not in (3, 4) or not all(parts):
+        raise ValueError(
+            f"{source}: write hf:DATASET[:CONFIG]:SPLIT:COLUMN, such as"
+            " hf:Salesforce/wikitext:wikitext-2-raw-v1:train:text"
+        )
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "reading a dataset needs datasets: pip install 'flexhinm_jax[datasets]'"
+        ) from error
+    name, *config, split, column = parts
+    rows: list[str] = []
+    try:
+        for row in datasets.load_dataset(name, *config, split=split, streaming=True):
+            if len(rows) == limit:
+                break
+            if text := str(row[column]).strip():
+                rows.append(text)
+    # The package and its transport raise many kinds.
+    except Exception as error:
+        why = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{source}: {type(error).__name__}: {why}") from error
+    return rows

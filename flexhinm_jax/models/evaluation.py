@@ -1,0 +1,217 @@
+"""How good a model is on a text: perplexity of decoders, embeddings of encoders.
+
+Perplexity is over windows of `length` tokens that begin every `stride` tokens. Every
+token of the text but the first is scored once, in the first window that holds it: with
+`stride` = `length` windows do not overlap, which is what papers on pruning report; a
+smaller stride gives every token behind the first window at least length - stride + 1
+tokens to look back at. The mean is over tokens, not over windows.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from flexhinm_jax.models import decoder, encoder
+from flexhinm_jax.models.load import Model
+from flexhinm_jax.tracing.sparsify import sparsify
+
+__all__ = ["LENGTH", "Perplexity", "embeddings", "perplexity", "windows"]
+
+LENGTH = 2048
+"""Tokens of a window where the model reads so many."""
+
+Track = Callable[[range], Iterable[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """How well a decoder foresees a text.
+
+    Attributes:
+      nats: of all scored tokens together.
+      tokens: scored, all but the first.
+      bytes: of UTF-8 that the scored tokens stand for.
+      length: tokens of a window.
+      stride: tokens from one window to the next.
+      seconds: wall time of the passes, without compiling; None where it was not asked.
+      computed: tokens that went through the model in that time.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+    length: int
+    stride: int
+    seconds: float | None = None
+    computed: int = 0
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean over tokens."""
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the text takes, coded by the model, over its bytes."""
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+
+def perplexity(
+    model: Model,
+    text: str,
+    *,
+    length: int | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+    batch: int = 1,
+    timed: bool = False,
+    track: Track = iter,
+) -> Perplexity:
+    """Perplexity of a text.
+
+    Args:
+      model: a decoder with its tokenizer, dense or packed.
+      text: at least two tokens.
+      length: tokens of a window; None for 2048 or what the model reads.
+      stride: tokens from one window to the next, at most `length`; None for `length`.
+      limit: first tokens of the text to use; None for all.
+      batch: windows in one step.
+      timed: measures the time of the passes, behind a first one that compiles.
+      track: passes the numbers of the steps on, to show how far it has come.
+
+    Returns:
+      The figures.
+
+    Raises:
+      ValueError: too short a text, a window longer than the model reads, a stride that
+        would leave tokens out, or logits that are not finite.
+    """
+    tokens, offsets = model.encode(text)
+    tokens, offsets = tokens[:limit], offsets[:limit]
+    if len(tokens) < 2:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens; at least 2 are needed, the first of"
+            " which is only read"
+        )
+    longest = model.config.max_position_embeddings or LENGTH
+    length = length or min(LENGTH, longest)
+    if length > longest:
+        raise ValueError(
+            f"windows of {length} tokens are more than {model.directory} reads:"
+            f" max_position_embeddings={longest}"
+        )
+    if stride and stride > length:
+        raise ValueError(
+            f"a stride of {stride} is more than windows of {length} tokens: those"
+            " between two windows would not be scored"
+        )
+    length = min(length, len(tokens) - 1)
+    stride = min(stride or length, length)
+    parts = windows(tokens, length, stride)
+    score = _scorer(model.config, model.packed)
+
+    def nats_of(start: int) -> float:
+        # The last batch is filled up with windows that score nothing.
+        rows = [part[start : start + batch] for part in parts]
+        missing = ((0, batch - len(rows[0])), (0, 0))
+        return float(score(model.params, *(np.pad(row, missing) for row in rows)))
+
+    steps = range(0, len(parts[0]), batch)
+    if timed:
+        nats_of(0)
+    began = time.perf_counter()
+    nats = sum(nats_of(start) for start in track(steps))
+    seconds = time.perf_counter() - began if timed else None
+    if not math.isfinite(nats):
+        model.check_finite()
+        raise ValueError(f"{model.directory} gives logits that are not finite")
+    return Perplexity(
+        nats=nats,
+        tokens=len(tokens) - 1,
+        bytes=len(text[offsets[1][0] : offsets[-1][1]].encode()),
+        length=length,
+        stride=stride,
+        seconds=seconds,
+        computed=len(steps) * batch * length,
+    )
+
+
+def windows(
+    tokens: np.ndarray, length: int, stride: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts a text so that every token but the first is scored once.
+
+    Args:
+      tokens: i32[count], count >= 2.
+      length: inputs of a window.
+      stride: tokens from one window to the next, at most `length`.
+
+    Returns:
+      Inputs i32[windows, length], targets i32[windows, length] (the next tokens), and
+      bool[windows, length], True where a target is scored.
+
+    Example:
+      >>> inputs, targets, scored = windows(np.arange(7, dtype=np.int32), 4, 2)
+      >>> [targets[k][scored[k]].tolist() for k in range(2)]
+      [[1, 2, 3, 4], [5, 6]]
+      >>> inputs.tolist()
+      [[0, 1, 2, 3], [2, 3, 4, 5]]
+    """
+    count = len(tokens) - 1
+    starts = np.arange(0, max(count - length, 0) + stride, stride)
+    at = starts[:, None] + np.arange(length)
+    before = np.where(starts > 0, starts - stride + length, 0)
+    scored = (at >= before[:, None]) & (at < count)
+    at = np.minimum(at, count - 1)
+    return tokens[at], tokens[at + 1], scored
+
+
+def embeddings(
+    model: Model, text: Sequence[str], batch: int = 32, max_length: int | None = None
+) -> np.ndarray:
+    """Sentence embeddings of an encoder.
+
+    Args:
+      model: an encoder with its tokenizer, dense or packed.
+      text: sentences, none of them without tokens.
+      batch: sentences in one step.
+      max_length: see `Model.tokenize`.
+
+    Returns:
+      Unit rows, f64[sentences, width].
+    """
+    embed = _embedder(model.config, model.packed)
+    rows: dict[int, np.ndarray] = {}
+    for part in model.tokenize(text, batch, max_length):
+        values = np.asarray(embed(model.params, part.tokens, part.mask), np.float64)
+        rows |= dict(zip(part.rows.tolist(), values, strict=False))
+    stacked = np.stack([rows[row] for row in sorted(rows)])
+    return stacked / np.linalg.norm(stacked, axis=-1, keepdims=True)
+
+
+@functools.cache
+def _scorer(config: Any, packed: bool) -> Callable[..., Array]:
+    """Nats of all scored targets together; compiled once for models of equal sizes."""
+
+    def nats(params: Any, inputs: Array, targets: Array, scored: Array) -> Array:
+        logits = decoder.apply(params, inputs, config).astype(jnp.float32)
+        chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        lost = jax.nn.logsumexp(logits, axis=-1) - chosen
+        return jnp.sum(jnp.where(scored, lost, jnp.float32(0)))
+
+    return jax.jit(sparsify(nats) if packed else nats)
+
+
+@functools.cache
+def _embedder(config: Any, packed: bool) -> Callable[..., Array]:
+    """The embeddings of a batch; compiled once for models of equal sizes."""
+    embed = functools.partial(encoder.embed, config=config)
+    return jax.jit(sparsify(embed) if packed else embed)
