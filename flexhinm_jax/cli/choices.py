@@ -13,8 +13,8 @@ ONLY_ENCODERS = {
     "limit": "give --samples",
     "max_length": "give --length",
     "share_orders": "it is not for --sequential",
-    "on_mismatch": "leave such weights dense with --rule 'REGEX=skip'",
 }
+ONLY_SEQUENTIAL = ("target", "statistics", "resume")
 ONLY_DECODERS = ("memory", "length", "samples", "dtype", "pack", "first_last")
 
 
@@ -84,9 +84,9 @@ def _check_encoder(args: argparse.Namespace, method: methods.Method) -> list[str
             raise ValueError(f"--{name} is for decoders; leave it out")
     if args.share_orders and args.sequential:
         raise ValueError("--share-orders is not for --sequential; drop one of them")
-    if not args.sequential and (args.target or args.resume):
-        option = "--target" if args.target else "--resume"
-        raise ValueError(f"{option} is for --sequential; add that")
+    for option in ONLY_SEQUENTIAL:
+        if getattr(args, option) and not args.sequential:
+            raise ValueError(f"--{option} is for --sequential; add that")
     plain = args.allocate in ("uniform", "global")
     if method.needs == "nothing" and not args.sequential and plain:
         return []
@@ -105,5 +105,6 @@ def document(args: argparse.Namespace, choices: Choices) -> dict[str, Any]:
         "exceptions": choices.exceptions,
         "seed": args.seed,
         "target": (args.target or "seq") if args.sequential else None,
+        "statistics": (args.statistics or "sequential") if args.sequential else None,
         "version": __version__,
     }

@@ -16,7 +16,7 @@ from flexhinm_jax.cli.directory import REPORT
 from flexhinm_jax.cli.recipe import RECIPE
 from flexhinm_jax.io import atomic
 from flexhinm_jax.models.load import PACKED, PACKED_BLOCKS, is_decoder
-from flexhinm_jax.sequential.request import TARGETS
+from flexhinm_jax.sequential.request import STATISTICS, TARGETS
 
 
 def add_parser(commands: Any) -> None:
@@ -124,6 +124,13 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
         help="with --sequential: fit to the weight's own output (seq, the default), to"
         " that of the dense model (asym), or also repair the residual stream (resid,"
         " best from about 500 sentences on)",
+    )
+    add(
+        "--statistics",
+        choices=STATISTICS,
+        help="with --sequential: judge a weight by the inputs that the pruned ones"
+        " before it give (sequential, the default), by those that the dense weights of"
+        " its block give (block), or by those of the dense model (dense)",
     )
     add(
         "--resume",

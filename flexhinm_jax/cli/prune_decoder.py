@@ -72,6 +72,8 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
                 sparsity=choices.sparsity,
                 rules=choices.rules,
                 target=args.target or "seq",
+                statistics=args.statistics or "sequential",
+                on_mismatch=args.on_mismatch or "error",
             ),
             spread=streaming.Spread(args.allocate, choices.exceptions),
             limits=streaming.Limits(

@@ -23,7 +23,7 @@ __all__ = [
     "record",
 ]
 
-VERSION = 2
+VERSION = 3
 FIELD = "fingerprint"
 """Name of the version in a record."""
 

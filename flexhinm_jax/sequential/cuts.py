@@ -1,10 +1,14 @@
 """All batches from cut to cut: statistics are taken, matrices solved, and on they go.
 
-Only one cut's Gram matrices exist at a time.
+Only one cut's Gram matrices exist at a time. Cuts that are solved on the same weights
+are a span: every cut is one of its own, or all cuts of a block are, or of the model.
+Within a span the batches look ahead with its dense weights; with the pruned ones they
+walk the same way again.
 """
 
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 from collections import Counter
@@ -179,59 +183,117 @@ class Walk:
           taken: called with every leaf that is done and its plan, which is then
             forgotten and missing in the result.
         """
-        job, first = self.job, self.cuts
-        total = sum(len(cut.members) + len(cut.plain) for cut in first)
-        done, started = 0, time.perf_counter()
+        total = sum(len(cut.members) + len(cut.plain) for cut in self.cuts)
+        tell = functools.partial(self.tell, progress, Clock(total))
         try:
-            for k, cut in enumerate(first):
-                self.advance(k)
-                solved = self.members(k) if cut.members else self.plain(cut)
-                for path, at in list(solved):
-                    found = solved.pop((path, at))
-                    self.unseen[path] += int(np.sum(found.unseen))
-                    with meshes.automatic():
-                        job.apply(path, at, found.plan)
-                    if taken is not None and job.complete(path):
-                        taken(path, job.assembled(path))
-                        del job.plans[path]
-                    done += 1
-                    seconds, started = since(started)
-                    numbers = worst(found.facts)
-                    layer = Layer(
-                        path,
-                        at,
-                        float(found.error),
-                        seconds,
-                        self.shelf.held,
-                        done,
-                        total,
-                        self.note(path, cut, numbers, found.unseen),
-                        numbers,
-                    )
-                    logger.info("%s", layer)
-                    if layer.note:
-                        logger.warning("%s: %s", path, layer.note)
-                    if progress is not None:
-                        progress(layer)
-            if self.to_end:
-                self.advance(len(first))
+            for span in self.spans():
+                found: dict[tuple, Plan] = {}
+                for k in span:
+                    self.advance(k, look=k > span[0] and not self.dense_only)
+                    cut = self.cuts[k]
+                    solved = self.members(k) if cut.members else self.plain(cut)
+                    for path, at in list(solved):
+                        result = solved.pop((path, at))
+                        found[path, at] = result.plan
+                        tell(cut, path, at, result)
+                if self.to_end and self.dense_only:
+                    self.advance(len(self.cuts))
+                self.apply(found, taken)
+                if not self.dense_only:
+                    for k in span[1:]:
+                        self.advance(k, again=True)
+            if self.to_end and not self.dense_only:
+                self.advance(len(self.cuts))
         except BaseException:
             self.close()
             raise
         if not self.to_end:
             self.close()
-        return {path: job.assembled(path) for path in job.plans}
+        return {path: self.job.assembled(path) for path in self.job.plans}
 
-    def advance(self, k: int) -> None:
-        """All batches to cut `k`, or to the end behind the last."""
+    @property
+    def dense_only(self) -> bool:
+        """Whether nothing is run with pruned weights."""
+        return self.job.request.statistics == "dense"
+
+    def spans(self) -> list[range]:
+        """The cuts that are solved on the same weights, in order."""
+        cuts, statistics = range(len(self.cuts)), self.job.request.statistics
+        if statistics == "sequential":
+            return [range(k, k + 1) for k in cuts]
+        if statistics == "dense":
+            return [cuts]
+
+        def block(k: int) -> Any:
+            members, plain = self.cuts[k].names
+            return self.job.request.block_of(*(members or [(p,) for p in plain])[0])
+
+        groups = (list(same) for _, same in itertools.groupby(cuts, block))
+        return [range(same[0], same[-1] + 1) for same in groups]
+
+    def apply(
+        self,
+        plans: Mapping[tuple, Plan],
+        taken: Callable[[str, Plan], None] | None,
+    ) -> None:
+        """Lets the walk go on with solved matrices, (path, at) -> plan."""
         job = self.job
-        trees = [job.current] if self.target == "seq" else [job.current, job.leaves]
+        for (path, at), plan in plans.items():
+            with meshes.automatic():
+                job.apply(path, at, plan)
+            if taken is not None and job.complete(path):
+                taken(path, job.assembled(path))
+                del job.plans[path]
+
+    def tell(
+        self,
+        progress: Callable[[Layer], None] | None,
+        clock: "Clock",
+        cut: Cut,
+        path: str,
+        at: tuple,
+        result: solver.Solved,
+    ) -> None:
+        """Says that a matrix is done."""
+        self.unseen[path] += int(np.sum(result.unseen))
+        numbers = worst(result.facts)
+        layer = Layer(
+            path,
+            at,
+            float(result.error),
+            clock.lap(),
+            self.shelf.held,
+            clock.done,
+            clock.total,
+            self.note(path, cut, numbers, result.unseen),
+            numbers,
+        )
+        logger.info("%s", layer)
+        if layer.note:
+            logger.warning("%s: %s", path, layer.note)
+        if progress is not None:
+            progress(layer)
+
+    def advance(self, k: int, *, look: bool = False, again: bool = False) -> None:
+        """All batches to cut `k`, or to the end behind the last.
+
+        Args:
+          k: the cut.
+          look: with the values of the pruned model kept where they are.
+          again: after a look; the dense model is there already.
+        """
+        job = self.job
+        beside = job.request.beside and not again
+        trees = [job.current, job.leaves] if beside else [job.current]
         fixed = {
             id(line): [segments.fixed(line, parts[k], job.arrays(x)) for x in trees]
             for line, parts in self.lines
         }
         for runner in self.runners:
-            runner.advance(k, *fixed[id(runner.line)])
+            now, *dense = fixed[id(runner.line)]
+            if dense:
+                runner.advance_dense(k, *dense)
+            (runner.look if look else runner.advance)(k, now)
 
     def outputs(self) -> Iterator[tuple[list[Any], list[Any] | None]]:
         """Per batch what the pruned model and the dense one return, freed behind.
@@ -334,7 +396,15 @@ class Walk:
         return solved
 
 
-def since(started: float) -> tuple[float, float]:
-    """(seconds since `started`, now)."""
-    now = time.perf_counter()
-    return now - started, now
+class Clock:
+    """Counts matrices, and the seconds since the one before."""
+
+    def __init__(self, total: int):
+        """Starts with none of so many."""
+        self.total, self.done, self.started = total, 0, time.perf_counter()
+
+    def lap(self) -> float:
+        """One more; its seconds."""
+        before, self.started = self.started, time.perf_counter()
+        self.done += 1
+        return self.started - before

@@ -191,6 +191,8 @@ def record(job: Job) -> dict[str, str]:
         sparsity=job.request.sparsity,
         target=job.request.target,
         center=job.request.center,
+        statistics=job.request.statistics,
+        block=job.request.block,
         key=str(fingerprint.key_words(job.key)),
         params=job.tree(job.leaves),
         batches=job.batches,

@@ -1,6 +1,7 @@
 """What to prune with, and how: one value that a run is asked for."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -8,9 +9,14 @@ from jax import Array
 
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
+from flexhinm_jax.pruning.owl import BLOCK
+from flexhinm_jax.pruning.solve import OnMismatch
 
 Target = Literal["seq", "asym", "resid"]
 TARGETS = ("seq", "asym", "resid")
+
+Statistics = Literal["sequential", "block", "dense"]
+STATISTICS = ("sequential", "block", "dense")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,12 @@ class Request:
       target: what to fit to, see `sequential.sequential`.
       center: for methods that move weights: fits around the means, and refits the bias
         where the product has one of its own.
+      statistics: whose inputs a weight is judged by, see `sequential.sequential`.
+      block: for statistics of blocks: regular expression; leaves that follow each other
+        and have the same match are one block. Without a match, the positions of a
+        leaf in a scan over layers are blocks, and any other leaf is one of its own.
+      on_mismatch: what becomes of leaves whose sizes the pattern does not divide, see
+        `prune`.
     """
 
     method: Method
@@ -34,20 +46,59 @@ class Request:
     rules: Mapping[str, Any] | None = None
     target: Target = "seq"
     center: bool = True
+    statistics: Statistics = "sequential"
+    block: str = BLOCK
+    on_mismatch: OnMismatch = "error"
 
     @property
     def beside(self) -> bool:
         """Whether a dense model runs beside the pruned one."""
         return self.target != "seq"
 
+    def check(self) -> None:
+        """Refuses what no run can do.
 
-def check_target(target: str, method: Method) -> None:
-    """Raises ValueError for an unknown target or a method that needs gradients."""
-    check_method(method)
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r}: choose one of {', '.join(TARGETS)}")
-    if method.needs == "gradients":
-        raise ValueError(
-            f"{type(method).__name__} needs gradients, which one pass forward does not "
-            "give; use accumulate_gradients and solve"
-        )
+        Raises:
+          ValueError: no method, or one that needs gradients, an unknown word, a block
+            that is no regular expression, targets that are the weights' own outputs.
+        """
+        check_method(self.method)
+        known = {"target": TARGETS, "statistics": STATISTICS}
+        for name, words in known.items():
+            if getattr(self, name) not in words:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(words)}"
+                )
+        if self.method.needs == "gradients":
+            raise ValueError(
+                f"{type(self.method).__name__} needs gradients, which one pass forward "
+                "does not give; use accumulate_gradients and solve"
+            )
+        if self.statistics == "dense" and self.target != "seq":
+            raise ValueError(
+                f"target={self.target!r} repairs what earlier pruning did to the inputs"
+                " of a weight, and with statistics='dense' these are as they were; give"
+                " target='seq', or statistics='sequential' or 'block'"
+            )
+        try:
+            re.compile(self.block)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"block={self.block!r} is no regular expression: {error}"
+            ) from error
+
+    def block_of(self, path: str, at: tuple[int | None, ...] = ()) -> Any:
+        """The name of the block that a matrix is in."""
+        return block_of(self.block, path, at)
+
+
+def block_of(regex: str, path: str, at: tuple[int | None, ...] = ()) -> Any:
+    """The name of the block that a matrix is in, under a rule for blocks.
+
+    Example:
+      >>> block_of(BLOCK, "layers.3.mlp.up"), block_of(BLOCK, "up", (3,))
+      ('layers.3', (3,))
+    """
+    found = re.search(regex, path)
+    steps = tuple(i for i in at if i is not None)
+    return found[0] if found else steps or path

@@ -11,7 +11,7 @@ equations with the variables numbered.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -236,7 +236,13 @@ def described(x: Any) -> Any:
 
 
 class Runner:
-    """One batch on its way along a line."""
+    """One batch on its way along a line.
+
+    Attributes:
+      values: those of the pruned model.
+      dense: those of the dense model, where pruning may have changed them.
+      ahead: those of a model that is pruned as far as `values` have come, and goes on.
+    """
 
     def __init__(
         self,
@@ -266,48 +272,60 @@ class Runner:
         self.values = dict(zip(line.inputs, map(shelf.put, batch), strict=True))
         pairs = () if twins is None else zip(line.inputs, twins, strict=True)
         self.dense = {v: shelf.put(x) for v, x in pairs if x is not None}
+        self.ahead: dict[Any, Any] = {}
 
-    def advance(
-        self, k: int, now: Sequence[Any], dense: Sequence[Any] | None = None
-    ) -> None:
+    def advance(self, k: int, now: Sequence[Any]) -> None:
         """Runs the segment before cut `k`; one behind the last cut runs to the end.
 
         Args:
-          k: the cut; every cut is reached once, in order.
+          k: the cut; they are reached in order.
           now: what `fixed` gives for the parameters now.
-          dense: the same for those of the dense model, where that is kept.
         """
+        self.free(self.ahead, ())
+        made = self.run(self.segments[k], now, self.value)
+        self.values.update((v, self.shelf.put(x)) for v, x in made.items())
+        self.free(self.values, self.segments[k].alive)
+
+    def look(self, k: int, now: Sequence[Any]) -> None:
+        """As `advance`, but the values of the pruned model stay where they are."""
+        made = self.run(self.segments[k], now, self.value)
+        self.ahead.update((v, self.shelf.put(x)) for v, x in made.items())
+        self.free(self.ahead, self.segments[k].alive)
+
+    def advance_dense(self, k: int, dense: Sequence[Any]) -> None:
+        """Runs the segment before cut `k` of the dense model, before the pruned one."""
         segment = self.segments[k]
-        if segment.eqns:
-            made = self.run(segment, now, self.value)
-            moved = {}
-            if self.changing is not None and not self.changing.isdisjoint(
-                segment.outputs
-            ):
-                before = self.run(segment, dense or (), self.dense_value)
-                moved = {v: x for v, x in before.items() if v in self.changing}
-            self.values.update((v, self.shelf.put(x)) for v, x in made.items())
-            self.dense.update((v, self.shelf.put(x)) for v, x in moved.items())
-        for kept in (self.values, self.dense):
-            for v in [v for v in kept if v not in segment.alive]:
-                self.shelf.drop(kept.pop(v))
+        moved: dict[Any, Any] = {}
+        if self.changing is not None and not self.changing.isdisjoint(segment.outputs):
+            moved = self.run(segment, dense, self.dense_value)
+        self.dense.update(
+            (v, self.shelf.put(x)) for v, x in moved.items() if self.changed(v)
+        )
+        self.free(self.dense, segment.alive)
 
     def run(
         self, segment: Segment, statics: Sequence[Any], read: Callable[[Any], Any]
     ) -> dict[Any, Any]:
         """The outputs of a segment for these parameters."""
+        if not segment.eqns:
+            return {}
         f = self.compiler.segment(segment)
         outs = f(statics, [read(v) for v in segment.inputs])
         self.shelf.wait(outs)
         return dict(zip(segment.outputs, outs, strict=True))
 
+    def free(self, kept: dict[Any, Any], alive: Collection[Any]) -> None:
+        """Frees the values that nobody reads any more."""
+        for v in [v for v in kept if v not in alive]:
+            self.shelf.drop(kept.pop(v))
+
     def value(self, v: Any) -> Any:
-        """A value of the pruned model."""
-        return self.shelf.get(self.values[v])
+        """A value of the pruned model, as far as it was run."""
+        return self.shelf.get(self.ahead[v] if v in self.ahead else self.values[v])
 
     def dense_value(self, v: Any) -> Any:
         """The same value of the dense model."""
-        return self.shelf.get(self.dense[v] if v in self.dense else self.values[v])
+        return self.shelf.get(self.dense[v]) if v in self.dense else self.value(v)
 
     def changed(self, v: Any) -> bool:
         """Whether the dense model may have another value than the pruned one."""
@@ -315,9 +333,8 @@ class Runner:
 
     def release(self) -> None:
         """Frees all values."""
-        for kept in (*self.values.values(), *self.dense.values()):
-            self.shelf.drop(kept)
-        self.values, self.dense = {}, {}
+        for kept in (self.values, self.dense, self.ahead):
+            self.free(kept, ())
 
 
 def changing(line: Line, moved: Iterable[Any]) -> set[Any]:

@@ -15,11 +15,19 @@ What a pruned matrix is fitted to is the `target`:
 
 The last two fit more and need more tokens: on a small sentence encoder they lose to
 "seq" at 128 calibration sentences and win from 512 on.
+
+Whose inputs a matrix is judged by are the `statistics`:
+
+- "sequential": those that the pruned matrices before it give.
+- "block": those that the dense weights of its own block give, which reads what the
+  pruned blocks before it give: all matrices of a block are judged before one is pruned,
+  as in the code of Wanda (arXiv:2306.11695) and SparseGPT (arXiv:2301.00774).
+- "dense": those of the dense model.
 """
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -30,11 +38,11 @@ from flexhinm_jax.io import atomic
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning import prune
-from flexhinm_jax.pruning.solve import OnMismatch, check_targets, fitting
+from flexhinm_jax.pruning.solve import check_targets, fitting
 from flexhinm_jax.sequential.cuts import Layer, Walk
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.job import Job, record
-from flexhinm_jax.sequential.request import Request, Target, check_target
+from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.tracing.finder import Traced
 
@@ -45,16 +53,12 @@ def prune_sequential(
     batches: Iterable[Any],
     method: Method,
     *,
-    sparsity: float | Mapping[str, float] | None = None,
     key: Array,
-    target: Target = "seq",
-    center: bool = True,
-    rules: Mapping[str, Any] | None = None,
     token_mask: Callable[..., Array] | None = None,
     progress: Callable[[Layer], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
     memory_limit: int | None = None,
-    on_mismatch: OnMismatch = "error",
+    **options: Any,
 ) -> prune.Pruned:
     """Prunes the weights of any JAX function, in order of execution.
 
@@ -68,13 +72,7 @@ def prune_sequential(
       batches: tuples of the remaining arguments; a batch that is no tuple is one
         argument. All are kept; few shapes and large batches are fast.
       method: what to prune with, such as `ALPS(NM(2, 4))`.
-      sparsity: fraction of weights removed, one for all or one per path; None for a
-        pattern that has only one.
       key: PRNG key, consumed; the same keys per leaf as in `prune`.
-      target: what to fit to, see above.
-      center: for methods that move weights: fits around the means, and refits the bias
-        where the product has one of its own.
-      rules: {regex: pattern or "skip"} on leaf paths; the first match wins.
       token_mask: called as token_mask(*batch), gives booleans over leading axes of the
         batch, such as [batch, length]; tokens with False are left out, as in
         `calibrate`.
@@ -83,16 +81,20 @@ def prune_sequential(
         goes on behind them, with the same result as an uninterrupted run.
       memory_limit: bytes of activations kept in memory, the rest goes to temporary
         files; None for any.
-      on_mismatch: as in `prune`.
+      **options: the other fields of `sequential.request.Request`, by name:
+        sparsity, fraction of weights removed, one for all or one per path; rules,
+        {regex: pattern or "skip"}; target and statistics, see above; block, a regular
+        expression for the blocks of statistics="block"; center=False for fits that are
+        not around the means; on_mismatch, as in `prune`.
 
     Returns:
       Dense-with-zeros parameters, packed parameters, plans, uses and the report.
 
     Raises:
       InUse: another process writes the folder of `resume`.
-      ValueError: no batches, an unknown target, a method that needs gradients, a leaf
-        that does not fit, statistics that are not finite, batches that use different
-        weights, or a folder that belongs to another run.
+      ValueError: no batches, an unknown target or statistics, a method that needs
+        gradients, a leaf that does not fit, statistics that are not finite, batches
+        that use different weights, or a folder that belongs to another run.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -107,7 +109,8 @@ def prune_sequential(
       >>> int((result.params["a"] == 0).sum())
       32
     """
-    check_target(target, method)
+    request = Request(method=method, key=key, **options)
+    request.check()
     arguments.key(key)
     arguments.batches(batches)
     arguments.concrete(params)
@@ -123,18 +126,11 @@ def prune_sequential(
     if not given:
         raise ValueError("batches is empty: give at least one batch to run")
     apply_fn = Traced.of(apply_fn)
-    found = discover(apply_fn, params, *given[0], rules=rules)  # type: ignore[arg-type]
-    uses = fitting(method, found, on_mismatch)
+    rules: Any = request.rules
+    found = discover(apply_fn, params, *given[0], rules=rules)
+    uses = fitting(method, found, request.on_mismatch)
     prune.check_found(uses)
-    check_targets(sparsity, uses)
-    request = Request(
-        method=method,
-        key=key,
-        sparsity=sparsity,
-        rules=rules,
-        target=target,
-        center=center,
-    )
+    check_targets(request.sparsity, uses)
     job = Job(apply_fn, params, given, uses, request, token_mask)
     with contextlib.ExitStack() as stack:
         if resume is not None:

@@ -112,11 +112,16 @@ class Blocks:
         for tokens in place.reshape(len(batches), *batches[0].shape):
             yield np.asarray(run(table, jnp.asarray(tokens, jnp.int32)))
 
-    def uses(self, rules: Mapping[str, Any] | None) -> "BlockUses":
+    def uses(
+        self,
+        rules: Mapping[str, Any] | None,
+        fit: Callable[[Uses], Uses] = lambda uses: uses,
+    ) -> "BlockUses":
         """What is prunable in every block; routers of experts never are.
 
         Args:
           rules: {regex: pattern, "skip" or "prune"} on the keys of the checkpoint.
+          fit: the uses of a block -> those of the leaves that the pattern fits.
 
         Raises:
           ValueError: a rule that matches nothing, or asks to prune what lies outside
@@ -131,15 +136,22 @@ class Blocks:
                     f"rule {rule!r} asks to prune {key}, which is not in a block; what"
                     " is outside the blocks is copied unchanged when streaming"
                 )
-        return BlockUses(self, {key: action for key, (_, action) in chosen.items()})
+        return BlockUses(
+            self, {key: action for key, (_, action) in chosen.items()}, fit
+        )
 
 
 class BlockUses:
     """The uses of every block, traced once per set of rules that applies."""
 
-    def __init__(self, blocks: Blocks, actions: Mapping[str, Any]):
-        """Keeps key -> action of the rules."""
-        self.blocks, self.actions = blocks, actions
+    def __init__(
+        self,
+        blocks: Blocks,
+        actions: Mapping[str, Any],
+        fit: Callable[[Uses], Uses],
+    ):
+        """Keeps key -> action of the rules, and what leaves the misfits out."""
+        self.blocks, self.actions, self.fit = blocks, actions, fit
         self.known: dict[Any, tuple[str, Uses]] = {}
 
     def kind(self, layer: int) -> tuple:
@@ -169,7 +181,8 @@ class BlockUses:
                 f"^{re.escape(prefix + name)}$": action for name, action in kind[1]
             }
             run = self.blocks.apply(layer)
-            self.known[kind] = prefix, discover(run, like, h, rules=rules)
+            found = discover(run, like, h, rules=rules)
+            self.known[kind] = prefix, self.fit(found)
         before, uses = self.known[kind]
         if before == prefix:
             return uses

@@ -164,8 +164,9 @@ def _block_budget(setting: Setting, layer: int, limit: int | None) -> Budget:
     scoring = _scoring(setting, job) if setting.spread.mode == "global" else 0
     return Budget(
         limit=limit,
-        # A finished matrix is on the device and on the host for a moment.
-        weights=sum(sizes) * (2 if beside else 1) + 2 * max(sizes),
+        # A finished matrix is on the device and on the host for a moment, and plans
+        # wait for the end of their span.
+        weights=sum(sizes) * (2 if beside else 1) + 2 * max(sizes) + waiting(walk),
         gram=max(solving.stats, most.gram if most.gram == most.working else 0),
         solver=max(solving.solver, scoring),
         step=max(stage.step for stage in parts),
@@ -289,10 +290,14 @@ def stages(walk: Walk, ahead: Ahead) -> list[Stage]:
     (line, parts), *_ = walk.lines
     runner, count = walk.runners[0], len(walk.runners)
     dense = 2 if walk.target != "seq" else 1
+    # The values at the first cut of a span wait for the pruned weights.
+    spans = [] if walk.dense_only else walk.spans()
+    start = {k: span[0] for span in spans for k in span[1:]}
     found = []
     for k, segment in enumerate(parts):
         twice = sum(size(v) for v in segment.alive if runner.changed(v))
-        held = count * (sum(map(size, segment.alive)) + twice)
+        kept = parts[start[k]].alive - segment.alive if k in start else ()
+        held = count * (sum(map(size, {*segment.alive, *kept})) + twice)
         step = dense * running(walk, segment)
         gram = stats = most = 0
         if k < len(line.cuts) and line.cuts[k].members:
@@ -302,6 +307,17 @@ def stages(walk: Walk, ahead: Ahead) -> list[Stage]:
         )
         found.append(Stage(paths, held, step, gram, stats, most))
     return found
+
+
+def waiting(walk: Walk) -> int:
+    """Bytes of the plans that wait while others are solved on the same weights."""
+    sizes = [0]
+    for span in walk.spans():
+        names = (name for k in span if span[1:] for name in walk.cuts[k].names[0])
+        shapes = [walk.job.like(*name) for name in names]
+        # The weight and its support.
+        sizes.append(sum(math.prod(w.shape) * (w.dtype.itemsize + 1) for w in shapes))
+    return max(sizes)
 
 
 def size(v: Any) -> int:

@@ -28,9 +28,10 @@ from flexhinm_jax.io import atomic, fingerprint, huggingface, packed, shards
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.allocate import check_mode
 from flexhinm_jax.pruning.report import Report, Row, report
+from flexhinm_jax.pruning.solve import fitting
 from flexhinm_jax.sequential.cuts import Layer, Programs, Walk
 from flexhinm_jax.sequential.finished import Finished
-from flexhinm_jax.sequential.request import Request, check_target
+from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.streaming import memory
 from flexhinm_jax.streaming.blocks import Blocks, Dtype, open_blocks
 from flexhinm_jax.streaming.memory import Ahead, Budget
@@ -164,7 +165,7 @@ def stream(
     """
     spread, limits, output = spread or Spread(), limits or Limits(), output or Output()
     tell = progress or (lambda told: None)
-    check_target(request.target, request.method)
+    request.check()
     check_mode(spread.mode)
     atomic.check_directory(out, overwrite=output.overwrite)
     huggingface.check_copy(Path(directory), Path(out))
@@ -172,13 +173,17 @@ def stream(
     shards.check_space(Path(out), blocks.index.size - Work.taken(Path(out)))
     setting = Setting(
         blocks,
-        blocks.uses(request.rules),
+        blocks.uses(
+            request.rules,
+            lambda uses: fitting(request.method, uses, request.on_mismatch),
+        ),
         split(tokens, limits.batch, blocks),
         request,
         spread,
         output.pack,
         Programs(Ahead()),
     )
+    check_blocks(setting)
     setting = dataclasses.replace(setting, targets=first_targets(setting))
     memory.check_all(setting)
     plan = memory.budget(setting, limits.memory)
@@ -196,6 +201,22 @@ def stream(
         result = Streamed(total(setting, rows), errors, allocated)
         work.finish({} if output.extra is None else output.extra(result))
     return result
+
+
+def check_blocks(setting: Setting) -> None:
+    """Raises ValueError where the request has blocks that are never here as a whole."""
+    request, owners = setting.request, {}
+    if request.statistics != "block":
+        return
+    for layer in range(setting.blocks.count):
+        for path in setting.uses.of(layer).leaves:
+            name = request.block_of(path)
+            if owners.setdefault(name, layer) != layer:
+                raise ValueError(
+                    f"block={request.block!r}: {name!r} has weights of two blocks of"
+                    f" the checkpoint, {owners[name]} and {layer}; streaming has one"
+                    " at a time: give a finer one, or call prune_sequential"
+                )
 
 
 def prune_blocks(

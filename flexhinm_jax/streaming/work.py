@@ -203,6 +203,8 @@ def record(setting: Setting) -> dict[str, str]:
         key=str(fingerprint.key_words(request.key)),
         target=request.target,
         center=request.center,
+        statistics=request.statistics,
+        block=request.block,
         dtype=blocks.dtype,
         pack=setting.pack,
     )

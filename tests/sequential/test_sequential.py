@@ -1,5 +1,7 @@
 """One pass, cut by cut: targets against hand-computed least squares, and resuming."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,7 +180,8 @@ def test_masked_tokens_do_not_count(monkeypatch):
 @pytest.mark.parametrize("count", [1000, 1500, 2047])
 def test_the_rows_that_count_are_padded_to_few_sizes(count):
     mask = np.arange(2048) < count
-    valid, positions = targets.tokens_for(mask)
+    found: Any = targets.tokens_for(mask)
+    valid, positions = found
     assert valid.sum() == count
     if positions is not None:
         assert len(positions) % 256 == 0
@@ -262,6 +265,134 @@ def test_going_in_order_loses_less_than_one_shot():
     assert errors["resid"] < errors["asym"] < errors["once"], errors
 
 
+def block(params, x):
+    return x + jnp.tanh(x @ params["in"]) @ params["out"]
+
+
+def two_blocks(params, x):
+    return block(params["blocks.1"], block(params["blocks.0"], x))
+
+
+TWO_BLOCKS = {
+    f"blocks.{k}": {"in": normal(40 + k, 8, 16), "out": normal(42 + k, 16, 8)}
+    for k in range(2)
+}
+
+
+@pytest.mark.parametrize("statistics", ["sequential", "block", "dense"])
+def test_statistics_are_those_of_the_weights_that_were_asked_for(
+    monkeypatch, statistics
+):
+    found = seen(monkeypatch)
+    batches = [X[:32], X[32:]]
+    result = fh.prune_sequential(
+        two_blocks, TWO_BLOCKS, batches, fh.Wanda(NM), key=KEY, statistics=statistics
+    )
+    x = np.asarray(X)
+    for name, dense in TWO_BLOCKS.items():
+        pruned = result.params[name]
+        judged, after = {
+            "sequential": (pruned, pruned),
+            "block": (dense, pruned),
+            "dense": (dense, dense),
+        }[statistics]
+        inputs = {"in": x, "out": np.tanh(x @ judged["in"])}
+        for part, seen_by in inputs.items():
+            got = found[f"{name}/{part}", ()]
+            np.testing.assert_allclose(got.gram, seen_by.T @ seen_by, 1e-4, 1e-4)
+        x = np.asarray(block(after, x))
+
+
+def test_statistics_of_the_dense_model_are_those_of_one_shot():
+    method = fh.SparseGPT(NM)
+    once = fh.prune(two_blocks, TWO_BLOCKS, [X], method, key=KEY)
+    got = fh.prune_sequential(
+        two_blocks,
+        TWO_BLOCKS,
+        [X],
+        method,
+        key=KEY,
+        statistics="dense",
+        center=False,
+    )
+    for one, other in zip(
+        jax.tree.leaves(once.params), jax.tree.leaves(got.params), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["seq", "resid"])
+def test_a_block_of_one_product_is_a_product(target):
+    options = {"key": KEY, "target": target}
+    method = fh.Refit(fh.Wanda(NM))
+    want = fh.prune_sequential(two_blocks, TWO_BLOCKS, [X], method, **options)
+    got = fh.prune_sequential(
+        two_blocks,
+        TWO_BLOCKS,
+        [X],
+        method,
+        statistics="block",
+        block=".*",
+        **options,
+    )
+    jax.tree.map(np.testing.assert_array_equal, got.plans, want.plans)
+
+
+def test_a_block_is_fitted_to_the_dense_model_where_that_is_asked(monkeypatch):
+    found = seen(monkeypatch)
+    result = fh.prune_sequential(
+        two_blocks,
+        TWO_BLOCKS,
+        [X],
+        fh.Wanda(NM),
+        key=KEY,
+        statistics="block",
+        target="resid",
+    )
+    pruned, dense = (
+        np.asarray(block(p["blocks.0"], X)) for p in (result.params, TWO_BLOCKS)
+    )
+    weights = TWO_BLOCKS["blocks.1"]
+    inputs = np.tanh(pruned @ weights["in"])
+    wanted = np.tanh(dense @ weights["in"]) @ weights["out"] + dense - pruned
+    stats = found["blocks.1/out", ()]
+    np.testing.assert_allclose(stats.cross, wanted.T @ inputs, rtol=1e-4, atol=1e-3)
+
+
+def test_positions_of_a_scan_are_blocks(monkeypatch):
+    """A scanned model and the unrolled one, whose leaves are named by layer."""
+    found = seen(monkeypatch)
+    options = {"key": KEY, "statistics": "block"}
+    params, method = layers(2), fh.Wanda(NM)
+    apart = {f"layer.{k}": {n: w[k] for n, w in params.items()} for k in range(2)}
+
+    def named(params, x):
+        return attention(params["layer.1"], attention(params["layer.0"], x))
+
+    want = fh.prune_sequential(named, apart, TOKENS, method, **options)
+    unrolled, held = dict(found), []
+    found.clear()
+    got = fh.prune_sequential(
+        scanned,
+        params,
+        TOKENS,
+        method,
+        memory_limit=0,
+        progress=lambda layer: held.append(layer.held),
+        **options,
+    )
+    assert not any(held)
+    for name in params:
+        for k in range(2):
+            np.testing.assert_allclose(
+                got.params[name][k], want.params[f"layer.{k}"][name], atol=1e-5
+            )
+    assert len(found) == len(unrolled)
+    for (name, (k,)), stats in found.items():
+        want = unrolled[f"layer.{k}/{name}", ()].gram
+        np.testing.assert_allclose(stats.gram, want, rtol=1e-4, atol=1e-4)
+
+
 def test_a_bias_is_refitted_so_that_the_mean_output_stays():
     x = X + 2.0
     result = fh.prune_sequential(chain, CHAIN, [x], fh.SparseGPT(NM), key=KEY)
@@ -281,10 +412,12 @@ class Killed(Exception):
     """The process dies."""
 
 
-@pytest.mark.parametrize("stop", [2, 9])
-def test_a_killed_run_goes_on_to_the_same_plans(tmp_path, stop):
+@pytest.mark.parametrize(
+    ("stop", "statistics"), [(2, "sequential"), (9, "sequential"), (9, "block")]
+)
+def test_a_killed_run_goes_on_to_the_same_plans(tmp_path, stop, statistics):
     params = layers(2)
-    options = {"key": KEY, "target": "resid", "center": True}
+    options: Any = {"key": KEY, "target": "resid", "statistics": statistics}
     method = fh.Refit(fh.Wanda(NM))
     want = fh.prune_sequential(scanned, params, TOKENS, method, **options)
 
@@ -307,7 +440,12 @@ def test_a_killed_run_goes_on_to_the_same_plans(tmp_path, stop):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
     with pytest.raises(ValueError, match="resume: .* was begun with target="):
         fh.prune_sequential(
-            scanned, params, TOKENS, method, resume=folder, key=KEY, target="seq"
+            scanned,
+            params,
+            TOKENS,
+            method,
+            resume=folder,
+            **(options | {"target": "seq"}),
         )
 
 
@@ -416,6 +554,9 @@ def test_batches_of_several_shapes_compile_equal_layers_once(monkeypatch):
     ("options", "match"),
     [
         ({"target": "dense"}, "target='dense'"),
+        ({"statistics": "asym"}, "statistics='asym': choose one of sequential"),
+        ({"statistics": "dense", "target": "asym"}, "give target='seq', or"),
+        ({"block": "("}, "is no regular expression"),
         ({"batches": []}, "batches is empty"),
         ({"method": fh.Fisher(NM)}, "needs gradients"),
         ({"sparsity": 0.7}, "0.7"),
@@ -456,7 +597,9 @@ def test_a_walk_in_two_halves_is_the_walk_of_the_whole(target):
         return half({"b": p["b"]}, half({"a": p["a"]}, x))
 
     want = fh.prune_sequential(whole, params, batches, method, key=KEY, target=target)
-    now, dense, programs, leaves = [(x,) for x in batches], None, cuts.Programs(), {}
+    now: Any = [(x,) for x in batches]
+    dense: Any = None
+    programs, leaves = cuts.Programs(), {}
     for name in ("a", "b"):
         mine = {name: params[name]}
         uses = fh.discover(half, mine, *now[0])

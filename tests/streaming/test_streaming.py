@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,7 @@ class Run:
 
     def __init__(self, model, out, programs):
         self.out, self.records, self.compiled = out, [], []
+        self.plan: Any = None
 
         def progress(done):
             if isinstance(done, Budget):
@@ -171,6 +173,33 @@ def test_streaming_gives_what_the_whole_model_gives(model, whole):
     assert [p.name for p in whole.out.parent.iterdir()] == ["out"]
     for name in ("tokenizer.json", "generation_config.json", shards.INDEX):
         assert whole.files[name] == (model / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("statistics", "target"), [("block", "resid"), ("dense", "seq")]
+)
+def test_other_statistics_are_those_of_the_whole_model(
+    model, stream, tmp_path, statistics, target
+):
+    options = {"statistics": statistics, "target": target}
+    want = in_memory(model, METHOD, **options)
+    stream(memory_limit=1 << 30, **options)
+    assert_same(tmp_path / "out", want.params)
+
+
+def test_leaves_that_do_not_fit_stay_dense_when_that_is_asked(stream, tmp_path):
+    method = fh.Wanda(fh.Transposable(2, 4))
+    folder = tmp_path / "odd"
+    params = make_decoder_directory(folder, CONFIG | {"intermediate_size": 18}, 0, 2)
+    with pytest.raises(ValueError, match="multiple of m=4"):
+        stream(folder, method)
+    result = stream(folder, method, on_mismatch="skip")
+    after = huggingface.read(tmp_path / "out").params
+    for name in params:
+        if "mlp" in name:
+            np.testing.assert_array_equal(after[name], np.asarray(params[name]))
+            assert "does not fit" in result.report.skipped[name]
+    assert len(result.report.rows) == 3 * 4
 
 
 def test_equal_blocks_are_compiled_once(whole):
@@ -387,6 +416,8 @@ def test_a_nan_is_named_with_its_leaf(model, stream, tmp_path):
         ({"tokens": TOKENS + 260}, "vocab_size=260"),
         ({"tokens": TOKENS[0]}, r"need integers \[samples, length\]"),
         ({"target": "dense"}, "target='dense'"),
+        ({"statistics": "dense"}, "give target='seq', or"),
+        ({"statistics": "block", "block": "layers"}, "two blocks of the checkpoint"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"method": fh.Fisher(fh.NM(2, 4))}, "needs gradients"),
         ({"method": fh.Wanda(fh.NM(2, 5))}, "multiple of m=5"),
