@@ -128,7 +128,7 @@ $(GPU_VENV)/.installed: pyproject.toml
 
 install-gpu: $(GPU_VENV)/.installed ## Make .venv-gpu, in which GPU kernels compile offline
 
-gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline for four chips (.venv-gpu)
+gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline (.venv-gpu)
 	JAX_PLATFORMS=cpu $(GPU_PY) -m bench.gpu_compile $(ARGS)
 
 notebooks: $(STAMP) ## Execute the notebooks of colab/

@@ -201,8 +201,6 @@ def numerics(kernels: dict[str, Kernel], interpret: bool) -> list[dict[str, Any]
     tokens = (3,) if interpret else TOKENS_CHECKED
     key, rows = jax.random.key(time.time_ns() % 2**32), []
     for name, kernel in kernels.items():
-        if interpret and name in ("mma_sp", "tcgen05"):
-            continue  # the interpreter does not know their instructions
         refused = selfcheck.failure(name, kernel.prepare, kernel.run, kernel.cases)
         if refused is not None:
             print(f"WRONG {name}: {refused}")

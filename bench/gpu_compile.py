@@ -52,10 +52,7 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "a100": Chip("NVIDIA A100-SXM4-80GB", (8, 0), 108, 167936, 166912, 2039 * 10**9),
-    "l40": Chip("NVIDIA L40", (8, 9), 142, 102400, 101376, 864 * 10**9),
     "h200": Chip("NVIDIA H200", (9, 0), 132, 233472, 232448, 4800 * 10**9),
-    "b200": Chip("NVIDIA B200", (10, 0), 148, 233472, 232448, 7672 * 10**9),
 }
 
 
@@ -224,35 +221,11 @@ def weight(
 
 def cases(chip: str) -> list[Case]:
     """What is compiled for a chip."""
-    from flexhinm_jax.gpu import expand, mma_sp, tcgen05, wgmma_sp
+    from flexhinm_jax.gpu import wgmma_sp
 
+    assert chip == "h200"
     bf16, f16 = jnp.bfloat16, jnp.float16
     flat = lambda o, i, dtype: weight(1, o, i, 0, i, dtype)  # noqa: E731
-    mma = functools.partial(
-        backend_case,
-        mma_sp,
-        ptx=r"mma\.sp::ordered_metadata\.sync\.aligned\.m16n8k32",
-        sass=r"HMMA\.SP\.16832",
-    )
-    if chip in ("a100", "l40"):
-        return [
-            mma("2:4", flat(512, 512, bf16), 8, bf16),
-            mma("2:4", flat(4096, 4096, f16), 64, f16),
-        ]
-    if chip == "b200":
-        blackwell = functools.partial(
-            backend_case, tcgen05, ptx=r"tcgen05\.mma\.sp\.cta_group", sass="UTCHMMA"
-        )
-        return [
-            blackwell("2:4", flat(512, 512, bf16), 16, bf16),
-            blackwell("2:4", flat(4096, 4096, f16), 256, f16),
-        ]
-    dense = functools.partial(
-        backend_case,
-        expand,
-        ptx=r"wgmma\.mma_async\.sync\.aligned",
-        sass=r"HGMMA\.64x\d+x16",
-    )
     sparse = functools.partial(
         backend_case,
         wgmma_sp,
@@ -263,9 +236,6 @@ def cases(chip: str) -> list[Case]:
     mixed = lambda o, i, v, dtype: weight(o // v, v, i, i // 8, i // 4, dtype)  # noqa: E731
     half = lambda o, i, v, dtype: weight(o // v, v, i, 0, i // 2, dtype)  # noqa: E731
     return [
-        dense("2:4", flat(4096, 4096, bf16), 1, bf16),
-        dense("2:4", flat(8192, 8192, bf16), 16, bf16),
-        dense("2:4", flat(1536, 384, f16), 64, f16),
         sparse("2:4", flat(4096, 4096, bf16), 1, bf16),
         sparse("2:4", flat(8192, 8192, bf16), 64, bf16),
         sparse("2:4", flat(8192, 8192, f16), 1024, f16),
@@ -275,7 +245,6 @@ def cases(chip: str) -> list[Case]:
         sparse("FlexHiNM v=128", mixed(8192, 8192, 128, bf16), 1024, bf16),
         sparse("FlexHiNM v=32", mixed(4096, 4096, 32, f16), 16, f16),
         sparse("HiNM v=64", half(14336, 4096, 64, bf16), 32, bf16),
-        mma("2:4", flat(512, 512, bf16), 8, bf16),
     ]
 
 

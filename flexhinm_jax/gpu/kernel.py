@@ -45,8 +45,6 @@ class Kernel:
       prepare: packed matrix -> pytree of arrays, its layout, made once.
       run: (x [N, i], prepared matrix, dtype) -> [N, o], x times the sparse core.
       majors: compute capability majors of the chips it serves; () for any platform.
-      one_tile: whether it serves weights of one tile only.
-      automatic: whether "auto" may choose it.
       since: least version of jax.
       cases: (tiles, rows of a tile, dense columns, groups of four, tokens) of the
         products that must be right on a GPU before it is used there.
@@ -56,8 +54,6 @@ class Kernel:
     prepare: Callable[[PackedWeight], Any]
     run: Callable[[Array, PackedWeight, DTypeLike], Array]
     majors: tuple[int, ...] = ()
-    one_tile: bool = True
-    automatic: bool = False
     since: tuple[int, ...] = support.SINCE
     cases: tuple[tuple[int, int, int, int, int], ...] = ()
 
@@ -76,7 +72,7 @@ class Kernel:
         if why := self._machine(chip):
             return Refusal(Cause.MACHINE, why)
         why = (
-            self._sizes(x, packed)
+            _unknown_rows(x)
             or layouts.two_of_four(packed)
             or support.not_half(x.dtype)
             or support.not_half(packed.dtype)
@@ -99,9 +95,7 @@ class Kernel:
             return f"it serves compute capability {served}, this chip has {here}"
         return None
 
-    def _sizes(self, x: jax.ShapeDtypeStruct, packed: PackedWeight) -> str | None:
-        if not isinstance(x.shape[0], int):
-            return "it must know the number of rows when a program is traced"
-        if self.one_tile and packed.tiles != 1:
-            return f"it serves weights of one tile, this one has {packed.tiles}"
-        return None
+
+def _unknown_rows(x: jax.ShapeDtypeStruct) -> str | None:
+    known = isinstance(x.shape[0], int)
+    return None if known else "it must know the number of rows when a program is traced"

@@ -128,7 +128,7 @@ def padded_rows(v: int) -> int:
 
 
 def tiles(packed: PackedWeight) -> dict[str, Array]:
-    """The layout of the Hopper kernels.
+    """The layout of the Hopper kernel.
 
     Args:
       packed: one matrix, 2:4.
@@ -151,89 +151,6 @@ def tiles(packed: PackedWeight) -> dict[str, Array]:
         "meta": meta.reshape(t, blocks, steps, 256),
         "index": index.reshape(t, steps, 2 * STEP),
         "order": jnp.pad(order, fill[:2], constant_values=ABSENT),
-    }
-
-
-SLOT = 128
-"""Groups per step of the expand kernel."""
-
-
-def slots(packed: PackedWeight) -> dict[str, Array]:
-    """Slot-major layout of a one-tile weight for the expand kernel.
-
-    Position j of every group is an elementwise function of the two kept values and the
-    nibble, so slot-major operands need no movement between lanes: W[:, j::4] meets
-    x[:, j::4].
-
-    Args:
-      packed: one matrix with one tile, 2:4.
-
-    Returns:
-      values: [2, r, g], first and second kept value of each group; r padded to 64,
-        the groups g to SLOT.
-      nibbles: u8[r, g / 2], group a in the low and a + SLOT / 2 in the high half of a
-        byte, a counted inside steps of SLOT groups.
-      index: i32[4, g], input of position j of each group, ABSENT for none.
-      order: i32[r], original row of each storage row, ABSENT for padding.
-    """
-    values, nibbles, index = stream(packed)
-    values, nibbles, index = values[0], nibbles[0], index[0]
-    o = values.shape[0]
-    groups = nibbles.shape[-1]
-    down, right = -o % ROWS, -groups % SLOT
-    values = jnp.pad(values.reshape(o, groups, 2), ((0, down), (0, right), (0, 0)))
-    nibbles = jnp.pad(nibbles, ((0, down), (0, right)), constant_values=DENSE_PAIR)
-    parts = nibbles.reshape(o + down, -1, 2, SLOT // 2).astype(jnp.uint8)
-    index = jnp.pad(index.reshape(groups, 4), ((0, right), (0, 0)), constant_values=-1)
-    return {
-        "values": values.transpose(2, 0, 1),
-        "nibbles": (parts[:, :, 0] | parts[:, :, 1] << 4).reshape(o + down, -1),
-        "index": index.T,
-        "order": jnp.pad(packed.out_order, (0, down), constant_values=ABSENT),
-    }
-
-
-BLACKWELL_ROWS = 128
-"""Rows of one tcgen05 instruction."""
-
-
-def to_tcgen05_meta(positions: Array) -> Array:
-    """Kept positions to the tensor-memory image of `tcgen05.mma.sp`, 16-bit types.
-
-    Args:
-      positions: u8[r, g, 2], two kept positions of each group; r a multiple of 128, g
-        of 32.
-
-    Returns:
-      u8[r / 128, g / 32, 128, 64], positions of 128 rows and 128 logical columns; each
-      goes into 2 bits.
-
-    Source: PTX ISA, tcgen05 sparse matrices, sparsity selector of kind::f16, M = 128.
-    """
-    r, g, _ = positions.shape
-    parts = positions.reshape(r // BLACKWELL_ROWS, 8, 2, 8, g // 32, 4, 2, 8)
-    parts = parts.transpose(0, 4, 1, 6, 3, 5, 2, 7)
-    return parts.reshape(r // BLACKWELL_ROWS, g // 32, BLACKWELL_ROWS, 64)
-
-
-def blackwell(packed: PackedWeight) -> dict[str, Array]:
-    """The layout of the Blackwell kernel, for a weight of one tile.
-
-    Returns:
-      values: [r, c], r padded to 128.
-      meta: u8[r / 128, c / 64, 128, 64], `to_tcgen05_meta`.
-      index: i32[2 c], input of each logical column, ABSENT for none.
-      order: i32[r], original row of each storage row, ABSENT for padding.
-    """
-    values, nibbles, index = stream(packed)
-    down = -values.shape[1] % BLACKWELL_ROWS
-    nibbles = jnp.pad(nibbles[0], ((0, down), (0, 0)), constant_values=DENSE_PAIR)
-    pair = jnp.stack([nibbles & 3, nibbles >> 2], axis=-1).astype(jnp.uint8)
-    return {
-        "values": jnp.pad(values[0], ((0, down), (0, 0))),
-        "meta": to_tcgen05_meta(pair),
-        "index": index[0],
-        "order": jnp.pad(packed.out_order, (0, down), constant_values=ABSENT),
     }
 
 

@@ -1,16 +1,13 @@
-"""The GPU kernels, the one that "auto" tries first in front.
+"""The GPU kernels by name, the one that "auto" tries first in front.
 
-On Hopper the sparse tensor cores read the same bytes as the expand kernel, without its
-arithmetic, and serve every pattern and batch. Trying the expand kernel as well would
-make `prepare` hold the weight once more; ask for it by name. No order has been measured
-yet: `bench/gpu.py` does it. The last two are experimental: compiled, never run, never
-chosen by themselves.
+On Hopper the sparse tensor cores serve every 2:4 stream, so one kernel is enough. Three
+more were written and compiled (packed weights expanded in registers on Hopper, `mma.sp`
+on Ampere and Ada, `tcgen05.mma.sp` on Blackwell): the first reads the same bytes with
+more arithmetic, the others were latency bound by their form, an order of magnitude
+slower than the dense product. No chip was there to show otherwise, so they went.
 """
 
-from flexhinm_jax.gpu import expand, mma_sp, tcgen05, wgmma_sp
+from flexhinm_jax.gpu import wgmma_sp
 from flexhinm_jax.gpu.kernel import Kernel
 
-KERNELS: dict[str, Kernel] = {
-    kernel.name: kernel
-    for kernel in (wgmma_sp.KERNEL, expand.KERNEL, mma_sp.KERNEL, tcgen05.KERNEL)
-}
+KERNELS: dict[str, Kernel] = {wgmma_sp.NAME: wgmma_sp.KERNEL}

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 SINCE = (0, 11, 2)
 """First release of jax whose Mosaic GPU the kernels were compiled with."""
 
-SHARED_MEMORY = {8: 99 * 1024, 9: 227 * 1024, 10: 227 * 1024}
-"""Bytes of shared memory a block may use, least over the chips of a major."""
+SHARED_BYTES = 227 * 1024
+"""Shared memory that a block may use on Hopper."""
 
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-"""Dtypes of the sparse tensor-core forms that are used here."""
+"""Dtypes of the sparse tensor-core form that is used here."""
 
 
 def mosaic() -> Any:
@@ -77,19 +77,3 @@ def swizzled(columns: int, dtype: Any) -> tuple[Any, ...]:
 def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
     """Zero rows behind x [n, k] up to a multiple."""
     return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0)))
-
-
-def restore_rows(y: jax.Array, order: jax.Array, out: int) -> jax.Array:
-    """Rows of y [r, n] to their original places, y^T: [n, out].
-
-    Args:
-      y: rows in storage order.
-      order: i32[r], original row of each, negative for padding.
-      out: number of original rows.
-    """
-    place = jnp.where(order < 0, out, order)
-    source = jnp.zeros(out, jnp.int32)
-    source = source.at[place].set(
-        jnp.arange(order.shape[0], dtype=jnp.int32), mode="drop"
-    )
-    return y[source].T

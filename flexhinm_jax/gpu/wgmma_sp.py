@@ -81,7 +81,7 @@ def tiling(n: int, tiles: int, blocks: int, steps: int) -> hopper.Tiling:
     if running >= BLOCKS // 2:  # one wave and a half is not worth partial sums
         splits = 1
     cuts = [hopper.Tiling(rows, groups, tokens, splits, depth) for depth in range(4, 9)]
-    chip = support.SHARED_MEMORY[9] - SPARE
+    chip = support.SHARED_BYTES - SPARE
     if tiles > 1:
         most = min(LISTED, (chip - cuts[0].shared_bytes) // LIST_BYTES)
         splits = max(splits, -(-steps // most))
@@ -96,7 +96,5 @@ KERNEL = Kernel(
     prepare,
     matmul,
     majors=(9,),
-    one_tile=False,
-    automatic=True,
     cases=((1, 72, 0, 100, 70), (3, 40, 6, 36, 11)),
 )

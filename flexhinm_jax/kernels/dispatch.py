@@ -121,7 +121,8 @@ def choose(
     chip = capability()
     if name == "auto" and (chip is None or transposed):
         return Choice("xla")
-    candidates = _automatic() if name in ("auto", "gpu") else (kernels[name],)
+    every = tuple(registry.KERNELS.values())
+    candidates = every if name in ("auto", "gpu") else (kernels[name],)
     refusals = {}
     for kernel in candidates:
         refusal = _refusal(kernel, x, packed, chip, transposed)
@@ -143,16 +144,15 @@ def served(x: jax.ShapeDtypeStruct, packed: PackedWeight) -> tuple[str, ...]:
     chip = capability()
     if chip is None:
         return ()
-    refusals = {k.name: _refusal(k, x, packed, chip, False) for k in _automatic()}
+    refusals = {
+        name: _refusal(kernel, x, packed, chip, False)
+        for name, kernel in registry.KERNELS.items()
+    }
     return tuple(
         name
         for name, refusal in refusals.items()
         if refusal is None or refusal.cause is Cause.LAYOUT
     )
-
-
-def _automatic() -> tuple[Kernel, ...]:
-    return tuple(kernel for kernel in registry.KERNELS.values() if kernel.automatic)
 
 
 def _refusal(

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
-from flexhinm_jax.gpu import expand, hopper, layouts, registry, support, wgmma_sp
+from flexhinm_jax.gpu import hopper, layouts, registry, support, wgmma_sp
 from flexhinm_jax.gpu.kernel import Cause
 from flexhinm_jax.kernels.packing import unpack
 from flexhinm_jax.ops.words import to_words
 from flexhinm_jax.types import PackedWeight
 
-WGMMA, EXPAND = wgmma_sp.KERNEL, expand.KERNEL
+WGMMA = wgmma_sp.KERNEL
 
 mosaic = pytest.mark.skipif(
     tuple(jax.__version_info__) < support.SINCE,
@@ -86,11 +86,6 @@ def assert_serves(kernel, packed, n, dtype=jnp.float32):
 
 
 @mosaic
-def test_expand_serves_sizes_that_fill_no_tile():
-    assert_serves(EXPAND, weight(1, 40, 0, 97, 388), n=3)
-
-
-@mosaic
 def test_sparse_tensor_cores_serve_sizes_that_fill_no_tile():
     assert_serves(WGMMA, weight(1, 40, 0, 65, 260), n=3)
 
@@ -102,29 +97,26 @@ def test_fused_kernel_serves_dense_and_two_of_four_columns_of_ragged_sizes():
 
 
 SLOW = [
-    (WGMMA, (1, 200, 3, 300, 1300), 2, jnp.bfloat16),  # column splits
+    ((1, 200, 3, 300, 1300), 2, jnp.bfloat16),  # column splits
     (
-        WGMMA,
         (1, 128, 0, 170, 680),
         130,
         jnp.float32,
     ),  # two groups along the rows
-    (WGMMA, (1, 64, 0, 170, 680), 70, jnp.float32),  # two along the tokens
-    (WGMMA, (2, 128, 70, 130, 700), 66, jnp.float32),  # the same, gathered
-    (WGMMA, (3, 64, 70, 130, 700), 66, jnp.bfloat16),
-    (WGMMA, (2, 96, 0, 40, 200), 17, jnp.float16),  # rows padded to blocks
-    (WGMMA, (2, 8, 5, 0, 40), 1, jnp.float32),  # dense columns alone
-    (EXPAND, (1, 64, 7, 300, 1300), 65, jnp.float32),  # several token blocks
-    (EXPAND, (1, 72, 0, 520, 2080), 9, jnp.bfloat16),  # column splits
+    ((1, 64, 0, 170, 680), 70, jnp.float32),  # two along the tokens
+    ((2, 128, 70, 130, 700), 66, jnp.float32),  # the same, gathered
+    ((3, 64, 70, 130, 700), 66, jnp.bfloat16),
+    ((2, 96, 0, 40, 200), 17, jnp.float16),  # rows padded to blocks
+    ((2, 8, 5, 0, 40), 1, jnp.float32),  # dense columns alone
 ]
 
 
 @mosaic
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel, sizes, n, dtype", SLOW)
-def test_kernels_serve_every_cut(kernel, sizes, n, dtype):
+@pytest.mark.parametrize("sizes, n, dtype", SLOW)
+def test_every_cut_serves(sizes, n, dtype):
     half = jnp.float16 if dtype == jnp.float16 else jnp.bfloat16
-    assert_serves(kernel, weight(*sizes, dtype=half), n, dtype)
+    assert_serves(WGMMA, weight(*sizes, dtype=half), n, dtype)
 
 
 @mosaic
@@ -181,8 +173,6 @@ def test_kernels_lower_for_cuda_without_a_gpu(name):
     kernel = registry.KERNELS[name]
     packed = prepared(kernel, weight(1, 16, 0, 16, 64))
     x = jax.ShapeDtypeStruct((3, 64), jnp.bfloat16)
-    if name in ("mma_sp", "tcgen05"):
-        pytest.skip("its architecture is assumed at lowering: make gpu-compile does it")
     traced = jax.jit(lambda x: kernel.run(x, packed, jnp.bfloat16)).trace(x)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -197,7 +187,7 @@ def test_every_cut_fits_the_chip(n, tiles, blocks, steps):
     cut = wgmma_sp.tiling(n, tiles, blocks, steps)
     per = -(-steps // cut.splits)
     listed = 512 * per if tiles > 1 else 0
-    assert cut.shared_bytes + listed + 2048 <= support.SHARED_MEMORY[9]
+    assert cut.shared_bytes + listed + 2048 <= support.SHARED_BYTES
     assert blocks % cut.row_groups == 0
     assert tiles == 1 or per <= 256, "a box of the copy engine has 256 rows at most"
     assert cut.width >= min(n, 64) and cut.splits <= steps
@@ -223,7 +213,6 @@ def refusal(kernel, packed, dtype=jnp.bfloat16):
 @mosaic
 def test_kernels_say_why_they_cannot_serve():
     packed, kernel = weight(2, 8, 4, 4, 64), WGMMA
-    assert "one tile" in refusal(EXPAND, packed).why
     missing = refusal(kernel, packed)
     assert missing.cause is Cause.LAYOUT
     assert "prepare(packed, 'wgmma_sp')" in missing.why

@@ -139,52 +139,6 @@ def test_metadata_survive_the_registers_of_the_instruction():
     np.testing.assert_array_equal(layouts.from_sp_meta(meta), words)
 
 
-def test_slot_major_operands_compute_the_product():
-    rng = np.random.default_rng(2)
-    packed = hand_made(rng, 1, 70, 9, 50, 260)
-    ready = jax.tree.map(np.asarray, jax.jit(layouts.slots)(packed))
-    x = rng.standard_normal((2, 260))
-    first, second = ready["values"]
-    rows, groups = first.shape
-    assert rows % 64 == 0 and groups % 128 == 0
-    y = np.zeros((rows, 2))
-    for g in range(groups):
-        step, a = divmod(g, 128)
-        byte = ready["nibbles"][:, 64 * step + a % 64]
-        nibble = byte >> 4 if a >= 64 else byte & 15
-        assert ((nibble & 3) < (nibble >> 2)).all()
-        for j in range(4):
-            w = np.where(nibble & 3 == j, first[:, g], 0)
-            w = np.where(nibble >> 2 == j, second[:, g], w)
-            column = ready["index"][j, g]
-            if column >= 0:
-                y += np.outer(w, x[:, column])
-    order = ready["order"]
-    exact = np.asarray(unpack(packed), np.float64) @ x.T
-    np.testing.assert_allclose(y[order >= 0], exact[order[order >= 0]], rtol=1e-6)
-
-
-def test_blackwell_metadata_are_those_that_mosaic_formats():
-    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-    if not hasattr(plgpu, "format_tcgen05_sparse_metadata"):
-        pytest.skip("needs a jax with plgpu.format_tcgen05_sparse_metadata")
-    positions = jax.random.randint(jax.random.key(0), (256, 64, 2), 0, 4)
-    theirs = plgpu.format_tcgen05_sparse_metadata(
-        positions.astype(jnp.uint2), jnp.dtype(jnp.bfloat16)
-    )
-    ours = layouts.to_tcgen05_meta(positions.astype(jnp.uint8))
-    np.testing.assert_array_equal(ours, theirs.astype(jnp.uint8))
-
-
-def test_blackwell_values_and_order_are_padded_to_its_tiles():
-    packed = hand_made(np.random.default_rng(3), 1, 70, 9, 50, 260)
-    ready = layouts.blackwell(packed)
-    assert ready["values"].shape == (128, 128)
-    assert ready["meta"].shape == (1, 2, 128, 64)
-    assert int((ready["order"] >= 0).sum()) == 70
-    assert int(ready["meta"].max()) <= 3
-
-
 def test_layouts_can_be_jitted_and_stacked():
     packed = hand_made(np.random.default_rng(4), 2, 16, 6, 9, 64)
     alone = jax.jit(layouts.tiles)(packed)

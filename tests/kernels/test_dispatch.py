@@ -336,7 +336,7 @@ def seven(x, packed, dtype):
     return jnp.full((x.shape[0], packed.shape[0]), 7, dtype)
 
 
-FAKE = Kernel("fake", reference.prepare, seven, (9,), automatic=True, since=(0, 1))
+FAKE = Kernel("fake", reference.prepare, seven, (9,), since=(0, 1))
 
 
 @pytest.fixture
