@@ -426,7 +426,7 @@ def results(report: dict[str, Any]) -> Iterator[study.Row]:
 
 def main() -> int:
     """Numerics, then times where there is a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--numerics", action="store_true", help="no times")
     parser.add_argument("--only", help="one backend, such as wgmma_sp")
     options = parser.parse_args()

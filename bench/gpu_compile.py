@@ -17,6 +17,7 @@ processes of their own, because Mosaic keeps the architecture of the first one.
 import argparse
 import contextlib
 import functools
+import importlib
 import json
 import os
 import re
@@ -98,8 +99,7 @@ device_description_str: "{chip.name}"
 @contextlib.contextmanager
 def traced_for(chip: Chip) -> Iterator[None]:
     """Mosaic takes the architecture from the device at hand: pretend it is `chip`."""
-    from jax.experimental.mosaic.gpu import utils
-
+    utils: Any = importlib.import_module("jax.experimental.mosaic.gpu.utils")
     device = jax.sharding.AbstractDevice(
         device_kind=chip.name, platform="gpu", num_cores=chip.cores
     )
@@ -311,7 +311,7 @@ def results(cases: list[dict[str, Any]]) -> Iterator[study.Row]:
 
 def main() -> int:
     """Compiles for all chips, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--chip", choices=CHIPS, help="compile here, print JSON")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()

@@ -3,10 +3,11 @@
 A block owns 64 or 128 rows of a tile and some tokens, and walks over the stored columns
 in steps of 64. The tensor memory engine brings values and metadata. Activations come by
 the same engine where the stream is in the order of x, else every thread gathers rows of
-x^T with cp.async, by the index list of the tile. Products are `wgmma.mma_async.sp`; one
-stays in flight while the next step is fetched. Few tokens leave most of the chip idle,
-so their columns are split over blocks that write partial sums, added afterwards in a
-fixed order: no atomics, results are reproducible.
+x^T with cp.async, by the index list of the tile. Products are `wgmma.mma_async.sp`,
+each awaited before the metadata of the next one are loaded: the instruction reads them
+from registers while it is in flight. Few tokens leave most of the chip idle, so their
+columns are split over blocks that write partial sums, added afterwards in a fixed
+order: no atomics, results are reproducible.
 """
 
 import dataclasses
@@ -27,10 +28,13 @@ class Tiling:
     Attributes:
       row_groups: warpgroups along the rows, 64 rows each; 1 or 2.
       token_groups: warpgroups along the tokens; 1 or 2, not both groups 2.
-      tokens: tokens of one warpgroup; 16, 32, 64 or 128.
+      tokens: tokens of one warpgroup; 8, 16, 32, 64 or 128.
       splits: blocks that share the columns of one tile of the result.
-      depth: pipeline slots, at least 4: two steps are fetched ahead, one is in use,
-        one is still read by the product in flight.
+      depth: pipeline slots, at least 4: one is in use, `in_flight` are still read, the
+        others are fetched ahead.
+      in_flight: products that may run while the metadata of the next one are loaded: 0,
+        or 1 to try on a GPU. The registers of their metadata may be written again by
+        then; whether an instruction has read them when it begins is not documented.
     """
 
     row_groups: int = 1
@@ -38,17 +42,20 @@ class Tiling:
     tokens: int = 64
     splits: int = 1
     depth: int = 4
+    in_flight: int = 0
 
     def __post_init__(self) -> None:
         """Checks the numbers against each other."""
-        if self.tokens not in (16, 32, 64, 128):
-            raise ValueError(f"tokens={self.tokens} must be 16, 32, 64 or 128")
+        if self.tokens not in (8, 16, 32, 64, 128):
+            raise ValueError(f"tokens={self.tokens} must be 8, 16, 32, 64 or 128")
         if self.row_groups * self.token_groups not in (1, 2):
             raise ValueError(
                 f"{self.row_groups} x {self.token_groups} warpgroups; 1 or 2 in all"
             )
         if self.depth < 4 or self.splits < 1:
             raise ValueError(f"depth={self.depth} must be >= 4, splits={self.splits}")
+        if self.in_flight not in (0, 1):
+            raise ValueError(f"in_flight={self.in_flight} must be 0 or 1")
 
     @property
     def groups(self) -> int:
@@ -61,12 +68,50 @@ class Tiling:
         return self.tokens * self.token_groups
 
     @property
+    def ahead(self) -> int:
+        """Steps that are fetched before the one in use."""
+        return self.depth - 1 - self.in_flight
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of the pipeline, without index lists and barriers."""
         values = self.row_groups * ROWS * STEP * 2
         return self.depth * (
             values + self.row_groups * 1024 + 2 * STEP * self.width * 2
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Static numbers of one kernel.
+
+    Attributes:
+      tiling: how the product is cut.
+      tiles: row tiles.
+      rows: rows of a tile that one copy brings.
+      blocks: blocks per tile.
+      steps: steps of 64 stored columns.
+      gathered: whether the kernel gathers x by an index list.
+      dtype: of values and activations.
+    """
+
+    tiling: Tiling
+    tiles: int
+    rows: int
+    blocks: int
+    steps: int
+    gathered: bool
+    dtype: Any
+
+    @property
+    def per(self) -> int:
+        """Steps of one block, the last one of a tile may have fewer."""
+        return -(-self.steps // self.tiling.splits)
+
+    @property
+    def splits(self) -> int:
+        """Blocks that share the columns of a tile, none without a step."""
+        return -(-self.steps // self.per)
 
 
 def product(
@@ -95,212 +140,286 @@ def product(
     t, rows, _ = values.shape
     blocks, steps = meta.shape[1:3]
     n = x.shape[0] if index is None else x.shape[1]
-    per = -(-steps // tiling.splits)
-    splits = -(-steps // per)
-    partial = jnp.dtype(dtype) if splits == 1 else jnp.dtype(jnp.float32)
-    run = _kernel(
-        t=t,
+    launch = Launch(
+        tiling=tiling,
+        tiles=t,
         rows=min(rows, tiling.row_groups * ROWS),
         blocks=blocks // tiling.row_groups,
         steps=steps,
-        per=per,
-        splits=splits,
-        tiling=tiling,
         gathered=index is not None,
         dtype=values.dtype,
-        result=jax.ShapeDtypeStruct((splits, out, n), partial),
-        tokens=n // tiling.width,
     )
+    partial = jnp.dtype(dtype) if launch.splits == 1 else jnp.dtype(jnp.float32)
+    result = jax.ShapeDtypeStruct((launch.splits, out, n), partial)
     order = order.reshape(t, blocks, ROWS)
-    y = run(values, meta, x, order, *(() if index is None else (index,)))
-    if splits == 1:
+    lists = () if index is None else (index,)
+    y = _kernel(launch, result)(values, meta, x, order, *lists)
+    if launch.splits == 1:
         return y[0]
     return jnp.sum(y, axis=0, dtype=jnp.float32).astype(dtype)
 
 
-def _kernel(
-    *, t, rows, blocks, steps, per, splits, tiling, gathered, dtype, result, tokens
-):
-    """Builds the Pallas kernel for static sizes."""
-    from jax.experimental import pallas as pl
+def _kernel(launch: Launch, result: jax.ShapeDtypeStruct) -> Any:
+    """The Pallas kernel for static sizes."""
+    plgpu, tiling = support.mosaic(), launch.tiling
+    instructions = _instructions(launch)
 
-    plgpu = support.mosaic()
-    plain = support.interpreting()
-    groups, depth, width = tiling.groups, tiling.depth, tiling.width
-    ahead = depth - 2
-    wgmma = plgpu.Layout.WGMMA
-    word_layout = plgpu.Layout.WG_STRIDED((256,), vec_size=1)
-    scalar = plgpu.Layout.WG_SPLAT
-    a_transforms = support.swizzled(STEP, dtype)
-    x_transforms = support.swizzled(tiling.tokens if gathered else STEP, dtype)
-    shared = lambda shape, kind, tr=(): plgpu.SMEM(shape, kind, transforms=tr)  # noqa: E731
-    x_shape = (2 * STEP, width) if gathered else (width, 2 * STEP)
-    scratch = {
-        "a_s": shared((depth, tiling.row_groups * ROWS, STEP), dtype, a_transforms),
-        "m_s": shared((depth, tiling.row_groups, 256), jnp.int32),
-        "x_s": shared((depth, *x_shape), dtype, x_transforms),
-        "full": plgpu.Barrier(num_arrivals=2 if gathered else 3, num_barriers=depth),
-        "sync": plgpu.Barrier(num_arrivals=groups),
-    }
-    if gathered:
-        scratch["i_s"] = shared((per, 2 * STEP), jnp.int32)
-        scratch["ready"] = plgpu.Barrier(num_arrivals=1)
-    held = plgpu.ShapeDtypeStruct((ROWS, tiling.tokens), jnp.float32, layout=wgmma)
-
-    def inline(function, arguments, meaning, returns=None):
-        if plain:
-            return meaning
-        return plgpu.inline_mgpu(arg_types=arguments, return_type=returns)(function)
-
-    same = lambda acc: acc  # noqa: E731
-    fence = inline(ptx.fence, (wgmma,), same, held)
-    drain = inline(ptx.drain, (wgmma,), same, held)
-    hold = inline(ptx.hold, (word_layout,), lambda words: None)
-    ref = plgpu.RefType
-    if gathered:
-        multiply, view = ptx.sparse_product, lambda x: x
-    else:
-        multiply, view = _transposed(ptx.sparse_product), lambda x: x.T
-    multiply = inline(
-        multiply,
-        (wgmma, word_layout, ref(a_transforms), ref(x_transforms)),
-        lambda acc, words, a, x: ptx.sparse_product_meaning(
-            acc, words, a[...], view(x[...])
-        ),
-        held,
-    )
-    gather = inline(
-        ptx.gather_rows(groups),
-        (ref(), ref(), scalar, ref(x_transforms)),
-        ptx.gather_rows_meaning(groups),
-    )
-    nothing = lambda: None  # noqa: E731
-    commit = inline(ptx.commit_gather, (), nothing)
-    arrive = inline(ptx.await_gather(ahead - 1), (), nothing)
-    scatter = inline(
-        ptx.scatter_rows,
-        (wgmma, wgmma.reduce(1), ref(), scalar),
-        ptx.scatter_rows_meaning,
-    )
-
-    def body(v_g, m_g, x_g, o_g, *rest, a_s, m_s, x_s, full, sync, **lists: Any):
-        i_s: Any = lists.get("i_s")
-        y_g = rest[-1]
-        group = lax.axis_index("group")
-        row, token, split = (lax.axis_index(a) for a in ("row", "token", "split"))
-        tile, block = lax.div(row, blocks), lax.rem(row, blocks)
-        first = split * per
-        count = jnp.minimum(per, steps - first)
-        row_group = group if tiling.row_groups == 2 else 0
-        token_group = group if tiling.token_groups == 2 else 0
-        start = token * width
-
-        def fetch(k):
-            """Starts the copies of step k by the tensor memory engine."""
-            slot, at = lax.rem(k, depth), first + k
-            copy = plgpu.copy_gmem_to_smem
-            down = pl.ds(block * rows, rows)
-            copy(
-                v_g.at[tile, down, pl.ds(at * STEP, STEP)],
-                a_s.at[slot, pl.ds(0, rows)],
-                full.at[slot],
-            )
-            copy(
-                m_g.at[tile, pl.ds(block * tiling.row_groups, tiling.row_groups), at],
-                m_s.at[slot],
-                full.at[slot],
-            )
-            if not gathered:
-                columns = pl.ds(at * 2 * STEP, 2 * STEP)
-                copy(x_g.at[pl.ds(start, width), columns], x_s.at[slot], full.at[slot])
-
-        def weights(k):
-            """Has the engine fetch step k, if there is one."""
-
-            @pl.when((k < count) & (group == 0))
-            def _fetch():
-                fetch(k)
-
-        def activations(k):
-            """Starts this thread's copies of step k, if there is one."""
-
-            @pl.when(k < count)
-            def _gather():
-                gather(i_s.at[k], x_g, start, x_s.at[lax.rem(k, depth)])
-
-            commit()
-
-        if gathered:
-
-            @pl.when(group == 0)
-            def _indices():
-                listed = rest[0].at[tile, pl.ds(first, per)]
-                plgpu.copy_gmem_to_smem(listed, i_s, lists["ready"])
-
-        for k in range(ahead):
-            weights(jnp.int32(k))
-        if gathered:
-            plgpu.barrier_wait(lists["ready"])
-            for k in range(ahead):
-                activations(jnp.int32(k))
-
-        def step(k, carry):
-            acc, read = carry
-            slot = lax.rem(k, depth)
-            if gathered:
-                arrive()
-            # Hands what this warpgroup wrote to the tensor cores, and the slots it
-            # read to the copy engine.
-            plgpu.commit_smem()
-            plgpu.barrier_wait(full.at[slot])
-            if groups == 2:  # the other warpgroup's part; its product k - 2 has ended
-                plgpu.barrier_arrive(sync)
-                plgpu.barrier_wait(sync)
-            words = plgpu.load(m_s.at[slot, row_group], layout=word_layout)
-            x_part = x_s.at[slot]
-            if tiling.token_groups == 2:
-                mine = pl.ds(token_group * tiling.tokens, tiling.tokens)
-                x_part = x_s.at[slot, :, mine] if gathered else x_s.at[slot, mine]
-            a_part = a_s.at[slot, pl.ds(row_group * ROWS, ROWS)]
-            acc = multiply(acc, words, a_part, x_part)
-            hold(read)  # until here the product before this one may read them
-            weights(k + ahead)
-            if gathered:
-                activations(k + ahead)
-            return acc, words
-
-        zero = jnp.zeros((ROWS, tiling.tokens), jnp.float32)
-        acc = fence(plgpu.layout_cast(zero, wgmma))
-        none = plgpu.layout_cast(jnp.zeros((256,), jnp.int32), word_layout)
-        acc, read = lax.fori_loop(0, count, step, (acc, none))
-        acc = drain(acc)
-        hold(read)
-        places = plgpu.load(
-            o_g.at[tile, block * tiling.row_groups + row_group],
-            layout=wgmma.reduce(1),
-            optimized=False,
-        )
-        scatter(acc, places, y_g.at[split], start + token_group * tiling.tokens)
+    def body(*references: Any, **scratch: Any) -> None:
+        block = _Block(launch, instructions, references, scratch)
+        block.start()
+        block.store(block.multiply())
 
     return plgpu.kernel(
         body,
         out_type=result,
-        grid=(t * blocks, tokens, splits),
+        grid=(
+            launch.tiles * launch.blocks,
+            result.shape[-1] // tiling.width,
+            launch.splits,
+        ),
         grid_names=("row", "token", "split"),
-        num_threads=groups,
+        num_threads=tiling.groups,
         thread_name="group",
-        scratch_types=scratch,
+        scratch_types=_scratch(launch),
         compiler_params=plgpu.CompilerParams(approx_math=False),
     )
 
 
-def _transposed(function):
-    """`sparse_product` for x tiles [n, 128], which it reads as [128, n]."""
+def _transforms(launch: Launch) -> tuple[Any, Any]:
+    """How tiles of values and of activations lie in shared memory."""
+    across = launch.tiling.tokens if launch.gathered else STEP
+    dtype = launch.dtype
+    return support.swizzled(STEP, dtype), support.swizzled(across, dtype)
 
-    def call(ctx, acc, meta, a_ref, x_ref):
-        from jax.experimental.mosaic import gpu as mgpu
 
-        turned = mgpu.memref_transpose(x_ref, (1, 0, 3, 2))
-        return function(ctx, acc, meta, a_ref, turned)
+def _scratch(launch: Launch) -> dict[str, Any]:
+    """Slots of values a_s, metadata m_s and activations x_s, and their barriers."""
+    plgpu, tiling = support.mosaic(), launch.tiling
+    gathered, depth = launch.gathered, tiling.depth
+    of_values, of_x = _transforms(launch)
+    x_shape = (2 * STEP, tiling.width) if gathered else (tiling.width, 2 * STEP)
+    values = (depth, tiling.row_groups * ROWS, STEP)
+    scratch = {
+        "a_s": plgpu.SMEM(values, launch.dtype, transforms=of_values),
+        "m_s": plgpu.SMEM((depth, tiling.row_groups, 256), jnp.int32),
+        "x_s": plgpu.SMEM((depth, *x_shape), launch.dtype, transforms=of_x),
+        "full": plgpu.Barrier(num_arrivals=2 if gathered else 3, num_barriers=depth),
+        "sync": plgpu.Barrier(num_arrivals=tiling.groups),
+    }
+    if gathered:
+        scratch["i_s"] = plgpu.SMEM((launch.per, 2 * STEP), jnp.int32)
+        scratch["ready"] = plgpu.Barrier(num_arrivals=1)
+    return scratch
 
-    return call
+
+@dataclasses.dataclass(frozen=True)
+class _Instructions:
+    """What `ptx` has no Pallas words for; in the interpreter, what it means.
+
+    Attributes:
+      words: layout of the metadata in registers.
+      acc: layout of an accumulator.
+      fence: orders the registers of a fresh accumulator.
+      multiply: (accumulator, metadata, values, activations) -> accumulator.
+      drain: waits for every product.
+      gather: starts the copies of one step of activations.
+      commit: closes the group of copies.
+      arrive: waits for the copies of the step in use.
+      scatter: stores an accumulator to rows of the result.
+    """
+
+    words: Any
+    acc: Any
+    fence: Any
+    multiply: Any
+    drain: Any
+    gather: Any
+    commit: Any
+    arrive: Any
+    scatter: Any
+
+
+def _instructions(launch: Launch) -> _Instructions:
+    plgpu, tiling = support.mosaic(), launch.tiling
+    wgmma, ref = plgpu.Layout.WGMMA, plgpu.RefType
+    words = plgpu.Layout.WG_STRIDED((256,), vec_size=1)
+    of_values, of_x = _transforms(launch)
+    held = plgpu.ShapeDtypeStruct((ROWS, tiling.tokens), jnp.float32, layout=wgmma)
+    interpreted = support.interpreting()
+
+    def inline(function: Any, arguments: Any, meaning: Any, returns: Any = None) -> Any:
+        if interpreted:
+            return meaning
+        return plgpu.inline_mgpu(arg_types=arguments, return_type=returns)(function)
+
+    def same(acc: Array) -> Array:
+        return acc
+
+    def nothing() -> None:
+        return None
+
+    def meaning(acc: Array, words: Array, a: Any, x: Any) -> Array:
+        read = x[...] if launch.gathered else x[...].T
+        return ptx.sparse_product_meaning(acc, words, a[...], read)
+
+    multiply = ptx.sparse_product(tiling.in_flight, turned=not launch.gathered)
+    gather = ptx.gather_rows(tiling.groups)
+    scalar = plgpu.Layout.WG_SPLAT
+    return _Instructions(
+        words=words,
+        acc=wgmma,
+        fence=inline(ptx.fence, (wgmma,), same, held),
+        multiply=inline(
+            multiply, (wgmma, words, ref(of_values), ref(of_x)), meaning, held
+        ),
+        drain=inline(ptx.drain, (wgmma,), same, held),
+        gather=inline(
+            gather,
+            (ref(), ref(), scalar, ref(of_x)),
+            ptx.gather_rows_meaning(tiling.groups),
+        ),
+        commit=inline(ptx.commit_gather, (), nothing),
+        arrive=inline(ptx.await_gather(tiling.ahead - 1), (), nothing),
+        scatter=inline(
+            ptx.scatter_rows,
+            (wgmma, wgmma.reduce(1), ref(), scalar),
+            ptx.scatter_rows_meaning,
+        ),
+    )
+
+
+class _Block:
+    """One block while its program is traced: where it is, what it reads and writes.
+
+    Args:
+      launch: static numbers.
+      do: the instructions.
+      references: values, metadata, x, order, the index list if there is one, result.
+      scratch: `_scratch`.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        do: _Instructions,
+        references: tuple[Any, ...],
+        scratch: dict[str, Any],
+    ) -> None:
+        self.launch, self.tiling, self.do = launch, launch.tiling, do
+        self.v_g, self.m_g, self.x_g, self.o_g, *rest = references
+        self.y_g, self.lists = rest[-1], rest[:-1]
+        self.scratch = scratch
+        self.group = lax.axis_index("group")
+        row, token, split = (lax.axis_index(a) for a in ("row", "token", "split"))
+        self.tile, self.block = lax.div(row, launch.blocks), lax.rem(row, launch.blocks)
+        self.split, self.first = split, split * launch.per
+        self.count = jnp.minimum(launch.per, launch.steps - self.first)
+        self.token = token * self.tiling.width  # first of this block
+        self.row_group = self.group if self.tiling.row_groups == 2 else 0
+        self.token_group = self.group if self.tiling.token_groups == 2 else 0
+
+    def start(self) -> None:
+        """Fetches the first steps."""
+        from jax.experimental import pallas as pl
+
+        plgpu, gathered = support.mosaic(), self.launch.gathered
+        if gathered:
+
+            @pl.when(self.group == 0)
+            def _indices() -> None:
+                listed = self.lists[0].at[self.tile, pl.ds(self.first, self.launch.per)]
+                ready = self.scratch["ready"]
+                plgpu.copy_gmem_to_smem(listed, self.scratch["i_s"], ready)
+
+        for k in range(self.tiling.ahead):
+            self.weights(jnp.int32(k))
+        if gathered:
+            plgpu.barrier_wait(self.scratch["ready"])
+            for k in range(self.tiling.ahead):
+                self.activations(jnp.int32(k))
+
+    def weights(self, k: Any) -> None:
+        """Has the tensor memory engine fetch step k, if there is one."""
+        from jax.experimental import pallas as pl
+
+        @pl.when((k < self.count) & (self.group == 0))
+        def _fetch() -> None:
+            self._copy(lax.rem(k, self.tiling.depth), self.first + k)
+
+    def _copy(self, slot: Any, at: Any) -> None:
+        from jax.experimental import pallas as pl
+
+        copy, tiling = support.mosaic().copy_gmem_to_smem, self.tiling
+        full, rows = self.scratch["full"].at[slot], self.launch.rows
+        copy(
+            self.v_g.at[
+                self.tile, pl.ds(self.block * rows, rows), pl.ds(at * STEP, STEP)
+            ],
+            self.scratch["a_s"].at[slot, pl.ds(0, rows)],
+            full,
+        )
+        down = pl.ds(self.block * tiling.row_groups, tiling.row_groups)
+        copy(self.m_g.at[self.tile, down, at], self.scratch["m_s"].at[slot], full)
+        if not self.launch.gathered:
+            columns = pl.ds(at * 2 * STEP, 2 * STEP)
+            tokens = pl.ds(self.token, tiling.width)
+            copy(self.x_g.at[tokens, columns], self.scratch["x_s"].at[slot], full)
+
+    def activations(self, k: Any) -> None:
+        """Starts this thread's copies of step k, if there is one."""
+        from jax.experimental import pallas as pl
+
+        @pl.when(k < self.count)
+        def _gather() -> None:
+            slot = self.scratch["x_s"].at[lax.rem(k, self.tiling.depth)]
+            self.do.gather(self.scratch["i_s"].at[k], self.x_g, self.token, slot)
+
+        self.do.commit()
+
+    def multiply(self) -> Array:
+        """All steps: the accumulator of this warpgroup."""
+        plgpu = support.mosaic()
+        zero = jnp.zeros((ROWS, self.tiling.tokens), jnp.float32)
+        acc = self.do.fence(plgpu.layout_cast(zero, self.do.acc))
+        return self.do.drain(lax.fori_loop(0, self.count, self._step, acc))
+
+    def _step(self, k: Any, acc: Array) -> Array:
+        from jax.experimental import pallas as pl
+
+        plgpu, tiling = support.mosaic(), self.tiling
+        slot = lax.rem(k, tiling.depth)
+        if self.launch.gathered:
+            self.do.arrive()
+        # Hands what this warpgroup wrote to the tensor cores, and the slots it read to
+        # the copy engine.
+        plgpu.commit_smem()
+        plgpu.barrier_wait(self.scratch["full"].at[slot])
+        if tiling.groups == 2:
+            # The other warpgroup's part of the step; its products up to the one before
+            # `in_flight` have ended, so the slot filled below is free.
+            plgpu.barrier_arrive(self.scratch["sync"])
+            plgpu.barrier_wait(self.scratch["sync"])
+        words = plgpu.load(
+            self.scratch["m_s"].at[slot, self.row_group], layout=self.do.words
+        )
+        x_s, x = self.scratch["x_s"], self.scratch["x_s"].at[slot]
+        if tiling.token_groups == 2:
+            part = pl.ds(self.token_group * tiling.tokens, tiling.tokens)
+            x = x_s.at[slot, :, part] if self.launch.gathered else x_s.at[slot, part]
+        a = self.scratch["a_s"].at[slot, pl.ds(self.row_group * ROWS, ROWS)]
+        acc = self.do.multiply(acc, words, a, x)
+        self.weights(k + tiling.ahead)
+        if self.launch.gathered:
+            self.activations(k + tiling.ahead)
+        return acc
+
+    def store(self, acc: Array) -> None:
+        """Writes the accumulator to the original rows."""
+        plgpu, tiling = support.mosaic(), self.tiling
+        places = plgpu.load(
+            self.o_g.at[self.tile, self.block * tiling.row_groups + self.row_group],
+            layout=self.do.acc.reduce(1),
+            optimized=False,
+        )
+        start = self.token + self.token_group * tiling.tokens
+        self.do.scatter(acc, places, self.y_g.at[self.split], start)

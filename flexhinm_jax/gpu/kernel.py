@@ -46,8 +46,7 @@ class Kernel:
       run: (x [N, i], prepared matrix, dtype) -> [N, o], x times the sparse core.
       majors: compute capability majors of the chips it serves; () for any platform.
       since: least version of jax.
-      cases: (tiles, rows of a tile, dense columns, groups of four, tokens) of the
-        products that must be right on a GPU before it is used there.
+      cases: products that must be right on a GPU before it is used there.
     """
 
     name: str
@@ -55,7 +54,7 @@ class Kernel:
     run: Callable[[Array, PackedWeight, DTypeLike], Array]
     majors: tuple[int, ...] = ()
     since: tuple[int, ...] = support.SINCE
-    cases: tuple[tuple[int, int, int, int, int], ...] = ()
+    cases: tuple[selfcheck.Case, ...] = ()
 
     def refuse(
         self, x: jax.ShapeDtypeStruct, packed: PackedWeight, chip: Capability

@@ -8,7 +8,6 @@ of the output. All names of `jax.experimental.mosaic` are imported inside.
 Sources: PTX ISA, wgmma.mma_async.sp and cp.async; 16-bit types only.
 """
 
-import itertools
 from typing import Any
 
 import jax
@@ -40,43 +39,36 @@ def drain(ctx: Any, acc: Any) -> Any:
     return fa.optimization_barrier(acc)
 
 
-def hold(ctx: Any, words: Any) -> None:
-    """Keeps the metadata of the product before the last one in their registers.
-
-    The product reads them while it is in flight, of which LLVM knows nothing.
-    """
-    del ctx
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm, vector
-
-    zero = ir.DenseI64ArrayAttr.get([0])
-    registers = [
-        vector.extract(r, dynamic_position=[], static_position=zero)
-        for r in words.registers.flat
-    ]
-    llvm.inline_asm(
-        None,
-        registers,
-        "",
-        ",".join(["r"] * len(registers)),
-        asm_dialect=0,
-        has_side_effects=True,
-    )
-
-
-def sparse_product(ctx: Any, acc: Any, meta: Any, a_ref: Any, b_ref: Any) -> Any:
-    """Adds A [64, 128] in 2:4 form @ B [128, n] to acc; it stays in flight.
+def sparse_product(in_flight: int, turned: bool) -> Any:
+    """Adds A [64, 128] in 2:4 form @ B [128, n] to an accumulator.
 
     Args:
-      ctx: launch context, unused.
-      acc: f32 registers in WGMMA layout, ordered by `fence` or by an earlier product.
-      meta: two i32 words per thread, `layouts.to_sp_meta` of the 128 columns.
-      a_ref: shared memory [1, 1, 64, 64] or in tiles of 8 rows, 128-byte swizzle: the
-        stored columns, byte for byte a dense k = 64 tile.
-      b_ref: shared memory, the 128 logical columns by n, in tiles; either dimension may
-        be the contiguous one.
+      in_flight: products that may still run when it returns. They read the registers of
+        their metadata, of which neither LLVM nor ptxas knows when they are written
+        again.
+      turned: B lies in memory as [n, 128].
+
+    Returns:
+      A function (ctx, acc, meta, a_ref, b_ref) -> acc. acc: f32 registers in WGMMA
+      layout, ordered by `fence` or by an earlier product. meta: two i32 words per
+      thread, `layouts.to_sp_meta` of the 128 columns. a_ref: shared memory
+      [1, 1, 64, 64] or in tiles of 8 rows, 128-byte swizzle: the stored columns, byte
+      for byte a dense k = 64 tile. b_ref: shared memory, the 128 logical columns by n,
+      in tiles; either dimension may be the contiguous one.
     """
-    del ctx
+
+    def multiply(ctx: Any, acc: Any, meta: Any, a_ref: Any, b_ref: Any) -> Any:
+        del ctx
+        from jax.experimental.mosaic import gpu as mgpu
+
+        if turned:
+            b_ref = mgpu.memref_transpose(b_ref, (1, 0, 3, 2))
+        return _sparse_product(acc, meta, a_ref, b_ref, in_flight)
+
+    return multiply
+
+
+def _sparse_product(acc: Any, meta: Any, a_ref: Any, b_ref: Any, in_flight: int) -> Any:
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.mosaic.gpu import fragmented_array as fa
     from jax.experimental.mosaic.gpu import mma_utils, utils
@@ -113,20 +105,7 @@ def sparse_product(ctx: Any, acc: Any, meta: Any, a_ref: Any, b_ref: Any) -> Any
     def b_offset(k: int) -> int:  # bytes from the first to the k-th logical column
         return 2 * (k // k_tile * strides[0] + k % k_tile * strides[2])
 
-    name = {"bf16": "bf16", "f16": "f16"}[str(element)]
-    count = itertools.count()
-    take = lambda m: [f"${next(count)}" for _ in range(m)]  # noqa: E731
-    out = take(len(registers))
-    take(len(registers))  # the inputs tied to the outputs
-    a, b, word, selector = take(4)
-    ptx = (
-        "{ .reg .pred p; setp.ne.b32 p, 1, 0; "
-        f"wgmma.mma_async.sp.sync.aligned.m64n{n}k32.f32.{name}.{name} "
-        f"{{{','.join(out)}}}, {a}, {b}, {word}, {selector}, "
-        f"p, 1, 1, 0, {transposed}; }}\n"
-    )
-    ties = [str(i) for i in range(len(registers))]
-    constraints = ",".join(["=f"] * len(registers) + ties + ["l", "l", "r", "n"])
+    text, constraints = _instruction(n, str(element), transposed)
 
     def advance(base: Any, offset: int) -> Any:
         step = utils.c(mma_utils.encode_addr(offset), i64)
@@ -143,14 +122,14 @@ def sparse_product(ctx: Any, acc: Any, meta: Any, a_ref: Any, b_ref: Any) -> Any
                 words[i // 2],
                 selector_value,
             ],
-            ptx,
+            text,
             constraints,
             asm_dialect=0,
             has_side_effects=True,
         )
         registers = [llvm.extractvalue(f32, result, [r]) for r in range(len(registers))]
     nvvm.wgmma_commit_group_sync_aligned()
-    nvvm.wgmma_wait_group_sync_aligned(1)
+    nvvm.wgmma_wait_group_sync_aligned(in_flight)
     one = ir.VectorType.get((1,), f32)
     fresh = [vector.broadcast(one, r) for r in registers]
     value = fa.FragmentedArray(
@@ -159,6 +138,21 @@ def sparse_product(ctx: Any, acc: Any, meta: Any, a_ref: Any, b_ref: Any) -> Any
         _is_signed=None,
     )
     return value.to_layout(held._original_layout)
+
+
+def _instruction(n: int, kind: str, transposed: int) -> tuple[str, str]:
+    """Inline PTX of one product, k = 32, and the constraints of its operands."""
+    assert kind in ("bf16", "f16")
+    sums = n // 2
+    out = ",".join(f"${r}" for r in range(sums))
+    a, b, word, selector = (f"${2 * sums + r}" for r in range(4))  # after tied inputs
+    text = (
+        "{ .reg .pred p; setp.ne.b32 p, 1, 0; "
+        f"wgmma.mma_async.sp.sync.aligned.m64n{n}k32.f32.{kind}.{kind} "
+        f"{{{out}}}, {a}, {b}, {word}, {selector}, p, 1, 1, 0, {transposed}; }}\n"
+    )
+    ties = [str(r) for r in range(sums)]
+    return text, ",".join(["=f"] * sums + ties + ["l", "l", "r", "n"])
 
 
 def sparse_product_meaning(acc: Array, meta: Array, a: Array, b: Array) -> Array:

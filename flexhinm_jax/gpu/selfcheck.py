@@ -9,7 +9,7 @@ and the product runs in plain XLA. Costs one or two small compilations per proce
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,30 @@ from flexhinm_jax.gpu import support
 from flexhinm_jax.types import PackedWeight
 
 
+class Case(NamedTuple):
+    """One product to check.
+
+    Attributes:
+      tiles: row tiles.
+      rows: rows of a tile.
+      dense: dense columns of a tile.
+      groups: 2:4 groups of a tile; 32 of them are one step of the pipeline.
+      tokens: rows of x.
+      dtype: of values and activations.
+      cut: how to cut it, an argument of the product; None lets the kernel choose.
+    """
+
+    tiles: int
+    rows: int
+    dense: int
+    groups: int
+    tokens: int
+    dtype: str = "bfloat16"
+    cut: Any = None
+
+
 def failure(
-    name: str, prepare: Callable, run: Callable, cases: tuple[tuple[int, ...], ...]
+    name: str, prepare: Callable, run: Callable, cases: tuple[Case, ...]
 ) -> str | None:
     """Why a kernel must not run on the GPU at hand, or None if it was right.
 
@@ -28,7 +50,7 @@ def failure(
       name: of its layout.
       prepare: makes its layout.
       run: its product.
-      cases: sizes of the products to check, as in `kernel.Kernel`.
+      cases: products to check.
 
     Returns:
       None also where there is no GPU: nothing is going to run then.
@@ -62,21 +84,26 @@ def _failure(
     return None if right else "it gave a wrong result in its check on this GPU"
 
 
-def _right(
-    name: str, prepare: Callable, run: Callable, rng: Any, case: tuple[int, ...]
-) -> bool:
-    *sizes, n = case
-    packed, w = example(rng, *sizes)
-    x = rng.integers(-2, 3, (n, w.shape[1])).astype(np.float32)
+def _right(name: str, prepare: Callable, run: Callable, rng: Any, case: Case) -> bool:
+    packed, w = example(rng, *case[:4], dtype=case.dtype)
+    x = rng.integers(-2, 3, (case.tokens, w.shape[1])).astype(np.float32)
     ready = jax.jit(prepare)(packed)
     packed = dataclasses.replace(packed, layouts={name: ready})
-    product = jax.jit(run, static_argnums=2)
-    y = product(jnp.asarray(x, jnp.bfloat16), packed, jnp.dtype(jnp.float32))
+    forced = {} if case.cut is None else {"cut": case.cut}
+    product = jax.jit(
+        lambda x, packed: run(x, packed, jnp.dtype(jnp.float32), **forced)
+    )
+    y = product(jnp.asarray(x, case.dtype), packed)
     return np.array_equal(np.asarray(y), x @ w.T)
 
 
 def example(
-    rng: np.random.Generator, t: int, v: int, dense: int, groups: int
+    rng: np.random.Generator,
+    t: int,
+    v: int,
+    dense: int,
+    groups: int,
+    dtype: str = "bfloat16",
 ) -> tuple[PackedWeight, np.ndarray]:
     """A packed weight of small integers, and the same matrix dense.
 
@@ -86,6 +113,7 @@ def example(
       v: rows of a tile.
       dense: dense columns of a tile.
       groups: 2:4 groups of a tile.
+      dtype: of the values.
     """
     inputs = dense + 4 * groups + 4
     first = rng.integers(0, 3, (t, v, groups))
@@ -107,9 +135,9 @@ def example(
     i32 = lambda a: jnp.asarray(a, jnp.int32)  # noqa: E731
     packed = PackedWeight(
         dense_index=i32(columns[:, :dense]),
-        dense_values=jnp.asarray(values[..., :dense], jnp.bfloat16),
+        dense_values=jnp.asarray(values[..., :dense], dtype),
         nm_index=i32(columns[:, dense:]),
-        nm_values=jnp.asarray(values[..., dense:], jnp.bfloat16),
+        nm_values=jnp.asarray(values[..., dense:], dtype),
         nm_positions=jnp.asarray(words),
         out_order=i32(order),
         left=None,

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from flexhinm_jax.gpu import hopper, layouts, support
 from flexhinm_jax.gpu.kernel import Kernel
+from flexhinm_jax.gpu.selfcheck import Case
 from flexhinm_jax.types import PackedWeight
 
 NAME = "wgmma_sp"
@@ -43,12 +44,17 @@ def prepare(packed: PackedWeight) -> dict[str, Array]:
     return layouts.tiles(packed)
 
 
-def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
+def matmul(
+    x: Array,
+    packed: PackedWeight,
+    dtype: DTypeLike,
+    cut: hopper.Tiling | None = None,
+) -> Array:
     """Sparse core x [N, i] @ S^T -> [N, o], accumulated in float32."""
     ready = packed.layouts[NAME]
     n = x.shape[0]
     tiles, blocks, steps = ready["meta"].shape[:3]
-    cut = tiling(n, tiles, blocks, steps)
+    cut = cut or tiling(n, tiles, blocks, steps)
     x = support.pad_rows(x, cut.width)
     values, index = ready["values"].astype(x.dtype), ready["index"]
     if tiles == 1:
@@ -91,10 +97,31 @@ def tiling(n: int, tiles: int, blocks: int, steps: int) -> hopper.Tiling:
     return two[-1] if two else cuts[0]
 
 
+RING = hopper.Tiling(depth=4)
+"""The shallowest pipeline: 40 steps fill each of its slots ten times."""
+
+CASES = (
+    Case(1, 72, 0, 100, 70),
+    Case(3, 40, 6, 36, 11),
+    Case(1, 64, 0, 1312, 5, "float16", dataclasses.replace(RING, tokens=8)),
+    Case(1, 128, 0, 1310, 130, "bfloat16", dataclasses.replace(RING, row_groups=2)),
+    Case(
+        2,
+        64,
+        70,
+        1300,
+        70,
+        "float16",
+        dataclasses.replace(RING, token_groups=2, tokens=32, splits=3),
+    ),
+    Case(2, 128, 6, 1300, 130, "bfloat16", hopper.Tiling(2, 1, 128, 2)),
+)
+"""Ragged sizes; then whole rings, splits and every form of two warpgroups."""
+
 KERNEL = Kernel(
     NAME,
     prepare,
     matmul,
     majors=(9,),
-    cases=((1, 72, 0, 100, 70), (3, 40, 6, 36, 11)),
+    cases=CASES,
 )

@@ -10,6 +10,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,14 @@ from hypothesis import strategies as st
 
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
-from flexhinm_jax.gpu import hopper, layouts, registry, support, wgmma_sp
+from flexhinm_jax.gpu import (
+    hopper,
+    layouts,
+    registry,
+    selfcheck,
+    support,
+    wgmma_sp,
+)
 from flexhinm_jax.gpu.kernel import Cause
 from flexhinm_jax.kernels.packing import unpack
 from flexhinm_jax.ops.words import to_words
@@ -122,13 +130,14 @@ def test_every_cut_serves(sizes, n, dtype):
 @mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [(1, 1), (2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("in_flight", [0, 1])
 @pytest.mark.parametrize("gathered", [False, True])
-def test_a_full_pipeline_has_no_race(groups, gathered):
+def test_a_full_pipeline_has_no_race(groups, gathered, in_flight):
     """More steps than slots, so every slot is filled again while others are read."""
     rows, tokens = groups
     packed = weight(1, 64 * rows, 0, 224, 896)
     ready = jax.jit(layouts.tiles)(packed)
-    cut = hopper.Tiling(rows, tokens, 16, splits=1, depth=4)
+    cut = hopper.Tiling(rows, tokens, 16, depth=4, in_flight=in_flight)
     x = inputs(cut.width, 896, packed.dtype)
     given, index = x.T, ready["index"]
     if not gathered:
@@ -145,6 +154,30 @@ def test_a_full_pipeline_has_no_race(groups, gathered):
             index,
         )
     np.testing.assert_allclose(y.T, exact(x, packed), rtol=1e-5, atol=1e-4)
+
+
+@mosaic
+@pytest.mark.slow
+def test_a_long_product_of_the_self_check_is_right_when_interpreted():
+    """The others gather in the kernel, which takes minutes in the interpreter."""
+    case = wgmma_sp.CASES[2]
+    with support.interpreted(detect_races=False):
+        rng = np.random.default_rng(0)
+        assert selfcheck._right("wgmma_sp", WGMMA.prepare, WGMMA.run, rng, case)
+
+
+@pytest.mark.parametrize("fault", ["rings", "splits", "half", "token groups", "ragged"])
+def test_some_product_of_the_self_check_shows(fault):
+    steps = lambda c: (c.dense / 2 + c.groups) / 32  # noqa: E731
+    cut = lambda c: c.cut or hopper.Tiling()  # noqa: E731
+    shows = {
+        "rings": lambda c: steps(c) / cut(c).splits >= 10 * cut(c).depth,
+        "splits": lambda c: cut(c).splits == 3,
+        "half": lambda c: c.dtype == "float16",
+        "token groups": lambda c: cut(c).token_groups == 2 and c.tokens % 64,
+        "ragged": lambda c: c.rows % 64 and c.tokens % 8,
+    }[fault]
+    assert any(map(shows, wgmma_sp.CASES))
 
 
 @mosaic
@@ -199,6 +232,7 @@ def test_every_cut_fits_the_chip(n, tiles, blocks, steps):
         (dict(tokens=24), "tokens=24"),
         (dict(row_groups=2, token_groups=2), "2 x 2"),
         (dict(depth=3), "depth=3"),
+        (dict(in_flight=2), "in_flight=2"),
     ],
 )
 def test_a_wrong_cut_is_refused(change, message):
@@ -206,7 +240,7 @@ def test_a_wrong_cut_is_refused(change, message):
         hopper.Tiling(**change)
 
 
-def refusal(kernel, packed, dtype=jnp.bfloat16):
+def refusal(kernel, packed, dtype=jnp.bfloat16) -> Any:
     return kernel.refuse(jax.ShapeDtypeStruct((4, 64), dtype), packed, (9, 0))
 
 

@@ -1,6 +1,7 @@
 """The layouts against the text of the PTX ISA, read bit by bit in plain Python."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def test_instructions_on_the_tiles_compute_the_product(t, v, dense, groups):
         taken = np.nan_to_num(taken)
         for block in range(blocks):
             rows = slice(64 * block, 64 * block + 64)
-            part = sum(
+            part: Any = sum(
                 run_tile(
                     values[tile, rows, 64 * s : 64 * s + 64],
                     ready["meta"][tile, block, s],
@@ -117,6 +118,57 @@ def test_absent_columns_are_never_selected():
         column = np.asarray(index)[tile][group[tile]]
         used = np.asarray(values)[tile].reshape(column.shape) != 0
         assert (column[used] >= 0).all()
+
+
+THREADS = ((2, 1024), (2, 0), (8, 1), (4, 16))
+BITS = ((16, 64), (2, 8))
+"""ELayout_64x32 of CUTLASS: (size, stride) per mode, of threads and of bits of a word.
+
+A thread and a bit name the element m + 64 k of the 64 x 32 tile; the second mode of the
+threads has stride 0, because one pair of lanes serves an instruction.
+Source: cute/atom/mma_traits_sm90_gmma_sparse.hpp.
+"""
+
+
+def offset(modes, at):
+    total = 0
+    for size, stride in modes:
+        at, digit = divmod(at, size)
+        total += digit * stride
+    return total
+
+
+def disagreements(meta, nibbles):
+    """Threads whose word of some instruction is not the one of CUTLASS's layout."""
+    words = np.asarray(meta).astype(np.uint32)[0]  # [k / 64, 128]
+    wrong = set()
+    for instruction in range(2 * len(words)):
+        selector = instruction % 2
+        for thread in range(128):
+            if thread >> 1 & 1 != selector:
+                continue
+            word = 0
+            for bit in range(32):
+                k, m = divmod(offset(THREADS, thread) + offset(BITS, bit), 64)
+                column = 32 * instruction + k
+                word |= int(nibbles[m, column // 4] >> column % 4 & 1) << bit
+            if word != words[instruction // 2, thread]:
+                wrong.add((instruction, thread))
+    return wrong
+
+
+def test_registers_of_metadata_are_those_of_cutlass():
+    pairs = [a | b << 2 for a in range(4) for b in range(a + 1, 4)]
+    drawn = np.random.default_rng(6).integers(0, 6, (64, 32))
+    nibbles = np.array(pairs, np.uint32)[drawn]
+    meta = layouts.to_sp_meta(layouts.to_words(jnp.asarray(nibbles), 4))
+    assert disagreements(meta, nibbles) == set()
+    for wrong in (
+        jnp.roll(meta, 2, axis=-1),  # the other selector
+        meta.reshape(1, 2, 16, 8).swapaxes(2, 3).reshape(1, 2, 128),  # other lanes
+        meta << 16 | meta >> 16 & 0xFFFF,  # the rows q and q + 8
+    ):
+        assert disagreements(wrong, nibbles)
 
 
 @pytest.mark.parametrize("t, v, dense, groups", SIZES)
@@ -150,4 +202,4 @@ def test_layouts_can_be_jitted_and_stacked():
 def test_other_than_two_of_four_is_refused_with_the_numbers():
     packed = hand_made(np.random.default_rng(5), 1, 8, 0, 2, 8)
     assert layouts.two_of_four(packed) is None
-    assert "1:4" in layouts.two_of_four(dataclasses.replace(packed, n=1))
+    assert "1:4" in str(layouts.two_of_four(dataclasses.replace(packed, n=1)))

@@ -1,5 +1,7 @@
 """The check that a kernel must pass on a GPU, with the CPU in the place of the GPU."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -9,10 +11,11 @@ from flexhinm_jax.kernels import reference
 from flexhinm_jax.kernels.packing import unpack
 
 
-def failure(run):
+def failure(run) -> Any:
     """What the check of a kernel says whose product is `run`."""
     kernel = registry.KERNELS["wgmma_sp"]
-    return selfcheck.failure(kernel.name, reference.prepare, run, kernel.cases)
+    any_cut = lambda x, packed, dtype, cut=None: run(x, packed, dtype)  # noqa: E731
+    return selfcheck.failure(kernel.name, reference.prepare, any_cut, kernel.cases)
 
 
 def off_by_one(x, packed, dtype):
@@ -59,8 +62,9 @@ def test_without_a_gpu_nothing_is_checked(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "case", [case for k in registry.KERNELS.values() for case in k.cases]
+    "case", [case for k in registry.KERNELS.values() for case in k.cases], ids=str
 )
 def test_examples_are_what_they_claim(case):
-    packed, w = selfcheck.example(np.random.default_rng(0), *case[:4])
+    sizes = case.tiles, case.rows, case.dense, case.groups
+    packed, w = selfcheck.example(np.random.default_rng(0), *sizes, case.dtype)
     np.testing.assert_array_equal(np.asarray(unpack(packed), np.float32), w)

@@ -380,7 +380,11 @@ def test_a_gpu_kernel_is_part_of_the_cuda_program_alone(register):
         ({"since": (99, 0)}, laid_out, "needs jax 99.0 or newer"),
         ({"majors": (8,)}, laid_out, "this chip has 9.0"),
         ({}, kernels.strip, r"call kernels.prepare\(packed, 'fake'\)"),
-        ({"cases": ((1, 8, 0, 2, 3),)}, laid_out, "it gave a wrong result"),
+        (
+            {"cases": (selfcheck.Case(1, 8, 0, 2, 3),)},
+            laid_out,
+            "it gave a wrong result",
+        ),
     ],
 )
 def test_a_machine_without_the_kernel_falls_back_with_one_warning(
