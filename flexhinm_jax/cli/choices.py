@@ -103,6 +103,7 @@ def document(args: argparse.Namespace, choices: Choices) -> dict[str, Any]:
         "rules": {regex: str(value) for regex, value in choices.rules.items()},
         "allocate": str(args.allocate),
         "exceptions": choices.exceptions,
+        "calibration": str(args.calibration),
         "seed": args.seed,
         "target": (args.target or "seq") if args.sequential else None,
         "statistics": (args.statistics or "sequential") if args.sequential else None,

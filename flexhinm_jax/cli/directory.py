@@ -10,6 +10,7 @@ from flexhinm_jax.cli import recipe
 from flexhinm_jax.cli.console import Console, bytes_text
 from flexhinm_jax.cli.recipe import RECIPE
 from flexhinm_jax.io import atomic, huggingface, packed
+from flexhinm_jax.io.model_card import CARD, cards
 from flexhinm_jax.io.sources import BUILTIN
 from flexhinm_jax.models.load import PACKED, Model
 from flexhinm_jax.pruning import prune
@@ -64,8 +65,20 @@ def write(
 
 
 def texts(args: argparse.Namespace, document: dict[str, Any]) -> dict[str, str]:
-    """What is written beside the model: the report, and how to get it again."""
-    return {REPORT: report_text(document), RECIPE: recipe.text(args)}
+    """What is written beside the model: report, card, and how to get it again."""
+    again = {RECIPE: recipe.text(args)} if hasattr(args, "recipe") else {}
+    told = {"base": args.base, "command": args.written} | document
+    return {REPORT: report_text(document), **again, **cards(args.model, told)}
+
+
+def write_figures(
+    args: argparse.Namespace, document: dict[str, Any], figures: dict[str, Any]
+) -> None:
+    """Adds what was measured to the card of a directory that is written."""
+    told = {"base": args.base, "command": args.written} | document
+    with atomic.file(args.out / CARD, overwrite=True) as temporary:
+        text = cards(args.model, told, figures)[CARD]
+        temporary.write_text(text, encoding="utf-8")
 
 
 def report_text(document: dict[str, Any]) -> str:

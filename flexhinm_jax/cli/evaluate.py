@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax import kernels
-from flexhinm_jax.cli import flags
+from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.cli.console import Console, bytes_text, table
 from flexhinm_jax.io.sources import read_sentences, read_text
 from flexhinm_jax.models import evaluation
@@ -121,6 +121,7 @@ def evaluated(
         packed=False,
     )
     figures, *lines = measure(asked, [args.model, args.out], console)
+    directory.write_figures(args, document, figures)
     return document | {"evaluation": figures}, ["", *lines]
 
 

@@ -159,6 +159,7 @@ def _run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
         "start": None if choices.start is None else repr(choices.start),
         "sparsity": args.sparsity,
         "rules": {regex: str(value) for regex, value in choices.rules.items()},
+        "calibration": str(args.calibration),
         "seed": args.seed,
         "steps": args.steps,
         "rate": choices.rate,
@@ -169,7 +170,7 @@ def _run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
         **result.report.to_dict(),
     }
     with console.step(f"writing {args.out}"):
-        directory.write(args, result, model, {REPORT: directory.report_text(document)})
+        directory.write(args, result, model, directory.texts(args, document))
     console.result(
         document,
         report_table(result.report, every=args.rows == "all"),

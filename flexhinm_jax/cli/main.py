@@ -7,6 +7,7 @@ Each command is a module with `add_parser(commands)` and `run(args, console)`.
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -64,12 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         keep_compiled()
+    argv = list(argv)
     args = parser().parse_args(argv)
     console = Console(quiet=getattr(args, "quiet", False), json=args.json)
     try:
         with arguments.speaking(flags.WORDS):
             if getattr(args, "recipe", None) is not None:
-                args = recipe.merged(parser(), list(argv), args.recipe)
+                args = recipe.merged(parser(), argv, args.recipe)
+            args.written = shlex.join(["flexhinm", *argv])
+            args.base = str(getattr(args, "model", ""))
             for name in ("model", "other"):
                 if getattr(args, name, None) is not None:
                     path = sources.find(

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
+import yaml
 
 from flexhinm_jax.cli import flags
 from flexhinm_jax.cli.main import main
@@ -205,3 +206,41 @@ def test_sizes_are_read(text, value):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(flags.argparse.ArgumentTypeError, match="8GiB"):
         flags.size(text)
+
+
+def test_weights_that_do_not_fit_stay_dense_on_request(prune, tmp_path, capsys):
+    options = ["--pattern", "vector:v=32", "--sparsity", "0.5", "--length", "16"]
+    assert prune(*options) == 2
+    assert "out=16 is not a multiple" in capsys.readouterr().err
+    assert prune(*options, "--on-mismatch", "skip") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    skipped = {k for k, why in report["skipped"].items() if "does not fit" in why}
+    at = "model.layers.{}.{}.weight"
+    parts = ("self_attn.o_proj", "mlp.down_proj")
+    assert skipped == {at.format(k, part) for k in (0, 1) for part in parts}
+    assert len(report["weights"]) == 2 * 5
+
+
+def test_the_output_has_a_card_and_keeps_the_one_before(prune, model_dir, tmp_path):
+    old = "---\nlicense: mit\ntags: [tiny]\nmodel_index: 3\n---\n# Tiny\n"
+    (model_dir / "README.md").write_text(old)
+    text = tmp_path / "text.txt"
+    assert prune("--length", "16", "--eval", text, "--rule", "o_proj=dense", "-q") == 0
+    assert (tmp_path / "out" / "README.base.md").read_text() == old
+    card = (tmp_path / "out" / "README.md").read_text()
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header) == {
+        "license": "mit",
+        "tags": ["tiny", "pruned", "sparse", "flexhinm_jax"],
+    }
+    for part in (
+        "# model, pruned",
+        "50.0% of 12 weight matrices are zero",
+        "| method | Wanda(",
+        f"| calibration | {text} |",
+        "| rule | `o_proj`: skip |",
+        "| out | 4",
+        f"flexhinm prune {model_dir} --out",
+        "`README.base.md`",
+    ):
+        assert part in body, body

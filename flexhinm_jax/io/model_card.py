@@ -1,0 +1,165 @@
+"""The model card of a pruned directory: what it was made from, how, and how good it is.
+
+A card is Markdown behind a header of YAML, as the Hugging Face Hub reads it. What the
+header of the card before says about licence and languages holds for the pruned model
+too; the rest of that card is kept beside the new one.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["BASE_CARD", "CARD", "card", "cards"]
+
+CARD = "README.md"
+
+BASE_CARD = "README.base.md"
+"""Where the card of the model before is kept."""
+
+INHERITED = (
+    *("license", "license_name", "license_link", "language", "pipeline_tag"),
+    *("library_name", "datasets"),
+)
+TAGS = ("pruned", "sparse", "flexhinm_jax")
+
+ROWS = (
+    ("base model", "base"),
+    ("method", "method"),
+    ("start", "start"),
+    ("sparsity asked for", "sparsity"),
+    ("spread", "allocate"),
+    ("target", "target"),
+    ("steps", "steps"),
+    ("calibration", "calibration"),
+    ("seed", "seed"),
+    ("flexhinm_jax", "version"),
+)
+"""(name in the table, key of the document)."""
+
+
+def cards(
+    source: Path, told: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """The new card, and the old one under its new name.
+
+    Args:
+      source: directory of the model before.
+      told: see `card`.
+      evaluation: see `card`.
+
+    Returns:
+      File name -> text.
+    """
+    path = source / CARD
+    old = path.read_text(encoding="utf-8") if path.is_file() else None
+    kept = {} if old is None else {BASE_CARD: old}
+    return {CARD: card(told, old, evaluation)} | kept
+
+
+def card(
+    told: Mapping[str, Any],
+    old: str | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> str:
+    """The text of a card.
+
+    Args:
+      told: the report of the run: the keys of `ROWS`, "command", "rules", "exceptions",
+        "weights", "skipped" and "total"; what is missing or None is left out. "base" is
+        the name of the model before; one of the form owner/name is linked.
+      old: the card of the model before.
+      evaluation: what `flexhinm eval` found; None for not measured.
+
+    Returns:
+      Markdown behind a YAML header.
+    """
+    base = str(told.get("base") or "")
+    header = {k: v for k, v in _header(old).items() if k in INHERITED}
+    if base.count("/") == 1 and not base.startswith(("/", ".")):
+        header["base_model"] = base
+    header["tags"] = list(dict.fromkeys([*_tags(_header(old)), *TAGS]))
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {Path(base).name or 'A model'}, pruned",
+        "",
+        _summary(told),
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    for name, key in ROWS:
+        if told.get(key) not in (None, "", {}):
+            lines.append(f"| {name} | {_cell(told[key])} |")
+    for name in ("rules", "exceptions"):
+        for regex, action in dict(told.get(name) or {}).items():
+            lines.append(f"| rule | {_cell(f'`{regex}`: {action}')} |")
+    lines.append("")
+    if evaluation is not None:
+        lines += ["## Figures", "", *_figures(evaluation), ""]
+    if told.get("command"):
+        lines += ["## How it was made", "", "```", str(told["command"]), "```", ""]
+    if old is not None:
+        lines += [f"The card of the model before is `{BASE_CARD}`.", ""]
+    return "\n".join(lines)
+
+
+def _header(text: str | None) -> dict[str, Any]:
+    """The YAML header of a card; empty where it has none that can be read."""
+    if text is None or not text.startswith("---\n"):
+        return {}
+    head, closed, _ = text[4:].partition("\n---")
+    if not closed:
+        return {}
+    try:
+        found = yaml.safe_load(head)
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _tags(header: Mapping[str, Any]) -> list[str]:
+    tags = header.get("tags")
+    return [str(tag) for tag in tags] if isinstance(tags, list) else []
+
+
+def _summary(told: Mapping[str, Any]) -> str:
+    """One sentence about what is zero, from the report."""
+    total, weights = told.get("total") or {}, told.get("weights") or ()
+    sentence = "Weights are zero where the pattern says so"
+    if "zeros" in total:
+        sentence = f"{total['zeros']:.1%} of {len(weights)} weight matrices are zero"
+    skipped = len(told.get("skipped") or ())
+    return f"{sentence}; {skipped} other leaves are as they were (`report.json`)."
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _figures(evaluation: Mapping[str, Any]) -> list[str]:
+    """Perplexities of decoders, or similarities of encoders."""
+    where = f"on `{Path(str(evaluation['text'])).name}`"
+    if evaluation["kind"] == "encoder":
+        return [
+            f"Cosine similarity to the embeddings of the model before, {where},"
+            f" {evaluation['lines']} lines: mean {evaluation['mean_cosine']:.4f},"
+            f" 5 % quantile {evaluation['quantile_5']:.4f}."
+        ]
+    rows = evaluation["models"]
+    length = rows[0]["length"]
+    return [
+        f"Perplexity {where}, {rows[0]['tokens']} tokens in windows of {length}:",
+        "",
+        "| model | zeros | perplexity | bits per byte |",
+        "|---|---|---|---|",
+        *(
+            f"| {_cell(Path(row['model']).name)} | {row['zeros']:.1%}"
+            f" | {row['perplexity']:.4f} | {row['bits_per_byte']:.4f} |"
+            for row in rows
+        ),
+    ]
