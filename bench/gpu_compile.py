@@ -8,6 +8,8 @@ and machine code for the chips it is meant for. A case passes if
     can list it,
     nothing is spilled from registers,
     products in flight are not serialised by the assembler,
+    no register of a product is touched before the wait that covers it, and every
+    element of both operands is read where the copies put it (`bench.gpu_faults`),
     shared memory stays within the limit of the chip.
 
 Nothing is run: numbers and speed need a GPU (`bench/gpu.py`). Chips are compiled in
@@ -33,7 +35,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else the plugin asks for a driv
 import jax
 import jax.numpy as jnp
 
-from bench import study
+from bench import gpu_faults, study
 
 OUT = Path(__file__).parent / "results" / "gpu_compile.json"
 
@@ -58,7 +60,7 @@ CHIPS = {
 
 
 class Case(NamedTuple):
-    """One kernel at one size."""
+    """One kernel at one size; `width` tokens a block, 0 if it is no sparse kernel."""
 
     kernel: str
     size: str
@@ -66,6 +68,7 @@ class Case(NamedTuple):
     arguments: tuple[jax.ShapeDtypeStruct, ...]
     ptx: str
     sass: str
+    width: int = 0
 
 
 def target(chip: Chip) -> str:
@@ -162,6 +165,9 @@ def read_reports(text: dict[str, str], case: Case, chip: Chip) -> dict[str, Any]
         failures.append(f"{found['spills']} bytes spilled")
     if any(word in text[".ptxas"] for word in SERIALISED):
         failures.append("the assembler serialised wgmma")
+    if case.width and found["ptx"]:
+        failures += gpu_faults.descriptor_faults(text[".ptx"], case.width)
+        failures += gpu_faults.machine_faults(text[".sass_ctrl"])
     if found["shared"] > chip.shared_block:
         failures.append(f"{found['shared']} bytes of shared memory are too many")
     return found | {"failures": failures}
@@ -189,10 +195,9 @@ def backend_case(
 
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
     o, i = packed.shape
-    x = struct(n, i, dtype=dtype)
-    return Case(
-        backend.NAME, f"{size} {o}x{i} n={n} {kind}", run, (x, *leaves), ptx, sass
-    )
+    x, name = struct(n, i, dtype=dtype), f"{size} {o}x{i} n={n} {kind}"
+    width = backend.tiling(n, *ready["meta"].shape[:3]).width
+    return Case(backend.NAME, name, run, (x, *leaves), ptx, sass, width)
 
 
 def weight(
