@@ -27,6 +27,7 @@ MORE_PATTERNS = {
     "flexhinm-one-tile": fh.FlexHiNM(16, n=2, m=8, permute=None),
     "flexhinm-gyro": fh.FlexHiNM(8),
     "hinm-gyro": fh.HiNM(8),
+    "dense+nm": fh.FlexHiNM(permute=None, regions="dense+nm", boundary="matrix"),
     "tiles": fh.Tiles((4, 8)),
     "tiles-1:4": fh.Tiles(8, inner=fh.NM(1, 4)),
 }

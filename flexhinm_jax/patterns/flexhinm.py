@@ -5,6 +5,10 @@ a one-dimensional search with an adaptive step and stops when the retained salie
 falls; we evaluate every legal boundary and take the best, because the curve is not
 always unimodal. The counts meet the budget exactly: with k = round(in * (1 -
 sparsity)), a tile has D dense columns and h groups with D + n * h = k.
+
+Spense (SpenseGPT, arXiv:2606.10445) splits a matrix into a 2:4 and a dense part, for
+libraries that multiply with each: no pruned columns, one boundary for all rows. That is
+`FlexHiNM(regions="dense+nm", boundary="matrix")`.
 """
 
 import dataclasses
@@ -16,9 +20,13 @@ from jax import Array
 
 from flexhinm_jax import checks
 from flexhinm_jax.ops import regions
-from flexhinm_jax.ops.regions import Columns
+from flexhinm_jax.ops.regions import Columns, Steps
+from flexhinm_jax.patterns.base import Levels, Units
 from flexhinm_jax.patterns.permute import PERMUTES, ChannelSearch, Gyro
 from flexhinm_jax.patterns.tiled import Tiled
+
+REGIONS = ("exact", "search", "absorb", "dense+nm")
+BOUNDARIES = ("tile", "matrix")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +55,13 @@ class FlexHiNM(Tiled):
       regions: how the boundaries are chosen. "exact" evaluates every one; "search" is
         the paper's walk, which stops at the first drop; "absorb" starts from "exact",
         merges dense and pruned columns into groups and searches on: never below "exact"
-        nor below no dense columns at all. A pair (dense, nm) fixes the columns of both
-        regions, and with them the sparsity.
+        nor below no dense columns at all. "dense+nm" prunes no column, so the sparsity,
+        at most 1 - n / m, says how many are dense. A pair (dense, nm) fixes the columns
+        of both regions, and with them the sparsity.
       hardware: keep multiples of 32 N:M and of 16 dense columns.
+      boundary: "tile" lets every tile choose its columns; "matrix" makes one tile of
+        all rows, whatever `vector_size` is: one choice of columns, one gather of
+        activations for the whole product, and no row order to search.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -63,13 +75,20 @@ class FlexHiNM(Tiled):
     n: int = 2
     m: int = 4
     permute: ChannelSearch | None = Gyro()
-    regions: Literal["exact", "search", "absorb"] | tuple[int, int] = "exact"
+    regions: Literal["exact", "search", "absorb", "dense+nm"] | tuple[int, int] = (
+        "exact"
+    )
     hardware: bool = False
-    letters: ClassVar[dict[str, str]] = Tiled.letters | {"regions": "regions"}
+    boundary: Literal["tile", "matrix"] = "tile"
+    letters: ClassVar[dict[str, str]] = Tiled.letters | {
+        "regions": "regions",
+        "boundary": "boundary",
+    }
     choices: ClassVar[dict[str, dict[str, Any]]] = {
         "permute": PERMUTES,
         "hardware": {"yes": True, "no": False},
-        "regions": {name: name for name in ("exact", "search", "absorb")},
+        "regions": {name: name for name in REGIONS},
+        "boundary": {name: name for name in BOUNDARIES},
     }
     rounds = 2
 
@@ -84,11 +103,27 @@ class FlexHiNM(Tiled):
                     f"regions={self.regions}: need columns (dense, nm) that are "
                     f"multiples of {steps[0]} and {steps[1]}"
                 )
-        elif self.regions not in ("exact", "search", "absorb"):
+        elif self.regions not in REGIONS:
             raise ValueError(
-                f"regions={self.regions!r}: choose 'exact', 'search', 'absorb' or a "
-                "pair (dense, nm) of column counts"
+                f"regions={self.regions!r}: choose 'exact', 'search', 'absorb', "
+                "'dense+nm' or a pair (dense, nm) of column counts"
             )
+        if self.boundary not in BOUNDARIES:
+            raise ValueError(
+                f"boundary={self.boundary!r}: choose 'tile', where every tile has its "
+                "own columns, or 'matrix', where all rows share them"
+            )
+
+    def tile_rows(self, outputs: int) -> int:
+        """All rows where they share their columns."""
+        if self.boundary == "matrix":
+            return outputs
+        return super().tile_rows(outputs)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether no column may be pruned."""
+        return self.regions == "dense+nm"
 
     @property
     def n_of_m(self) -> tuple[int, int]:
@@ -100,6 +135,8 @@ class FlexHiNM(Tiled):
         step = self.group_step
         if isinstance(self.regions, tuple):
             return jnp.asarray(self.regions[1] // self.m, jnp.int32)
+        if self._whole:
+            return (tiles.shape[-1] - k) // (self.m - self.n)
         if self.regions == "search":
             return regions.walk_groups(tiles, k, self.n, self.m, step)
         return regions.scan_groups(tiles, k, self.n, self.m, step)[0]
@@ -124,7 +161,38 @@ class FlexHiNM(Tiled):
         if isinstance(self.regions, tuple):
             dense, nm = self.regions
             return jnp.asarray(dense + nm // self.m * self.n, jnp.int32)
-        return super().budget(columns, sparsity)
+        if not self._whole:
+            return super().budget(columns, sparsity)
+        # A group removes m - n columns, and nothing else removes any.
+        step, (n, m) = self.group_step, self.n_of_m
+        steps = jnp.round(columns * jnp.asarray(sparsity, jnp.float32) / (m - n) / step)
+        h = jnp.clip(steps, 0, columns // m // step).astype(jnp.int32) * step
+        return columns - (m - n) * h
+
+    @property
+    def steps(self) -> Steps:
+        """The counts of columns that are legal."""
+        return super().steps._replace(pruned=not self._whole)
+
+    def units(self) -> Units:
+        """Rows may be parted where all of them share their columns."""
+        if self.boundary == "matrix":
+            return Units(1, None, "a vector", "a tile")
+        return super().units()
+
+    def levels(self, scores: Array) -> Levels | None:
+        """None where every column keeps something; see `Tiled.levels`."""
+        return None if self._whole else super().levels(scores)
+
+    def sparsity_range(self) -> tuple[float, float]:
+        """Up to 1 - n / m where no column is pruned, else to empty."""
+        return (0.0, 1 - self.n / self.m) if self._whole else super().sparsity_range()
+
+    def granularity(self, shape: tuple[int, int]) -> float:
+        """One column vector, or what one group removes."""
+        if self._whole:
+            return (self.m - self.n) * self.group_step / shape[1]
+        return super().granularity(shape)
 
     def check(
         self, shape: tuple[int, ...], sparsity: Any = None, path: str = "weight"

@@ -78,6 +78,11 @@ class Tiled(Pattern):
                 "or None"
             )
 
+    def tile_rows(self, outputs: int) -> int:
+        """Rows of a tile of a weight with so many outputs."""
+        del outputs
+        return self.vector_size
+
     def natural(self) -> Pattern:
         """Natural rows, columns dealt to groups by strength."""
         return dataclasses.replace(self, permute=None)  # type: ignore[call-arg]
@@ -92,7 +97,7 @@ class Tiled(Pattern):
         given = support.regions
         assert given is not None
         n, m = given.n, given.m
-        tiles = regions.tile(scores, given.out_order, self.vector_size)
+        tiles = regions.tile(scores, given.out_order, self.tile_rows(len(scores)))
         dense = given.dense_end[0]
         groups = (given.nm_end[0] - dense) // m
         columns = self.strongest(tiles, dense, groups)
@@ -168,12 +173,13 @@ class Tiled(Pattern):
         if prev is not None:
             return self._shrink(scores, prev, k)
         out_order = jnp.arange(o, dtype=jnp.int32)
-        tiles = regions.tile(scores, out_order, self.vector_size)
+        rows = self.tile_rows(o)
+        tiles = regions.tile(scores, out_order, rows)
         columns = self.divide(tiles, k)
         row_key, column_key = jax.random.split(key)
-        if self.permute is not None:
+        if self.permute is not None and rows < o:
             out_order, columns = self._rows(row_key, scores, k, (out_order, columns))
-            tiles = regions.tile(scores, out_order, self.vector_size)
+            tiles = regions.tile(scores, out_order, rows)
         columns = self.columns(column_key, tiles, k, columns)
         chosen = columns.regions(out_order)
         keep = regions.kept(
@@ -295,9 +301,9 @@ class Tiled(Pattern):
         rows = self.vector_size if self.permute is None else None
         return Units(rows, None, "a vector", "a tile")
 
-    def levels(self, scores: Array) -> Levels:
+    def levels(self, scores: Array) -> Levels | None:
         """Column vectors under N:M, among their neighbours in strength, and dense."""
-        v, (n, m) = self.vector_size, self.n_of_m
+        v, (n, m) = self.tile_rows(len(scores)), self.n_of_m
         scores = scores.astype(jnp.float32)
         dense = masks.vectors(scores, v).ravel()
         if not self.has_groups:
@@ -323,7 +329,8 @@ class Tiled(Pattern):
             checks.divisible(shape[1], self.n_of_m[1], "in", "m", path)
         if self.hardware:
             checks.divisible(shape[1], NM_TILE, "in", "hardware tile", path)
-        checks.divisible(shape[0], self.vector_size, "out", "vector_size", path)
+        rows = self.tile_rows(shape[0])
+        checks.divisible(shape[0], rows, "out", "vector_size", path)
 
     def sparsity_range(self) -> tuple[float, float]:
         """From dense, or from 1 - n / m without dense columns, to empty."""
