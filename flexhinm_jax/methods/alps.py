@@ -71,8 +71,8 @@ class Split(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ADMM(Reconstruction):
-    """What `ALPS` and `StagedALPS` share: the iteration and its schedule.
+class ALPS(Reconstruction):
+    """Support and weights together, by splitting and a growing penalty.
 
     The state also holds `steps`, i32[], the iterations done, and `settled`, bool[],
     whether the support had stopped to change before they ran out.
@@ -108,7 +108,7 @@ class ADMM(Reconstruction):
                 f"at least {CHECK} and 0"
             )
 
-    def alternate(
+    def reconstruct(
         self,
         key: Array,
         task: gram.Problem,
@@ -117,6 +117,7 @@ class ADMM(Reconstruction):
     ) -> Solved:
         """Iterates until the support settles; with `before`, only inside it."""
         start = gram.solve(task) if task.has_targets else task.weight
+        # A unit diagonal makes one rho mean the same in every layer and input.
         h, s = gram.unit_diagonal(task.gram)
         scores = first_scores(task, start, before)
         support = self.pattern.project(key, scores, sparsity, before)
@@ -132,8 +133,9 @@ class ADMM(Reconstruction):
         return Solved(solved, split.support, reports)
 
     def refit(self, split: Split, h: Array, g: Array) -> Array:
-        """f[o, i]: the weights of the final support by conjugate gradients.
+        """f[o, i]: the weights of the final support, by conjugate gradients.
 
+        Algorithm 2 of arXiv:2406.07831; the unit diagonal is its preconditioner.
         They start from D, which is all but the solution when the support has settled:
         on a layer where ten steps from the dense weight end at 1.002 times the least
         error, D itself has 1.0001 times.
@@ -181,12 +183,15 @@ class ADMM(Reconstruction):
             return choose(jnp.square(x).astype(jnp.float32), keep)
 
         def alternation(carry, inverse, rho):
-            """B, D and V in turn (arXiv:2406.07831, the ADMM updates)."""
+            """B, D and V in turn: Algorithm 1 of arXiv:2406.07831."""
             b, d, v, keep = carry
+            # B: the least error with a spring to D, (G - V + rho D) (H + rho I)^-1
             b = gram.dot(g - v + rho * d, inverse)
+            # D: the nearest matrix to B + V / rho with a support of the pattern
             x = b + v / rho
             keep = project(x, keep)
             d = jnp.where(keep, x, 0)
+            # V: the price of B and D being apart
             return b, d, v + rho * (b - d), keep
 
         def restart(at):
@@ -245,6 +250,8 @@ class ADMM(Reconstruction):
 
         Source: arXiv:2406.07831, its update of rho.
         """
+        # A rho that grows geometrically has a finite sum of 1 / rho, which bounds how
+        # far B and D still move: that is what makes the iteration converge.
         changed = jnp.sum(at.keep != at.last, dtype=jnp.int32)
         share = changed / jnp.maximum(jnp.sum(at.keep, dtype=jnp.int32), 1)
         many, some, few = self.growth
@@ -263,30 +270,3 @@ class ADMM(Reconstruction):
             last=at.keep,
         )
         return at, lower & (changed > 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class ALPS(ADMM):
-    """Support and weights together, by splitting and a growing penalty.
-
-    The state also holds `steps`, i32[], the iterations done, and `settled`, bool[],
-    whether the support had stopped to change before they ran out.
-
-    Attributes:
-      pattern: the supports to choose from.
-      rho: first penalty.
-      iterations: at most so many steps.
-      growth: penalty factors for many, some and few changes of the support. The paper's
-        are the default; smaller ones take longer and find better supports.
-      refit_steps: conjugate-gradient steps on the final support.
-    """
-
-    def reconstruct(
-        self,
-        key: Array,
-        task: gram.Problem,
-        sparsity: Array | float | None,
-        before: Support | None,
-    ) -> Solved:
-        """Iterates until the support settles; with `before`, only inside it."""
-        return self.alternate(key, task, sparsity, before)

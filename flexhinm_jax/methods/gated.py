@@ -74,8 +74,16 @@ class Gated(LearnedMethod):
         """`State.learned` whose hard choice is the given support."""
 
     @abc.abstractmethod
+    def best(self, state: State) -> Array:
+        """The n of every group that the gates prefer now, bool[o, i]."""
+
     def choice(self, state: State) -> Support:
-        """The support that the gates choose now, hard."""
+        """The best n of every open group, elsewhere the support."""
+        support: Support = state.fixed["support"]
+        if support.regions is None:
+            return support
+        keep = jnp.where(state.fixed["open"], self.best(state), support.keep)
+        return Support(keep, support.regions)
 
     @abc.abstractmethod
     def gates(

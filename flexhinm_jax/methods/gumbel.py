@@ -52,15 +52,11 @@ class GumbelPatterns(Gated):
         same = jnp.einsum("tvgm,km->tvgk", keep, table) >= regions.n
         return {"logits": self.start * same.astype(jnp.float32)}
 
-    def choice(self, state: State) -> Support:
-        """The best pattern of every open group, elsewhere the support."""
-        support: Support = state.fixed["support"]
-        regions = support.regions
-        if regions is None:
-            return support
-        best = gates.best_pattern(state.learned["logits"], regions.n, regions.m)
-        keep = groups.from_groups(best, regions)
-        return Support(jnp.where(state.fixed["open"], keep, support.keep), regions)
+    def best(self, state: State) -> Array:
+        """The pattern of every group with the largest logit."""
+        regions = state.fixed["support"].regions
+        kept = gates.best_pattern(state.learned["logits"], regions.n, regions.m)
+        return groups.from_groups(kept, regions)
 
     def gates(
         self, state: State, shape: tuple[int, ...], key: Array

@@ -88,22 +88,13 @@ class HardConcrete(Gated):
         start = jnp.asarray(self.start, jnp.float32)
         return {"log_alpha": jnp.where(support.keep, start, -start)}
 
-    def choice(self, state: State) -> Support:
-        """The n largest log_alpha of every open group, elsewhere the support."""
-        support: Support = state.fixed["support"]
-        if support.regions is None:
-            return support
-        log_alpha = state.learned["log_alpha"]
-        if not self.pattern.free_rows:
-            # Rows and columns are chosen together, by a solver that wants scores >= 0.
-            # `refine` moves the closed gates too, so it only runs while all are open.
-            fresh = self.pattern.refine(support, log_alpha + self.limit).keep
-            some = jnp.any(state.fixed["open"])
-            keep = jnp.where(some, fresh, support.keep)
-        else:
-            hard = self._n_best(log_alpha, support)
-            keep = jnp.where(state.fixed["open"], hard, support.keep)
-        return Support(keep, support.regions)
+    def best(self, state: State) -> Array:
+        """The n largest log_alpha of every group."""
+        support, log_alpha = state.fixed["support"], state.learned["log_alpha"]
+        if self.pattern.free_rows:
+            return self._n_best(log_alpha, support)
+        # Rows and columns are chosen together, by a solver that wants scores >= 0.
+        return self.pattern.refine(support, log_alpha + self.limit).keep
 
     def gates(
         self, state: State, shape: tuple[int, ...], key: Array

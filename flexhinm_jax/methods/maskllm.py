@@ -79,14 +79,11 @@ class MaskLLM(Gated):
         )
         return {"logits": logits}
 
-    def choice(self, state: State) -> Support:
-        """The best pattern of every open group, elsewhere the support."""
-        support: Support = state.fixed["support"]
-        regions = support.regions
-        assert regions is not None
-        best = gates.best_pattern(self._logits(state), regions.n, regions.m)
-        keep = groups.from_groups(best, regions)
-        return Support(jnp.where(state.fixed["open"], keep, support.keep), regions)
+    def best(self, state: State) -> Array:
+        """The pattern of every group with the largest logit."""
+        regions = state.fixed["support"].regions
+        kept = gates.best_pattern(self._logits(state), regions.n, regions.m)
+        return groups.from_groups(kept, regions)
 
     def gates(
         self, state: State, shape: tuple[int, int], key: Array

@@ -63,14 +63,11 @@ class MaskPro(Gated, ScoreFunction):
         keep = groups.to_groups(support.keep.astype(jnp.float32), regions)
         return {"logits": self.start * keep}
 
-    def choice(self, state: State) -> Support:
-        """The n largest logits of every open group, elsewhere the support."""
-        support: Support = state.fixed["support"]
-        regions = support.regions
-        assert regions is not None
-        best = masks.group_ranks(state.learned["logits"]) < regions.n
-        keep = groups.from_groups(best, regions)
-        return Support(jnp.where(state.fixed["open"], keep, support.keep), regions)
+    def best(self, state: State) -> Array:
+        """The n largest logits of every group."""
+        regions = state.fixed["support"].regions
+        kept = masks.group_ranks(state.learned["logits"]) < regions.n
+        return groups.from_groups(kept, regions)
 
     def gates(
         self, state: State, shape: tuple[int, int], key: Array

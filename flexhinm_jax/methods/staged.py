@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from flexhinm_jax.methods.alps import ADMM
+from flexhinm_jax.methods.alps import ALPS
 from flexhinm_jax.methods.reconstruction import Solved, squared_scores
 from flexhinm_jax.ops import gram, masks, regions
 from flexhinm_jax.types import Support
 
 
 @dataclasses.dataclass(frozen=True)
-class StagedALPS(ADMM):
+class StagedALPS(ALPS):
     """ALPS that also chooses the columns of HiNM and FlexHiNM tiles.
 
     With other patterns, and when the kept set may only shrink, it is ALPS.
@@ -36,9 +36,9 @@ class StagedALPS(ADMM):
         sparsity: Array | float | None,
         before: Support | None,
     ) -> Solved:
-        """Columns, input orders, weights; see `ADMM.alternate`."""
+        """Columns, input orders, weights; see `ALPS.reconstruct`."""
         if before is not None or not self.pattern.regroups:
-            return self.alternate(key, task, sparsity, before)
+            return super().reconstruct(key, task, sparsity, before)
         key, order_key = jax.random.split(key)
         start = gram.solve(task) if task.has_targets else task.weight
         h, s = gram.unit_diagonal(task.gram)

@@ -474,6 +474,18 @@ def natural_order(tiles: int, columns: int) -> Array:
     return jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (tiles, columns))
 
 
+def natural_groups(shape: tuple[int, ...], n: int, m: int) -> Regions:
+    """The regions of one tile whose columns are all in groups, in natural order."""
+    return Regions(
+        out_order=jnp.arange(shape[0], dtype=jnp.int32),
+        in_order=natural_order(1, shape[1]),
+        dense_end=jnp.zeros((1,), jnp.int32),
+        nm_end=jnp.full((1,), shape[1], jnp.int32),
+        n=n,
+        m=m,
+    )
+
+
 def tile(scores: Array, out_order: Array, vector_size: int) -> Array:
     """[t, v, i]: rows of `scores` [o, i] in storage order, cut into tiles."""
     return scores[out_order].reshape(-1, vector_size, scores.shape[-1])

@@ -73,19 +73,9 @@ class NM(Pattern):
         if self.permute is not None:
             checks.finite(scores, "scores")
             return self._search(key, jnp.asarray(scores, jnp.float32))
-        o, i = scores.shape
         keep = masks.n_of_m(scores, n=self.n, m=self.m)
-        return Support(
-            keep,
-            Regions(
-                out_order=jnp.arange(o, dtype=jnp.int32),
-                in_order=regions.natural_order(1, i),
-                dense_end=jnp.zeros((1,), jnp.int32),
-                nm_end=jnp.full((1,), i, jnp.int32),
-                n=self.n,
-                m=self.m,
-            ),
-        )
+        groups = regions.natural_groups(scores.shape, self.n, self.m)
+        return Support(keep, groups)
 
     def refine(self, support: Support, scores: Array) -> Support:
         """Chooses every group anew; in natural order without a gather."""

@@ -14,7 +14,7 @@ from jax import Array
 from flexhinm_jax import checks
 from flexhinm_jax.ops import regions, transport
 from flexhinm_jax.patterns.base import Pattern, Units
-from flexhinm_jax.types import Regions, Support
+from flexhinm_jax.types import Support
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +72,8 @@ class Transposable(Pattern):
         self.check_shape(jnp.shape(scores))
         if prev is not None:
             return prev
-        o, i = scores.shape
-        return Support(
-            self._masks(scores),
-            Regions(
-                out_order=jnp.arange(o, dtype=jnp.int32),
-                in_order=regions.natural_order(1, i),
-                dense_end=jnp.zeros((1,), jnp.int32),
-                nm_end=jnp.full((1,), i, jnp.int32),
-                n=self.n,
-                m=self.m,
-            ),
-        )
+        groups = regions.natural_groups(scores.shape, self.n, self.m)
+        return Support(self._masks(scores), groups)
 
     def refine(self, support: Support, scores: Array) -> Support:
         """Solves again; a tile that would score less keeps its mask.
