@@ -97,18 +97,16 @@ def host(gain: np.ndarray) -> np.ndarray:
     return optimize.linear_sum_assignment(gain, maximize=True)[1].astype(np.int32)
 
 
-def exchanges(scores: Array, table: Array, allowed: Array) -> tuple[Array, Array]:
+def exchanges(scores: Array, table: Array) -> tuple[Array, Array]:
     """The best exchange of one member for every pair of teams.
 
     Args:
       scores: f32[p, t], score of member p in team j.
       table: i32[t, v], members of every team.
-      allowed: bool[t, v], members that may move.
 
     Returns:
-      delta: f32[t, t], symmetric: gain when the best allowed member of team i for team
-        j changes places with the best of team j for team i; -inf on the diagonal and
-        where nobody may move.
+      delta: f32[t, t], symmetric: gain when the best member of team i for team j
+        changes places with the best of team j for team i; -inf on the diagonal.
       slot: i32[t, t], which member of team i goes to team j.
     """
     t, v = table.shape
@@ -116,7 +114,7 @@ def exchanges(scores: Array, table: Array, allowed: Array) -> tuple[Array, Array
     own = jnp.take_along_axis(
         fit, jnp.arange(t, dtype=jnp.int32)[:, None, None], axis=2
     )
-    move = jnp.where(allowed[..., None], fit - own, -jnp.inf)
+    move = fit - own
     best = jnp.max(move, axis=1)
     index = jnp.arange(v, dtype=jnp.int32)[:, None]
     slot = jnp.min(jnp.where(move == best[:, None], index, v - 1), axis=1)
@@ -137,12 +135,11 @@ def transport(scores: Array, table: Array, rounds: int) -> Array:
     """
     t = table.shape[0]
     team = jnp.arange(t, dtype=jnp.int32)
-    everyone = jnp.ones(table.shape, bool)
     floor = TOLERANCE * jnp.max(jnp.abs(scores))
 
     def step(state):
         table, left, _ = state
-        delta, slot = exchanges(scores, table, everyone)
+        delta, slot = exchanges(scores, table)
         partner = partners(delta - floor)
         at = slot[team, partner]
         member = table[team, at]

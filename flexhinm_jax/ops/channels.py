@@ -99,10 +99,13 @@ def search(
     def exchange(units_of, table, shift):
         """One proposal between the units of a block."""
         sub = table[:, units_of]  # [t, g, m], the sampled column first
-        value = jax.vmap(lambda c, at: c[at])(by_column, sub)  # [t, g, m, v]
-        value = jnp.moveaxis(value, 3, 1)  # [t, v, g, m]
-        x = value[..., 0]
-        b = nth_best([value[..., j] for j in range(1, m)], n)
+        # Slot by slot, so that rows are contiguous until there are only two arrays.
+        value = [
+            jax.vmap(lambda c, at: c[at])(by_column, sub[..., j])  # [t, g, v]
+            for j in range(m)
+        ]
+        x = jnp.swapaxes(value[0], 1, 2)
+        b = jnp.swapaxes(nth_best(value[1:], n), 1, 2)
         grouped = units_of < h
         place = units_of * m + shift[:, units_of] - m * h  # [t, g], of what is no group
         b = jnp.where(grouped, b, 0)

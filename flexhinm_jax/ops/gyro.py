@@ -80,45 +80,42 @@ def worth(c: Array, counts: tuple[Array, Array]) -> tuple[Array, Array]:
     return (1 - RHO) * dense + RHO * both, jnp.where(k > 0, bar, jnp.inf)
 
 
-def split(scores: Array) -> Array:
-    """Scores as two integer parts, so that `fits` is exact in any summation order.
+def rounded(scores: Array) -> Array:
+    """Scores as small integers, so that `fits` is exact in any summation order.
+
+    The typical column is resolved, the median of their largest scores; larger scores
+    are cut off there. So an outlier costs no resolution, and it decides no proposal
+    alone: what is proposed is judged by the exact f.
 
     Args:
       scores: f32[o, i], non-negative.
 
     Returns:
-      f32[2, o, i]: high and low integers of `part_bits` bits each; with both, a score
-      is rounded to 2 * part_bits bits of the largest one.
+      f32[o, i]: integers up to 2^bits such that i terms of weight 4 add exactly.
     """
-    bits = part_bits(scores.shape[1])
-    most = jnp.max(scores)
-    scaled = scores / jnp.where(most > 0, most, 1) * 2.0**bits
-    high = jnp.floor(scaled)
-    return jnp.stack([high, jnp.floor((scaled - high) * 2.0**bits)])
+    columns = scores.shape[1]
+    bits = min(12, 24 - 2 - (columns - 1).bit_length())
+    largest = jnp.sort(jnp.max(scores, axis=0))
+    top = jnp.where(largest[columns // 2] > 0, largest[columns // 2], largest[-1])
+    share = scores / jnp.where(top > 0, top, 1)
+    return jnp.round(jnp.minimum(share, 1) * 2.0**bits)
 
 
-def part_bits(columns: int) -> int:
-    """Bits per part such that `columns` terms of weight 4 add exactly in float32."""
-    return min(12, 24 - 2 - (columns - 1).bit_length())
-
-
-def fits(parts: Array, c: Array, level: Array) -> Array:
+def fits(whole: Array, c: Array, level: Array) -> Array:
     """Lower bound, up to a constant factor, of what every row is worth in every tile.
 
     The products are sums of integers below 2^24, hence the same on every device, under
     vmap and in any order of summation.
 
     Args:
-      parts: f32[2, o, i] from `split`.
+      whole: f32[o, i] from `rounded`.
       c: f32[t, i], tile sums.
       level: f32[2, t] from `worth`.
 
     Returns:
       f32[o, t].
     """
-    weight = gradient(c, level)
-    high, low = jnp.einsum("poi,ti->pot", parts, weight, precision="highest")
-    return high + low * 2.0 ** -part_bits(c.shape[1])
+    return jnp.matmul(whole, gradient(c, level).T, precision="highest")
 
 
 def gradient(c: Array, level: Array) -> Array:
@@ -158,7 +155,7 @@ def arrange(
         none = jnp.zeros((rounds,), jnp.float32)
         return (table, none) if trace else table  # pyright: ignore[reportReturnType]
     scores = scores.astype(jnp.float32)
-    parts = split(scores)
+    whole = rounded(scores)
     counts = dense, dense + nm
 
     t, v = table.shape
@@ -169,7 +166,7 @@ def arrange(
         state = divide(bits[: 2 * t], state, scores, counts)
 
         def step(state, drawn):
-            return exchange(drawn, state, scores, parts, counts), None
+            return exchange(drawn, state, scores, whole, counts), None
 
         drawn = bits[2 * t :].reshape(exchanges, t, v)
         state = lax.scan(step, state, drawn)[0]
@@ -182,28 +179,32 @@ def arrange(
     return (table, curve) if trace else table  # pyright: ignore[reportReturnType]
 
 
-def exchange(drawn, state, scores, parts, counts):
+def exchange(drawn, state, scores, whole, counts):
     """One exchange in every matched pair of tiles, accepted by the exact f.
 
     Args:
       drawn: u32[t, v], random bits: which rows may move.
       state: (table i32[t, v], c f32[t, i], f f32[t], level f32[2, t]).
       scores: f32[o, i].
-      parts: f32[2, o, i] from `split`.
+      whole: f32[o, i] from `rounded`.
       counts: i32[] each: D, and D + H.
 
     Returns:
       The new state.
     """
     table, c, f, level = state
-    tile = jnp.arange(table.shape[0], dtype=jnp.int32)
-    allowed = drawn < jnp.uint32(SHARE * 2**32)
-    delta, slot = assignment.exchanges(fits(parts, c, level), table, allowed)
+    t, v = table.shape
+    tile = jnp.arange(t, dtype=jnp.int32)
+    movable = max(1, round(SHARE * v))
+    drawn = jnp.argsort(drawn, axis=1, stable=True).astype(jnp.int32)[:, :movable]
+    rows = jnp.take_along_axis(table, drawn, axis=1).reshape(-1)
+    teams = jnp.arange(t * movable, dtype=jnp.int32).reshape(t, movable)
+    delta, slot = assignment.exchanges(fits(whole[rows], c, level), teams)
     # Pairs with a negative bound are tried as well: the exact f decides.
     found = jnp.isfinite(delta)
     delta = jnp.where(found, delta - jnp.min(jnp.where(found, delta, 0)) + 1, -1)
     partner = assignment.partners(delta)
-    at = slot[tile, partner]
+    at = drawn[tile, slot[tile, partner]]
     row = table[tile, at]
     x = scores[row]
     new = jnp.maximum(c - x + x[partner], 0)

@@ -64,17 +64,16 @@ def test_worth_is_the_weighted_sum_of_the_largest(dense, nm):
 
 
 def test_the_linear_score_of_an_exchange_is_a_lower_bound():
-    scores, _ = planted(0, 4, 4, 24)
+    scores = gyro.rounded(planted(0, 4, 4, 24)[0])
+    np.testing.assert_array_equal(gyro.rounded(scores), scores)
     table, counts = rows(16, 4), (jnp.int32(2), jnp.int32(10))
     c = gyro.tile_sums(scores, table)
     f, level = gyro.worth(c, counts)
-    fit = np.asarray(gyro.fits(gyro.split(scores), c, level))
-    top = float(jnp.max(scores))
-    unit = 2.0 ** gyro.part_bits(24) / top * 4  # of `fits`
+    fit = np.asarray(gyro.fits(scores, c, level))
     for a, b in itertools.product(table[0], table[1]):
         swapped = table.at[0, a].set(b).at[1, b - 4].set(a)
         gain = worth(scores, swapped, 2, 8) - float(f.sum())
-        bound = (fit[a, 1] - fit[a, 0] + fit[b, 0] - fit[b, 1]) / unit
+        bound = (fit[a, 1] - fit[a, 0] + fit[b, 0] - fit[b, 1]) / 4
         assert gain >= bound - 1e-3
 
 
@@ -83,9 +82,28 @@ def test_row_scores_are_exact_whatever_the_order_of_the_columns():
     c = gyro.tile_sums(scores, rows(32, 8))
     _, level = gyro.worth(c, (jnp.int32(3), jnp.int32(40)))
     shuffled = np.random.default_rng(0).permutation(96)
-    one = gyro.fits(gyro.split(scores), c, level)
-    two = gyro.fits(gyro.split(scores)[..., shuffled], c[:, shuffled], level)
+    whole = gyro.rounded(scores)
+    one = gyro.fits(whole, c, level)
+    two = gyro.fits(whole[:, shuffled], c[:, shuffled], level)
     np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(whole, jnp.round(whole))
+
+
+def test_outliers_cost_the_other_scores_no_resolution():
+    scores, _ = planted(1, 4, 8, 96)
+    spiky = scores.at[:, 7].multiply(1e4).at[3, 5].set(1e6)
+    strongest = int(jnp.argsort(jnp.max(scores, axis=0))[48])
+    assert strongest not in (5, 7)
+    calm, loud = gyro.rounded(scores), gyro.rounded(spiky)
+    assert float(jnp.max(loud)) == 2.0**12
+    assert len(np.unique(loud)) > 0.7 * len(np.unique(calm))
+
+
+def test_where_most_columns_are_empty_the_largest_score_is_the_unit():
+    scores = jnp.zeros((4, 8)).at[1, 2].set(3.0).at[2, 2].set(1.5)
+    found = gyro.rounded(scores)
+    np.testing.assert_array_equal(found[:, 2], [0, 4096, 2048, 0])
+    np.testing.assert_array_equal(gyro.rounded(scores * 0), jnp.zeros((4, 8)))
 
 
 @given(st.integers(0, 99), st.integers(0, 4), st.integers(0, 12))
