@@ -47,6 +47,7 @@ class Kernel:
       majors: compute capability majors of the chips it serves; () for any platform.
       since: least version of jax.
       cases: products that must be right on a GPU before it is used there.
+      seconds: (tokens, prepared weight) -> predicted seconds; None is always fast.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Kernel:
     majors: tuple[int, ...] = ()
     since: tuple[int, ...] = support.SINCE
     cases: tuple[selfcheck.Case, ...] = ()
+    seconds: Callable[[int, PackedWeight], float] | None = None
 
     def refuse(
         self, x: jax.ShapeDtypeStruct, packed: PackedWeight, chip: Capability

@@ -6,25 +6,24 @@ tiles would cost more traffic than the weight. Dense and 2:4 columns of a tile a
 stream (`layouts`), so they share one pass and one accumulator. Rows return to their
 original places when a block stores its result.
 
-How a product is cut (`tiling`) follows from sizes alone and has not been tuned on a
-device. In-kernel gathers read x once per 64 or 128 rows: with 64 rows per tile and many
-tokens that traffic, not the tensor cores, sets the pace.
+How a product is cut (`tiling`) is what `cost` predicts to be fastest; nothing has been
+tuned on a device. In-kernel gathers read x once per 64 or 128 rows: with 64 rows per
+tile and many tokens that traffic, not the tensor cores, sets the pace.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 from jax import Array
 from jax.typing import DTypeLike
 
-from flexhinm_jax.gpu import hopper, layouts, support
+from flexhinm_jax.gpu import cost, hopper, layouts, support
 from flexhinm_jax.gpu.kernel import Kernel
+from flexhinm_jax.gpu.layouts import ROWS, STEP
 from flexhinm_jax.gpu.selfcheck import Case
 from flexhinm_jax.types import PackedWeight
 
 NAME = "wgmma_sp"
-
-BLOCKS = 264
-"""Blocks that fill the largest Hopper chip twice: 2 x 132 multiprocessors."""
 
 LISTED = 96
 """Most steps of one block with an index list: 48 KB of shared memory."""
@@ -34,6 +33,17 @@ LIST_BYTES = 512
 
 SPARE = 2048
 """Shared memory for barriers and alignment."""
+
+CHIP = support.SHARED_BYTES - SPARE
+
+MOST_SLOTS = 8
+"""More are not needed to have memory in flight."""
+
+MOST_SPLITS = 16
+"""More blocks add more partial sums than they bring multiprocessors."""
+
+PARTIAL_SHARE = 0.25
+"""Most bytes of partial sums, of those of the weight."""
 
 LEAST = 4
 """Fewest steps that are worth a block of their own."""
@@ -68,7 +78,7 @@ def matmul(
 
 
 def tiling(n: int, tiles: int, blocks: int, steps: int) -> hopper.Tiling:
-    """How to cut a product.
+    """How to cut a product: the way that is predicted to be fastest.
 
     Args:
       n: tokens.
@@ -76,25 +86,70 @@ def tiling(n: int, tiles: int, blocks: int, steps: int) -> hopper.Tiling:
       blocks: blocks of 64 rows per tile.
       steps: steps of 64 stored columns.
     """
-    if n <= 64:
-        rows, groups, tokens = 1, 1, next(t for t in (16, 32, 64) if t >= n)
-    elif blocks % 2 == 0:
-        rows, groups, tokens = 2, 1, 128
+    return min(_cuts(n, tiles, blocks, steps))[-1]
+
+
+def _cuts(
+    n: int, tiles: int, blocks: int, steps: int
+) -> Iterator[tuple[float, int, hopper.Tiling]]:
+    """(predicted seconds, number, cut) of every cut that fits the chip.
+
+    More splits than the fewest that fit must not write many partial sums.
+    """
+    gathered, stored = tiles > 1, STEP * steps
+    sizes = cost.Sizes(n, tiles * blocks * ROWS, 2 * stored, tiles, stored, 2 * stored)
+    spare = PARTIAL_SHARE * sizes.o * steps * (2 * STEP + 16)
+    number = 0
+    for rows, groups, tokens in _forms(n, blocks, gathered):
+        fewest = None
+        for splits in range(1, max(MOST_SPLITS, steps // LEAST) + 1):
+            cut = hopper.Tiling(rows, groups, tokens, splits)
+            depth, resident = _room(cut, steps if gathered else 0)
+            if not depth:
+                continue
+            block = cost.Block(rows, groups, tokens, splits, resident)
+            fewest = fewest or splits
+            worth = splits <= MOST_SPLITS and splits * LEAST <= steps
+            partial = cost.partial_bytes(sizes, block)
+            if splits == fewest or (worth and partial <= spare):
+                number += 1
+                cut = dataclasses.replace(cut, depth=depth)
+                yield cost.sparse(sizes, block, steps, tiles * blocks), number, cut
+
+
+def _room(cut: hopper.Tiling, listed: int) -> tuple[int, int]:
+    """Slots and blocks of a multiprocessor: two if they fit, (0, 0) if none does.
+
+    Args:
+      cut: with the fewest slots.
+      listed: steps of a tile with an index list.
+    """
+    per = -(-listed // cut.splits)
+    lists, slot = per * LIST_BYTES, cut.shared_bytes // cut.depth
+    two = (CHIP // 2 - SPARE - lists) // slot
+    if two >= cut.depth:
+        return min(two, MOST_SLOTS), 2
+    fits = per <= LISTED and cut.shared_bytes + lists <= CHIP
+    return (cut.depth, 1) if fits else (0, 0)
+
+
+def _forms(n: int, blocks: int, gathered: bool) -> Iterator[tuple[int, int, int]]:
+    """(row groups, token groups, tokens) that suit a number of tokens."""
+    pairs = (1, 2) if blocks % 2 == 0 else (1,)
+    # A gather brings 16 bytes at a time, which swizzling needs twice: 16 tokens.
+    few = next((t for t in (8, 16, 32, 64) if t >= n and not (gathered and t == 8)), 0)
+    if few:
+        yield from ((rows, 1, few) for rows in pairs)
+    elif 2 in pairs:
+        yield 2, 1, 128
     else:
-        rows, groups, tokens = 1, 2, 64
-    running = tiles * (blocks // rows) * -(-n // (tokens * groups))
-    splits = min(max(1, steps // LEAST), -(-BLOCKS // running))
-    if running >= BLOCKS // 2:  # one wave and a half is not worth partial sums
-        splits = 1
-    cuts = [hopper.Tiling(rows, groups, tokens, splits, depth) for depth in range(4, 9)]
-    chip = support.SHARED_BYTES - SPARE
-    if tiles > 1:
-        most = min(LISTED, (chip - cuts[0].shared_bytes) // LIST_BYTES)
-        splits = max(splits, -(-steps // most))
-        cuts = [dataclasses.replace(cut, splits=splits) for cut in cuts]
-    listed = -(-steps // splits) * LIST_BYTES if tiles > 1 else 0
-    two = [c for c in cuts if c.shared_bytes + listed <= chip // 2 - SPARE]
-    return two[-1] if two else cuts[0]
+        yield 1, 2, 64
+
+
+def seconds(n: int, packed: PackedWeight) -> float:
+    """Predicted seconds of `matmul`."""
+    tiles, blocks, steps = packed.layouts[NAME]["meta"].shape[:3]
+    return min(_cuts(n, tiles, blocks, steps))[0]
 
 
 RING = hopper.Tiling(depth=4)
@@ -124,4 +179,5 @@ KERNEL = Kernel(
     matmul,
     majors=(9,),
     cases=CASES,
+    seconds=seconds,
 )

@@ -1,15 +1,19 @@
-"""The product with the matrix itself, held by a weight beside its packed form.
+"""The product with the matrix itself, held by a weight or expanded for one product.
 
 Few rows of x and a matrix that fits the cache leave a packed form nothing to win on
 CPUs, and many rows little on GPUs. A weight prepared for "dense" runs one dense
-product, in value and in gradients, for the memory of the dense matrix.
+product, in value and in gradients, for the memory of the dense matrix. On GPUs a packed
+weight without a faster kernel is written out as its matrix in every product: a few
+programs of elementwise operations and one dense product, no loop.
 """
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from flexhinm_jax.kernels.packing import accumulator, unpack
+from flexhinm_jax.kernels.packing import accumulator, block_columns, unpack
+from flexhinm_jax.kernels.reference import spread_nan
+from flexhinm_jax.ops import words
 from flexhinm_jax.types import PackedWeight
 
 NAME = "dense"
@@ -26,11 +30,81 @@ def multiply(
     """Sparse core: x [N, i] @ S^T -> [N, o], or x [N, o] @ S with `transposed`."""
     held = packed.layouts.get(NAME)
     matrix = prepare(packed) if held is None else held
-    matrix = (matrix.T if transposed else matrix).astype(x.dtype)
-    y = jnp.matmul(x, matrix, preferred_element_type=accumulator(x.dtype))
-    return y.astype(dtype)
+    return _dot(x, matrix.T if transposed else matrix).astype(dtype)
 
 
 def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
     """Sparse core: x [N, i] @ S^T -> [N, o]."""
     return multiply(x, packed, dtype, transposed=False)
+
+
+def multiply_expanded(
+    x: Array, packed: PackedWeight, dtype: DTypeLike, *, transposed: bool
+) -> Array:
+    """The sparse core or its transpose on a GPU, the matrix written out on the way."""
+    packed = packed.filled()
+    if transposed:
+        return _dot(x[:, packed.out_order], expand(packed).T).astype(dtype)
+    stored = jnp.argsort(packed.out_order)
+    if packed.tiles > 1:
+        return _dot(x, expand(packed))[:, stored].astype(dtype)
+    # The columns of x in the order of the weight: less to move than the weight.
+    index, columns = _columns(packed)
+    y = _dot(x[:, index[0]], columns[0, stored].T)
+    return spread_nan(x, y.astype(dtype))
+
+
+def expand(packed: PackedWeight) -> Array:
+    """The matrix [i, o], rows of the weight in storage order.
+
+    Every tile finds its row of an input by a list, so nothing is added up in place.
+    """
+    index, columns = _columns(packed)
+    t, v, c = columns.shape
+    # Padding repeats an input with zeros: what is zero everywhere is not looked for.
+    place = jnp.where((columns != 0).any(axis=1), jnp.arange(c, dtype=jnp.int32), c)
+    tile = jnp.arange(t, dtype=jnp.int32)
+    source = jnp.full((t, packed.shape[1]), c, jnp.int32)
+    source = source.at[tile[:, None], index].min(place)
+    rows = jnp.pad(jnp.swapaxes(columns, 1, 2), ((0, 0), (0, 1), (0, 0)))
+    matrix = rows.at[tile, source.T].get(mode="promise_in_bounds")  # [i, t, v]
+    return matrix.reshape(-1, t * v)
+
+
+def _columns(packed: PackedWeight) -> tuple[Array, Array]:
+    """Inputs [t, c] and values [t, v, c] of all columns of a filled weight."""
+    index = jnp.concatenate([packed.dense_index, packed.nm_index], axis=-1)
+    parts = [packed.dense_values, block_columns(packed)]
+    return index, jnp.concatenate(parts, axis=-1)
+
+
+def _dot(x: Array, matrix: Array) -> Array:
+    wide = accumulator(x.dtype)
+    return jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=wide)
+
+
+def gradient_of_values(x: Array, g: Array, packed: PackedWeight) -> tuple[Array, Array]:
+    """The cotangents of (dense_values, nm_values) of y = x @ S^T on a GPU.
+
+    Args:
+      x: [N, i].
+      g: [N, o], the cotangent of y.
+      packed: the weight; its values are not read, only their shapes and dtype.
+
+    Returns:
+      Arrays like `dense_values` and `nm_values`, empty where these are None.
+    """
+    packed = packed.filled()
+    t, v, _ = packed.dense_values.shape
+    kept = packed.nm_values.shape[-1]
+    matrix = _dot(x.T, g[:, packed.out_order]).reshape(-1, t, v)
+    tile, row = jnp.arange(t, dtype=jnp.int32), jnp.arange(v, dtype=jnp.int32)
+    dense = matrix[packed.dense_index, tile[:, None]]  # [t, d, v]
+    bits = words.position_bits(packed.m)
+    position = words.from_words(packed.nm_positions, kept, bits).astype(jnp.int32)
+    group = jnp.arange(kept, dtype=jnp.int32) // packed.n * packed.m
+    listed = jnp.asarray(packed.nm_index, jnp.int32)
+    column = listed[tile[:, None, None], group + position]  # [t, v, kept]
+    nm = matrix[column, tile[:, None, None], row[:, None]]
+    dense = jnp.swapaxes(dense, 1, 2).astype(packed.dense_values.dtype)
+    return dense, nm.astype(packed.nm_values.dtype)

@@ -1,20 +1,26 @@
 """Which program runs a product: the choice among the kernels of a platform.
 
-The platform is chosen when a program is lowered, by `jax.lax.platform_dependent`. It
-cannot see the compute capability of a chip, so that is read when the product is traced:
-from `assume`, else from the abstract mesh, else from the first CUDA device.
+The platform is known when a program is lowered: GPUs without a kernel for a product run
+`dense.multiply_expanded`, everything else runs `xla`. Lowering cannot see the compute
+capability of a chip, so that is read when the product is traced: from `assume`, else
+from the abstract mesh, else from the first CUDA device.
+
+"auto" takes a kernel that has never run on a GPU only where the environment asks for it
+(`OPT_IN`), and only for as many tokens as it is predicted to be faster than the dense
+product (`gpu.cost`), with the matrix that the weight holds or expanded for it.
 """
 
 import contextlib
 import contextvars
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Iterator
 
 import jax
 
-from flexhinm_jax.gpu import registry
+from flexhinm_jax.gpu import cost, registry
 from flexhinm_jax.gpu.kernel import Capability, Cause, Kernel, Refusal
 from flexhinm_jax.kernels import dense, reference, xla
 from flexhinm_jax.types import PackedWeight
@@ -26,6 +32,9 @@ PLAIN: dict[str, Kernel] = {
 }
 """What every platform runs."""
 
+OPT_IN = "FLEXHINM_GPU_KERNELS"
+"""Environment variable: "1" lets "auto" take GPU kernels."""
+
 _assumed: contextvars.ContextVar[Capability | None] = contextvars.ContextVar(
     "flexhinm_jax_assumed_capability", default=None
 )
@@ -36,8 +45,8 @@ class Choice:
     """The programs of one product; hashable, so part of the key of a trace.
 
     Attributes:
-      default: backend of every platform but CUDA, and of CUDA if `cuda` is None.
-      cuda: backend on CUDA devices, or None.
+      default: backend of every platform; "xla" expands the weight on GPUs.
+      cuda: kernel that runs instead on CUDA devices, or None.
       forced: `default` or `cuda` runs whatever the platform is.
     """
 
@@ -119,7 +128,7 @@ def choose(
     if name in PLAIN:
         return Choice(name, forced=True)
     chip = capability()
-    if name == "auto" and (chip is None or transposed):
+    if name == "auto" and (chip is None or transposed or not opted_in()):
         return Choice("xla")
     every = tuple(registry.KERNELS.values())
     candidates = every if name in ("auto", "gpu") else (kernels[name],)
@@ -128,7 +137,8 @@ def choose(
         refusal = _refusal(kernel, x, packed, chip, transposed)
         if refusal is None:
             if name == "auto":
-                return Choice("xla", kernel.name)
+                faster = _faster(kernel, x.shape[0], packed)
+                return Choice("xla", kernel.name if faster else None)
             return Choice(kernel.name, kernel.name, forced=True)
         refusals[kernel.name] = refusal
     if name != "auto" or chip is None:
@@ -137,6 +147,29 @@ def choose(
     if all(no.cause is not Cause.PRODUCT for no in refusals.values()):
         _warn("; ".join(f"{kernel}: {no.why}" for kernel, no in refusals.items()))
     return Choice("xla")
+
+
+def opted_in() -> bool:
+    """Whether "auto" may take kernels that have not run on a GPU yet."""
+    return os.environ.get(OPT_IN) == "1"
+
+
+def _faster(kernel: Kernel, n: int, packed: PackedWeight) -> bool:
+    """Whether a kernel is predicted to beat the dense product for n tokens."""
+    if kernel.seconds is None:
+        return True
+    filled = packed.filled()
+    dense_columns, groups = filled.dense_values.shape[-1], filled.nm_index.shape[-1]
+    sizes = cost.Sizes(
+        n,
+        *packed.shape,
+        tiles=packed.tiles,
+        stored=dense_columns + filled.nm_values.shape[-1],
+        kept=dense_columns + groups,
+    )
+    held = dense.NAME in packed.layouts
+    other = cost.dense(n, *packed.shape) if held else cost.expanded(sizes)
+    return kernel.seconds(n, packed) < other
 
 
 def served(x: jax.ShapeDtypeStruct, packed: PackedWeight) -> tuple[str, ...]:
@@ -179,6 +212,6 @@ def _refusal(
 def _warn(cause: str) -> None:
     """One warning per cause that lies in the machine, not in the product."""
     warnings.warn(
-        f"products with packed weights run in plain XLA on this GPU: {cause}",
+        f"products with packed weights are expanded and run dense on this GPU: {cause}",
         stacklevel=6,
     )

@@ -28,10 +28,12 @@ def prepare(tree: Any, backend: str = "auto") -> Any:
     Args:
       tree: a `PackedWeight` or any tree with some, such as `result.packed`; stacks
         keep their leading axes.
-      backend: "auto" takes what the device at hand would run, GPU kernels where there
-        are any and "xla" elsewhere; "gpu" or the name of a backend takes that. "dense"
-        holds the matrix itself and runs one dense product in place of the packed one,
-        also in its gradients, for the memory of that matrix.
+      backend: "auto" takes what the device at hand would run: "xla" on CPUs, on GPUs
+        the kernels that "auto" may take, or nothing, because what runs there reads the
+        canonical arrays; "gpu" or the name of a backend takes that. "dense" holds the
+        matrix itself and runs one dense product in place of the packed one, also in its
+        gradients, for the memory of that matrix. A weight prepared for a GPU kernel
+        and for "dense" runs the kernel for few tokens, the matrix for many.
 
     Returns:
       The same tree with `layouts` filled. The layout of "xla" holds every stored value
@@ -93,10 +95,12 @@ def _names(packed: PackedWeight, backend: str) -> tuple[str, ...]:
             )
         return (backend,)
     dtype = jnp.result_type(packed.dtype)
+    if backend == "auto" and dispatch.capability() and not dispatch.opted_in():
+        return ()
     rows = [jax.ShapeDtypeStruct((n, packed.shape[1]), dtype) for n in (FEW, MANY)]
     names = dict.fromkeys(name for x in rows for name in dispatch.served(x, packed))
     if not names and backend == "gpu":
         raise NotImplementedError(
             "no GPU kernel serves this weight here; see kernels.assume"
         )
-    return tuple(names) or ("xla",)
+    return tuple(names) or (() if dispatch.capability() else ("xla",))

@@ -7,7 +7,8 @@ The sparse core is a primitive, because no kernel has derivatives of its own. It
 linear in x and linear in the values, so its tangents are products with the same weight
 on the same backend. Its transposes are written out: with respect to x the product with
 the transposed weight in plain XLA, with respect to the values dL/dy^T x gathered at the
-stored positions. A batch of x becomes rows, a batch of weights a loop.
+stored positions. A batch of x becomes rows, a batch of weights a loop. Lowering for
+GPUs has a rule of its own.
 """
 
 import dataclasses
@@ -172,6 +173,9 @@ weight, the `choice` of a program, `transposed`, and the `dtype` of the result.
 VALUES = ("dense_values", "nm_values")
 """What the core is linear in, besides x."""
 
+GPUS = ("cuda", "rocm")
+"""Platforms on which loops over row tiles are slower than the dense product."""
+
 
 def _bind(x: Array, packed: PackedWeight, **how: Any) -> Array:
     leaves, structure = jax.tree.flatten(packed)
@@ -190,21 +194,17 @@ def _run(
     choice: Choice,
     transposed: bool,
     dtype: jnp.dtype,
+    gpu: bool = False,
 ) -> Array:
-    def plain(x: Array, packed: PackedWeight) -> Array:
-        x = lax.optimization_barrier(x)  # the test for NaN must not compute it again
-        held = dense.NAME in (choice.default, *packed.layouts)
-        room = dense if held else xla
-        return room.multiply(x, packed, dtype, transposed=transposed)
-
     packed = jax.tree.unflatten(structure, leaves)
-    if choice.cuda is None:
-        return plain(x, packed)
-    kernel = dispatch.known()[choice.cuda].run
-    fast = lambda x, packed: kernel(x, packed, dtype)  # noqa: E731
-    if choice.forced:
-        return fast(x, packed)
-    return lax.platform_dependent(x, packed, cuda=fast, default=plain)
+    if choice.cuda is not None and (gpu or choice.forced):
+        return dispatch.known()[choice.cuda].run(x, packed, dtype)
+    x = lax.optimization_barrier(x)  # the test for NaN must not compute it again
+    if dense.NAME in (choice.default, *packed.layouts):
+        multiply = dense.multiply
+    else:
+        multiply = dense.multiply_expanded if gpu else xla.multiply
+    return multiply(x, packed, dtype, transposed=transposed)
 
 
 def _shape(
@@ -265,11 +265,20 @@ def _transpose(
     places = jax.tree.unflatten(structure, range(len(leaves)))
     g = g.astype(x.dtype)
     pair = (g, x) if transposed else (x, g)
-    for name, value in zip(VALUES, xla.gradient_of_values(*pair, packed), strict=True):
+    loop, whole = (
+        functools.partial(_gradient, room.gradient_of_values, packed)
+        for room in (xla, dense)
+    )
+    values = lax.platform_dependent(*pair, default=loop, **dict.fromkeys(GPUS, whole))
+    for name, value in zip(VALUES, values, strict=True):
         place = getattr(places, name)
         if place is not None and linear[place]:
             cotangents[1 + place] = value
     return cotangents
+
+
+def _gradient(of_values: Any, packed: PackedWeight, x: Array, g: Array) -> Any:
+    return of_values(x, g, packed)
 
 
 def _batch(
@@ -300,6 +309,10 @@ def _batch(
 core.def_impl(_run)
 core.def_abstract_eval(_shape)
 mlir.register_lowering(core, mlir.lower_fun(_run, multiple_results=False))
+for platform in GPUS:
+    on_gpu = functools.partial(_run, gpu=True)
+    rule = mlir.lower_fun(on_gpu, multiple_results=False)
+    mlir.register_lowering(core, rule, platform=platform)
 ad.primitive_jvps[core] = _jvp
 ad.primitive_transposes[core] = _transpose
 batching.primitive_batchers[core] = _batch

@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
@@ -208,22 +206,6 @@ def test_kernels_lower_for_cuda_without_a_gpu(name):
     x = jax.ShapeDtypeStruct((3, 64), jnp.bfloat16)
     traced = jax.jit(lambda x: kernel.run(x, packed, jnp.bfloat16)).trace(x)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-@given(
-    n=st.integers(1, 5000),
-    tiles=st.integers(1, 300),
-    blocks=st.integers(1, 130),
-    steps=st.integers(1, 300),
-)
-def test_every_cut_fits_the_chip(n, tiles, blocks, steps):
-    cut = wgmma_sp.tiling(n, tiles, blocks, steps)
-    per = -(-steps // cut.splits)
-    listed = 512 * per if tiles > 1 else 0
-    assert cut.shared_bytes + listed + 2048 <= support.SHARED_BYTES
-    assert blocks % cut.row_groups == 0
-    assert tiles == 1 or per <= 256, "a box of the copy engine has 256 rows at most"
-    assert cut.width >= min(n, 64) and cut.splits <= steps
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,133 @@
+"""Predicted seconds of a product on an H200: which program serves it, how it is cut.
+
+The larger of what memory, the L2 cache, shared memory and the tensor cores need, plus
+starts and helper programs. The rates of memory and of the dense product are measured,
+the others are published; no kernel of this package has been timed yet (`bench.gpu`
+does). A sparse tensor core reads twice the activations per unit of time, which shared
+memory does not deliver: twice the dense rate is out of reach, 1.2 times is what tuned
+libraries show for 2:4. What a packed weight wins, it wins with few tokens or few stored
+columns.
+"""
+
+import dataclasses
+
+from flexhinm_jax.gpu.layouts import ROWS, STEP
+
+CORES, CLOCK = 132, 1.7e9
+"""Multiprocessors; their clock in Hz."""
+
+MEMORY, CACHE = 4.3e12, 6.0e12
+"""Bytes per second from memory, and from the L2 cache to all multiprocessors."""
+
+SHARED = 128 * CORES * CLOCK
+"""Bytes per second that tensor cores and copies move in all shared memories."""
+
+DENSE_RATE = 790e12
+"""Operations per second of a dense product in bfloat16 (cuBLAS)."""
+
+START, SLACK = 2e-6, 1.15
+"""Seconds to start a program; loss of a kernel against its bound."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A product.
+
+    Attributes:
+      n: tokens.
+      o: outputs.
+      i: inputs.
+      tiles: row tiles.
+      stored: stored values of a row.
+      kept: inputs that a tile reads.
+    """
+
+    n: int
+    o: int
+    i: int
+    tiles: int
+    stored: int
+    kept: int
+
+    @property
+    def packed_bytes(self) -> float:
+        """Values, positions and index lists."""
+        positions = self.o * self.stored / 4
+        return 2 * self.o * self.stored + positions + 4 * self.tiles * self.kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A block of a kernel.
+
+    Attributes:
+      row_groups: warpgroups along 64 rows each.
+      token_groups: warpgroups along the tokens.
+      tokens: tokens of a warpgroup.
+      splits: blocks that share the columns of a tile.
+      resident: blocks that fit a multiprocessor at a time.
+    """
+
+    row_groups: int
+    token_groups: int
+    tokens: int
+    splits: int
+    resident: int
+
+
+def dense(n: int, o: int, i: int) -> float:
+    """Seconds of the dense product."""
+    moved = 2 * (o * i + n * i + n * o)
+    return max(1.05 * moved / MEMORY, 2 * n * o * i / DENSE_RATE)
+
+
+def expanded(sizes: Sizes) -> float:
+    """Seconds to write the matrix out and multiply with it (`kernels.dense`)."""
+    n, o, i = sizes.n, sizes.o, sizes.i
+    moved = sizes.packed_bytes + 2 * o * i
+    if sizes.tiles > 1:  # the kept columns turned, and the result in order
+        moved += 4 * o * sizes.kept + 4 * n * o
+    else:  # the columns of x in the order of the weight
+        moved += 4 * n * i
+    return moved / MEMORY + START + dense(n, o, i)
+
+
+def sparse(sizes: Sizes, block: Block, steps: int, blocks: int) -> float:
+    """Seconds of the kernel on sparse tensor cores and of its helpers.
+
+    Args:
+      sizes: of the product.
+      block: how it is cut.
+      steps: steps of 64 stored columns of a tile.
+      blocks: blocks of 64 rows of all tiles.
+    """
+    gathered, n = sizes.tiles > 1, sizes.n
+    rows, width = ROWS * block.row_groups, block.tokens * block.token_groups
+    columns = -(-n // width)
+    grid = blocks // block.row_groups * columns
+    values, x = rows * (2 * STEP + 16), 2 * STEP * width * 2
+    listed = 512 if gathered else 0
+    stored_rows = blocks * ROWS
+    result = 2 * sizes.o * n
+    memory = stored_rows * steps * (2 * STEP + 16) + result + 2 * n * sizes.i
+    memory += grid // columns * steps * listed
+    cache = grid * steps * (values + x + listed)
+    warpgroups = block.row_groups * block.token_groups
+    operands = 4 * warpgroups * (64 * block.tokens + 2048)
+    shared = grid * steps * (values + x + operands)
+    tensor = grid * steps * warpgroups * 4 * block.tokens / 2 / (CORES * CLOCK)
+    bound = max(memory / MEMORY, cache / CACHE, shared / SHARED, tensor)
+    waves = grid * block.splits / (CORES * block.resident)
+    bound *= -(-waves // 1) / waves
+    sums = partial_bytes(sizes, block) / MEMORY
+    # x gathered or turned; the result turned, by the program that adds partial sums.
+    helpers = 2 * START + 2 * (2 * n * sizes.i + result) / MEMORY
+    return SLACK * bound + START + sums + helpers
+
+
+def partial_bytes(sizes: Sizes, block: Block) -> int:
+    """Bytes of partial sums, written and read."""
+    if block.splits == 1:
+        return 0
+    width = block.tokens * block.token_groups
+    return 8 * block.splits * sizes.o * (-(-sizes.n // width) * width)

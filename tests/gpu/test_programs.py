@@ -1,0 +1,165 @@
+"""The programs that run on a GPU without a kernel: no loop over row tiles."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flexhinm_jax as fh
+from flexhinm_jax import kernels
+from flexhinm_jax.gpu import registry, support
+from flexhinm_jax.kernels import dense, dispatch
+from tests.kernels.test_dispatch import ALL, FAKE, normal, pack
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return {name: pack(pattern) for name, pattern in ALL.items()}
+
+
+def with_values(packed, values):
+    return dataclasses.replace(packed, dense_values=values[0], nm_values=values[1])
+
+
+def product(x, packed):
+    return fh.sparse_dot(x, packed)
+
+
+def transposed(x, packed):
+    return fh.sparse_dot(x, packed, transposed=True)
+
+
+def gradients(x, packed):
+    """With respect to x and to the values, of a function that is not linear."""
+
+    def loss(x, values):
+        return jnp.sum(jnp.sin(fh.sparse_dot(x, with_values(packed, values))))
+
+    return jax.grad(loss, (0, 1))(x, (packed.dense_values, packed.nm_values))
+
+
+def lowered(program, x, packed, platform="cuda"):
+    traced = jax.jit(program).trace(x, packed)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("rows", [1, 300])
+def test_no_product_on_a_gpu_loops_over_row_tiles(weights, name, rows):
+    packed, w = weights[name]
+    assert "while" not in lowered(product, normal(rows, w.shape[1]), packed)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("program", [transposed, gradients])
+def test_no_other_program_on_a_gpu_loops_over_row_tiles(weights, name, program):
+    packed, w = weights[name]
+    side = 0 if program is transposed else 1
+    assert "while" not in lowered(program, normal(40, w.shape[side]), packed)
+
+
+@pytest.mark.parametrize("chip", [(8, 0), (8, 9), (9, 0), (10, 0)])
+@pytest.mark.parametrize("layout", ["none", "xla", "dense"])
+def test_no_chip_and_no_layout_brings_the_loops_back(weights, chip, layout):
+    packed, w = weights["flexhinm"]
+    if layout != "none":
+        packed = kernels.prepare(packed, layout)
+    with kernels.assume(*chip):
+        # What was traced for another chip must not be taken.
+        text = lowered(lambda x, p: product(x, p), normal(40, w.shape[1]), packed)
+    assert "while" not in text
+
+
+def test_the_loops_are_what_other_platforms_run(weights):
+    packed, w = next((p, w) for p, w in weights.values() if p.tiles > 1)
+    assert "while" in lowered(product, normal(300, w.shape[1]), packed, "cpu")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_expanded_products_are_those_of_the_matrix(weights, name):
+    packed, w = weights[name]
+    x, g = normal(5, w.shape[1]), normal(5, w.shape[0])
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+    run = jax.jit(dense.multiply_expanded, static_argnames=("dtype", "transposed"))
+    close(run(x, packed, dtype="float32", transposed=False), x @ w.T)
+    close(run(g, packed, dtype="float32", transposed=True), g @ w)
+
+
+@pytest.mark.parametrize("name", ["2:4", "vector", "flexhinm"])
+def test_gradients_of_values_are_those_of_the_reference(weights, name):
+    packed, w = weights[name]
+    x, g = normal(5, w.shape[1]), normal(5, w.shape[0])
+    values = (packed.dense_values, packed.nm_values)
+    by_reference = jax.vjp(
+        lambda v: fh.sparse_dot(x, with_values(packed, v), backend="reference"), values
+    )[1](g)[0]
+    for got, want in zip(
+        dense.gradient_of_values(x, g, packed), by_reference, strict=True
+    ):
+        if want is not None:
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_columns_before_real_ones_are_not_taken_for_them():
+    """A column of zeros may repeat an input anywhere in a tile."""
+    packed, _ = pack(fh.FlexHiNM(8))
+    filled = packed.filled()
+    padded = dataclasses.replace(
+        filled,
+        dense_index=jnp.pad(filled.dense_index, ((0, 0), (2, 0))),
+        dense_values=jnp.pad(filled.dense_values, ((0, 0), (0, 0), (2, 0))),
+    )
+    assert padded.tiles > 1
+    got = dense.expand(padded)[:, jnp.argsort(padded.out_order)]
+    np.testing.assert_array_equal(got.T, kernels.unpack(packed))
+
+
+def test_a_nan_that_no_tile_reads_reaches_every_output(weights):
+    for packed, w in weights.values():
+        x = normal(2, w.shape[1]).at[1, 3].set(jnp.nan)
+        y = dense.multiply_expanded(x, packed, jnp.float32, transposed=False)
+        assert not jnp.isnan(y[0]).any() and jnp.isnan(y[1]).all()
+
+
+FEW, MANY = 16, 1024
+
+
+@pytest.mark.parametrize(
+    "opted, held, rows, kernel",
+    [
+        ("1", False, FEW, "fake"),
+        ("1", True, FEW, "fake"),
+        ("1", False, MANY, None),
+        ("1", True, MANY, None),
+        ("0", False, FEW, None),
+    ],
+)
+def test_few_tokens_take_the_kernel_many_the_matrix(
+    weights, monkeypatch, opted, held, rows, kernel
+):
+    """Predicted seconds decide, and nothing without the word of the user."""
+    packed, w = weights["flexhinm"]
+    seconds = lambda n, _: 0.0 if n < 100 else 1.0  # noqa: E731
+    fake = dataclasses.replace(FAKE, seconds=seconds)
+    monkeypatch.setattr(registry, "KERNELS", {"fake": fake})
+    monkeypatch.setattr(support, "HALF", (jnp.dtype(jnp.float32),))
+    monkeypatch.setenv(dispatch.OPT_IN, opted)
+    packed = dataclasses.replace(packed, layouts={"fake": {}})
+    packed = kernels.prepare(packed, "dense") if held else packed
+    x = jax.ShapeDtypeStruct((rows, w.shape[1]), jnp.float32)
+    with kernels.assume(9, 0):
+        choice = dispatch.choose("auto", x, packed, transposed=False)
+        forced = dispatch.choose("fake", x, packed, transposed=False)
+    assert choice == dispatch.Choice("xla", kernel)
+    assert forced.forced and forced.cuda == "fake"
+
+
+def test_preparing_for_a_gpu_without_kernels_adds_nothing(weights, monkeypatch):
+    packed, _ = weights["2:4"]
+    monkeypatch.delenv(dispatch.OPT_IN, raising=False)
+    with kernels.assume(8, 0):
+        assert kernels.prepare(packed).layouts == {}
+    with kernels.assume(9, 0):
+        assert kernels.prepare(packed).layouts == {}
