@@ -8,14 +8,7 @@ from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.io.sources import read_sentences
 
-ONLY_ENCODERS = {
-    "resume": "a decoder goes on by itself from OUT.partial beside --out",
-    "limit": "give --samples",
-    "max_length": "give --length",
-    "share_orders": "it is not for --sequential",
-}
 ONLY_SEQUENTIAL = ("target", "statistics", "resume")
-ONLY_DECODERS = ("memory", "length", "samples", "dtype", "pack", "first_last")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +50,8 @@ def check(args: argparse.Namespace, is_decoder: bool) -> Choices:
             f" sparsity, {low:g}, so there is nothing to spread; choose one that can"
             " have several (flexhinm, hinm, vector), or leave --allocate out"
         )
-    check_kind = _check_decoder if is_decoder else _check_encoder
-    text = check_kind(args, method)
+    flags.check_kind(args, is_decoder)
+    text = [] if is_decoder else _sentences(args, method)
     return Choices(method, args.sparsity, rules, exceptions, text)
 
 
@@ -68,20 +61,8 @@ def best(pattern: patterns.Pattern) -> str:
     return "staged_alps" if pattern.form and low < high else "alps"
 
 
-def _check_decoder(args: argparse.Namespace, method: methods.Method) -> list[str]:
-    del method
-    for option, why in ONLY_ENCODERS.items():
-        if getattr(args, option):
-            raise ValueError(f"--{option.replace('_', '-')} is for encoders; {why}")
-    return []
-
-
-def _check_encoder(args: argparse.Namespace, method: methods.Method) -> list[str]:
-    """The calibration sentences that are needed."""
-    for option in ONLY_DECODERS:
-        if getattr(args, option):
-            name = option.replace("_", "-")
-            raise ValueError(f"--{name} is for decoders; leave it out")
+def _sentences(args: argparse.Namespace, method: methods.Method) -> list[str]:
+    """The calibration sentences that an encoder needs."""
     if args.share_orders and args.sequential:
         raise ValueError("--share-orders is not for --sequential; drop one of them")
     for option in ONLY_SEQUENTIAL:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexhinm_jax import patterns
+from flexhinm_jax.models.load import PACKED_BLOCKS
 from flexhinm_jax.pruning.allocate import MODES, Mode
 from flexhinm_jax.pruning.owl import OWL
 
@@ -16,6 +17,14 @@ ACTIONS = ("skip", "prune")
 
 DENSE = "dense"
 """Another word for "skip"."""
+
+ONLY_ENCODERS = {
+    "resume": "a decoder goes on by itself from OUT.partial beside --out",
+    "limit": "give --samples",
+    "max_length": "give --length",
+    "share_orders": "it is not for --sequential",
+}
+ONLY_DECODERS = ("memory", "length", "samples", "dtype", "pack", "first_last")
 
 NUMBER = re.compile(r"[01]|[01]?\.\d+")
 
@@ -146,6 +155,60 @@ def add_sentences(parser: argparse.ArgumentParser, batch: str) -> None:
         metavar="N",
         help="cut sentences to N tokens (default: 128, or what the model reads)",
     )
+
+
+def add_decoders(parser: argparse.ArgumentParser, length: int, samples: int) -> Any:
+    """Adds what streaming a decoder needs; returns the group of these options.
+
+    Args:
+      parser: of the command.
+      length: tokens of a sample, where nothing is said.
+      samples: at most, where nothing is said.
+    """
+    group = parser.add_argument_group("decoders")
+    add = group.add_argument
+    add(
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="most memory to take besides that of the interpreter, such as 8GiB; hidden"
+        " states that do not fit go to disk",
+    )
+    add(
+        "--length",
+        type=positive,
+        metavar="N",
+        help=f"tokens of a sample (default: {length}, or what the model reads)",
+    )
+    add(
+        "--samples",
+        type=positive,
+        metavar="N",
+        help=f"samples to calibrate on (default: all of TEXT, at most {samples})",
+    )
+    add(
+        "--dtype",
+        choices=("checkpoint", "float32"),
+        help="what to compute in (default: the dtype of the checkpoint)",
+    )
+    add(
+        "--pack",
+        action="store_true",
+        help="also write the weights as the sparse kernels read them, one file per"
+        f" block in {PACKED_BLOCKS}/",
+    )
+    return group
+
+
+def check_kind(args: argparse.Namespace, is_decoder: bool) -> None:
+    """Raises ValueError for an option that is for the other kind of model."""
+    for option, why in ONLY_ENCODERS.items() if is_decoder else ():
+        if getattr(args, option, None):
+            raise ValueError(f"--{option.replace('_', '-')} is for encoders; {why}")
+    for option in () if is_decoder else ONLY_DECODERS:
+        if getattr(args, option, None):
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is for decoders; leave it out")
 
 
 def rules(texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:

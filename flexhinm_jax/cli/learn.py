@@ -1,7 +1,9 @@
-"""`flexhinm learn`: masks of a model directory, by distilling its own outputs."""
+"""`flexhinm learn`: masks of a model directory, by distilling its own outputs.
+
+An encoder is learned as a whole here; a decoder block by block, in `learn_decoder`.
+"""
 
 import argparse
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -9,70 +11,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from flexhinm_jax import __version__, checks, methods, patterns
-from flexhinm_jax.cli import directory, flags
+from flexhinm_jax import checks, patterns
+from flexhinm_jax.cli import directory, flags, learn_decoder, prune_decoder
 from flexhinm_jax.cli.console import Console, report_table
 from flexhinm_jax.cli.directory import REPORT
+from flexhinm_jax.cli.learn_decoder import Choices
 from flexhinm_jax.io import atomic
 from flexhinm_jax.io.sources import read_sentences
-from flexhinm_jax.methods import LearnedMethod, RefineMask
-from flexhinm_jax.models.load import PACKED, Model, load
-from flexhinm_jax.pruning import apply, prune, solve
+from flexhinm_jax.methods import LearnedMethod
+from flexhinm_jax.models.load import PACKED, Model, is_decoder, load
+from flexhinm_jax.pruning import apply, prune
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.tracing.discover import discover
-from flexhinm_jax.training import objectives
+from flexhinm_jax.training import few_steps, objectives
 from flexhinm_jax.training.fit import fit
-from flexhinm_jax.training.optimizers import relative
-from flexhinm_jax.training.warm_start import adopt
-from flexhinm_jax.types import State, Stats, Uses
-
-#: Learning rates, of the optimiser that `_tx` gives the method.
-RATES = {
-    "maskllm": 2e-4,
-    "maskpro": 50.0,
-    "patch": 2e-4,
-    "permllm": 5e-2,
-    "proxsparse": 1e-4,
-}
-
-#: In place of the published schedules, which are for thousands of steps: with few steps
-#: from good masks the noise of sampling costs more than it finds.
-SHORT = {
-    "relaxation": "decided",
-    "scale": (100.0, 100.0),
-    "temperature": (1.0, 1.0),
-    "reward": 0.0,
-}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "maskllm": SHORT,
-    "patch": SHORT,
-    "permllm": {"steps": 0},  # the loss is that of the model
-}
 
 BATCH_SENTENCES = 16
 LOOKS = 20  # validations of the hard masks in a run
 HELD = 0.125  # share of the batches that validate
-
-
-@dataclasses.dataclass(frozen=True)
-class Choices:
-    """What to do, checked before anything is computed.
-
-    Attributes:
-      method: with its pattern.
-      start: the method whose plans come first, or None for the own start.
-      rate: of the optimiser.
-      rules: regular expression on leaf paths -> pattern or "skip".
-      text: calibration sentences.
-    """
-
-    method: LearnedMethod
-    start: methods.Method | None
-    rate: float
-    rules: dict[str, Any]
-    text: list[str]
 
 
 def add_parser(commands: Any) -> None:
@@ -85,7 +42,12 @@ def add_parser(commands: Any) -> None:
             Learns which weights of the model in MODEL stay and leaves the weights
             as they are: the outputs on the calibration text are to be those of the
             dense model. Writes DIR as 'flexhinm prune' does: zeros in place,
-            {PACKED} and {REPORT}. For encoders of the BERT family.
+            {PACKED} and {REPORT}.
+
+            A decoder is learned block by block, in the memory of one block: the
+            block is to give what the dense block gives on the hidden states of the
+            text. A run that is stopped or killed goes on by itself when the same
+            command is given again.
             """,
         epilog=EXAMPLES,
     )
@@ -94,7 +56,7 @@ def add_parser(commands: Any) -> None:
     add(
         "--method",
         default="maskllm",
-        choices=list(RATES),
+        choices=list(few_steps.RATES),
         help="default: maskllm",
     )
     add(
@@ -105,7 +67,13 @@ def add_parser(commands: Any) -> None:
     )
     add("--sparsity", type=float, metavar="S", help="see 'flexhinm prune --help'")
     flags.add_calibration(parser, "; an eighth of it validates the masks")
-    add("--steps", type=flags.positive, default=300, metavar="N", help="default: 300")
+    add(
+        "--steps",
+        type=flags.positive,
+        default=300,
+        metavar="N",
+        help="of the whole model, or of every block of a decoder (default: 300)",
+    )
     add("--rate", type=float, metavar="R", help="learning rate; default by method")
     add(
         "--start",
@@ -126,7 +94,20 @@ def add_parser(commands: Any) -> None:
         metavar="REGEX=PATTERN",
         help="as in 'flexhinm prune', but no sparsities",
     )
-    flags.add_sentences(parser, f"sentences of a step (default: {BATCH_SENTENCES})")
+    flags.add_sentences(
+        parser,
+        f"sentences (or samples of a decoder) of a step (default: {BATCH_SENTENCES}, or"
+        f" {learn_decoder.BATCH_SAMPLES})",
+    )
+    group = flags.add_decoders(
+        parser, length=prune_decoder.LENGTH, samples=prune_decoder.SAMPLES
+    )
+    group.add_argument(
+        "--target",
+        choices=("seq", "asym"),
+        help="what a block is to give: what the dense block gives on the same input"
+        " (seq, the default), or what the dense model gives there (asym)",
+    )
     flags.add_written(parser)
     parser.set_defaults(run=run)
 
@@ -136,35 +117,30 @@ examples:
   flexhinm learn all-MiniLM-L6-v2 --pattern 2:4 --calibration sentences.txt --out masked
   flexhinm learn all-MiniLM-L6-v2 --method patch --pattern tiles:tile=128 \\
       --sparsity 0.35 --calibration sentences.txt --resume half-way --out masked
+  flexhinm learn Qwen2.5-0.5B --calibration text.txt --memory 8GiB --out masked
 """
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    choices = _check(args)
+    decoder = args.model.is_dir() and is_decoder(args.model)
+    choices = _check(args, decoder)
     directory.note_builtin(args, console)
     with atomic.locked(args.out), atomic.locked(args.resume or args.out):
-        _run(args, choices, console)
+        if decoder:
+            learn_decoder.run(args, choices, console)
+        else:
+            _run(args, choices, console)
 
 
 def _run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
+    text = read_sentences(args.calibration, args.limit)
     with console.step("reading the model"):
         model = load(args.model)
-    result, history = _learn(args, choices, model, console)
+    result, history = _learn(args, choices, text, model, console)
     first, best = history[0]["value"], min(entry["value"] for entry in history)
-    document = {
-        "model": str(args.model),
-        "out": str(args.out),
-        "method": repr(choices.method),
-        "start": None if choices.start is None else repr(choices.start),
-        "sparsity": args.sparsity,
-        "rules": {regex: str(value) for regex, value in choices.rules.items()},
-        "calibration": str(args.calibration),
-        "seed": args.seed,
-        "steps": args.steps,
-        "rate": choices.rate,
-        "sentences": len(choices.text),
-        "version": __version__,
+    document = learn_decoder.document(args, choices) | {
+        "sentences": len(text),
         "validation": {"first": first, "best": best},
         "history": [{k: v for k, v in e.items() if v == v} for e in history],
         **result.report.to_dict(),
@@ -180,49 +156,38 @@ def _run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
     )
 
 
-def _check(args: argparse.Namespace) -> Choices:
+def _check(args: argparse.Namespace, decoder: bool) -> Choices:
     """Everything that can be refused before the model is read."""
     pattern = patterns.parse(args.pattern)
-    method: Any = methods.parse(args.method, pattern)
-    method = dataclasses.replace(method, **SETTINGS.get(args.method, {}))
+    method = few_steps.method(args.method, pattern)
     checks.sparsity(args.sparsity, *pattern.sparsity_range(), pattern, "--sparsity")
-    rate = RATES[args.method] if args.rate is None else args.rate
+    rate = few_steps.RATES[args.method] if args.rate is None else args.rate
     if not 0 < rate < math.inf:
         raise ValueError(f"--rate {rate}: need a positive number")
     directory.check_out(args)
-    start = _start(args.start, method)
-    text = read_sentences(args.calibration, args.limit)
+    flags.check_kind(args, decoder)
+    if not decoder and args.target:
+        raise ValueError("--target is for decoders; leave it out")
+    fitted = isinstance(method, LearnedMethod) and method.frozen_weights
+    if not decoder and not fitted:
+        raise ValueError(
+            f"--method {args.method} learns block by block, which is for decoders;"
+            " choose another method"
+        )
+    start = few_steps.start(args.start, method)
     rules, numbers = flags.rules(args.rule)
     if numbers:
         raise ValueError(
             f"--rule {next(iter(numbers))}=...: 'flexhinm learn' takes one sparsity for"
             " all weights; give a pattern or skip"
         )
-    return Choices(method, start, rate, rules, text)
-
-
-def _start(name: str | None, method: LearnedMethod) -> methods.Method | None:
-    """The method whose plans come first."""
-    if not method.adopts_plans:
-        if name not in (None, "own"):
-            raise ValueError(
-                f"--start {name}: {type(method).__name__} begins with a start of its"
-                " own; leave the option out"
-            )
-        return None
-    if name == "own":
-        return None
-    if name is None and not RefineMask.fits(method.pattern):
-        return None
-    found = methods.parse(name or "refine_mask", method.pattern).for_fixed_weights()
-    if isinstance(found, LearnedMethod) or found.needs == "gradients":
-        raise ValueError(f"--start {name}: need a method that 'flexhinm prune' runs")
-    return found
+    return Choices(method, start, rate, rules)
 
 
 def _learn(
     args: argparse.Namespace,
     choices: Choices,
+    text: list[str],
     model: Model,
     console: Console,
 ) -> tuple[prune.Pruned, list[dict[str, float]]]:
@@ -231,7 +196,7 @@ def _learn(
     uses = discover(model.apply, params, *model.sample(), rules=choices.rules)
     directory.check_uses(args.model, uses)
     size = args.batch_size or BATCH_SENTENCES
-    batches = model.tokenize(choices.text, size, args.max_length)
+    batches = model.tokenize(text, size, args.max_length)
     steps = [(jnp.asarray(b.tokens), jnp.asarray(b.mask)) for b in batches]
     stats = calibrate(
         model.apply,
@@ -242,7 +207,9 @@ def _learn(
     )
     key, fit_key, mix_key = jax.random.split(jax.random.key(args.seed), 3)
     with console.step(f"solving {len(uses.leaves)} weights", long=True):
-        states = _states(choices, key, params, uses, stats, args.sparsity)
+        states = few_steps.first_states(
+            choices.method, choices.start, key, params, uses, stats, args.sparsity
+        )
     order = np.asarray(jax.random.permutation(mix_key, len(steps)))
     steps = [steps[k] for k in order]
     held = math.ceil(HELD * len(steps)) if len(steps) > 1 else 0
@@ -263,16 +230,11 @@ def _learn(
         )
         tell(entry["step"], args.steps)
 
-    rate = optax.cosine_decay_schedule(choices.rate, args.steps, 0.1)
-    tx = optax.adam(rate, b2=0.95)
-    if args.method == "maskpro":
-        tx = optax.sgd(choices.rate)
-    elif args.method in ("maskllm", "patch"):
-        tx = optax.chain(relative(0.95), optax.sgd(rate))
+    tx = few_steps.optimiser(args.method, choices.rate, args.steps)
     name = f"learning for {args.steps} steps (the first compiles)"
     with console.step(name, long=True) as tell:
         states, history = fit(
-            choices.method,
+            choices.method,  # pyright: ignore[reportArgumentType]
             states,
             loss_fn,
             params,
@@ -292,21 +254,3 @@ def _learn(
         plans = apply.decide(choices.method, states, params, uses)
         result = prune.applied(plans, params, uses)
     return result, history
-
-
-def _states(
-    choices: Choices,
-    key: Any,
-    params: Any,
-    uses: Uses,
-    stats: dict[str, Stats],
-    sparsity: float | None,
-) -> dict[str, State]:
-    """Where learning begins."""
-    if choices.start is None or not choices.method.adopts_plans:
-        return solve.solve(choices.method, key, params, uses, stats, sparsity)
-    found = solve.solve(choices.start, key, params, uses, stats, sparsity)
-    plans = apply.decide(choices.start, found, params, uses)
-    # The weights and biases of these plans are not used: nothing but masks moves.
-    gated: Any = choices.method  # the one kind that adopts plans
-    return adopt(gated, plans, params, uses)[0]

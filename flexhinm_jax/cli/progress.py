@@ -4,7 +4,7 @@ import math
 
 from flexhinm_jax.cli.console import bytes_text
 from flexhinm_jax.sequential.sequential import Layer
-from flexhinm_jax.streaming import streaming
+from flexhinm_jax.streaming import learned, streaming
 from flexhinm_jax.streaming.blocks import Blocks
 from flexhinm_jax.streaming.memory import Budget
 
@@ -45,6 +45,15 @@ def block_text(block: streaming.Block) -> str:
     return (
         f"block {block.layer + 1}/{block.total}: error {block.error:.4f},"
         f" {block.seconds:.1f} s, peak {bytes_text(block.peak)}, {left}"
+    )
+
+
+def judged_text(told: learned.Judged) -> str:
+    """One line about a look at the masks of a block."""
+    loss = "" if math.isnan(told.loss) else f" loss {told.loss:.4f},"
+    return (
+        f"block {told.layer + 1}/{told.total}, step {told.step} of {told.steps}:{loss}"
+        f" held back {told.value:.4f}"
     )
 
 

@@ -15,7 +15,7 @@ from flexhinm_jax.cli.console import Console
 from flexhinm_jax.cli.directory import REPORT
 from flexhinm_jax.cli.recipe import RECIPE
 from flexhinm_jax.io import atomic
-from flexhinm_jax.models.load import PACKED, PACKED_BLOCKS, is_decoder
+from flexhinm_jax.models.load import PACKED, is_decoder
 from flexhinm_jax.sequential.request import STATISTICS, TARGETS
 
 
@@ -155,40 +155,10 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
 
 def _add_decoders(parser: argparse.ArgumentParser) -> None:
     """Adds the options that are for decoders."""
-    add = parser.add_argument_group("decoders").add_argument
-    add(
-        "--memory",
-        type=flags.size,
-        metavar="SIZE",
-        help="most memory to take besides that of the interpreter, such as 8GiB; hidden"
-        " states that do not fit go to disk",
+    group = flags.add_decoders(
+        parser, length=prune_decoder.LENGTH, samples=prune_decoder.SAMPLES
     )
-    add(
-        "--length",
-        type=flags.positive,
-        metavar="N",
-        help=f"tokens of a sample (default: {prune_decoder.LENGTH}, or what the model"
-        " reads)",
-    )
-    add(
-        "--samples",
-        type=flags.positive,
-        metavar="N",
-        help="samples to calibrate on (default: all of TEXT, at most"
-        f" {prune_decoder.SAMPLES})",
-    )
-    add(
-        "--dtype",
-        choices=("checkpoint", "float32"),
-        help="what to compute in (default: the dtype of the checkpoint)",
-    )
-    add(
-        "--pack",
-        action="store_true",
-        help="also write the weights as the sparse kernels read them, one file per"
-        f" block in {PACKED_BLOCKS}/",
-    )
-    add(
+    group.add_argument(
         "--first-last",
         metavar="WHAT",
         help="what the first and the last block get, before all rules: dense, a"

@@ -1,8 +1,11 @@
 """`flexhinm prune` of a decoder: block by block, in bounded memory."""
 
 import argparse
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -58,10 +61,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
             **result.report.to_dict(),
         }
 
-    partial = args.out.with_name(args.out.name + work.PARTIAL)
-    if partial.exists():
-        console.note(f"going on with {partial}")
-    try:
+    with going_on(args.out, console):
         result = streaming.stream(
             args.model,
             args.out,
@@ -88,10 +88,6 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
             ),
             progress=tell,
         )
-    except BaseException:
-        if partial.exists():
-            console.note(f"{partial} is kept: the same command goes on from there")
-        raise
     shown, more = evaluated(args, document(result), console)
     console.result(
         shown,
@@ -106,6 +102,20 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
         *directory.ending(args.out, result.report),
         *more,
     )
+
+
+@contextlib.contextmanager
+def going_on(out: Path, console: Console) -> Iterator[None]:
+    """Says where the state of a run is that began, or that is not finished."""
+    partial = out.with_name(out.name + work.PARTIAL)
+    if partial.exists():
+        console.note(f"going on with {partial}")
+    try:
+        yield
+    except BaseException:
+        if partial.exists():
+            console.note(f"{partial} is kept: the same command goes on from there")
+        raise
 
 
 def _with_first_last(choices: Choices, what: str, blocks: Blocks) -> Choices:

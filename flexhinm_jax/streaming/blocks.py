@@ -187,17 +187,28 @@ class BlockUses:
         if before == prefix:
             return uses
 
-        def renamed(key: str | None) -> Any:
-            return None if key is None else prefix + key.removeprefix(before)
+        return renamed(uses, lambda key: prefix + key.removeprefix(before))
 
-        return Uses(
-            tuple(
-                dataclasses.replace(u, path=renamed(u.path), bias=renamed(u.bias))
-                for u in uses
-            ),
-            {renamed(key): reason for key, reason in uses.skipped.items()},
-            {renamed(key): size for key, size in uses.dense.items()},
-        )
+
+def renamed(uses: Uses, name: Callable[[str], str]) -> Uses:
+    """The same uses under other keys.
+
+    Args:
+      uses: of a block.
+      name: key -> new key.
+    """
+    return Uses(
+        tuple(
+            dataclasses.replace(
+                use,
+                path=name(use.path),
+                bias=None if use.bias is None else name(use.bias),
+            )
+            for use in uses
+        ),
+        {name(key): reason for key, reason in uses.skipped.items()},
+        {name(key): size for key, size in uses.dense.items()},
+    )
 
 
 def open_blocks(directory: Path, dtype: Dtype = "checkpoint") -> Blocks:

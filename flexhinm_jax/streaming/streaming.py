@@ -14,6 +14,7 @@ appears at the end, complete, or not at all.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -107,6 +108,9 @@ class Block:
     left: float
 
 
+Done = tuple[list[Row], dict[str, float]]
+"""Rows of the report, and errors by key."""
+
 Told = Budget | Surveyed | Allocated | Layer | Block
 """What a run tells: its plan of memory, then how far it has come."""
 
@@ -167,22 +171,8 @@ def stream(
     tell = progress or (lambda told: None)
     request.check()
     check_mode(spread.mode)
-    atomic.check_directory(out, overwrite=output.overwrite)
-    huggingface.check_copy(Path(directory), Path(out))
-    blocks = open_blocks(Path(directory), limits.dtype)
-    shards.check_space(Path(out), blocks.index.size - Work.taken(Path(out)))
-    setting = Setting(
-        blocks,
-        blocks.uses(
-            request.rules,
-            lambda uses: fitting(request.method, uses, request.on_mismatch),
-        ),
-        split(tokens, limits.batch, blocks),
-        request,
-        spread,
-        output.pack,
-        Programs(Ahead()),
-    )
+    setting = opened(directory, out, tokens, request, limits, output)
+    setting = dataclasses.replace(setting, spread=spread)
     check_blocks(setting)
     setting = dataclasses.replace(setting, targets=first_targets(setting))
     memory.check_all(setting)
@@ -190,7 +180,7 @@ def stream(
     tell(plan)
     plan.check()
     work = Work(Path(out), setting)
-    with atomic.locked(out), work.kept(blocks.index.size + plan.on_disk):
+    with atomic.locked(out), work.kept(setting.blocks.index.size + plan.on_disk):
         if spread.mode != "uniform":
             targets = survey(setting, work, plan.shelf, tell)
             setting = dataclasses.replace(setting, targets=targets)
@@ -201,6 +191,42 @@ def stream(
         result = Streamed(total(setting, rows), errors, allocated)
         work.finish({} if output.extra is None else output.extra(result))
     return result
+
+
+def opened(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    tokens: np.ndarray,
+    request: Request,
+    limits: Limits,
+    output: Output,
+) -> Setting:
+    """A directory, its text and where it goes, checked before anything is computed.
+
+    Args:
+      directory: Hugging Face directory of a supported family.
+      out: directory to write.
+      tokens: i32[samples, length], the calibration text.
+      request: what to do.
+      limits: memory, batch and dtype.
+      output: what to write.
+    """
+    atomic.check_directory(out, overwrite=output.overwrite)
+    huggingface.check_copy(Path(directory), Path(out))
+    blocks = open_blocks(Path(directory), limits.dtype)
+    shards.check_space(Path(out), blocks.index.size - Work.taken(Path(out)))
+    return Setting(
+        blocks,
+        blocks.uses(
+            request.rules,
+            lambda uses: fitting(request.method, uses, request.on_mismatch),
+        ),
+        split(tokens, limits.batch, blocks),
+        request,
+        Spread(),
+        output.pack,
+        Programs(Ahead()),
+    )
 
 
 def check_blocks(setting: Setting) -> None:
@@ -220,9 +246,25 @@ def check_blocks(setting: Setting) -> None:
 
 
 def prune_blocks(
-    setting: Setting, work: Work, plan: Budget, tell: Callable[[Told], None]
-) -> tuple[list[Row], dict[str, float]]:
-    """Rows and errors of all blocks, of those too that an earlier run has done."""
+    setting: Setting,
+    work: Work,
+    plan: Budget,
+    tell: Callable[[Any], None],
+    prune: Callable[[int, States], Done] | None = None,
+) -> Done:
+    """Rows and errors of all blocks, of those too that an earlier run has done.
+
+    Args:
+      setting: what to do.
+      work: the folder.
+      plan: of the memory.
+      tell: called with a `Block` after every block.
+      prune: prunes and writes a block, see `prune_block`, which None stands for.
+    """
+    if prune is None:
+        prune = functools.partial(
+            prune_block, setting=setting, work=work, plan=plan, tell=tell
+        )
     blocks, states = setting.blocks, States(work.states, plan.shelf)
     rows: list[Row] = []
     errors: dict[str, float] = {}
@@ -239,7 +281,7 @@ def prune_blocks(
     for layer in range(first, blocks.count):
         memory.reset_peak()
         started = time.perf_counter()
-        own, lost = prune_block(layer, setting, work, states, plan, tell)
+        own, lost = prune(layer, states)
         work.done(layer, own, lost)
         now = time.perf_counter()
         rows, errors = rows + own, errors | lost
@@ -283,12 +325,13 @@ def split(tokens: np.ndarray, batch: int, blocks: Blocks) -> list[np.ndarray]:
 
 def prune_block(
     layer: int,
+    states: States,
+    *,
     setting: Setting,
     work: Work,
-    states: States,
     plan: Budget,
     tell: Callable[[Told], None],
-) -> tuple[list[Row], dict[str, float]]:
+) -> Done:
     """Prunes and writes a block; `states` are then those after it."""
     blocks, uses = setting.blocks, setting.uses.of(layer)
     now, twins = states.take()
@@ -318,18 +361,37 @@ def prune_block(
         tell(done)
 
     walk.run(step, taken)
-    for key, leaf in job.current.items():
-        stored = blocks.index.read(key).dtype
+    write_block(layer, setting, work, job.current, leaves)
+    del job
+    states.next(layer + 1, walk.outputs(), setting.request.beside)
+    return rows, errors
+
+
+def write_block(
+    layer: int,
+    setting: Setting,
+    work: Work,
+    arrays: Mapping[str, Any],
+    leaves: Mapping[str, Any],
+) -> None:
+    """Writes a block, its packed form too where that is asked for.
+
+    Args:
+      layer: which.
+      setting: what to do.
+      work: the folder.
+      arrays: key -> array with zeros in place, all of the block.
+      leaves: key -> packed leaf; not read without packing.
+    """
+    for key, leaf in arrays.items():
+        stored = setting.blocks.index.read(key).dtype
         work.writer.put(key, np.asarray(leaf).astype(stored, copy=False))
     if setting.pack:
-        others = {k: np.asarray(x) for k, x in job.current.items() if k not in leaves}
+        others = {k: np.asarray(x) for k, x in arrays.items() if k not in leaves}
         folder = work.model / PACKED
         folder.mkdir(exist_ok=True)
         path = folder / f"block-{layer:05d}.safetensors"
         packed.write_packed(path, {**others, **leaves}, overwrite=True)
-    del job
-    states.next(layer + 1, walk.outputs(), setting.request.beside)
-    return rows, errors
 
 
 def described(path: str, plan: Plan, layout: Any, pack: bool) -> tuple[Row, Any]:

@@ -59,6 +59,7 @@ class Setting:
       programs: what was compiled.
       targets: sparsity of every leaf, or one for all: what the sparsity of the request
         and the spread come to.
+      more: what else decides about the result, by name.
     """
 
     blocks: Blocks
@@ -69,6 +70,7 @@ class Setting:
     pack: bool
     programs: Programs
     targets: float | Mapping[str, float] | None = None
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def job(self, layer: int, params: Mapping[str, Any], hidden: Sequence[Any]) -> Job:
         """Checks a block and says how to prune it.
@@ -207,6 +209,7 @@ def record(setting: Setting) -> dict[str, str]:
         block=request.block,
         dtype=blocks.dtype,
         pack=setting.pack,
+        **setting.more,
     )
 
 

@@ -8,6 +8,7 @@ from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, packed
 from flexhinm_jax.methods import RefineMask
 from flexhinm_jax.ops import masks
+from tests.models.directories import QWEN3, make_decoder_directory
 
 FLAGS = ("--pattern", "2:4", "--steps", 4, "--batch-size", 2, "--max-length", 8)
 FLAGS += ("--rule", r"layer\.1\.|attention=skip")
@@ -103,3 +104,47 @@ def test_the_first_masks_can_be_those_of_another_method(learn, model_dir, tmp_pa
 def test_mistakes_end_in_one_line(learn, model_dir, capsys, extra, told):
     assert learn(*(x.format(model=model_dir) for x in extra)) == 2
     assert told in error_line(capsys)
+
+
+CONFIG = QWEN3 | {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "head_dim": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def test_a_decoder_is_learned_block_by_block(tmp_path, capsys):
+    make_decoder_directory(tmp_path / "model", CONFIG)
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat, a dog ran under a tree. " * 6)
+    arguments = ["learn", tmp_path / "model", "--out", tmp_path / "out", "--steps", 2]
+    arguments += ["--calibration", text, "--length", 16, "--samples", 8, "--pack"]
+    arguments += ["--start", "own", "--rule", "self_attn=skip"]
+    assert main([str(x) for x in arguments]) == 0
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert lines[0] == "planned memory for 8 samples of 16 tokens:"
+    assert lines[-1].startswith("block 2/2: error 0.") and "left" in lines[-1]
+    assert "loss of the blocks on held-back text: " in out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["weights"]) == 2 * 3 and report["steps"] == 2
+    assert len(report["validation"]) == 2 and (report["samples"], 16) == (8, 16)
+    after = huggingface.read(tmp_path / "out").params
+    for row in report["weights"]:
+        assert np.mean(after[row["path"]] == 0) == 0.5
+    assert (tmp_path / "out" / "packed" / "block-00001.safetensors").is_file()
+    assert "| steps | 2 |" in (tmp_path / "out" / "README.md").read_text()
+    assert main([str(x) for x in (*arguments, "--force", "--limit", 3)]) == 2
+    assert "--limit is for encoders; give --samples" in error_line(capsys)
+
+
+def test_options_of_decoders_and_their_methods_are_refused_for_encoders(learn, capsys):
+    for extra, told in (
+        (("--memory", "1GiB"), "--memory is for decoders; leave it out"),
+        (("--target", "asym"), "--target is for decoders; leave it out"),
+        (("--method", "hyperprune"), "learns block by block, which is for decoders"),
+    ):
+        assert learn(*extra) == 2
+        assert told in error_line(capsys)

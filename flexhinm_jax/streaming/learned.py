@@ -1,0 +1,455 @@
+"""Learns the masks of a decoder directory block by block, in bounded memory.
+
+One block at a time is loaded, and the masks of its weights are learned so that the
+block gives what the dense block gives: on the hidden states behind the pruned blocks
+before it (target "seq"), or what the dense model gives there ("asym"). The weights
+stay. The loss is the squared error over the squared outputs, and the training is a
+`Run` of the training room: the best hard masks seen are kept, the first ones among
+them, so no block ends worse than it began.
+
+Blocks of one kind are one program, under keys without the number of the layer, so
+every kind is compiled once. Resuming, writing and packing are those of `streaming`; a
+run that is killed goes on in the middle of a block too, with the same result.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from flexhinm_jax import arguments
+from flexhinm_jax.io import atomic, records
+from flexhinm_jax.io.checkpoints import Checkpoints
+from flexhinm_jax.io.shelf import Shelf
+from flexhinm_jax.methods import LearnedMethod, Method
+from flexhinm_jax.models import decoder
+from flexhinm_jax.pruning import apply, solve
+from flexhinm_jax.pruning.output_errors import output_errors
+from flexhinm_jax.pruning.report import Row
+from flexhinm_jax.pruning.statistics import blank, calibrate
+from flexhinm_jax.sequential.request import Request
+from flexhinm_jax.streaming import memory, streaming
+from flexhinm_jax.streaming.blocks import TABLE, renamed
+from flexhinm_jax.streaming.memory import Budget
+from flexhinm_jax.streaming.states import States
+from flexhinm_jax.streaming.streaming import Limits, Output, Streamed
+from flexhinm_jax.streaming.work import Setting, Work
+from flexhinm_jax.training import few_steps, model_gates
+from flexhinm_jax.training.objectives import Teacher, output_error
+from flexhinm_jax.training.run import Judge, NotFinite, Phase, Run
+from flexhinm_jax.training.state import Training, frozen, init_training
+from flexhinm_jax.training.step import make_step
+from flexhinm_jax.types import State, Uses
+
+__all__ = ["Judged", "Learned", "Learning", "learn_blocks"]
+
+SAVE_SECONDS = 120.0
+"""Wall time between two checkpoints inside a block."""
+
+COPIES = 5
+"""Of what is learned: itself, its gradient, two moments, the best so far."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How the masks of every block are learned.
+
+    Attributes:
+      tx: optimiser of what the method learns; begins anew in every block.
+      steps: updates per block.
+      start: method whose plans come first, for one that adopts plans; None for the
+        method's own start.
+      looks: evaluations of the hard masks per block, besides the first.
+      held: share of the batches that judges the masks and is not learned from; at
+        least one, unless there is only one batch.
+      config: plain values that explain `tx`: a run that goes on must give the same.
+    """
+
+    tx: optax.GradientTransformation
+    steps: int
+    start: Method | None = None
+    looks: int = 10
+    held: float = 0.125
+    config: Any = None
+
+    def __post_init__(self):
+        """Validates the fields."""
+        arguments.optimiser(self.tx, "tx")
+        arguments.count(self.steps, "steps", 1)
+        arguments.count(self.looks, "looks", 1)
+        if not 0 < self.held < 1:
+            raise ValueError(f"held={self.held!r}: need a share between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """The hard masks of a block were evaluated.
+
+    Attributes:
+      layer: which block, from 0.
+      total: blocks in all.
+      step: updates done.
+      steps: updates of the block.
+      loss: mean of the relaxation since the last look; NaN at the first.
+      value: loss of the hard masks on the batches that judge.
+    """
+
+    layer: int
+    total: int
+    step: int
+    steps: int
+    loss: float
+    value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(Streamed):
+    """What `learn_blocks` returns.
+
+    Attributes:
+      values: loss of the first and of the best masks of every block; empty pairs for a
+        method with a loop of its own.
+    """
+
+    values: tuple[tuple[float, ...], ...] = ()
+
+
+Told = streaming.Told | Judged
+
+
+def learn_blocks(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    tokens: np.ndarray,
+    request: Request,
+    learning: Learning,
+    *,
+    limits: Limits | None = None,
+    output: Output | None = None,
+    progress: Callable[[Told], None] | None = None,
+) -> Learned:
+    """Learns the masks of a decoder directory block by block.
+
+    Args:
+      directory: Hugging Face directory of a supported family.
+      out: directory to write.
+      tokens: i32[samples, length], the calibration text.
+      request: method, sparsity, rules and key; target "seq" or "asym". A learned
+        method, or one with a loop of its own such as HyperPrune.
+      learning: optimiser, steps and start.
+      limits: memory, batch and dtype; None for the defaults.
+      output: what to write besides the model; None for nothing.
+      progress: called with the `Budget` before anything is computed, a `Judged` for
+        every look at the masks and a `Block` for every block.
+
+    Returns:
+      The report, the errors of all pruned leaves, and what every block gained.
+
+    Raises:
+      FileNotFoundError: a part of the directory is missing.
+      FileExistsError: `out` exists and may not be replaced.
+      ValueError: as `streaming.stream`; another target, or a loss that is not finite.
+      InUse: another process writes `out`.
+    """
+    limits, output = limits or Limits(), output or Output()
+    tell = progress or (lambda told: None)
+    request.check()
+    if request.target == "resid" or request.statistics != "sequential":
+        raise ValueError(
+            f"target={request.target!r}, statistics={request.statistics!r}: masks are"
+            " learned for the output of a block, with target 'seq' (the dense block on"
+            " the same input) or 'asym' (the dense model)"
+        )
+    setting = streaming.opened(directory, out, tokens, request, limits, output)
+    how = {f.name: getattr(learning, f.name) for f in dataclasses.fields(learning)}
+    setting = dataclasses.replace(
+        setting,
+        targets=request.sparsity,
+        more={k: v for k, v in how.items() if k != "tx"},
+    )
+    memory.check_all(setting)
+    plan = planned(setting, limits.memory)
+    tell(plan)
+    plan.check()
+    work = Work(Path(out), setting)
+    task = _Task(setting, learning, work, plan, tell)
+    with atomic.locked(out), work.kept(setting.blocks.index.size + plan.on_disk):
+        rows, errors = streaming.prune_blocks(setting, work, plan, tell, task.block)
+        values = tuple(task.values(n) for n in range(setting.blocks.count))
+        report = streaming.total(setting, rows)
+        result = Learned(report, errors, values=values)
+        work.finish({} if output.extra is None else output.extra(result))
+    return result
+
+
+def planned(setting: Setting, limit: int | None) -> Budget:
+    """The plan of memory, for the kind of block that takes most.
+
+    Args:
+      setting: what to do.
+      limit: bytes; None for any amount.
+    """
+    plans = [_planned(setting, n, limit) for n in setting.uses.kinds().values()]
+    return max(plans, key=lambda plan: plan.least)
+
+
+def _planned(setting: Setting, layer: int, limit: int | None) -> Budget:
+    blocks, beside = setting.blocks, setting.request.beside
+    count, (samples, length) = len(setting.batches), setting.batches[0].shape
+    like, dtype = blocks.like(layer), blocks.computed(TABLE)
+    h = jax.ShapeDtypeStruct((samples, length, blocks.config.hidden_size), dtype)
+    sizes = [math.prod(x.shape) * x.dtype.itemsize for x in like.values()]
+    gram, learned, largest = 0, 0, ("", 0)
+    for path, use in setting.uses.of(layer).leaves.items():
+        stack = math.prod(use.layout.stack_shape)
+        gram += 4 * stack * use.layout.matrix_shape[1] ** 2
+        size = stack * _learned_bytes(setting, path, use, like[path].dtype)
+        learned += size
+        largest = max(largest, (path, size), key=lambda pair: pair[1])
+    program = jax.make_jaxpr(blocks.apply(layer))(like, h)
+    step = 3 * _bytes_of_values(program.jaxpr)
+    hidden = count * math.prod(h.shape) * dtype.itemsize
+    return Budget(
+        limit=limit,
+        # dense, in the training, under the masks, and one on its way to the file
+        weights=3 * sum(sizes) + 2 * max(sizes),
+        gram=gram,
+        solver=learned,
+        step=step,
+        working=gram + learned + step,
+        hidden=hidden * (2 + beside),
+        files=2 * hidden * (1 + beside),
+        leaf=largest[0],
+    )
+
+
+def _learned_bytes(setting: Setting, path: str, use: Any, dtype: Any) -> int:
+    """Bytes of what is learned of one matrix, with its gradient and moments."""
+    own = solve.method_for(setting.request.method, use)
+    target = solve.target_for(own, use, setting.targets)
+    shape = use.layout.matrix_shape
+    w, key = jax.ShapeDtypeStruct(shape, dtype), jax.eval_shape(jax.random.key, 0)
+    run = lambda key, w, stats: own.solve(key, w, stats, sparsity=target)  # noqa: E731
+    state: Any = jax.eval_shape(run, key, w, blank(shape[1]))
+    leaves = jax.tree.leaves(state.learned)
+    moving = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    del path
+    return COPIES * moving + 4 * math.prod(shape)
+
+
+def _bytes_of_values(jaxpr: Any) -> int:
+    """Bytes of everything that a program computes, inner programs included."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        total += sum(memory.size(v) for v in eqn.outvars)
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            if hasattr(inner, "jaxpr"):
+                total += _bytes_of_values(inner.jaxpr)
+    return total
+
+
+class _Programs:
+    """What blocks of one kind share: one function, one step, under short keys.
+
+    Attributes:
+      apply: (params, hidden states) -> hidden states.
+      run: the same, compiled.
+      uses: what is prunable, under short keys.
+      weights_tx: of the weights, which stay; None where the method says so itself.
+      step: of a `Phase`.
+    """
+
+    def __init__(self, setting: Setting, learning: Learning, layer: int):
+        """Compiles nothing yet."""
+        config, prefix = setting.blocks.config, decoder.block_prefix(layer)
+        method: Any = setting.request.method
+
+        def block(params: Mapping[str, Any], h: Array) -> Array:
+            return decoder.block(params, h, config, layer)
+
+        self.apply, self.run = block, jax.jit(block)
+        self.uses = renamed(
+            setting.uses.of(layer), lambda key: key.removeprefix(prefix)
+        )
+        self.method, loss = method, output_error(block)
+        self.weights_tx = None if frozen(method) else optax.set_to_zero()
+        if isinstance(method, LearnedMethod):
+            self.step = make_step(
+                method, loss, self.weights_tx, self.uses, mask_tx=learning.tx
+            )
+
+        @jax.jit
+        def value(states: dict[str, State], params: Any, *batch: Any) -> Array:
+            return loss(self.sparse(states, params), *batch)
+
+        self.value = value
+
+    def sparse(self, states: Mapping[str, State], params: Any) -> Any:
+        """The parameters under the hard masks."""
+        plans = apply.decide(self.method, states, params, self.uses)
+        return apply.densify(plans, params, self.uses)
+
+
+class _Task:
+    """Learns one block after the other; `block` is what `prune_blocks` calls."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        learning: Learning,
+        work: Work,
+        plan: Budget,
+        tell: Callable[[Told], None],
+    ):
+        """Keeps what every block needs."""
+        self.setting, self.learning, self.work = setting, learning, work
+        self.plan, self.tell = plan, tell
+        self.known: dict[Any, _Programs] = {}
+
+    def values(self, layer: int) -> tuple[float, ...]:
+        """Loss of the first and of the best masks of a block that is done."""
+        return tuple(records.read(self._values(layer))["values"])
+
+    def _values(self, layer: int) -> Path:
+        return self.work.folder / f"learned-{layer:05d}.json"
+
+    def programs(self, layer: int) -> _Programs:
+        """The programs of the kind of a block."""
+        kind = self.setting.uses.kind(layer)
+        if kind not in self.known:
+            self.known[kind] = _Programs(self.setting, self.learning, layer)
+        return self.known[kind]
+
+    def block(self, layer: int, states: States) -> tuple[list[Row], dict[str, float]]:
+        """Learns and writes a block; `states` are then those after it."""
+        setting, programs = self.setting, self.programs(layer)
+        prefix = decoder.block_prefix(layer)
+        loaded = setting.blocks.load(layer)
+        params = {key.removeprefix(prefix): x for key, x in loaded.items()}
+        now, twins = states.take()
+        shelf = Shelf(self.plan.shelf, self.work.folder)
+        wanted = [
+            shelf.put(programs.run(params, jnp.asarray(h)))
+            for h in (now if twins is None else twins)
+        ]
+
+        def batch(k: int) -> tuple[Array, Teacher]:
+            return jnp.asarray(now[k]), Teacher(jnp.asarray(shelf.get(wanted[k])))
+
+        key = jax.random.fold_in(setting.request.key, layer)
+        stats = calibrate(
+            programs.apply,
+            params,
+            programs.uses,
+            ((jnp.asarray(h),) for h in now),
+            gram=True,
+        )
+        solve_key, key = jax.random.split(key)
+        begun = few_steps.first_states(
+            programs.method,
+            self.learning.start,
+            solve_key,
+            params,
+            programs.uses,
+            stats,
+            setting.targets,
+        )
+        self.work.solved(layer).mkdir(parents=True, exist_ok=True)
+        values: tuple[float, ...] = ()
+        if isinstance(programs.method, LearnedMethod):
+            run = self._run(layer, programs, params, begun, batch, len(now), key)
+            begun, values = self._finished(layer, run)
+        plans = apply.decide(programs.method, begun, params, programs.uses)
+        errors = output_errors(plans, params, programs.uses, stats)
+        rows, leaves = [], {}
+        for path, plan in plans.items():
+            layout = programs.uses.leaves[path].layout
+            row, leaf = streaming.described(prefix + path, plan, layout, setting.pack)
+            rows.append(row)
+            leaves[prefix + path] = leaf
+        sparse = apply.densify(plans, params, programs.uses)
+        whole = {prefix + name: x for name, x in sparse.items()}
+        streaming.write_block(layer, setting, self.work, whole, leaves)
+        records.write(self._values(layer), {"values": list(values)})
+        after = (
+            ([programs.run(sparse, jnp.asarray(h))], [shelf.get(target)])
+            for h, target in zip(now, wanted, strict=True)
+        )
+        states.next(layer + 1, after, setting.request.beside)
+        shelf.close()
+        return rows, {prefix + path: error for path, error in errors.items()}
+
+    def _run(
+        self,
+        layer: int,
+        programs: _Programs,
+        params: Any,
+        begun: dict[str, State],
+        batch: Callable[[int], tuple[Array, Teacher]],
+        count: int,
+        key: Array,
+    ) -> Run:
+        """The training of a block."""
+        mix_key, key = jax.random.split(key)
+        order = np.asarray(jax.random.permutation(mix_key, count)).tolist()
+        held = math.ceil(self.learning.held * count) if count > 1 else 0
+        judging, learning = order[:held] or order, order[held:]
+        uses: Uses = programs.uses
+        method: Any = programs.method
+
+        def hard(training: Training) -> dict[str, State]:
+            return model_gates.harden(method, training.states, params, uses)
+
+        def value(states: dict[str, State]) -> float:
+            found = [programs.value(states, params, *batch(k)) for k in judging]
+            return float(np.mean([float(x) for x in found]))
+
+        start = init_training(
+            method,
+            params,
+            uses,
+            begun,
+            programs.weights_tx,
+            key=key,
+            mask_tx=self.learning.tx,
+        )
+        return Run(
+            start,
+            [Phase(programs.step, self.learning.steps)],
+            lambda step: batch(learning[step % len(learning)]),
+            judge=Judge(hard, value),
+            every=max(1, self.learning.steps // self.learning.looks),
+            saves=Checkpoints(
+                self.work.solved(layer) / "training",
+                every=None,
+                seconds=SAVE_SECONDS,
+                keep=1,
+                resume="auto",
+            ),
+            config={"layer": layer, "steps": self.learning.steps},
+        )
+
+    def _finished(
+        self, layer: int, run: Run
+    ) -> tuple[dict[str, State], tuple[float, float]]:
+        """The best states, and the loss of the first and of the best masks."""
+        total, steps = self.setting.blocks.count, self.learning.steps
+        try:
+            for row in run:
+                if "value" in row:
+                    loss, value = row.get("loss", math.nan), row["value"]
+                    self.tell(Judged(layer, total, row["step"], steps, loss, value))
+        except NotFinite as error:
+            raise ValueError(f"block {layer + 1} of {total}: {error}") from error
+        assert run.best is not None  # a run with a judge has looked at its start
+        return run.best, (run.rows[0]["value"], run.lowest)
