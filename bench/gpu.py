@@ -201,7 +201,7 @@ def numerics(kernels: dict[str, Kernel], interpret: bool) -> list[dict[str, Any]
     tokens = (3,) if interpret else TOKENS_CHECKED
     key, rows = jax.random.key(time.time_ns() % 2**32), []
     for name, kernel in kernels.items():
-        refused = selfcheck.failure(name, kernel.prepare, kernel.run, kernel.cases)
+        refused = selfcheck.failure(kernel.module) if kernel.module else None
         if refused is not None:
             print(f"WRONG {name}: {refused}")
             rows.append({"kernel": name, "size": refused, "worst": float("inf")})

@@ -47,6 +47,8 @@ class Kernel:
       majors: compute capability majors of the chips it serves; () for any platform.
       since: least version of jax.
       cases: products that must be right on a GPU before it is used there.
+      module: defines this kernel as KERNEL, so that a process of its own can check it;
+        "" needs no check.
       seconds: (tokens, prepared weight) -> predicted seconds; None is always fast.
     """
 
@@ -56,6 +58,7 @@ class Kernel:
     majors: tuple[int, ...] = ()
     since: tuple[int, ...] = support.SINCE
     cases: tuple[selfcheck.Case, ...] = ()
+    module: str = ""
     seconds: Callable[[int, PackedWeight], float] | None = None
 
     def refuse(
@@ -83,7 +86,7 @@ class Kernel:
         if self.name not in packed.layouts:
             call = f"kernels.prepare(packed, {self.name!r})"
             return Refusal(Cause.LAYOUT, f"its layout is missing: call {call}")
-        why = selfcheck.failure(self.name, self.prepare, self.run, self.cases)
+        why = selfcheck.failure(self.module) if self.module else None
         return Refusal(Cause.MACHINE, why) if why else None
 
     def _machine(self, chip: Capability) -> str | None:

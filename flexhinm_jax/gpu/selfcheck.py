@@ -1,14 +1,23 @@
 """No kernel is trusted before it was right on the GPU at hand.
 
-The kernels rest on instructions that only a GPU can check. So the first product of a
-process that would use one runs it on small integers, whose products and sums are exact,
-and compares every bit with the host. A kernel that fails is refused with that reason,
-and the product runs in plain XLA. Costs one or two small compilations per process.
+The kernels rest on instructions that only a GPU can check. So before one is used there
+it runs small integers, whose products and sums are exact, and every bit is compared
+with the host. It runs in a process of its own: an illegal address ends every later
+program of a process, and a barrier that never opens would stop the first product. The
+verdict is kept on disk, for this GPU, driver, jax and version of the package.
 """
 
 import dataclasses
 import functools
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +26,12 @@ import numpy as np
 
 from flexhinm_jax.gpu import support
 from flexhinm_jax.types import PackedWeight
+
+SECONDS = 300
+"""Of a check; it takes about a tenth of that."""
+
+FOLDER = "FLEXHINM_GPU_CHECKS"
+"""Environment variable: where verdicts are kept."""
 
 
 class Case(NamedTuple):
@@ -41,16 +56,24 @@ class Case(NamedTuple):
     cut: Any = None
 
 
-def failure(
-    name: str, prepare: Callable, run: Callable, cases: tuple[Case, ...]
-) -> str | None:
+class Verdict(NamedTuple):
+    """What a check said.
+
+    Attributes:
+      why: the kernel must not be used, or None if it was right.
+      lasting: the check came to an end of its own: the same would happen again.
+    """
+
+    why: str | None
+    lasting: bool = True
+
+
+@functools.cache
+def failure(module: str) -> str | None:
     """Why a kernel must not run on the GPU at hand, or None if it was right.
 
     Args:
-      name: of its layout.
-      prepare: makes its layout.
-      run: its product.
-      cases: products to check.
+      module: defines the kernel, as KERNEL.
 
     Returns:
       None also where there is no GPU: nothing is going to run then.
@@ -58,7 +81,15 @@ def failure(
     device = first_gpu()
     if device is None or support.interpreting():
         return None
-    return _failure(name, prepare, run, cases, device)
+    path = folder() / f"{module.rpartition('.')[2]}-{fingerprint(device)}.json"
+    try:
+        return json.loads(path.read_text())["why"]
+    except (OSError, ValueError, KeyError):
+        pass
+    why, lasting = run(command(module))
+    if not lasting or not keep(path, why):
+        return why
+    return why and f"{why}; kept in {path}, delete it to check again"
 
 
 def first_gpu() -> Any:
@@ -69,22 +100,98 @@ def first_gpu() -> Any:
         return None
 
 
-@functools.cache
-def _failure(
-    name: str, prepare: Callable, run: Callable, cases: tuple, device: Any
+def folder() -> Path:
+    """Where verdicts are kept."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(FOLDER) or Path(cache) / "flexhinm" / "gpu")
+
+
+def fingerprint(device: Any) -> str:
+    """Of what a verdict depends on: GPU, driver, jax, the sources of the kernels."""
+    try:
+        driver = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        driver = str(getattr(device.client, "platform_version", ""))
+    parts = [device.device_kind, driver, jax.__version__]
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    parts += [source.read_text() for source in sources]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def command(module: str) -> list[str]:
+    """Checks the kernel of a module and prints the verdict as the last line."""
+    return [sys.executable, "-m", "flexhinm_jax.gpu.selfcheck", module]
+
+
+def run(command: list[str], seconds: float = SECONDS) -> Verdict:
+    """The verdict of a process, or what became of it.
+
+    Args:
+      command: prints {"why": ...} as its last line.
+      seconds: after which it is ended.
+    """
+    # The parent may hold most of the memory of the GPU.
+    settings = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            env=settings,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Verdict(f"its check on this GPU did not end within {seconds:g} s")
+    except OSError as error:
+        return Verdict(f"its check did not start: {error}", lasting=False)
+    try:
+        return Verdict(json.loads(done.stdout.splitlines()[-1])["why"])
+    except (IndexError, ValueError, KeyError, TypeError):
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:200]
+        why = f"its check on this GPU ended with code {done.returncode}: {last}"
+        return Verdict(why, lasting=False)
+
+
+def keep(path: Path, why: str | None) -> bool:
+    """Writes a verdict whole; False where that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump({"why": why}, file)
+        os.replace(file.name, path)
+    except OSError:
+        return False
+    return True
+
+
+def check(
+    name: str, prepare: Callable, run: Callable, cases: tuple[Case, ...], device: Any
 ) -> str | None:
+    """Why a kernel is wrong on a device, in this process, or None.
+
+    Args:
+      name: of its layout.
+      prepare: makes its layout.
+      run: its product.
+      cases: products to check.
+      device: to run them on.
+    """
     rng = np.random.default_rng(0)
     try:
-        # Products are traced when this runs, but its own arrays are not.
-        with jax.ensure_compile_time_eval(), jax.default_device(device):
-            right = all(_right(name, prepare, run, rng, case) for case in cases)
+        with jax.default_device(device):
+            wrong = next(
+                (c for c in cases if not right(name, prepare, run, rng, c)), None
+            )
     except Exception as error:  # whatever it is, the kernel cannot be used
         text = str(error).partition("\n")[0][:200]
         return f"its check on this GPU failed: {type(error).__name__}: {text}"
-    return None if right else "it gave a wrong result in its check on this GPU"
+    return wrong and f"it gave a wrong result in its check on this GPU: {wrong}"
 
 
-def _right(name: str, prepare: Callable, run: Callable, rng: Any, case: Case) -> bool:
+def right(name: str, prepare: Callable, run: Callable, rng: Any, case: Case) -> bool:
+    """Whether one product of random integers is exact."""
     packed, w = example(rng, *case[:4], dtype=case.dtype)
     x = rng.integers(-2, 3, (case.tokens, w.shape[1])).astype(np.float32)
     ready = jax.jit(prepare)(packed)
@@ -147,3 +254,15 @@ def example(
         m=4,
     )
     return packed, w
+
+
+def main() -> None:
+    """Checks the kernel of the module that is named, prints the verdict."""
+    kernel = importlib.import_module(sys.argv[1]).KERNEL
+    device = first_gpu() or jax.devices()[0]
+    why = check(kernel.name, kernel.prepare, kernel.run, kernel.cases, device)
+    sys.stdout.write(json.dumps({"why": why}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -179,5 +179,6 @@ KERNEL = Kernel(
     matmul,
     majors=(9,),
     cases=CASES,
+    module=__name__,
     seconds=seconds,
 )

@@ -161,7 +161,7 @@ def test_a_long_product_of_the_self_check_is_right_when_interpreted():
     case = wgmma_sp.CASES[2]
     with support.interpreted(detect_races=False):
         rng = np.random.default_rng(0)
-        assert selfcheck._right("wgmma_sp", WGMMA.prepare, WGMMA.run, rng, case)
+        assert selfcheck.right("wgmma_sp", WGMMA.prepare, WGMMA.run, rng, case)
 
 
 @pytest.mark.parametrize("fault", ["rings", "splits", "half", "token groups", "ragged"])
