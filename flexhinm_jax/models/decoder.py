@@ -219,14 +219,21 @@ def _feed_forward(
     """The gated block, or the mixture of experts where the layer has one."""
     experts = config.experts
     if experts is not None and experts.router in params:
-        return _mixture(params, x, experts)
-    act = functools.partial(jax.nn.gelu, approximate=True)
-    act = act if config.gelu else jax.nn.silu
+        return _mixture(params, x, config, experts)
+    act = _activation(config)
     gate = act(_dense(params, "mlp.gate_proj", x))
     return _dense(params, "mlp.down_proj", gate * _dense(params, "mlp.up_proj", x))
 
 
-def _mixture(params: Mapping[str, Array], x: Array, experts: Experts) -> Array:
+def _activation(config: DecoderConfig) -> Callable[[Array], Array]:
+    """What gates the feed-forward block, and every expert."""
+    gelu = functools.partial(jax.nn.gelu, approximate=True)
+    return gelu if config.gelu else jax.nn.silu
+
+
+def _mixture(
+    params: Mapping[str, Array], x: Array, config: DecoderConfig, experts: Experts
+) -> Array:
     """Every token by its likeliest experts.
 
     Each expert reads all tokens, those of others as zeros, which add nothing to its
@@ -237,11 +244,11 @@ def _mixture(params: Mapping[str, Array], x: Array, experts: Experts) -> Array:
     share, to = lax.top_k(jax.nn.softmax(scores), experts.chosen)  # [b, t, chosen]
     if experts.normalised:
         share = share / share.sum(-1, keepdims=True)
-    y = jnp.zeros_like(x)
+    act, y = _activation(config), jnp.zeros_like(x)
     for k in range(experts.count):
         weight = jnp.where(to == k, share, 0).sum(-1, keepdims=True)  # [b, t, 1]
         own = jnp.where(weight > 0, x, 0)
-        gate = jax.nn.silu(_product(own, params[experts.key(k, "gate")]))
+        gate = act(_product(own, params[experts.key(k, "gate")]))
         inner = gate * _product(own, params[experts.key(k, "up")])
         y += _product(inner, params[experts.key(k, "down")]) * weight.astype(x.dtype)
     return y

@@ -92,7 +92,8 @@ class Family:
       slides: (fields, layer) -> whether the layer has a window, where `layer_types` is
         missing.
       rotates: (fields, layer) -> whether the layer turns queries and keys.
-      experts: fields -> the mixture, and the layers that have it.
+      experts: fields -> the mixture, and the layers that have it; None for a family
+        without.
     """
 
     defaults: Mapping[str, Any]
@@ -102,7 +103,7 @@ class Family:
     activation: tuple[str, tuple[str, ...]] = ("hidden_act", ("silu", "swish"))
     slides: Callable[[Given, int], bool] = lambda given, layer: False
     rotates: Callable[[Given, int], bool] = lambda given, layer: True
-    experts: Callable[[Given], tuple[Experts, set[int]] | None] = lambda given: None
+    experts: Callable[[Given], tuple[Experts, set[int]]] | None = None
 
 
 def _late(given: Given, layer: int) -> bool:
@@ -368,7 +369,9 @@ class DecoderConfig:
         given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
         _check_supported(kind, given)
         biased = given.get("attention_bias", False)
-        experts = family.experts(given) if "num_hidden_layers" in given else None
+        experts = None
+        if family.experts is not None and "num_hidden_layers" in given:
+            experts = family.experts(given)
         values: dict[str, Any] = {
             "attention_bias": biased if family.biases is None else family.biases,
             "attention_output_bias": biased if family.biases is None else False,
@@ -452,12 +455,12 @@ def _check_supported(kind: str, given: Given) -> None:
             "quantization_config: quantised weights are not supported; give the"
             " directory with float weights"
         )
-    mixed = {"num_experts", "num_local_experts"} & set(FAMILIES[kind].defaults)
+    mixed = [name for name, family in FAMILIES.items() if family.experts is not None]
     for name in ("num_experts", "num_local_experts"):
-        if given.get(name) and not mixed:
+        if given.get(name) and kind not in mixed:
             raise ValueError(
                 f"{name}={given[name]!r}: {kind} has no mixture of experts here;"
-                " supported are those of mixtral and qwen3_moe"
+                f" supported are those of {' and '.join(mixed)}"
             )
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if given.get(name):

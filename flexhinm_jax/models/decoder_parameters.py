@@ -172,13 +172,16 @@ def init(
     wanted = shapes(config)
     keys = jax.random.split(key, len(wanted))
     writers = (2 * config.num_hidden_layers) ** -0.5
+    writing = ("o_proj.weight", "down_proj.weight")
+    if config.experts is not None:
+        writing = (*writing, f"{config.experts.down}.weight")
     params = {}
     for k, (name, shape) in zip(keys, wanted.items(), strict=True):
         if len(shape) == 1:
             zero = name.endswith(".bias") or config.norm_offset
             params[name] = (jnp.zeros if zero else jnp.ones)(shape, dtype)
             continue
-        writes = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
+        writes = name.endswith(writing)
         scale = config.initializer_range * (writers if writes else 1.0)
         draw = jax.random.normal(k, shape, jnp.float32) * jnp.float32(scale)
         params[name] = draw.astype(dtype)

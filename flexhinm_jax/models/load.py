@@ -25,7 +25,6 @@ from flexhinm_jax.tracing.sparsify import sparsify
 from flexhinm_jax.types import PackedWeight
 
 __all__ = [
-    "DECODERS",
     "ENCODERS",
     "Model",
     "is_decoder",
@@ -35,8 +34,7 @@ __all__ = [
 ]
 
 ENCODERS = ("bert",)
-DECODERS = tuple(decoder_config.FAMILIES)
-"""Supported values of `model_type`."""
+"""Supported values of `model_type`, besides those of decoders."""
 
 PACKED = "packed.safetensors"
 """The whole packed model, as an encoder is written."""
@@ -187,7 +185,8 @@ def load(
     """Reads a model directory.
 
     Args:
-      directory: Hugging Face directory of a family in `ENCODERS` or `DECODERS`.
+      directory: Hugging Face directory of a family in `ENCODERS` or of
+        `decoder_config.FAMILIES`.
       packed: read what `flexhinm prune` packed instead of the weights with zeros in
         place: `packed.safetensors`, or for a decoder the folder `packed`, which
         --pack writes.
@@ -242,7 +241,8 @@ def is_decoder(directory: str | os.PathLike) -> bool:
       FileNotFoundError: the directory or its config is missing.
       ValueError: another architecture.
     """
-    return _kind(Path(directory), huggingface.read_config(directory)) in DECODERS
+    kind = _kind(Path(directory), huggingface.read_config(directory))
+    return kind in decoder_config.FAMILIES
 
 
 def read_config(
@@ -258,9 +258,10 @@ def read_config(
       ValueError: another architecture, or a setting not supported.
     """
     kind = _kind(directory, given)
-    known = decoder.DecoderConfig if kind in DECODERS else encoder.EncoderConfig
+    decodes = kind in decoder_config.FAMILIES
+    config = decoder.DecoderConfig if decodes else encoder.EncoderConfig
     try:
-        return known.from_dict(given)
+        return config.from_dict(given)
     except ValueError as error:
         raise ValueError(f"{directory / huggingface.CONFIG}: {error}") from error
 
@@ -325,10 +326,11 @@ def _check_known(largest: int, vocab_size: int) -> None:
 def _kind(directory: Path, given: Mapping[str, Any]) -> str:
     """The `model_type`, one that is supported."""
     kind = given.get("model_type")
-    if kind not in ENCODERS + DECODERS:
+    known = (*ENCODERS, *decoder_config.FAMILIES)
+    if kind not in known:
         raise ValueError(
             f"{directory}: model_type={kind!r} is not supported; supported are"
-            f" {', '.join(ENCODERS + DECODERS)}. The library prunes any pure function:"
+            f" {', '.join(known)}. The library prunes any pure function:"
             " see flexhinm_jax.prune"
         )
     return kind

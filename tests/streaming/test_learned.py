@@ -137,7 +137,13 @@ def test_the_loss_is_the_error_of_the_block_on_what_pruned_ones_give(model, whol
         h = got
 
 
-@pytest.mark.parametrize(("moment", "after"), [((0, 8), (0, 12)), ((1, 0), (1, 0))])
+@pytest.mark.parametrize(
+    ("moment", "after"),
+    [
+        pytest.param((0, 8), (0, 12), marks=pytest.mark.slow),
+        ((1, 0), (1, 0)),
+    ],
+)
 def test_a_killed_run_goes_on_to_the_same_files(
     model, whole, tmp_path, moment, after, monkeypatch
 ):
@@ -195,6 +201,7 @@ def test_every_method_ends_no_worse_than_it_began(model, tmp_path, name):
             np.testing.assert_array_equal(np.asarray(unpack(leaves[row.path])), x)
 
 
+@pytest.mark.slow
 def test_the_dense_model_can_be_the_target(model, tmp_path):
     result = learn(model, tmp_path / "out", steps=2, target="asym")
     dense = {k: jnp.asarray(x) for k, x in huggingface.read(model).params.items()}
