@@ -84,9 +84,12 @@ def prune(
     Returns:
       Dense-with-zeros parameters, packed parameters, plans, uses and the report.
 
+      A model in which no leaf can be pruned comes back as it is, and a warning says
+      why.
+
     Raises:
-      ValueError: no method, no batch, a rule that matches nothing, a leaf that does
-        not fit, NaN.
+      ValueError: no method, no batch, a rule that matches nothing, rules that leave
+        nothing to prune, a leaf that does not fit, NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -113,7 +116,8 @@ def prune(
     apply_fn, leaves = Traced.of(apply_fn), Leaves.of(params)
     found = discover(apply_fn, params, *example, rules=rules)
     uses = fitting(method, found, on_mismatch)
-    check_found(uses)
+    if not uses.leaves:
+        return untouched(found, uses, rules, leaves)
     stats = None
     if method.needs != "nothing":
         calibration.setdefault("gram", method.needs == "gram")
@@ -128,14 +132,26 @@ def prune(
     return applied(decide(method, states, leaves, uses), leaves, uses, blind)
 
 
-def check_found(uses: Uses) -> None:
-    """Raises ValueError when there is nothing to prune."""
-    if not uses.leaves:
-        first = "; ".join(f"{p}: {why}" for p, why in list(uses.skipped.items())[:3])
-        raise ValueError(
-            f"none of the {len(uses.skipped)} leaves can be pruned ({first}); "
-            "discover() and describe() show all"
-        )
+def untouched(
+    found: Uses, uses: Uses, rules: Mapping[str, Any] | None, params: Any
+) -> Pruned:
+    """A model without a leaf to prune, as it is; a warning says why.
+
+    Args:
+      found: what `discover` found.
+      uses: what the pattern fits of it: nothing.
+      rules: as in `prune`.
+      params: the parameter tree.
+
+    Raises:
+      ValueError: rules or the pattern, and not the model alone, leave nothing.
+    """
+    first = "; ".join(f"{p}: {why}" for p, why in list(uses.skipped.items())[:3])
+    text = f"none of the {len(uses.skipped)} leaves can be pruned ({first})"
+    if found.leaves or "skip" in list((rules or {}).values()):
+        raise ValueError(f"{text}; discover() and describe() show all")
+    logger.warning("%s: params come back as they are", text)
+    return applied({}, params, uses)
 
 
 def applied(
@@ -149,7 +165,7 @@ def applied(
     packed = pack(plans, leaves, uses)
     dense = Leaves.of(densify(plans, leaves, uses))
     told = report(plans, packed, uses, blind)
-    if told.coverage < LEAST_COVERAGE:
+    if plans and told.coverage < LEAST_COVERAGE:
         logger.warning("%s", "\n".join(told.coverage_lines))
     return Pruned(
         params=jax.tree.map(_beside, dense, leaves).tree(),

@@ -264,8 +264,8 @@ def report(
     )
     tree = sum(_nbytes(x) for x in leaves.values())
     saved = sum(r.dense_bytes - r.packed_bytes for r in rows)
-    skipped, dense = (dict(uses.skipped), dict(uses.dense)) if uses else ({}, {})
-    return Report(rows, skipped, tree + saved, tree, dense)
+    skipped, dense = ({}, {}) if uses is None else (uses.skipped, uses.dense)
+    return Report(rows, dict(skipped), tree + saved, tree, dict(dense))
 
 
 def _nbytes(leaf: Any) -> int:

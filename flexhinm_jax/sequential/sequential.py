@@ -129,7 +129,8 @@ def prune_sequential(
     rules: Any = request.rules
     found = discover(apply_fn, params, *given[0], rules=rules)
     uses = fitting(method, found, request.on_mismatch)
-    prune.check_found(uses)
+    if not uses.leaves:
+        return prune.untouched(found, uses, rules, params)
     check_targets(request.sparsity, uses)
     job = Job(apply_fn, params, given, uses, request, token_mask)
     with contextlib.ExitStack() as stack:

@@ -341,6 +341,37 @@ def test_sizes_that_do_not_divide_are_refused_or_skipped_with_the_reason(run, ca
         run(odd, params, [x], method, key=KEY, on_mismatch="pad")
 
 
+@pytest.mark.parametrize("run", [fh.prune, fh.prune_sequential])
+def test_a_model_in_which_nothing_can_be_pruned_comes_back_with_the_reasons(
+    run, caplog
+):
+    params = {"w": jax.random.normal(KEY, (12, 8))}
+
+    def gated(p, x):
+        return (x @ p["w"][:8]) * jnp.exp(p["w"][8])
+
+    with caplog.at_level("WARNING", logger="flexhinm_jax"):
+        result = run(gated, params, [X[:, :8]], fh.Magnitude(fh.NM(2, 4)), key=KEY)
+    for tree in (result.params, result.packed):
+        np.testing.assert_array_equal(tree["w"], params["w"])
+    assert not result.plans and result.report.coverage == 0
+    assert result.report.dense == {"w": 96}
+    assert "stopped at 'exp'" in result.report.skipped["w"]
+    (record,) = caplog.records
+    text = record.getMessage()
+    assert text.startswith("none of the 1 leaves can be pruned (w: contracted, but")
+    assert text.endswith("params come back as they are")
+    with pytest.raises(ValueError, match="none of the 1 leaves can be pruned"):
+        run(
+            gated,
+            params,
+            [X[:, :8]],
+            fh.Wanda(fh.NM(2, 4)),
+            key=KEY,
+            rules={"w": "skip"},
+        )
+
+
 def test_absurd_pattern_sizes_are_refused_at_once():
     for text in ("flexhinm:v=99999999999", "2:99999999999"):
         pattern = fh.patterns.parse(text)
