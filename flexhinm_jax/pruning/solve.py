@@ -178,41 +178,74 @@ def solve(
         arguments.by_path(prev, State, "prev", "solve()")
     tasks, around = {}, {}
     for path, use in uses.leaves.items():
-        own, known = method_for(method, use), stats.get(path)
-        target = target_for(own, use, sparsity)
-        like, weight = leaves.like(use), functools.partial(leaves.matrix, use)
-        one: Any = jax.ShapeDtypeStruct(like.shape[-2:], like.dtype)
-        if own.needs == "nothing":
-            known = None
-        if known is not None:
-            blind = unseen(known)
-            known = informed(known, blind, weight)
-            if blind.any():
-                logger.warning("%s: %s", path, unseen_note(blind))
-        own.check(one, known, target, path)
-        around[path] = extra = {}
-        scale = scale_of(weight(), path)
-        if scale is not None:
-            extra["scale"] = jnp.asarray(scale)
-        if target is not None:
-            target = _spread(target, use)
         if prev is not None and path not in prev:
             raise ValueError(
                 f"{path}: in uses but not in prev; pass the states of all leaves"
             )
         before = None if prev is None else prev[path]
-        known = scaled_targets(known, scale)
-        before = None if before is None else split(before)[0]
-        others = keys_for(key, use), known, target, before
-        tasks[path] = Task(own, like, scaled(weight, scale), others)
-        if known is not None and blind.any():
-            extra |= by_magnitude(tasks[path], blind)
+        tasks[path], around[path] = prepared(
+            method, key, leaves, use, stats.get(path), sparsity, before
+        )
     states: dict[str, State] = {}
     for part in in_stacks(_solve, tasks):
         states |= part
         if progress is not None:
             progress(len(states), len(tasks))
-    return {path: _with(states[path], around[path]) for path in tasks}
+    return {path: with_around(states[path], around[path]) for path in tasks}
+
+
+def prepared(
+    method: Method,
+    key: Array,
+    leaves: Leaves,
+    use: Use,
+    stats: Stats | None,
+    sparsity: float | Mapping[str, float] | None,
+    before: State | None = None,
+) -> tuple[Task, dict[str, Any]]:
+    """One leaf as every solver gets it: of ordinary size, on inputs that were seen.
+
+    Args:
+      method: as in `solve`.
+      key: of the call; the task has one of its own per matrix.
+      leaves: dense leaves.
+      use: the first use of the leaf.
+      stats: statistics of its inputs, or None.
+      sparsity: as in `solve`.
+      before: an earlier state of the leaf, or None.
+
+    Returns:
+      The task, with (keys, statistics, targets, earlier state) beside the weight, and
+      what `with_around` puts beside its state.
+
+    Raises:
+      ValueError: as in `solve`.
+    """
+    path, own, known = use.path, method_for(method, use), stats
+    target = target_for(own, use, sparsity)
+    like, weight = leaves.like(use), functools.partial(leaves.matrix, use)
+    one: Any = jax.ShapeDtypeStruct(like.shape[-2:], like.dtype)
+    if own.needs == "nothing":
+        known = None
+    if known is not None:
+        blind = unseen(known)
+        known = informed(known, blind, weight)
+        if blind.any():
+            logger.warning("%s: %s", path, unseen_note(blind))
+    own.check(one, known, target, path)
+    around: dict[str, Any] = {}
+    scale = scale_of(weight(), path)
+    if scale is not None:
+        around["scale"] = jnp.asarray(scale)
+    if target is not None:
+        target = _spread(target, use)
+    known = scaled_targets(known, scale)
+    before = None if before is None else split(before)[0]
+    others = keys_for(key, use), known, target, before
+    task = Task(own, like, scaled(weight, scale), others)
+    if known is not None and blind.any():
+        around |= by_magnitude(task, blind)
+    return task, around
 
 
 def _spread(target: Any, use: Use) -> Array:
@@ -335,7 +368,7 @@ def settled(plan: Plan, around: Mapping[str, Any], weight: Callable[[], Array]) 
     return jax.tree.map(pick, own, plan)
 
 
-def _with(state: State, around: dict[str, Any]) -> State:
+def with_around(state: State, around: dict[str, Any]) -> State:
     """The state, with what `settled` needs to know."""
     if not around or jax.tree.leaves(state.learned):
         around = {name: x for name, x in around.items() if name == "scale"}

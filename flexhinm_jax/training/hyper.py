@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flexhinm_jax import arguments, checks
+from flexhinm_jax import arguments
 from flexhinm_jax.methods.hyperprune import HyperPrune, check_hyperprune
 from flexhinm_jax.ops import hypernet
 from flexhinm_jax.pruning import solve
@@ -103,6 +103,7 @@ def hyper_prune(
 
     Returns:
       States, the net, and the error of every matrix, never above that of its prior.
+      Matrices that no calibration input reached are pruned as `solve` does.
 
     Raises:
       ValueError: missing Grams, a pattern or target that does not fit, a rule with
@@ -140,42 +141,32 @@ def hyper_prune(
                 "pair (layer, component)"
             )
     layers, components = (tuple(dict.fromkeys(x)) for x in zip(*names, strict=True))
-    targets = {}
+    net_key, key = jax.random.split(key)
+    tasks, around = {}, {}
     for path, use in uses.leaves.items():
-        mine: Any = solve.method_for(method, use)
-        if mine.form != method.form:
+        own: Any = solve.method_for(method, use)
+        if own.form != method.form:
             raise ValueError(
-                f"{path}: a rule asks for {mine.pattern}, the net is for "
+                f"{path}: a rule asks for {own.pattern}, the net is for "
                 f"{method.pattern}; prune such leaves apart, with rules that skip the "
                 "others"
             )
-        w = leaves.matrix(use)
-        one: Any = jax.ShapeDtypeStruct(w.shape[-2:], w.dtype)
-        targets[path] = solve.target_for(mine, use, sparsity)
-        mine.check(one, stats.get(path), targets[path], path)
-        checks.finite(w, "weight", path)
-    net_key, key = jax.random.split(key)
+        tasks[path], around[path] = solve.prepared(
+            method, key, leaves, use, stats.get(path), sparsity
+        )
     theta = method.net(net_key, len(layers), len(components))
     cache = hypernet.empty(method.cache, method.form["m"])
     found: dict[str, list[State]] = {path: [] for path in uses.leaves}
     rows: list[Row] = []
     for (path, at), (layer, component) in zip(items, names, strict=True):
-        use = uses.leaves[path]
         place = hypernet.Place(
             jnp.asarray(layers.index(layer), jnp.int32),
             jnp.asarray(components.index(component), jnp.int32),
         )
-        target = targets[path]
-        state, theta, cache = _one(
-            solve.method_for(method, use),
-            theta,
-            cache,
-            place,
-            solve.keys_for(key, use)[at],
-            leaves.matrix(use)[at],
-            jax.tree.map(lambda x: x[at], stats[path]),  # noqa: B023
-            None if target is None else jnp.asarray(target, jnp.float32),
-        )
+        task = tasks[path]
+        arrays = task.weight(), *task.others[:3]
+        w, *rest = jax.tree.map(lambda x: x[at], arrays)  # noqa: B023
+        state, theta, cache = _one(task.method, theta, cache, place, w, *rest)
         _check(theta, path)
         found[path].append(state)
         row = {"path": path, "at": at, "layer": layer, "component": component}
@@ -184,12 +175,15 @@ def hyper_prune(
         rows.append(row)
         if progress is not None:
             progress(row)
-    states = {path: _stacked(x, uses, path) for path, x in found.items()}
+    states = {
+        path: solve.with_around(_stacked(x, uses, path), around[path])
+        for path, x in found.items()
+    }
     return Hyper(states, theta, cache, layers, components, rows)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _one(method, theta, cache, place, key, w, stats, sparsity):
+def _one(method, theta, cache, place, w, key, stats, sparsity):
     return method.solve_with(theta, cache, place, key, w, stats, sparsity, None)
 
 

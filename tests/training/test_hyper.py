@@ -126,3 +126,28 @@ def test_what_does_not_fit_is_refused(task):
     wild = dataclasses.replace(METHOD, learning_rate=float("inf"))
     with pytest.raises(NotFinite, match="layers/0/up: the net is not finite"):
         hyper_prune(wild, KEY, *task)
+
+
+def test_a_matrix_that_no_input_reached_keeps_its_largest_weights(caplog):
+    def seen(params, x):
+        both = jnp.stack([x, 0 * x])
+        return x @ params["0"]["w"] + jnp.einsum(
+            "sti,sio->sto", both, params["1"]["w"]
+        ).sum(0)
+
+    keys = jax.random.split(KEY, 3)
+    w = jax.random.normal(keys[0], (2, 16, 16))
+    params = {"0": {"w": 2.0**80 * w[0]}, "1": {"w": w}}
+    x = jax.random.normal(keys[1], (64, 16))
+    uses = fh.discover(seen, params, x)
+    stats = fh.calibrate(seen, params, uses, [x])
+    with caplog.at_level("WARNING", logger="flexhinm_jax"):
+        states = hyper_prune(METHOD, keys[2], params, uses, stats).states
+    assert "1/w: no calibration input reached matrices 1 of" in caplog.text
+    dense = fh.densify(fh.decide(METHOD, states, params, uses), params, uses)
+    groups = np.abs(np.asarray(w[1]).T).reshape(-1, 4)
+    largest = np.argsort(-groups, -1)[:, :2]
+    kept = np.asarray(dense["1"]["w"][1]).T.reshape(-1, 4) != 0
+    assert np.take_along_axis(kept, largest, -1).all() and kept.sum() == 128
+    top = np.abs(np.asarray(dense["0"]["w"]) / 2.0**80)
+    assert 0 < top.max() < 1e3 and (top == 0).mean() == 0.5
