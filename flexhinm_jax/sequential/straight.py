@@ -23,11 +23,10 @@ from jax.extend.core import Literal, Primitive
 from flexhinm_jax.pruning.statistics import warn_missed
 from flexhinm_jax.tracing import control_flow, jax_versions, views
 from flexhinm_jax.tracing.contractions import RESHAPES, Product, Tracked, plain
-from flexhinm_jax.tracing.dependence import Dependence, dependence
 from flexhinm_jax.tracing.masks import Masks
 from flexhinm_jax.tracing.program import Program, is_array, run
 from flexhinm_jax.tracing.stops import Where, equation
-from flexhinm_jax.tracing.values import ALIASES, Numbering
+from flexhinm_jax.tracing.values import ALIASES, Dependence, Numbering, dependence
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Layout
 

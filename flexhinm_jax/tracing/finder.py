@@ -20,11 +20,15 @@ from flexhinm_jax.tracing.contractions import (
     Tracked,
     transposed,
 )
-from flexhinm_jax.tracing.dependence import Dependence, dependence
 from flexhinm_jax.tracing.program import Program, is_array, run, trace
 from flexhinm_jax.tracing.stops import Kind, Part, Stop, Where
 from flexhinm_jax.tracing.tree import Leaves
-from flexhinm_jax.tracing.values import ALIASES, Numbering
+from flexhinm_jax.tracing.values import (
+    ALIASES,
+    Dependence,
+    Numbering,
+    dependence,
+)
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Layout, Use
 

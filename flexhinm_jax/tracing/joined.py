@@ -16,7 +16,6 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from flexhinm_jax.tracing import jax_versions, views
-from flexhinm_jax.tracing.changes import Change
 from flexhinm_jax.tracing.contractions import Followed, Product, Tracked
 from flexhinm_jax.tracing.matching import match
 from flexhinm_jax.tracing.stops import Stop
@@ -118,7 +117,7 @@ def expanded(part: Tracked, axis: int) -> Tracked:
     )
 
 
-def changed(joined: Joined, step: Change, dense: Callable[[], Any]) -> Joined:
+def changed(joined: Joined, step: views.Change, dense: Callable[[], Any]) -> Joined:
     """What a change of every element makes of joined leaves."""
 
     def one(part: Tracked) -> Tracked:

@@ -12,10 +12,10 @@ from jax import Array, lax
 from flexhinm_jax.kernels import sparse_dot
 from flexhinm_jax.paths import leaf_paths, over_stack
 from flexhinm_jax.tracing import jax_versions
-from flexhinm_jax.tracing.changes import Change, Reach
 from flexhinm_jax.tracing.contractions import Product
 from flexhinm_jax.tracing.program import layout_of, run, trace
 from flexhinm_jax.tracing.stops import Where
+from flexhinm_jax.tracing.views import Change, Reach
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import BlockDiagonal, PackedWeight
 

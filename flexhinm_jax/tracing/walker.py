@@ -18,7 +18,6 @@ import numpy as np
 from jax.extend.core import Literal
 
 from flexhinm_jax.tracing import control_flow, experts, jax_versions, joined, views
-from flexhinm_jax.tracing.changes import change
 from flexhinm_jax.tracing.contractions import Followed, Product, Tracked, plain
 from flexhinm_jax.tracing.joined import Joined
 from flexhinm_jax.tracing.masks import Masks, has_program
@@ -274,7 +273,7 @@ def changed(
     weight, others = operands[k], list(operands)
     others[k] = None
     others = plain(others)
-    step = change(eqn, where, k, others)
+    step = views.change(eqn, where, k, others)
     if step is None:
         return None
     reason = Stop(f"stopped at '{eqn.primitive.name}'", Kind.PRIMITIVE)
