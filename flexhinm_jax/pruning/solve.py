@@ -426,15 +426,20 @@ def in_stacks(
         for part in _parts(group):
             arrays = [_flat(task) for task in part.values()]
             method = next(iter(part.values())).method
-            stacked = jax.tree.map(lambda *xs: jnp.concatenate(xs), *arrays)
+            stacked = arrays[0]
+            if len(arrays) > 1:  # of one task nothing is copied
+                stacked = jax.tree.map(lambda *xs: jnp.concatenate(xs), *arrays)
             del arrays
             results, end, out = run(method, *stacked), 0, {}
             for name, task in part.items():
                 *stack, _, _ = task.like.shape
                 start, end = end, end + math.prod(stack)
+                own = results
+                if len(part) > 1:
+                    own = jax.tree.map(lambda x: x[start:end], results)  # noqa: B023
                 out[name] = jax.tree.map(
-                    lambda x: x[start:end].reshape(*stack, *x.shape[1:]),  # noqa: B023
-                    results,
+                    lambda x: x.reshape(*stack, *x.shape[1:]),  # noqa: B023
+                    own,
                 )
             yield out
 

@@ -216,7 +216,7 @@ def zeros(uses: Uses, owners: dict[str, str], params: Any, gram: bool) -> Sums:
             is_leaf=lambda x: isinstance(x, tuple),
         )
 
-    return jax.jit(build, out_shardings=everywhere)()
+    return jax.jit(build, out_shardings=everywhere)() if meshes else build()
 
 
 def summed(uses: Uses, owners: dict[str, str]) -> list[Use]:

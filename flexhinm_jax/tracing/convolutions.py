@@ -34,7 +34,7 @@ def match_conv(eqn: Any, operands: list) -> Product | Stop:
     if out is None or not all(a.whole for a in out[0]):
         text = "feature groups of a convolution cut an axis of the leaf"
         return Stop(text, Kind.PRODUCT)
-    if groups > 1 and shape[rhs[1]] == 1:
+    if is_depthwise(groups, shape[rhs[1]]):
         text = "a depthwise convolution: one input channel per group"
         return Stop(text, Kind.PRODUCT)
     if groups > 1 and split[1] == 1:
@@ -67,6 +67,11 @@ def match_conv(eqn: Any, operands: list) -> Product | Stop:
         least_bytes=window.row_bytes(operands[0].shape),
         keep_positions=lambda keep: window.kept(keep, operands[0].shape),
     )
+
+
+def is_depthwise(groups: int, channels: int) -> bool:
+    """Whether a convolution sees one input channel per group, whatever its outputs."""
+    return groups > 1 and channels == 1
 
 
 def window_params(params: dict[str, Any]) -> dict[str, Any]:

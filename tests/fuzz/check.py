@@ -1,21 +1,31 @@
 """What must hold for every program of the grammar."""
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import dtypes
 
 import flexhinm_jax as fh
+from flexhinm_jax.pruning import solve, statistics
+from tests.fuzz.evaluate import evaluated
 from tests.fuzz.grammar import Leaf, Program
 
 METHOD = fh.Wanda(fh.NM(2, 4))
 
 
-def check(program: Program, seed: int) -> None:
-    """Raises AssertionError, with the steps of the program, where a promise breaks."""
+def check(program: Program, seed: int, compiled: bool = False) -> None:
+    """Raises AssertionError, with the steps of the program, where a promise breaks.
+
+    Args:
+      program: from the grammar.
+      seed: of its keys.
+      compiled: compile what is traced with XLA; else it is run in NumPy.
+    """
     text = f"seed {seed}: {program.text}" + (
         " masked" if program.mask is not None else ""
     )
@@ -31,13 +41,16 @@ def check(program: Program, seed: int) -> None:
         assert right, f"{text}: {name} should be {leaf.expected}; {reason}"
     if not len(uses):
         return
-    stats = fh.calibrate(
-        program.apply, program.params, uses, [args], token_mask=token_mask
-    )
+    with batches_added(jax.jit if compiled else evaluated):
+        stats = fh.calibrate(
+            program.apply, program.params, uses, [args], token_mask=token_mask
+        )
     for name in uses.leaves:
         compare_statistics(stats[name], truth.leaves[name], f"{text}: {name}")
-    states = fh.solve(METHOD, jax.random.key(seed), program.params, uses, stats)
-    plans = fh.decide(METHOD, states, program.params, uses)
+    # A stack of its own for every leaf: programs share what is compiled for them.
+    with mock.patch.object(solve, "MAX_STACK_WEIGHTS", 0 if not compiled else 1 << 24):
+        states = fh.solve(METHOD, jax.random.key(seed), program.params, uses, stats)
+        plans = fh.decide(METHOD, states, program.params, uses)
     dense = jax.tree.map(np.asarray, fh.densify(plans, program.params, uses))
     packed = fh.pack(plans, program.params, uses)
     for name in program.params:
@@ -46,7 +59,23 @@ def check(program: Program, seed: int) -> None:
             compare_plan(dense[name], before, leaf, f"{text}: {name}")
         else:
             assert np.array_equal(dense[name], before), f"{text}: {name} changed"
-    compare_products(program, dense, packed, args, text)
+    run = jax.jit if compiled else evaluated
+    compare_products(program, dense, packed, args, text, run)
+
+
+@contextmanager
+def batches_added(run: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Inside, `calibrate` adds a batch to the sums with `run` in the place of a jit."""
+    make_step = statistics.make_step
+
+    def make(*args: Any) -> Callable:
+        add = make_step(*args).__wrapped__
+        return lambda sums, arrays, skeleton, found: run(
+            lambda sums, arrays: add(sums, arrays, skeleton, found)
+        )(sums, arrays)
+
+    with mock.patch.object(statistics, "make_step", make):
+        yield
 
 
 def compare_statistics(stats: Any, leaf: Leaf, text: str) -> None:
@@ -82,57 +111,68 @@ def compare_plan(after: Any, before: Any, leaf: Leaf, text: str) -> None:
 
 
 def compare_products(
-    program: Program, dense: Any, packed: Any, args: tuple, text: str
+    program: Program,
+    dense: Any,
+    packed: Any,
+    args: tuple,
+    text: str,
+    run: Callable[[Callable], Callable],
 ) -> None:
     """Packed = densified, in value and in every gradient."""
     rng = np.random.default_rng(0)
     direction = rng.standard_normal(program.x.shape).astype(np.float32)
-
-    def loss(apply, params, x):
-        y = apply(params, x, *args[1:])
-        return jnp.sum(y * direction), y
-
-    def gradients(apply, params):
-        both = jax.value_and_grad(
-            lambda p, x: loss(apply, p, x), (0, 1), has_aux=True, allow_int=True
-        )
-        return both(params, jnp.asarray(args[0]))
-
     loose = {"atol": 2e-2 if "cast" in text else 2e-4, "rtol": 1e-2}
     sparse = fh.sparsify(program.apply)
     if not program.reversible:
-        got, want = sparse(packed, *args), program.apply(dense, *args)
+        got, want = run(sparse)(packed, *args), run(program.apply)(dense, *args)
         np.testing.assert_allclose(got, want, err_msg=f"{text}: values", **loose)
         return
-    (_, want), (by_dense, to_x) = gradients(program.apply, dense)
-    (_, got), (by_packed, at_x) = gradients(sparse, packed)
+
+    def gradients(apply: Callable, params: Any) -> Any:
+        values, fill = floating(params)
+
+        def loss(values: list, x: Any, *rest: Any) -> Any:
+            y = apply(fill(values), x, *rest)
+            return jnp.sum(y * direction), y
+
+        both = jax.value_and_grad(loss, (0, 1), has_aux=True)
+        (_, y), (by_values, by_x) = run(both)(values, *args)
+        return y, by_x, fill(by_values)
+
+    want, to_x, by_dense = gradients(program.apply, dense)
+    got, at_x, by_packed = gradients(sparse, packed)
     np.testing.assert_allclose(got, want, err_msg=f"{text}: values", **loose)
     np.testing.assert_allclose(at_x, to_x, err_msg=f"{text}: gradient of x", **loose)
     for name, leaf in packed.items():
-        if not isinstance(leaf, fh.PackedWeight):
-            one, other = by_packed[name], by_dense[name]
-        else:
-            one, other = (
-                matrices(leaf, by_packed[name]),
-                program.leaves[name].matrix(np.asarray(by_dense[name])),
-            )
-            other = np.where(matrices(leaf, leaf) != 0, other, 0)
+        one, other = by_packed[name], by_dense[name]
+        if isinstance(leaf, fh.PackedWeight):
+            one = matrices(one)
+            other = program.leaves[name].matrix(np.asarray(other))
+            other = np.where(matrices(leaf) != 0, other, 0)
         np.testing.assert_allclose(
             one, other, err_msg=f"{text}: gradient of {name}", **loose
         )
 
 
-def matrices(leaf: Any, values: Any) -> np.ndarray:
-    """[*stack, o, i] of a packed leaf whose floating arrays are those of `values`."""
+def floating(tree: Any) -> tuple[list, Callable[[list], Any]]:
+    """The floating arrays of a tree, and what puts others in their places."""
+    leaves, structure = jax.tree.flatten(tree)
+    at = [k for k, x in enumerate(leaves) if np.issubdtype(x.dtype, np.floating)]
 
-    def pick(here, there):
-        return here if there.dtype == dtypes.float0 else there
+    def fill(values: list) -> Any:
+        return structure.unflatten(
+            (dict(enumerate(leaves)) | dict(zip(at, values, strict=True))).values()
+        )
 
-    whole = jax.tree.map(pick, leaf, values)
+    return [leaves[k] for k in at], fill
+
+
+def matrices(leaf: Any) -> np.ndarray:
+    """[*stack, o, i] of a packed leaf."""
     run = fh.kernels.unpack
-    for _ in range(whole.out_order.ndim - 1):
+    for _ in range(leaf.out_order.ndim - 1):
         run = jax.vmap(run)
-    return np.asarray(run(whole))
+    return np.asarray(run(leaf))
 
 
 def silent() -> None:

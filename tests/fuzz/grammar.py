@@ -534,7 +534,7 @@ def experts(make: Builder) -> Step:
             y[mine] = tokens[mine] @ p[name][e]
         return np.tanh(y).reshape(x.shape)
 
-    return Step(f"experts {form}", run, told, pointwise=form in ("capacity", "all"))
+    return Step(f"experts {form}", run, told)
 
 
 def convolution(make: Builder) -> Step:
@@ -542,17 +542,22 @@ def convolution(make: Builder) -> Step:
     width, groups = make.one(1, 2, 3), make.one(1, 1, 2)
     spec, image = make.order("oiw"), make.one("NWC", "NCW")
     stride, dilation = make.one(1, 1, 2), make.one(1, 1, 2)
-    depthwise = make.chance(0.15)
+    depthwise = make.chance(0.3)
     groups = WIDTH if depthwise else groups
-    sizes = {"o": WIDTH, "i": WIDTH // groups, "w": width}
+    multiplier = make.one(1, 2) if depthwise else 1
+    outputs = WIDTH * multiplier
+    sizes = {"o": outputs, "i": WIDTH // groups, "w": width}
     shape = tuple(sizes[c] for c in spec)
     name = next(make.names)
     make.params[name] = make.array(*shape)
 
     def matrix(w: Any) -> Any:
         w = w.transpose([spec.index(c) for c in "owi"])
-        w = w.reshape(groups, WIDTH // groups, -1)
+        w = w.reshape(groups, outputs // groups, -1)
         return w if groups > 1 else w[0]
+
+    def merged(y: Any) -> Any:
+        return y.reshape(*y.shape[:2], WIDTH, multiplier).sum(-1)
 
     make.leaves[name] = Leaf(
         shape,
@@ -577,7 +582,7 @@ def convolution(make: Builder) -> Step:
             feature_group_count=groups,
         )
         y = y if image == "NWC" else y.swapaxes(1, 2)
-        return jnp.tanh(jnp.repeat(y, stride, 1)[:, :LENGTH])
+        return jnp.tanh(jnp.repeat(merged(y), stride, 1)[:, :LENGTH])
 
     def told(p, x, truth, mask):
         pad = np.pad(x, ((0, 0), *padding, (0, 0)))
@@ -586,13 +591,13 @@ def convolution(make: Builder) -> Step:
         windows = np.stack(taken, 1)  # [b, places, w, c]
         split = windows.reshape(*windows.shape[:3], groups, -1)
         split = np.moveaxis(split, 3, 0).reshape(groups, -1, width * WIDTH // groups)
-        w = matrix(p[name]).reshape(groups, WIDTH // groups, -1)
+        w = matrix(p[name]).reshape(groups, outputs // groups, -1)
         truth.see(name, split if groups > 1 else split[0])
         y = np.moveaxis(split @ w.swapaxes(-1, -2), 0, 1)
-        y = y.reshape(*windows.shape[:2], WIDTH)
-        return np.tanh(np.repeat(y, stride, 1)[:, :LENGTH])
+        y = y.reshape(*windows.shape[:2], outputs)
+        return np.tanh(np.repeat(merged(y), stride, 1)[:, :LENGTH])
 
-    text = f"conv {spec} {image} w{width} g{groups} s{stride} d{dilation}"
+    text = f"conv {spec} {image} w{width} g{groups} s{stride} d{dilation} m{multiplier}"
     return Step(text, run, told, pointwise=False)
 
 
@@ -710,7 +715,29 @@ def shaped(make: Builder) -> Step:
         truth.see(name, flat(seen), mask.reshape(-1))
         return np.tanh(x @ matrix(p[name]))
 
-    return Step(f"shaped {form}", run, told, pointwise=form != "rows")
+    return Step(f"shaped {form}", run, told)
+
+
+def turned(make: Builder) -> Step:
+    """Tokens whose axes are in another order while they meet the weight."""
+    name = make.weight("io", "", "o", "i", SIZES)
+    form = make.one("length first", "flat", "features first")
+
+    def run(p, x):
+        if form == "features first":
+            y = lax.dot_general(p[name], x.T, (((0,), (0,)), ((), ()))).T
+        elif form == "flat":
+            y = x.swapaxes(0, 1).reshape(-1, WIDTH) @ p[name]
+            y = y.reshape(x.shape[1], x.shape[0], WIDTH).swapaxes(0, 1)
+        else:
+            y = (x.swapaxes(0, 1) @ p[name]).swapaxes(0, 1)
+        return jnp.tanh(y)
+
+    def told(p, x, truth, mask):
+        truth.see(name, flat(x), mask.reshape(-1))
+        return np.tanh(x @ p[name])
+
+    return Step(f"turned {form}", run, told)
 
 
 def gained(make: Builder) -> Step:
@@ -745,6 +772,7 @@ STEPS = (
     elementwise,
     frozen,
     shaped,
+    turned,
     gained,
 )
 

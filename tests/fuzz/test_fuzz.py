@@ -1,11 +1,16 @@
 """Random programs keep every promise: statistics, patterns, products, reasons."""
 
+import numpy as np
 import pytest
 
-from tests.fuzz import check, grammar
+from tests.fuzz import check, grammar, mutations
+from tests.fuzz.evaluate import evaluated
 
-QUICK, SLOW, SHARE = 100, 2000, 50
+QUICK, SLOW, SHARE = 200, 2000, 50
 """Programs of the default run, of the slow one, and of one slow test."""
+
+COMPILED = 40
+"""Programs that the slow run compiles with XLA too."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +31,28 @@ def test_many_programs_do(first):
         check.check(grammar.program(seed), seed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(COMPILED))
+def test_a_compiled_program_does(seed):
+    check.check(grammar.program(seed), seed, compiled=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", mutations.MUTATIONS)
+def test_an_old_fault_put_back_is_noticed(name):
+    assert mutations.first_caught(mutations.MUTATIONS[name], QUICK) is not None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_programs_run_in_numpy_as_in_jax(seed):
+    program = grammar.program(seed)
+    got = evaluated(program.apply)(program.params, program.x)
+    want = program.apply(program.params, program.x)
+    np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-3)
+
+
 def test_every_step_of_the_grammar_is_drawn():
     text = " ".join(grammar.program(seed).text for seed in range(300))
     words = "dense heads fused joined stacked layers recurrent repeated chosen routed"
-    words += " experts conv tied also frozen shaped gained jit remat custom +x"
+    words += " experts conv tied also frozen shaped turned gained jit remat custom +x"
     assert all(word in text for word in words.split())
