@@ -348,6 +348,8 @@ def find_cuts(
             plain_at.setdefault(path, "indexed by a computed position")
         elif operand not in line.data:
             constant.append(path)
+        elif not line.data.issuperset(routes):
+            plain_at.setdefault(path, "its tokens are routed whatever the batch is")
         else:
             key = at, (same.same(operand), *routes), product.columns
             (result,) = places.get(("result", k), (0, [None]))[1]

@@ -199,3 +199,12 @@ def match_ragged(eqn: Any, operands: list) -> Product | Stop:
         reading=("ragged", ragged, tuple(lc)),
         routed=places(parts, free),
     )
+
+
+def counted_from(product: Product, first: int) -> Product:
+    """A routed product whose leaf holds the matrices from number `first` on."""
+    *index, (atom, at) = product.weight.view.index
+    at = at._replace(ids=at.ids - first, key=(*at.key, first))
+    view = product.weight.view._replace(index=(*index, (atom, at)))
+    weight = dataclasses.replace(product.weight, view=view)
+    return dataclasses.replace(product, weight=weight)

@@ -15,10 +15,12 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from flexhinm_jax.tracing import jax_versions, views
+from flexhinm_jax.tracing import experts, jax_versions, views
 from flexhinm_jax.tracing.contractions import Followed, Product, Tracked
 from flexhinm_jax.tracing.matching import match
 from flexhinm_jax.tracing.stops import Stop
+
+RAGGED = "ragged_dot_general"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +286,9 @@ def role(eqn: Any, position: int, axis: int) -> Role | None:
                 return Role(None, out[1])
             if axis == rhs[1]:
                 return Role(lhs[1], None)
+    if eqn.primitive.name == RAGGED and position == 1:
+        groups = p["ragged_dot_dimension_numbers"].rhs_group_dimensions
+        return Role(None, None) if tuple(groups) == (axis,) else None
     return None
 
 
@@ -304,6 +309,8 @@ class Piece:
 
 def pieces(eqn: Any, operands: list, role: Role) -> list[Piece]:
     """The contraction of joined leaves, leaf by leaf, in order."""
+    if eqn.primitive.name == RAGGED:
+        return groups_of(eqn, operands)
     position = next(k for k, v in enumerate(operands) if isinstance(v, Joined))
     joined, x = operands[position], operands[1 - position]
     dtype, out, start = eqn.invars[position].aval.dtype, [], 0
@@ -323,6 +330,26 @@ def pieces(eqn: Any, operands: list, role: Role) -> list[Piece]:
             values: list[Any] = [None, None]
             values[position], values[1 - position] = part.dense(), cut(x)
             return jax_versions.bind(own, values)[0]
+
+        out.append(Piece(part, product, run))
+        start += size
+    return out
+
+
+def groups_of(eqn: Any, operands: list) -> list[Piece]:
+    """A ragged dot with leaves side by side: each meets its own groups of tokens."""
+    (x, stack, *rest), out, start = operands, [], 0
+    for part, size in zip(stack.parts, stack.sizes, strict=True):
+        product = match(eqn, [x, part, *rest])
+        if isinstance(product, Product):
+            product = experts.counted_from(product, start)
+        edges = [(0, 0, 0)] * len(stack.shape)
+        edges[stack.axis] = (start, sum(stack.sizes) - start - size, 0)
+
+        def run(part: Tracked = part, edges: Any = edges) -> Any:
+            w = part.dense()
+            w = lax.pad(w, jnp.zeros((), w.dtype), edges)
+            return jax_versions.bind(eqn, [x, w, *rest])[0]
 
         out.append(Piece(part, product, run))
         start += size

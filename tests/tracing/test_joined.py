@@ -238,3 +238,36 @@ def test_going_in_order_solves_every_part_on_its_inputs(apply_fn):
     assert set(result.plans) == set(truth) and not any(notes)
     for path in truth:
         np.testing.assert_array_equal(result.params[path] != 0, once.params[path] != 0)
+
+
+def test_leaves_stacked_for_a_ragged_dot_each_see_their_own_group():
+    sizes = jnp.array([3, 0, 5, 4], jnp.int32)
+    params = {"a": normal(8, 4), "bc": normal(2, 8, 4), "d": normal(8, 4)}
+    x = normal(12, 8)
+
+    def apply_fn(p, x):
+        w = jnp.concatenate([p["a"][None], p["bc"], p["d"][None]])
+        return jnp.tanh(lax.ragged_dot(x, 0.5 * w, sizes))
+
+    uses = discover(apply_fn, params, x)
+    assert {p: use.layout.matrix_shape for p, use in uses.leaves.items()} == {
+        "a": (4, 8),
+        "bc": (4, 8),
+        "d": (4, 8),
+    }
+    stats = calibrate(apply_fn, params, uses, [x])
+    runs = [x[:3], x[3:3], x[3:8], x[8:]]
+    for name, own in (("a", runs[0]), ("d", runs[3])):
+        assert stats[name].count == len(own)
+        assert_close(stats[name].gram, own.T @ own)
+    np.testing.assert_array_equal(stats["bc"].count, [0, 5])
+    assert_close(stats["bc"].gram[1], runs[2].T @ runs[2])
+    result = fh.prune(
+        apply_fn, params, [x], fh.Wanda(fh.NM(2, 4)), key=jax.random.key(0)
+    )
+    want = apply_fn(result.params, x)
+    assert_close(fh.sparsify(apply_fn)(result.packed, x), want)
+    one_pass = fh.prune_sequential(
+        apply_fn, params, [x], fh.Wanda(fh.NM(2, 4)), key=jax.random.key(0)
+    )
+    jax.tree.map(np.testing.assert_array_equal, one_pass.params, result.params)
