@@ -36,7 +36,9 @@ def check(program: Program, seed: int, compiled: bool = False) -> None:
     for name, leaf in truth.leaves.items():
         pruned, reason = name in uses.leaves, uses.skipped.get(name)
         assert pruned != (reason is not None), f"{text}: {name} in both or in neither"
-        assert pruned or reason.strip(), f"{text}: {name} is skipped without a reason"
+        assert pruned or (reason or "").strip(), (
+            f"{text}: {name} is skipped without a reason"
+        )
         right = leaf.expected == "either" or pruned == (leaf.expected == "pruned")
         assert right, f"{text}: {name} should be {leaf.expected}; {reason}"
     if not len(uses):
@@ -121,7 +123,7 @@ def compare_products(
     """Packed = densified, in value and in every gradient."""
     rng = np.random.default_rng(0)
     direction = rng.standard_normal(program.x.shape).astype(np.float32)
-    loose = {"atol": 2e-2 if "cast" in text else 2e-4, "rtol": 1e-2}
+    loose: Any = {"atol": 2e-2 if "cast" in text else 2e-4, "rtol": 1e-2}
     sparse = fh.sparsify(program.apply)
     if not program.reversible:
         got, want = run(sparse)(packed, *args), run(program.apply)(dense, *args)

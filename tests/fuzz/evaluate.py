@@ -38,7 +38,9 @@ def evaluate(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     env = dict(zip(inputs, map(np.asarray, [*consts, *operands]), strict=True))
 
     def read(v: Any) -> Any:
-        return np.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else env[v]
+        if not isinstance(v, Literal):
+            return env[v]
+        return np.asarray(v.val, getattr(v.aval, "dtype", None))
 
     for eqn in body.eqns:
         results = operation(eqn, [read(v) for v in eqn.invars])

@@ -119,7 +119,7 @@ class Program:
     leaves: dict[str, Leaf]
     x: np.ndarray
     mask: np.ndarray | None
-    rules: dict[str, str]
+    rules: dict[str, Any]
 
     @property
     def reversible(self) -> bool:
@@ -362,7 +362,7 @@ def stacked(make: Builder) -> Step:
     def told(p, x, truth, mask):
         for n in names:
             truth.see(n, flat(x), mask.reshape(-1))
-        return sum(np.tanh(x @ p[n]) for n in names)
+        return np.sum([np.tanh(x @ p[n]) for n in names], 0)
 
     return Step("stacked", run, told)
 

@@ -187,7 +187,8 @@ def test_joined_kernels_of_convolutions():
     stats = calibrate(conv, params, uses, [x])
     spec = ("NHWC", "HWIO", "NHWC")
     wide = np.concatenate([params["a"], params["b"]], 3)
-    y = lax.conv_general_dilated(x, wide, (1, 1), "SAME", dimension_numbers=spec)
+    arrays = jnp.asarray(x), jnp.asarray(wide)
+    y = lax.conv_general_dilated(*arrays, (1, 1), "SAME", dimension_numbers=spec)
     y = np.asarray(y)
     rows = [
         y[:, i : i + 2, j : j + 2, 4:].reshape(2, -1)

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ def test_what_does_not_fit_is_refused(task):
     }
     with pytest.raises(ValueError, match="layers/0/up: .*needs the Gram"):
         hyper_prune(METHOD, KEY, params, uses, norms)
-    rule = {"layers/1/down": fh.NM(1, 4)}
+    rule: Any = {"layers/1/down": fh.NM(1, 4)}
     ruled = fh.discover(apply_fn, params, jnp.ones((2, 16)), rules=rule)
     with pytest.raises(ValueError, match="layers/1/down: a rule asks for"):
         hyper_prune(METHOD, KEY, params, ruled, stats)
