@@ -4,6 +4,7 @@ The same run serves methods with something to learn (gates are annealed and hard
 and all others (the support is found anew and the optimiser keeps its zeros).
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from flexhinm_jax import arguments
 from flexhinm_jax.io import fingerprint
 from flexhinm_jax.io.checkpoints import Checkpoints, Resume
 from flexhinm_jax.methods import Method
+from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.pruning import apply, solve
 from flexhinm_jax.training import sharding
 from flexhinm_jax.training.run import Duration, Phase, Row, Run
@@ -26,6 +28,7 @@ from flexhinm_jax.training.schedules import Stage, check_stages
 from flexhinm_jax.training.state import (
     MASK_TX,
     Training,
+    frozen,
     harden,
     init_training,
     next_stage,
@@ -74,6 +77,8 @@ class Told(Saves, total=False):
     max_skipped: int
     tracker: Callable[[int, Row], None] | None
     duration: Duration | None
+    finish: int
+    make_step: Callable[..., Step]
 
 
 def gradual(
@@ -122,6 +127,10 @@ def gradual(
         tracker (None): called as tracker(step, row) with every row.
         duration (None): a `Duration` for the whole run; the steps of the stages are
         then their shares of it.
+        finish (0): steps under the last masks, after the last stage: gates are closed,
+        so that a step costs no more than one with fixed masks.
+        make_step (`make_step`): makes the steps, called like it, without a method and
+        uses for fixed masks; one that remembers shares compiled steps among runs.
 
     Returns:
       A `Run`: an iterable of rows, floats by name, with "step", "stage" and "kind",
@@ -169,10 +178,20 @@ def gradual(
         "key": fingerprint.key_words(key),
         "run": options.pop("config", None),
     }
+    finish = options.pop("finish", 0)
+    arguments.count(finish, "gradual: finish", 0)
+    if finish and frozen(method):
+        raise ValueError(
+            f"gradual: finish={finish}: {type(method).__name__} leaves the weights as "
+            "they are, so that nothing moves under fixed masks"
+        )
+    if finish:
+        config["finish"] = finish
     task = _Stages(method, params, uses, stages, tx, mask_tx, stats_fn, key)
+    make = functools.partial(task.step, options.pop("make_step", make_step), loss_fn)
     return Gradual(
         task,
-        task.phases(loss_fn),
+        task.phases(make, finish),
         batch_at,
         options.pop("duration", None),
         saves=saves("gradual", options),
@@ -268,22 +287,49 @@ class _Stages:
         """Path -> plan."""
         return apply.decide(self.method, training.states, training.params, self.uses)
 
-    def phases(self, loss_fn: Callable[..., Any]) -> list[Phase]:
-        """A phase per stage; they share one compiled step."""
-        compiled: list[Step] = []
+    def step(
+        self, make: Callable[..., Step], loss_fn: Callable[..., Any], *, hard: bool
+    ) -> Step:
+        """A step that is made where it is first taken.
+
+        Args:
+          make: such as `make_step`.
+          loss_fn: of the model.
+          hard: whether masks are fixed, so that states are no business of the step.
+        """
+        made: list[Step] = []
 
         def step(training: Training, *batch: Any) -> Any:
-            if not compiled:
-                where = sharding.places(training)
-                parts = self.method, loss_fn, self.tx, self.uses
-                made = make_step(*parts, mask_tx=self.mask_tx, shardings=where)
-                compiled.append(made)
-            return compiled[0](training, *batch)
+            given, kept = training, {}
+            if hard:
+                kept = {"states": training.states, "learned_opt": training.learned_opt}
+                given = dataclasses.replace(training, states={}, learned_opt=())
+            if not made:
+                where = sharding.places(given)
+                parts = (None, loss_fn, self.tx, None)
+                if not hard:
+                    parts = (self.method, loss_fn, self.tx, self.uses)
+                made.append(make(*parts, mask_tx=self.mask_tx, shardings=where))
+            after, metrics = made[0](given, *batch)
+            return dataclasses.replace(after, **kept), metrics
 
-        return [
+        return step
+
+    def phases(self, make: Callable[..., Step], finish: int) -> list[Phase]:
+        """A phase per stage, and one under the last masks; they share steps.
+
+        Args:
+          make: called with `hard`, see `step`.
+          finish: steps of the last phase, 0 for none.
+        """
+        fixed = make(hard=True)
+        learns = isinstance(self.method, LearnedMethod)
+        step = make(hard=False) if learns else fixed
+        phases = [
             Phase(step, s.steps, functools.partial(self.begin, k), self.end, s.progress)
             for k, s in enumerate(self.stages)
         ]
+        return [*phases, Phase(fixed, finish)] if finish else phases
 
     def _solved(self) -> dict[str, State]:
         key, sparsity = jax.random.fold_in(self._solve_key, 0), self.stages[0].sparsity
