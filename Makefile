@@ -51,7 +51,7 @@ learn-masks: $(STAMP) ## Learn masks of MiniLM by every method, weights frozen, 
 	$(PY) -m train.learn_masks $(ARGS)
 
 train-digits: $(STAMP) ## Compare all ways to prune on handwritten digits, 3 seeds
-	$(PY) -m train.compare $(ARGS)
+	$(PY) -m bench.comparison --only recipes --out out/digits.json $(ARGS)
 
 train-bytes: $(STAMP) ## Train a byte-level decoder, prune it, train it on
 	$(PY) -m train.language $(ARGS)

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
-from bench import encoder, inputs
+from bench import inputs
 from bench.minilm import Run, prune
 from bench.study import Row, Study, anchors, chosen, timed
 from flexhinm_jax.ops import factorised, saliency
 from flexhinm_jax.patterns import ChannelSearch
 from flexhinm_jax.pruning.apply import dense_weight
-from train import corpus
+from train.lab import models, text
 
 SEARCHED = fh.NM(2, 4, permute=ChannelSearch())
 LAYERS = "Factors around a 2:4 core, one layer"
@@ -135,10 +135,10 @@ RUNS = {
 
 def model(flags: argparse.Namespace) -> Iterator[Row]:
     """The rows of the encoder."""
-    dense = encoder.load(flags.evaluation)
+    dense = models.load(evaluation=flags.evaluation)
     for name in chosen(RUNS, flags):
         run = RUNS[name]
-        given = encoder.calibration(dense, run.sentences)
+        given = dense.calibration(run.sentences)
         before = time.process_time()
         result = prune(dense, given, run)
         jax.block_until_ready(result.params)
@@ -154,7 +154,7 @@ def model(flags: argparse.Namespace) -> Iterator[Row]:
             "sentences": run.sentences,
             "overhead": total["overhead"],
             "spearman": scores["spearman"],
-            "digest": corpus.digest(),
+            "digest": text.digest(),
             "note": run.note,
         }
         command = f'make bench-armor ARGS="--only model --rows {name}"'

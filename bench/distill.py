@@ -8,7 +8,7 @@ Gates of `-gates` rows start sure of their masks, those of `-moving` near the mi
 `-expected` and `-decided` have no noise, `-slow` is `-expected` for long budgets.
 Rows with `-2048` were pruned with that many sentences.
 Every row prunes one-shot (`train.distill`), trains for its budget on the docstrings of
-the installed packages, and is evaluated on sentences of `train.corpus` from other
+the installed packages, and is evaluated on sentences of `train.lab.text` from other
 documents. Rows of the same sparsity start from the same pruned model. The budget counts
 everything but reading the text and pruning: compilation, teacher, training. Run it on
 an idle machine for minutes that mean something.
@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import flexhinm_jax as fh
-from bench import encoder
+from bench import minilm
 from bench.study import Row, Study, alone, chosen
 from train import distill as program
-from train import minilm
 from train.distill import Config
-from train.recovery import Gates
+from train.lab import models, text
+from train.lab.models import packed_again
+from train.lab.recovery import Gates
 
 TABLE = "all-MiniLM-L6-v2, pruned and distilled"
 
@@ -62,7 +63,7 @@ def rows() -> dict[str, Config]:
 
 
 def configured(
-    name: str, amount: float, unit: str, calibration: int | None
+    name: str, amount: float, unit: Any, calibration: int | None
 ) -> tuple[str, Config]:
     """(title of a row, its configuration) under a budget."""
     config = rows()[name]
@@ -75,27 +76,27 @@ def configured(
 def measure(starts: str, *told: Any) -> dict[str, Any]:
     """One row; `starts` keeps pruned matrices for rows with the same start."""
     title, config = configured(*told)
-    made = program.load(minilm.model_directory(), config.evaluation)
-    lists = program.tokenize(made.model, program.training_text(config))
+    made = models.load(evaluation=config.evaluation)
+    lists = made.tokenize(program.training_text(config))
     key = f"{config.pattern}-{config.sparsity}-{config.calibration}"
     pruned = program.start_of(made, config, Path(starts, key.replace(":", "_")))
     params, plans, figures = program.recover(made, pruned, lists, config, None)
-    result = program.packed_again(plans, params, pruned.uses)
+    result = packed_again(plans, params, pruned.uses)
     before, after = made.scores(pruned.params), made.scores(result.params)
     zeros = result.report.total["zeros"]
     row = Row(
         TABLE,
         title,
         after["cosine"],
-        encoder.goal("distilled", zeros),
+        minilm.goal("distilled", zeros),
         figures["cpu_seconds"],
         {"before": before["cosine"]}
-        | encoder.figures(after, zeros)
+        | minilm.figures(after, zeros)
         | {"mask bits moved": figures["moved"]},
         {
             "config": program.checkpoints.describe(config),
             "pruned": before,
-            "digest": program.corpus.digest(),
+            "digest": text.digest(),
             **figures,
         },
     )

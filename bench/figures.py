@@ -45,7 +45,7 @@ def best(found: Iterable[tuple[float, float, str]]) -> list[tuple[float, float, 
 
 def quality(results: Mapping[str, Any], axes: Any) -> None:
     """One panel per sparsity: all rows as points, the best for their time named."""
-    from bench.encoder import GOALS
+    from bench.minilm import GOALS
 
     every = list(points(results))
     for axis, zeros in zip(axes, (0.5, 0.75), strict=True):

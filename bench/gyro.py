@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
-from bench import encoder, inputs
+from bench import inputs
 from bench.study import Row, Study, alone, anchors, timed
 from flexhinm_jax.ops import masks
 from flexhinm_jax.patterns import ChannelSearch, Gyro, Pattern, RandomRows
+from train.lab import models
 
 KEY = 0
 QUALITY = "Gyro: HiNM at 75 %, tiles of 32 rows"
@@ -107,7 +108,7 @@ def stacked(_: argparse.Namespace) -> Iterator[Row]:
     stack = jnp.abs(jax.random.normal(jax.random.key(1), (6, 384, 384)))
     keys = jax.random.split(jax.random.key(2), 6)
     project = lambda k, s: pattern.project(k, s, 0.75)  # noqa: E731
-    together = jax.jit(jax.vmap(project))
+    together: Any = jax.jit(jax.vmap(project))
     one = timed(lambda: together(keys, stack))
     loop = timed(lambda: [project(k, s) for k, s in zip(keys, stack, strict=True)])
     same = all(
@@ -160,11 +161,11 @@ def curve(flags: argparse.Namespace) -> Iterator[Row]:
 def sentence_encoder(flags: argparse.Namespace) -> Iterator[Row]:
     """Mean cosine of MiniLM at 75 %, Wanda scores, by row order."""
     count = 64 if flags.quick else 512
-    dense = encoder.load(count)
-    batches = encoder.calibration(dense, count)
+    dense = models.load(evaluation=count)
+    batches = dense.calibration(count)
     uses = fh.discover(dense.embed, dense.params, *batches[0])
     stats = fh.calibrate(
-        dense.embed, dense.params, uses, batches, gram=False, token_mask=encoder.real
+        dense.embed, dense.params, uses, batches, gram=False, token_mask=models.real
     )
     for name, permute in {
         "none": None,

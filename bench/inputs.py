@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
-from train import minilm
+from train.lab import models
 
 TILE = 32  # rows of a planted cluster
 
@@ -159,7 +159,7 @@ def _planted(seed: int, size: int) -> np.ndarray:
 def _minilm(key: str) -> np.ndarray:
     from safetensors import safe_open
 
-    path = minilm.model_directory() / "model.safetensors"
+    path = models.model_directory() / "model.safetensors"
     with safe_open(str(path), framework="numpy") as file:
         return file.get_tensor(key).astype(np.float32, copy=False)
 

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
-from bench import encoder
 from bench.study import Row, Study
 from flexhinm_jax import kernels
 from flexhinm_jax.kernels import xla
 from flexhinm_jax.patterns import FlexHiNM
+from train.lab import models
 
 SHAPES = ((1536, 384), (4096, 4096))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -119,7 +119,7 @@ def check(programs: dict[str, Any], x: jax.Array) -> None:
 
 def minilm(flags: argparse.Namespace) -> Iterator[Row]:
     """MiniLM, packed and dense, one batch of equal lengths."""
-    model = encoder.load(1)
+    model = models.load(evaluation=1)
     dense, sparse = jax.jit(model.embed), jax.jit(fh.sparsify(model.embed))
     for vector_size in (flags.vector_size, 384):
         trees = pruned(model.embed, model.params, vector_size)

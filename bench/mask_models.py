@@ -20,8 +20,10 @@ import flexhinm_jax as fh
 from bench.study import Row, chosen
 from flexhinm_jax.training import model_gates
 from flexhinm_jax.training.hyper import hyper_prune
-from train import learn_masks, mask_rows, mask_tasks
-from train.mask_learner import started_at
+from train import learn_masks
+from train.lab.masks import problems
+from train.lab.masks import rows as mask_rows
+from train.lab.masks.learner import started_at
 
 KEY = 0
 
@@ -90,7 +92,7 @@ def compared(part: str, model: str, table: str, choices: tuple[str, ...]) -> Any
     return rows
 
 
-def attention() -> tuple[mask_tasks.Problem, Any, Any]:
+def attention() -> tuple[problems.Problem, Any, Any]:
     """MiniLM on fewer sentences; uses and statistics, of some attention blocks only."""
     flags = "--sentences 1024 --statistics 512 --evaluation 64".split()
     problem = learn_masks.problem_of(learn_masks.parser().parse_args(flags), Path())
@@ -130,7 +132,7 @@ def noise(_: argparse.Namespace) -> Iterator[Row]:
     Two independent means of the gradient estimate its squared length by their product;
     the figure is the number of samples whose mean has as much signal as noise.
     """
-    problem = mask_tasks.bytes_decoder(BYTES)
+    problem = problems.bytes_decoder(BYTES)
     uses, key = problem.uses, jax.random.key(KEY)
     keeps = mask_rows.one_shot(mask_rows.ONE_SHOT["refine_mask"], key, problem, uses)
     batch = problem.batch_at(0)
@@ -141,7 +143,7 @@ def noise(_: argparse.Namespace) -> Iterator[Row]:
 
 
 def samples_needed(
-    method: Any, states: Any, problem: mask_tasks.Problem, batch: Any
+    method: Any, states: Any, problem: problems.Problem, batch: Any
 ) -> Row:
     """One line."""
     params, uses = problem.params, problem.uses

@@ -35,8 +35,8 @@ from bench.mask_models import IDENTITIES, LAYER, MEMORY
 from bench.study import Row, Study, anchors, timed
 from flexhinm_jax.ops import gates, prox
 from flexhinm_jax.types import Stats
-from train import mask_rows
-from train.mask_learner import Learner
+from train.lab.masks import rows as mask_rows
+from train.lab.masks.learner import Learner, state_bytes
 
 NM = fh.NM(2, 4)
 KEY = 0
@@ -240,7 +240,8 @@ def memory(_: argparse.Namespace) -> Iterator[Row]:
             learners[f"{name}, Adam"] = dataclasses.replace(learner, optimizer="adam")
     for name, learner in learners.items():
         yield bytes_of(name, learner, params, uses)
-    held = size(fh.HyperPrune(fh.Wanda(NM)).net(jax.random.key(KEY), 6, 6))
+    net = fh.HyperPrune(fh.Wanda(NM)).net(jax.random.key(KEY), 6, 6)
+    held = sum(x.nbytes for x in jax.tree.leaves(net))
     more = {"learned": held, "gradient": held, "optimizer": 2 * held}
     yield Row(MEMORY, "hyperprune (bytes of the net, any model)", 4 * held, more=more)
 
@@ -255,17 +256,12 @@ def bytes_of(name: str, learner: Learner, params: Any, uses: Any) -> Row:
     state = fh.init_training(
         method, params, uses, states, None, key=key, mask_tx=learner.tx()
     )
-    weights = params["w"].size
-    learned = size([s.learned for s in state.states.values()]) / weights
-    optimizer = size(state.learned_opt) / weights
-    more = {"learned": learned, "gradient": learned, "optimizer": optimizer}
-    data = {"masks": size([s.fixed for s in state.states.values()]) / weights}
+    weights, held = params["w"].size, state_bytes(state)
+    more = {name: size / weights for name, size in held.items()}
+    fixed = jax.tree.leaves([s.fixed for s in state.states.values()])
+    masks = sum(x.nbytes for x in fixed)
+    data = {"masks": masks / weights}
     return Row(MEMORY, name, sum(more.values()), more=more, data=data)
-
-
-def size(tree: Any) -> int:
-    """Bytes of all arrays."""
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 STUDY = Study(

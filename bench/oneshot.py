@@ -11,6 +11,7 @@ seconds are the least process time of three calls after compilation.
 import argparse
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,7 @@ def layer_errors(flags: argparse.Namespace) -> Iterator[Row]:
             plan = method.decide(found.result, jnp.asarray(w))
             fh.verify(plan)
             error, other = (inputs.relative_error(w, plan.weight, h) for h in grams)
-            data = {"first cpu_s": found.first}
+            data: dict[str, Any] = {"first cpu_s": found.first}
             for kind in ("hold-out", "seconds"):
                 data[f"anchor, {kind}"] = anchors(f"{LAYERS}, {kind}").get(what)
             yield Row(LAYERS, what, error, None, found.least, {"hold-out": other}, data)

@@ -262,10 +262,11 @@ def layers(flags: argparse.Namespace) -> Iterator[Row]:
                 plan = method.decide(found.result, jnp.asarray(w))
                 peer = torch_seconds(functools.partial(formula, *given, n, m))
                 both = np.asarray(plan.weight), peer[0].numpy()
-                errors = (inputs.relative_error(w, y, h) for y in both)
+                ours, theirs = (inputs.relative_error(w, y, h) for y in both)
                 same = float(np.mean((both[0] != 0) == (both[1] != 0)))
                 what = f"{name} {n}:{m}, seed {seed}"
-                yield row(what, *errors, found.least, peer, **{"same support": same})
+                more = {"same support": same}
+                yield row(what, ours, theirs, found.least, peer, **more)
 
 
 def masks(flags: argparse.Namespace) -> Iterator[Row]:
@@ -282,10 +283,11 @@ def masks(flags: argparse.Namespace) -> Iterator[Row]:
         if not exact:
             raise SystemExit(f"transposable {n}:{m}: a row or column does not keep {n}")
         total = a.sum(dtype=float)
-        kept = (float((a * s).sum(dtype=np.float64) / total) for s in sides)
-        same = {"same support": float(np.mean(sides[0] == sides[1]))}
+        ours, theirs = ((a * s).sum(dtype=np.float64) / total for s in sides)
+        more = {"same support": float(np.mean(sides[0] == sides[1]))}
+        more["sums exact"] = exact
         what = f"transposable {n}:{m}, 1024"
-        yield row(what, *kept, found.least, peer, **same, **{"sums exact": exact})
+        yield row(what, float(ours), float(theirs), found.least, peer, **more)
 
 
 STUDY = Study(

@@ -5,7 +5,7 @@
 
 Layers: relative squared output error on the inputs of `bench.inputs.layer`, as in the
 anchors. Model: mean cosine of the embeddings of all-MiniLM-L6-v2 with 36 pruned linears
-to the dense ones (`bench.encoder`); orders are learned on calibration sentences and
+to the dense ones (`train.lab.models`); orders are learned on calibration sentences and
 chosen on others of those. CPU seconds are process time; for layers without compilation,
 for the model with it.
 """
@@ -26,13 +26,13 @@ import optax
 from scipy.optimize import linear_sum_assignment
 
 import flexhinm_jax as fh
-from bench import encoder as minilm
 from bench import inputs
 from bench.study import Row, Study, timed
 from flexhinm_jax.models import encoder
 from flexhinm_jax.patterns import ChannelSearch
 from flexhinm_jax.pruning import share_orders
-from train import corpus, pruned
+from train.lab import models
+from train.lab import text as corpus
 
 KEY = 0
 NATURAL = fh.NM(2, 4)
@@ -46,7 +46,7 @@ def searched(sweeps: int) -> fh.NM:
     return fh.NM(2, 4, permute=ChannelSearch(sweeps=sweeps))
 
 
-def layer_rows(score: str) -> dict[str, fh.PermLLM]:
+def layer_rows(score: Any) -> dict[str, fh.PermLLM]:
     """Name -> configuration; `steps=0` only searches."""
     make = functools.partial(fh.PermLLM, scores=score, mask_temperature=0.3)
     return {
@@ -151,12 +151,12 @@ class Config:
 class Sentences:
     """Calibration sentences of one length, with what the dense model gives."""
 
-    def __init__(self, dense: pruned.Encoder, config: Config):
+    def __init__(self, dense: models.Encoder, config: Config):
         """Tokenizes and runs the dense model; the last sentences are for validation."""
         self.config = dense.model.config
         self.encode = jax.jit(functools.partial(encoder.encode, config=self.config))
         text = corpus.sentences("calibration", config.sentences + 128)
-        rows = pruned.tokenize(dense.model, text)
+        rows = dense.tokenize(text)
         np.random.default_rng(KEY).shuffle(rows)
         tokens = np.zeros((len(rows), config.length), np.int32)
         for line, row in zip(tokens, rows, strict=True):
@@ -183,11 +183,11 @@ def model(flags: argparse.Namespace) -> Iterator[Row]:
     """The rows of MiniLM."""
     names = [field.name for field in dataclasses.fields(Config)]
     config = Config(**{name: getattr(flags, name) for name in names})
-    dense = minilm.load(flags.evaluation)
+    dense = models.load(evaluation=flags.evaluation)
     params, key, text = dense.params, jax.random.key(KEY), Sentences(dense, config)
     sample = [b[:2] for b in text.batches[: max(1, 512 // config.batch)]]
     uses = fh.discover(dense.embed, params, *sample[0])
-    stats = fh.calibrate(dense.embed, params, uses, sample, token_mask=minilm.real)
+    stats = fh.calibrate(dense.embed, params, uses, sample, token_mask=models.real)
 
     digest = corpus.digest()
 
@@ -259,8 +259,8 @@ if __name__ == "__main__":
     parser.add_argument("--no-layer-fit", action="store_true", help="one row less")
     for field in dataclasses.fields(Config):
         name, default = f"--{field.name.replace('_', '-')}", field.default
-        kind = {"type": type(default), "default": default}
-        parser.add_argument(
-            name, **({"action": "store_true"} if default is False else kind)
-        )
+        options: Any = {"type": type(default), "default": default}
+        if default is False:
+            options = {"action": "store_true"}
+        parser.add_argument(name, **options)
     STUDY.main(parser)

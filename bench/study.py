@@ -131,7 +131,7 @@ def anchors(table: str) -> dict[str, Any]:
 
 def merge(path: Path, study: Study, row: Mapping[str, Any]) -> None:
     """Puts a row in the place of the former one of its name, else at the end."""
-    document = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    document: Any = json.loads(path.read_text()) if path.exists() else {"rows": []}
     rows = {(r["table"], r["what"]): r for r in document["rows"]}
     rows[row["table"], row["what"]] = dict(row)
     notes = document.get("notes", {}) | study.notes

@@ -24,7 +24,8 @@ import flexhinm_jax as fh
 from bench.study import Row, Study
 from flexhinm_jax.models import decoder
 from flexhinm_jax.models.vision import create
-from train import data, language, programs, vision
+from train import language, vision
+from train.lab import data, programs
 
 TABLE = "Training, CPU time over the dense step"
 GOALS = {"keep_sparse": 1.05, "flexhinm_gp": 1.25}
@@ -64,7 +65,7 @@ def vit() -> Case:
     uses = fh.discover(apply_fn, params, images, rules=dict(config.rules))
 
     def loss_fn(params, images, labels):
-        logits = apply_fn(params, images)
+        logits: Any = apply_fn(params, images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.mean(losses)
 

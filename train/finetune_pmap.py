@@ -12,7 +12,6 @@ masks of all devices are compared bit by bit.
 with shardings. The step itself is the same: `fh.make_step(..., axis_name="devices")`.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import time
@@ -25,9 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
-from train import language, log, loop, programs, vision
-from train.recipes import Recipe
-from train.tasks import Task
+from flexhinm_jax.training.run import At, NotFinite
+from train import language, vision
+from train.lab import programs, results, tasks
+from train.lab.recipes import Recipe
+from train.lab.tasks import Task
+from train.lab.trainer import Config, Trainer
 
 
 def devices(count: int) -> list[Any]:
@@ -79,7 +81,7 @@ def share(batch: Any, count: int, axis: int) -> Any:
 
 def finetune(
     task: Task,
-    config: loop.Config,
+    config: Config,
     recipe: Recipe,
     sparsity: float,
     params: Any,
@@ -107,31 +109,41 @@ def finetune(
     Raises:
       ValueError: a batch that does not divide, or devices that disagree.
     """
-    method = recipe.method
+    method, uses, steps = recipe.method, task.uses, config.steps
     if method is None:
         raise ValueError("the recipe 'dense' prunes nothing; choose another one")
-    tx = config.optimizer(config.prune_rate, config.steps, task.lanes)
+    tx = config.optimizer(config.prune_rate, steps, task.lanes)
     solve_key, key = jax.random.split(key)
-    states = fh.solve(method, solve_key, params, task.uses, None, sparsity)
-    training = fh.init_training(method, params, task.uses, states, tx, key=key)
-    step = fh.make_step(method, task.loss_fn, tx, task.uses, axis_name="devices")
-    step = jax.pmap(step, axis_name="devices", devices=on, donate_argnums=0)
-    last = max(1, int(recipe.pruning * config.steps))
-    copies = replicate(training, on)
-    hard = False
-    with log.Log(path, config.steps, recipe.title) as records:
-        for done in range(config.steps):
-            if done == last:
-                copies = replicate(fh.harden(method, first(copies), task.uses), on)
-                hard = True
-            progress = replicate(jnp.float32(min(1.0, done / last)), on)
-            copies = dataclasses.replace(copies, progress=progress)
-            copies, metrics = step(copies, share(task.batch_at(done), len(on), 1))
-            if (done + 1) % config.every == 0 or done + 1 == config.steps:
-                records.write(done + 1, **jax.device_get(first(metrics)))
+    states = fh.solve(method, solve_key, params, uses, None, sparsity)
+    start = fh.init_training(method, params, uses, states, tx, key=key)
+    step = fh.make_step(method, task.loss_fn, tx, uses, axis_name="devices")
+    mapped = jax.pmap(step, axis_name="devices", devices=on, donate_argnums=0)
+
+    def together(copies: Any, batch: Any) -> tuple[Any, Any]:
+        copies, metrics = mapped(copies, batch)
+        return copies, first(metrics)
+
+    def before(copies: Any, at: At) -> Any:
+        return dataclasses.replace(copies, progress=replicate(np.float32(at.part), on))
+
+    def hard(copies: Any) -> tuple[Any, dict[str, Any]]:
+        return replicate(fh.harden(method, first(copies), uses), on), {}
+
+    last = max(1, int(recipe.pruning * steps))
+    run = fh.Run(
+        replicate(start, on),
+        [
+            fh.Phase(together, last, end=hard),
+            fh.Phase(together, steps - last, progress=lambda _: 1.0),
+        ],
+        lambda step: (share(task.batch_at(step), len(on), 1),),
+        before=before,
+        every=config.every,
+    )
+    results.follow(run, path, recipe.title, steps)
+    copies = run.now()
     report(compared({"params": copies.params, "states": copies.states}))
-    training = first(copies)
-    return training if hard else fh.harden(method, training, task.uses)
+    return first(copies)
 
 
 def replicate(tree: Any, on: list[Any]) -> Any:
@@ -172,20 +184,21 @@ def compared(copies: Any) -> str:
 
 def main() -> None:
     """Trains, prunes, fine-tunes on all devices."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    programs.add_flags(parser, config="digits_mlp")
+    parser = programs.parser(__doc__, config="digits_mlp")
     parser.add_argument("--devices", type=int, default=8)
     args = parser.parse_args()
     before = time.perf_counter()
     try:
         on = devices(args.devices)
-        config = programs.config(args.config, loop.Config, **programs.changes(args))
+        config = programs.config(args.config, Config, **programs.changes(args))
         recipe = programs.recipe(args.method, config)
-        make = language.task if isinstance(config, language.Config) else vision.task
+        make: Any = vision.task
+        if isinstance(config, language.Config):
+            make = language.task
         task = make(config, args.data, args.seeds)
         share(task.batch_at(0), args.devices, 1)
         folder = args.out or Path("out") / f"pmap-{config.name}"
-        dense = loop.Trainer(task, config).dense(folder)
+        dense = Trainer(task, config).dense(folder)
         training = finetune(
             task,
             config,
@@ -197,13 +210,13 @@ def main() -> None:
             folder / "metrics.jsonl",
             print,
         )
-    except ValueError as error:
+    except (ValueError, NotFinite) as error:
         raise SystemExit(f"error: {error}") from None
     rows = []
     for title, params in (("dense", dense), (recipe.title, training.params)):
-        found = task.evaluate(params) | {"zeros": loop.zeros(task, params)}
+        found = task.evaluate(params) | {"zeros": tasks.zeros(task, params)}
         rows.append([title, *map(programs.spread, found.values())])
-    log.show(f"{config.name} on {args.devices} devices", ["", *found], rows)
+    results.show(f"{config.name} on {args.devices} devices", ["", *found], rows)
     print(f"{time.perf_counter() - before:.0f} seconds; wrote {folder}/")
 
 

@@ -10,7 +10,6 @@ validation text. Writes metrics.jsonl, curves.png and summary.json into `--out`;
 dense model is kept there and used again as long as its configuration is the same.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -24,12 +23,12 @@ import optax
 
 import flexhinm_jax as fh
 from flexhinm_jax.models import decoder
-from train import data, loop, programs, tasks
+from train.lab import data, programs, tasks, trainer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(loop.Config):
-    """A model and how it is trained; see `loop.Config`.
+class Config(trainer.Config):
+    """A model and how it is trained; see `trainer.Config`.
 
     Attributes:
       model: sizes of the decoder.
@@ -101,15 +100,12 @@ def task(config: Config, path: Path | None, seeds: tuple[int, ...]) -> tasks.Tas
 
 def main() -> None:
     """Trains, prunes and trains on."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    programs.add_flags(parser, config="bytes")
-    programs.add_resume(parser)
-    args = parser.parse_args()
-    programs.run(args, Config, task)
+    flags = programs.parser(__doc__, config="bytes", resumes=True)
+    programs.run(flags, Config, task)
 
 
 if __name__ == "__main__":
     # The configurations know this file by its full name.
-    from train import language
+    from train import language as known
 
-    language.main()
+    known.main()

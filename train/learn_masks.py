@@ -22,10 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import flexhinm_jax as fh
-from train import log, mask_rows, mask_tasks, minilm, prose
-from train.mask_comparison import Comparison, compare, table
-from train.mask_learner import Learner
-from train.mask_tasks import Problem
+from flexhinm_jax.training.run import NotFinite
+from train.lab import results, text
+from train.lab.masks import problems, rows
+from train.lab.masks.comparison import Comparison, table
+from train.lab.masks.learner import Learner
+from train.lab.masks.problems import Problem
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="minilm", help="minilm, bytes, or an encoder directory")
     add(
         "--methods",
-        default=",".join(mask_rows.DEFAULT),
-        help=f"rows, separated by commas: {', '.join(mask_rows.known())}; "
+        default=",".join(rows.DEFAULT),
+        help=f"rows, separated by commas: {', '.join(rows.known())}; "
         "NAME@SPARSITY for tiles, START>NAME to start from another row's masks",
     )
     add("--data", type=Path, help="text: a sentence a line, or bytes to predict")
@@ -58,19 +60,18 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def budget(args: argparse.Namespace) -> tuple[fh.Duration, int | None]:
-    """The budget of a learned row, and the steps it has at most.
+def budget(args: argparse.Namespace) -> fh.Duration:
+    """The budget of a learned row.
 
     Raises:
       ValueError: a budget that is not positive.
     """
     if args.minutes is not None:
-        return fh.Duration(args.minutes, "minutes"), args.steps
-    if args.cpu_seconds is not None:
-        return fh.Duration(args.cpu_seconds, "cpu-seconds"), args.steps
-    if args.steps is not None:
-        return fh.Duration(float(args.steps), "steps"), None
-    return fh.Duration(600.0, "cpu-seconds"), None
+        return fh.Duration(args.minutes, "minutes", args.steps)
+    if args.cpu_seconds is None and args.steps is not None:
+        return fh.Duration(float(args.steps), "steps")
+    seconds = 600.0 if args.cpu_seconds is None else args.cpu_seconds
+    return fh.Duration(seconds, "cpu-seconds", args.steps)
 
 
 def learners(text: str) -> dict[str, Learner]:
@@ -79,7 +80,7 @@ def learners(text: str) -> dict[str, Learner]:
     Raises:
       ValueError: an unknown name, or a rate that is not a positive number.
     """
-    found = dict(mask_rows.LEARNERS)
+    found = dict(rows.LEARNERS)
     for part in filter(None, text.split(",")):
         name, _, rate = part.partition("=")
         if name not in found:
@@ -94,25 +95,21 @@ def learners(text: str) -> dict[str, Learner]:
 def problem_of(args: argparse.Namespace, out: Path) -> Problem:
     """The model and its data."""
     if args.model == "bytes":
-        return mask_tasks.bytes_decoder(
+        return problems.bytes_decoder(
             out,
             path=args.data,
             dense_steps=args.dense_steps,
             seed=args.seed,
             loss=args.loss,
         )
-    given = args.model == "minilm"
-    text = None
-    if args.data is not None:
-        text = prose.from_files([args.data])
-    recipe = mask_tasks.RECIPE
+    recipe = problems.RECIPE
     recipe = dataclasses.replace(recipe, seed=args.seed, rows=args.rows or recipe.rows)
-    return mask_tasks.minilm(
-        minilm.model_directory() if given else Path(args.model),
+    return problems.minilm(
+        None if args.model == "minilm" else Path(args.model),
         sentences=args.sentences,
         calibration=args.statistics,
         evaluation=args.evaluation,
-        text=text,
+        given=None if args.data is None else text.from_files([args.data]),
         recipe=recipe,
     )
 
@@ -122,9 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     out = args.out or Path("out", f"masks-{Path(args.model).name}")
     try:
-        texts = [row.text for row in map(mask_rows.parse, args.methods.split(","))]
-        given, most = budget(args)
-        given_learners = learners(args.rates)
+        texts = [row.text for row in map(rows.parse, args.methods.split(","))]
+        given, trained = budget(args), learners(args.rates)
         out.mkdir(parents=True, exist_ok=True)
         problem = problem_of(args, out)
         comparison = Comparison(
@@ -132,15 +128,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             given,
             out,
             seed=args.seed,
-            most=most,
-            learners=given_learners,
+            learners=trained,
             resume=args.resume,
             every=args.checkpoint_seconds,
         )
-        rows = compare(comparison, texts, out)
-    except (ValueError, OSError) as error:
+        lines = list(comparison.rows(texts))
+    except (ValueError, NotFinite, OSError) as error:
         raise SystemExit(f"learn_masks: {error}") from error
-    log.show(f"masks of {problem.name}", *table(rows, problem.score))
+    results.show(f"masks of {problem.name}", *table(lines, problem.score))
     print(f"wrote {out}/")
 
 

@@ -6,11 +6,10 @@
 
 The images are scikit-learn's digits, or what `--data` names: a directory with the four
 idx files of MNIST or Fashion-MNIST, or an .npz file. `--method` is a row of
-`train.recipes`. Writes metrics.jsonl, curves.png and summary.json into `--out`; the
+`train.lab.recipes`. Writes metrics.jsonl, curves.png and summary.json into `--out`; the
 dense model is kept there and used again as long as its configuration is the same.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,13 +21,13 @@ import numpy as np
 import optax
 
 import flexhinm_jax as fh
-from flexhinm_jax.models import vision
-from train import data, loop, programs, tasks
+from flexhinm_jax.models.vision import create
+from train.lab import data, programs, tasks, trainer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(loop.Config):
-    """A model and how it is trained; see `loop.Config`.
+class Config(trainer.Config):
+    """A model and how it is trained; see `trainer.Config`.
 
     Attributes:
       model: a key of `models.vision.MODELS`.
@@ -55,7 +54,7 @@ def task(config: Config, path: Path | None, seeds: tuple[int, ...]) -> tasks.Tas
       ValueError: bad files, or a model that does not fit the images.
     """
     images = data.images(path, config.split)
-    model = vision.create(config.model, images.classes, **config.fields)
+    model = create(config.model, images.classes, **config.fields)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     example = images.x_train[:2]
     params = jax.jit(jax.vmap(lambda key: model.init(key, example)))(keys)
@@ -64,7 +63,7 @@ def task(config: Config, path: Path | None, seeds: tuple[int, ...]) -> tasks.Tas
 
     def losses(params: Any, x: jax.Array, y: jax.Array) -> Any:
         """Negative log-likelihood and correctness of every image, for one lane."""
-        logits = model.apply(params, x)
+        logits: Any = model.apply(params, x)
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         return nll, jnp.argmax(logits, -1) == y
 
@@ -120,15 +119,13 @@ def _batch(images: data.Images, config: Config, seed: int, step: int) -> Any:
 
 def main() -> None:
     """Trains, prunes and trains on."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    programs.add_flags(parser, config="digits_mlp")
-    programs.add_resume(parser)
-    args = parser.parse_args()
-    programs.run(args, Config, task)
+    programs.run(
+        programs.parser(__doc__, config="digits_mlp", resumes=True), Config, task
+    )
 
 
 if __name__ == "__main__":
     # The configurations know this file by its full name.
-    from train import vision
+    from train import vision as known
 
-    vision.main()
+    known.main()

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from train import data
+from train.lab import data
 
 
 def write_idx(path, array):
@@ -122,7 +122,7 @@ def test_every_epoch_visits_every_row_once_in_a_new_order():
     ]
     for rows in epochs:
         np.testing.assert_array_equal(np.sort(rows), np.arange(12))
-    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
     np.testing.assert_array_equal(
         data.image_rows(12, 4, 0, 5), data.image_rows(12, 4, 0, 5)
     )

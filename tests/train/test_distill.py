@@ -11,10 +11,12 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax.io import checkpoints, huggingface, packed
-from train import corpus, distill, log, prose
+from flexhinm_jax.training.run import NotFinite
+from train import distill
 from train.distill import Config
-from train.recovery import Gates
-from train.teacher import Recipe
+from train.lab import models, results
+from train.lab.recovery import Gates
+from train.lab.teacher import Recipe
 
 RECIPE = Recipe(learning_rate=1e-3, rows=2, length=16, precision="float32")
 FLAGS = "--rows 2 --length 16 --calibration 8 --evaluation 8 --precision float32"
@@ -30,8 +32,8 @@ def text_file(tmp_path_factory, sentences):
 @pytest.fixture(scope="module")
 def case(model_dir, text_file):
     """(encoder, start, token lists): pruned by magnitude, which compiles quickly."""
-    made = distill.load(model_dir, 8)
-    lists = distill.tokenize(made.model, text_file.read_text().splitlines())
+    made = models.load(model_dir, 8)
+    lists = made.tokenize(text_file.read_text().splitlines())
     start = fh.prune(
         made.embed,
         made.params,
@@ -70,15 +72,15 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(
     for path, plan in plans.items():
         fh.verify(plan, path=path)
 
-    write = log.Log.write
+    write = results._write
 
-    def dying(self, step, **values):
-        if step == 4:  # which is saved already
+    def dying(path, records, mode):
+        if any(r["step"] == 4 for r in records):  # which is saved already
             raise MemoryError
-        return write(self, step, **values)
+        write(path, records, mode)
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(log.Log, "write", dying)
+        patch.setattr(results, "_write", dying)
         recover(case, tmp_path, gates=gates, every=0.0)
     kept = sorted((tmp_path / "checkpoints").glob("step-*"))
     assert [path.name for path in kept] == ["step-00000003", "step-00000004"]
@@ -94,7 +96,7 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(
         np.testing.assert_array_equal(
             plan.support.keep, plans_again[path].support.keep, err_msg=path
         )
-    steps = [record["step"] for record in log.read(tmp_path / "metrics.jsonl")]
+    steps = [record["step"] for record in results.read(tmp_path / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4, 5, 6]
 
     other = Recipe(learning_rate=2e-3, rows=2, length=16, precision="float32")
@@ -106,7 +108,7 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(
 
 def test_a_loss_that_is_no_number_stops_the_run(case):
     wild = Recipe(learning_rate=1e30, rows=2, length=16, precision="float32", warmup=0)
-    with pytest.raises(ValueError, match="step 2: loss or gradient is not finite"):
+    with pytest.raises(NotFinite, match="step 2: loss or gradient is not finite"):
         recover(case, None, wild)
 
 
@@ -133,26 +135,6 @@ def test_bad_input_is_one_line(flags, text, model_dir, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="distill: ") as error:
         distill.main(given)
     assert text in str(error.value)
-
-
-def test_training_text_shares_nothing_with_the_evaluation(tmp_path, monkeypatch):
-    held_out = {s.lower() for s in corpus.sentences("evaluation")}
-    known = corpus.sentences("calibration")
-    root = tmp_path / "site"
-    (root / "package").mkdir(parents=True)
-    leak = corpus.sentences("evaluation")[0]
-    fresh = "The quick fox is on the roof of the house."
-    (root / "package" / "leaky.py").write_text(f'"""{leak}\n\n{fresh}"""\n')
-    clean = "The slow fox is under the roof of the barn."
-    (root / "package" / "clean.py").write_text(f'"""{clean}"""\n')
-    monkeypatch.setattr(prose.sysconfig, "get_path", lambda _: str(root))
-    found = prose.sentences()
-    assert found == [*known, clean]
-    assert held_out.isdisjoint(s.lower() for s in found)
-    assert prose.sentences(10) == known[:10]
-    path = tmp_path / "text.txt"
-    path.write_text(f"{fresh}\n{leak.upper()}\n{fresh}\n")
-    assert prose.from_files([path]) == [fresh]
 
 
 def command(model_dir, text_file, out):

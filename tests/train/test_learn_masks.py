@@ -10,9 +10,11 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax.models.decoder import DecoderConfig
-from train import language, mask_comparison, mask_rows, mask_tasks
-from train.mask_learner import Learner, learning, started_at
-from train.teacher import Recipe
+from train import language
+from train.lab.masks import comparison, problems
+from train.lab.masks import rows as known
+from train.lab.masks.learner import Learner, learning, started_at
+from train.lab.teacher import Recipe
 
 RECIPE = Recipe(rows=2, length=16, precision="float32")
 NM = fh.NM(2, 4)
@@ -26,20 +28,18 @@ LEARNERS = {
 @pytest.fixture(scope="module")
 def problem(model_dir, sentences):
     sizes = {"sentences": 40, "calibration": 16, "evaluation": 8}
-    found = mask_tasks.minilm(model_dir, **sizes, text=sentences, recipe=RECIPE)
+    found = problems.minilm(model_dir, **sizes, given=sentences, recipe=RECIPE)
     assert found.tile == 16
-    return dataclasses.replace(found, tile=8)
+    return dataclasses.replace(found, side=8)
 
 
-def comparison(problem, out, steps=4.0, **options):
+def compared(problem, out, steps=4.0, **options):
     budget = fh.Duration(steps)
-    return mask_comparison.Comparison(
-        problem, budget, out, learners=LEARNERS, **options
-    )
+    return comparison.Comparison(problem, budget, out, learners=LEARNERS, **options)
 
 
 def test_rows_say_what_they_start_from_and_how_much_is_removed():
-    row = mask_rows.parse("refine_mask>patch@0.25")
+    row = known.parse("refine_mask>patch@0.25")
     assert (row.start, row.name, row.sparsity) == ("refine_mask", "patch", 0.25)
     for text, told in (
         ("magic", "unknown 'magic'; magnitude, wanda"),
@@ -51,20 +51,20 @@ def test_rows_say_what_they_start_from_and_how_much_is_removed():
         ("wanda>proxsparse", "does not start from masks"),
     ):
         with pytest.raises(ValueError, match=told):
-            mask_rows.parse(text)
-    for text in mask_rows.DEFAULT:
-        assert mask_rows.parse(text).text == text
+            known.parse(text)
+    for text in known.DEFAULT:
+        assert known.parse(text).text == text
 
 
 def test_mlp_only_comes_as_near_to_the_target_as_whole_matrices_do(problem):
     total = sum(np.prod(use.layout.shape) for use in problem.uses.prunable)
     smallest = min(np.prod(use.layout.shape) for use in problem.uses.prunable)
     for target in (0.1, 0.25, 0.4):
-        uses = problem.discover(mask_rows.mlp_only_24(problem.uses, target))
+        uses = problem.discover(known.mlp_only_24(problem.uses, target))
         removed = sum(np.prod(use.layout.shape) for use in uses.prunable) / 2
         assert abs(removed / total - target) <= smallest / 2 / total
-    chosen = problem.discover(mask_rows.mlp_only_24(problem.uses, 0.25)).leaves
-    assert not any(mask_rows.is_attention(path) for path in chosen)
+    chosen = problem.discover(known.mlp_only_24(problem.uses, 0.25)).leaves
+    assert not any(known.is_attention(path) for path in chosen)
 
 
 @pytest.mark.slow
@@ -77,10 +77,10 @@ def test_every_kind_of_row_keeps_the_weights_and_the_sparsity(problem, tmp_path)
         "wanda>maskpro",
         "unstructured@0.25",
     )
-    made = comparison(problem, tmp_path)
-    found = {r["row"]: r for r in mask_comparison.compare(made, rows, tmp_path)}
+    made = compared(problem, tmp_path)
+    found = {r["row"]: r for r in made.rows(rows)}
     for text in rows:
-        want = mask_rows.parse(text).sparsity or 0.5
+        want = known.parse(text).sparsity or 0.5
         assert found[text]["sparsity"] == pytest.approx(want, abs=1e-3)
     for text in ("wanda>maskllm", "wanda>maskpro"):
         assert found[text]["first"] == pytest.approx(found["wanda"]["validation"])
@@ -94,10 +94,10 @@ def test_every_kind_of_row_keeps_the_weights_and_the_sparsity(problem, tmp_path)
     assert [r["row"] for r in summary["rows"]] == list(rows)
     assert summary["dense"]["cosine"] == pytest.approx(1.0, abs=1e-5)
     assert "wanda>patch@0.25" in (tmp_path / "table.md").read_text()
-    again = comparison(problem, tmp_path, resume=True)
+    again = compared(problem, tmp_path, resume=True)
     assert again.row("wanda>maskllm") == found["wanda>maskllm"]
-    keeps = again._row(mask_rows.parse("wanda>maskllm"))[1]
-    params = mask_comparison.masked(problem.params, problem.uses, keeps)
+    keeps = again._row(known.parse("wanda>maskllm"))[1]
+    params = comparison.masked(problem.params, problem.uses, keeps)
     assert problem.validate(params) == found["wanda>maskllm"]["validation"]
 
 
@@ -138,8 +138,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(problem, tmp_path):
     ids=["solved", "learned"],
 )
 def test_every_other_row_runs_too(rows, problem, tmp_path):
-    made = mask_comparison.Comparison(problem, fh.Duration(2), tmp_path)
-    for row in mask_comparison.compare(made, rows, tmp_path):
+    made = comparison.Comparison(problem, fh.Duration(2), tmp_path)
+    for row in made.rows(rows):
         want = 0.25 if "@" in row["row"] else 0.5
         assert row["sparsity"] == pytest.approx(want, abs=1e-3)
         assert row.get("note") == ("weights moved" if row["row"] == "alps" else None)
@@ -150,22 +150,22 @@ def test_every_other_row_runs_too(rows, problem, tmp_path):
 def test_the_byte_decoder_learns_masks_too(tmp_path, loss):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and the dog ran under the tree. " * 40)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes: dict = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
     config = language.Config(
         name="tiny",
-        model=DecoderConfig(**sizes, **heads),
+        model=DecoderConfig(**sizes),
         rules=(("lm_head", "skip"),),
         dense_steps=3,
         batch_size=2,
         length=16,
         windows=4,
     )
-    made = mask_tasks.bytes_decoder(
+    made = problems.bytes_decoder(
         tmp_path, path=text, loss=loss, config=config, calibration=4
     )
     budget = fh.Duration(3)
-    table = mask_comparison.Comparison(made, budget, tmp_path, learners=LEARNERS)
+    table = comparison.Comparison(made, budget, tmp_path, learners=LEARNERS)
     row = table.row("wanda>maskllm")
     assert row["sparsity"] == 0.5
     assert row["validation"] <= table.row("wanda")["validation"] + 1e-6

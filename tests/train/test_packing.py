@@ -5,17 +5,9 @@ import numpy as np
 import pytest
 
 from flexhinm_jax.models import batches, encoder
-from train import packing
+from tests.train.small import CONFIG
+from train.lab import packing
 
-CONFIG = encoder.EncoderConfig(
-    vocab_size=20,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=12,
-    initializer_range=0.3,
-)
 LISTS = [[2, 5, 6, 3], [2, 7, 3], [2, 8, 9, 10, 11, 3], [2, 3], [2] * 9, [4, 4, 4]]
 
 

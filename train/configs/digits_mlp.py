@@ -7,7 +7,7 @@ Result: negative log-likelihood on the test digits .042 dense; at 75, 87.5 and 9
   .129, .393 and .902 with HiNM + Gyro, .100, .347 and .876 with FlexHiNM-GP without
   noise, .081, .160 and .298 unstructured (3 seeds).
 Time: 230 CPU seconds for the whole comparison of 9 recipes, 3 sparsities and 3 seeds.
-Command: python -m train.compare
+Command: make train-digits
 """
 
 from train.vision import Config

@@ -13,6 +13,7 @@ import sysconfig
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -168,15 +169,16 @@ def _digits(seed: int) -> dict[str, np.ndarray]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
-    x_train, x_test, y_train, y_test = train_test_split(
+    digits: Any = load_digits()
+    names = ("x_train", "x_test", "y_train", "y_test")
+    parts: Any = train_test_split(
         digits.images,
         digits.target,
         test_size=0.3,
         stratify=digits.target,
         random_state=seed,
     )
-    return dict(x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    return dict(zip(names, parts, strict=True))
 
 
 def _standardised(arrays: dict[str, np.ndarray], source: Path | str) -> Images:

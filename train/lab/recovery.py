@@ -27,10 +27,9 @@ from flexhinm_jax.models.encoder import EncoderConfig
 from flexhinm_jax.ops.gates import Relaxation
 from flexhinm_jax.tracing import views
 from flexhinm_jax.training.run import At, Row
-from train import mask_optimizers
-from train.mask_optimizers import at_rate
-from train.packing import Rows
-from train.teacher import Recipe, Sentences, Targets, Teacher, loss_of
+from train.lab import optimizers
+from train.lab.packing import Rows
+from train.lab.teacher import Recipe, Sentences, Targets, Teacher, loss_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Gates:
 
     share: float = 0.3
     rate: float = 0.003
-    optimizer: mask_optimizers.Name = "relative"
+    optimizer: optimizers.Name = "relative"
     start: float = 0.5
     temperature: tuple[float, float] = (0.5, 0.1)
     count_weight: float = 1.0
@@ -61,7 +60,7 @@ class Gates:
         """Validates the fields."""
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} must be in (0, 1]")
-        mask_optimizers.check(self.optimizer)
+        optimizers.check(self.optimizer)
         self.method(fh.NM(2, 4))  # validates the rest
 
     def method(self, pattern: fh.Pattern) -> fh.HardConcrete:
@@ -175,7 +174,7 @@ class Recovery(fh.Run):
     def _gated(self, gates, pattern, student, loss_fn, fixed_step, key):
         self._method, uses = gates.method(pattern), self._from.uses
         states, student = fh.adopt(self._method, self._from.plans, student, uses)
-        mask_tx = mask_optimizers.make(gates.optimizer, gates.rate)
+        mask_tx = optimizers.make(gates.optimizer, gates.rate)
         first = fh.init_training(
             self._method, student, uses, states, self._tx, key=key, mask_tx=mask_tx
         )
@@ -200,7 +199,7 @@ class Recovery(fh.Run):
         return self.fixed, rows, self._teacher(number, rows)
 
     def _at_rate(self, training: fh.Training, at: At) -> fh.Training:
-        opt = at_rate(training.opt_state, self._recipe.rate(at.progress))
+        opt = optimizers.at_rate(training.opt_state, self._recipe.rate(at.progress))
         return dataclasses.replace(training, opt_state=opt)
 
     @property

@@ -1,14 +1,11 @@
-"""Metrics as lines of JSON, a progress bar on a terminal, tables and figures.
+"""Runs with records as lines of JSON and a progress bar, tables and figures."""
 
-    with log.Log(folder / "metrics.jsonl", total=600, title="dense") as records:
-        records.write(step, loss=0.5)
-
-Every record is on disk when `write` returns, so a stopped run keeps what it measured.
-"""
-
+import contextlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,82 +21,10 @@ from rich.progress import (
 from rich.table import Table
 
 import flexhinm_jax as fh
-from flexhinm_jax.training.run import NotFinite
+from flexhinm_jax.io.checkpoints import Checkpoints
 
-
-class Diverged(ValueError):
-    """The loss is not a number any more."""
-
-
-class Log:
-    """Writes records to a file and shows the last one beside a bar."""
-
-    def __init__(self, path: Path | None, total: int, title: str, start: int = 0):
-        """Opens the log.
-
-        Args:
-          path: JSONL file; None writes nothing.
-          total: steps of the whole run, for the bar.
-          title: what runs.
-          start: step that the run begins with: records behind it, left by a run that
-            was stopped, are dropped; 0 begins a new file.
-        """
-        self.records = [] if path is None else read(path, before=start)
-        self._file = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
-            for record in self.records:
-                self._file.write(json.dumps(record) + "\n")
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[last]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(title, total=total, completed=start, last="")
-
-    def __enter__(self) -> "Log":
-        """Shows the bar."""
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        """Closes the file and leaves the bar as it is."""
-        self._bar.stop()
-        if self._file is not None:
-            self._file.close()
-
-    def write(self, step: int, **values: Any) -> dict[str, Any]:
-        """Appends one record; arrays become lists.
-
-        Args:
-          step: finished steps.
-          **values: numbers, arrays or text.
-
-        Raises:
-          Diverged: a value named "loss" or ending in "_loss" is not finite; the record
-            is written before.
-        """
-        record = {"step": step} | {k: _plain(v) for k, v in values.items()}
-        self.records.append(record)
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        shown = [f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)]
-        self._bar.update(self._task, completed=step, last=", ".join(shown[:3]))
-        for name, value in record.items():
-            if name.endswith("loss") and not np.all(np.isfinite(value)):
-                raise Diverged(
-                    f"{name} is {value} at step {step}: the run diverged; lower the "
-                    "learning rate, or clip the gradients. What was written before "
-                    "is kept"
-                )
-        return record
+#: Of a row of a run: what is no figure of its step.
+PLACES = ("kind", "step", "stage", "part", "seconds", "finite", "grad_norm")
 
 
 def follow(
@@ -109,11 +34,12 @@ def follow(
     total: int = 0,
     more: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {},
 ) -> list[dict[str, Any]]:
-    """Drives a run to its end and writes its steps.
+    """Drives a run to its end and writes its steps, each before the next is taken.
 
     Args:
       run: the run.
-      path: JSONL file, or None.
+      path: JSONL file; None writes nothing. Records after the step that a continued
+        run begins with are dropped.
       title: what runs.
       total: steps of the whole run, for the bar; 0 where time is the limit.
       more: row -> further values.
@@ -122,21 +48,64 @@ def follow(
       The records, those before an interruption too.
 
     Raises:
-      Diverged: a loss or gradient is not finite.
+      NotFinite: a loss or gradient is not finite.
     """
-    left_out = ("kind", "step", "stage", "part", "seconds", "finite", "grad_norm")
-    try:
-        rows = iter(run)
-        row = next(rows, None)
-        with Log(path, total, title, start=run.begun) as records:
-            while row is not None:
-                if row["kind"] == "step" and "loss" in row:
-                    values = {k: v for k, v in row.items() if k not in left_out}
-                    records.write(row["step"], **more(row), **values)
-                row = next(rows, None)
-            return records.records
-    except NotFinite as error:
-        raise Diverged(str(error)) from None
+    rows = iter(run)
+    first = next(rows, None)
+    records = [] if path is None else read(path, before=run.begun)
+    _write(path, records, "w")
+    with _bar(title, total, run.begun) as show:
+        for row in () if first is None else itertools.chain([first], rows):
+            if row["kind"] == "step" and "loss" in row:
+                figures = {k: v for k, v in row.items() if k not in PLACES}
+                records.append({"step": row["step"]} | more(row) | figures)
+                _write(path, records[-1:], "a")
+                show(records[-1])
+    return records
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int, start: int) -> Iterator[Callable[[dict], None]]:
+    """A bar on a terminal, and what shows a record beside it."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[last]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(title, total=total, completed=start, last="")
+
+    def show(record: dict) -> None:
+        shown = [f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)]
+        bar.update(task, completed=record["step"], last=", ".join(shown[:3]))
+
+    with bar:
+        yield show
+
+
+def _write(path: Path | None, records: Sequence[dict[str, Any]], mode: str) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def saves(folder: Path, resume: bool, every: int | None = None, **more: Any) -> Any:
+    """The checkpoints of a run: it continues from the newest, or removes old ones.
+
+    Args:
+      folder: of this run alone.
+      resume: whether to continue.
+      every: steps between two.
+      **more: see `io.checkpoints.Checkpoints`.
+    """
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Checkpoints(folder, every, resume="older", **more)
 
 
 def read(path: Path, before: float = math.inf) -> list[dict[str, Any]]:
@@ -213,10 +182,3 @@ def curves(
         figure.legend(*labels, loc="outside right upper", fontsize=7, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, str | int | float | bool | None):
-        return value
-    array = np.asarray(value)
-    return array.item() if array.ndim == 0 else array.tolist()

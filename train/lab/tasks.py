@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.types import AxisFactor, Layout, Use, Uses
 
 
@@ -87,3 +88,21 @@ def over_lanes(
         return jax.vmap(run, axes)(params, *batch)
 
     return one if lanes == 1 else several
+
+
+def zeros(task: Task, params: Any) -> np.ndarray:
+    """Fraction of the prunable weights that are exactly zero, per lane."""
+    return 1 - _kept(task, params).mean(1)
+
+
+def moved(task: Task, start: Any, params: Any) -> np.ndarray:
+    """Fraction of the weights kept in `params` that were zero in `start`, per lane."""
+    before, after = _kept(task, start), _kept(task, params)
+    return (after & ~before).sum(1) / np.maximum(after.sum(1), 1)
+
+
+def _kept(task: Task, params: Any) -> np.ndarray:
+    """bool[lanes, prunable weights], True where a weight is not zero."""
+    leaves = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+    found = [np.asarray(leaves[path] != 0) for path in task.uses.leaves]
+    return np.concatenate([x.reshape(task.lanes, -1) for x in found], axis=1)

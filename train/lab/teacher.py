@@ -17,8 +17,8 @@ import numpy as np
 from jax import Array
 
 from flexhinm_jax.models.encoder import EncoderConfig
-from train import packing
-from train.packing import Precision, Rows
+from train.lab import packing
+from train.lab.packing import Precision, Rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""English sentences that every installation has, for calibration and evaluation.
+"""English sentences that every installation has: to calibrate, evaluate and train on.
 
 Nothing is downloaded: the text is documentation. It is the docstrings and help topics
 of Python's standard library, read from its source files without importing them, and the
 data-set descriptions that scikit-learn ships. Code, tables, lists and parameter
 descriptions are dropped; what is left are ordinary sentences about technical matters.
+Unlabeled text for training need not stay the same: `training` adds the docstrings of
+every package installed beside the library.
 
 A document (one source file or one help topic) belongs wholly to calibration or wholly
 to evaluation, by a checksum of its name, and a sentence found in several documents
@@ -21,9 +23,11 @@ import inspect
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from flexhinm_jax.io.sources import read_sentences
 
 Split = Literal["calibration", "evaluation"]
 
@@ -61,6 +65,47 @@ def sentences(split: Split, limit: int | None = None) -> list[str]:
     if limit < 1:
         raise ValueError(f"limit={limit}; it is a number of sentences, at least 1")
     return [found[k * len(found) // limit] for k in range(limit)]
+
+
+def training(limit: int | None = None) -> list[str]:
+    """Distinct training sentences, in an order that depends only on what is installed.
+
+    First the calibration split. A file that shares a single sentence with the
+    evaluation split is left out wholly: packages carry copies of the standard library.
+
+    Args:
+      limit: how many at most; fewer packages are then read.
+
+    Raises:
+      ValueError: the limit is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}; it is a number of sentences, at least 1")
+    found = dict.fromkeys(sentences("calibration"))
+    held_out = {sentence.lower() for sentence in sentences("evaluation")}
+    seen = {sentence.lower() for sentence in found}
+    for text in _docstrings(Path(sysconfig.get_path("purelib"))):
+        if limit is not None and len(found) >= limit:
+            break
+        made = list(split_sentences(text))
+        lower = [sentence.lower() for sentence in made]
+        if held_out.isdisjoint(lower):
+            fresh = {s: None for s, k in zip(made, lower, strict=True) if k not in seen}
+            found |= fresh
+            seen.update(lower)
+    return list(found)[:limit]
+
+
+def from_files(paths: Iterable[Path]) -> list[str]:
+    """Distinct sentences of text files, one a line, without those of the evaluation.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is not UTF-8 or has no text.
+    """
+    held_out = {sentence.lower() for sentence in sentences("evaluation")}
+    lines = [line for path in paths for line in read_sentences(path)]
+    return [s for s in dict.fromkeys(lines) if s.lower() not in held_out]
 
 
 def digest() -> str:
@@ -129,9 +174,17 @@ def _prose(path: Path) -> Iterator[tuple[str, str]]:
                     ):
                         yield f"#{topic.value}", inspect.cleandoc(str(text.value))
         return
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    found = (ast.get_docstring(n) or "" for n in ast.walk(tree) if isinstance(n, kinds))
-    yield "", "\n\n".join(found)
+    documented: Any = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes: Any = (n for n in ast.walk(tree) if isinstance(n, documented))
+    yield "", "\n\n".join(ast.get_docstring(n) or "" for n in nodes)
+
+
+def _docstrings(root: Path) -> Iterator[str]:
+    """Yields the docstrings of each source file, in an order mixed by checksum."""
+    files = dict(_files(root, "*.py"))
+    for name in sorted(files, key=lambda name: (zlib.crc32(name.encode()), name)):
+        for _, text in _prose(files[name]):
+            yield text
 
 
 def split_sentences(text: str) -> Iterator[str]:

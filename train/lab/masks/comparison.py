@@ -1,11 +1,9 @@
 """Rows of the comparison, computed once each, with their files."""
 
-import dataclasses
 import json
 import re
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
-from flexhinm_jax.io.checkpoints import Checkpoints
-from flexhinm_jax.tracing.views import leaf as to_leaf
+from flexhinm_jax.tracing import views
 from flexhinm_jax.types import Uses
-from train import log, mask_rows, mask_tiles
-from train.mask_learner import Learner, learning, started_at, state_bytes
-from train.mask_rows import Keeps, Row
-from train.mask_tasks import Problem
+from train.lab import results
+from train.lab.masks import rows as known
+from train.lab.masks import tiles
+from train.lab.masks.learner import Learner, learning, started_at, state_bytes
+from train.lab.masks.problems import Problem
+from train.lab.masks.rows import Keeps, Row
 
 
 class Comparison:
@@ -33,8 +32,7 @@ class Comparison:
         out: Path,
         *,
         seed: int = 0,
-        most: int | None = None,
-        learners: Mapping[str, Learner] = mask_rows.LEARNERS,
+        learners: Mapping[str, Learner] = known.LEARNERS,
         resume: bool = False,
         every: float = 60.0,
     ):
@@ -45,26 +43,36 @@ class Comparison:
           budget: of every learned method.
           out: folder of the results.
           seed: of everything drawn.
-          most: steps at most of a learned method.
           learners: name -> how a method is trained.
           resume: takes finished rows from `out` and continues the one that stopped.
           every: seconds between checkpoints.
         """
         self.problem, self.budget, self.out = problem, budget, out
-        self.seed, self.most, self.learners = seed, most, learners
+        self.seed, self.learners = seed, learners
         self.resume, self.every = resume, every
-        self._dense: dict[str, float] | None = None
         self._known: dict[str, tuple[dict[str, Any], Keeps]] = {}
-
-    def dense(self) -> dict[str, float]:
-        """The figures of the dense model."""
-        if self._dense is None:
-            self._dense = self.problem.evaluate(self.problem.params)
-        return self._dense
 
     def row(self, text: str) -> dict[str, Any]:
         """The figures of a row."""
-        return self._row(mask_rows.parse(text))[0]
+        return self._row(known.parse(text))[0]
+
+    def rows(self, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """The figures of rows; a summary and a table are written after each."""
+        problem, done = self.problem, []
+        dense = problem.evaluate(problem.params)
+        for text in texts:
+            done.append(self.row(text))
+            results.update(
+                self.out / "summary.json",
+                model=problem.name,
+                facts=problem.facts,
+                dense=dense,
+                rows=done,
+                jax=jax.__version__,
+            )
+            page = results.markdown(*table(done, problem.score))
+            (self.out / "table.md").write_text(page)
+            yield done[-1]
 
     def _row(self, row: Row) -> tuple[dict[str, Any], Keeps]:
         if row.text not in self._known:
@@ -72,35 +80,20 @@ class Comparison:
         return self._known[row.text]
 
     def _compute(self, row: Row) -> tuple[dict[str, Any], Keeps]:
-        before, spent, start = time.process_time(), 0.0, None
+        spent, start = 0.0, None
         if row.start is not None:
-            first, start = self._row(mask_rows.parse(row.start))
+            first, start = self._row(known.parse(row.start))
             spent = first["cpu_seconds"]
-            before = time.process_time()
-        more: dict[str, Any] = {}
-        key = jax.random.key(self.seed)
+        before = time.process_time()
+        keeps, more = self._keeps(row, jax.random.key(self.seed), start)
         problem = self.problem
-        if row.name in mask_rows.MOVED:
-            params = problem.sequential(mask_rows.MOVED[row.name])
-            keeps, more["note"] = {}, "weights moved"
+        if row.name in known.MOVED:
+            params = problem.sequential(known.MOVED[row.name])
         else:
-            if row.name in mask_rows.ONE_SHOT:
-                method = mask_rows.ONE_SHOT[row.name]
-                keeps = mask_rows.one_shot(method, key, problem, problem.uses)
-            elif row.name in mask_rows.SHARED:
-                keeps = mask_rows.hyperprune(key, problem, self._steps())
-            elif row.name == "unstructured":
-                assert row.sparsity is not None
-                keeps = mask_rows.unstructured(key, problem, row.sparsity)
-                more["note"] = "not a pattern for kernels"
-            elif row.name == "mlp_only_24":
-                keeps = self._mlp_only(row, key, start)
-            else:
-                keeps, more = self._learn(row, key, start)
             params = masked(problem.params, problem.uses, keeps)
         jax.block_until_ready(params)
         spent += time.process_time() - before
-        found = {
+        figures = {
             "row": row.text,
             "sparsity": zeros(params, problem.uses),
             "weights": sum(params[path].size for path in problem.uses.leaves),
@@ -109,64 +102,67 @@ class Comparison:
             "cpu_seconds": spent,
             **more,
         }
-        self._write(row, found, keeps)
-        return found, keeps
+        self._write(row, figures, keeps)
+        return figures, keeps
 
-    def _mlp_only(self, row: Row, key: jax.Array, start: Keeps | None) -> Keeps:
-        assert row.sparsity is not None
-        rules = mask_rows.mlp_only_24(self.problem.uses, row.sparsity)
-        uses = self.problem.discover(rules)
-        if start is not None:
-            return {path: start[path] for path in uses.leaves}
-        method = mask_rows.ONE_SHOT["wanda"]
-        return mask_rows.one_shot(method, key, self.problem, uses)
+    def _keeps(
+        self, row: Row, key: jax.Array, start: Keeps | None
+    ) -> tuple[Keeps, dict[str, Any]]:
+        """The supports of a row, and what else there is to say about it."""
+        problem = self.problem
+        given = key, problem, problem.uses
+        if row.name in known.MOVED:
+            return {}, {"note": "weights moved"}
+        if row.name in known.ONE_SHOT:
+            return known.one_shot(known.ONE_SHOT[row.name], *given), {}
+        if row.name in known.SHARED:
+            return known.hyperprune(key, problem, self._steps()), {}
+        if row.name == "unstructured":
+            keeps = known.one_shot(known.UNSTRUCTURED, *given, row.sparsity)
+            return keeps, {"note": "not a pattern for kernels"}
+        if row.name == "mlp_only_24":
+            assert row.sparsity is not None
+            rules = known.mlp_only_24(problem.uses, row.sparsity)
+            uses = problem.discover(rules)
+            if start is not None:
+                return {path: start[path] for path in uses.leaves}, {}
+            return known.one_shot(known.ONE_SHOT["wanda"], key, problem, uses), {}
+        return self._learn(row, key, start)
 
     def _learn(
         self, row: Row, key: jax.Array, start: Keeps | None
     ) -> tuple[Keeps, dict[str, Any]]:
         problem = self.problem
-        learner = mask_rows.learner(row, problem, self.learners)
+        learner = known.learner(row, problem, self.learners)
         method: Any = learner.method
         params, uses = problem.params, problem.uses
         solve_key, run_key = jax.random.split(key)
-        tile_key = jax.random.fold_in(solve_key, 1)
         began = self.budget.clock()
         states = fh.solve(method, solve_key, params, uses, problem.stats, row.sparsity)
         if start is not None:
             states = started_at(method, states, start)
             if getattr(method, "tile_prior", None) == "shares":
-                states = mask_tiles.dealt(
-                    method,
-                    states,
-                    start,
-                    params,
-                    uses,
-                    problem.stats,
-                    problem.loss_fn,
-                    problem.batch_at,
-                    key=tile_key,
-                )
-        duration = dataclasses.replace(self.budget, most=self.most)
+                tile_key = jax.random.fold_in(solve_key, 1)
+                states = tiles.dealt(method, states, start, problem, key=tile_key)
+        told = {"row": row.text, "weights": problem.name} | self._told(row)
         folder = self.out / "checkpoints" / _file(row.text)
-        if not self.resume:
-            shutil.rmtree(folder, ignore_errors=True)
         run = learning(
             *(learner, states, params, uses),
             (problem.loss_fn, problem.batch_at, problem.validate),
-            duration,
+            self.budget,
             key=run_key,
-            checkpoints=Checkpoints(folder, None, resume="older", seconds=self.every),
-            config={"row": row.text, "weights": problem.name} | self._told(row),
+            checkpoints=results.saves(folder, self.resume, seconds=self.every),
+            config=told,
         )
-        run.spent = duration.clock() - began
+        run.spent = self.budget.clock() - began
         path = self.out / "metrics" / f"{_file(row.text)}.jsonl"
 
         def more(row: dict[str, Any]) -> dict[str, Any]:
             return {"spent": run.spent, "rate": learner.rate_at(row["progress"])}
 
-        log.follow(run, path, row.text, self._steps() or 0, more)
-        plans = fh.decide(method, run.states, params, uses)
-        return {path: plan.support.keep for path, plan in plans.items()}, {
+        results.follow(run, path, row.text, self._steps() or 0, more)
+        keeps = known.supports(fh.decide(method, run.states, params, uses))
+        return keeps, {
             "steps": run.step,
             "first": run.rows[0]["value"],
             "bytes": state_bytes(run.now()),
@@ -175,44 +171,36 @@ class Comparison:
     def _steps(self) -> int | None:
         """Steps at most, or None where time is the limit."""
         total = int(self.budget.amount) if self.budget.unit == "steps" else None
-        return self.most or total
+        return self.budget.most or total
 
     def _read(self, row: Row) -> tuple[dict[str, Any], Keeps] | None:
         path = self.out / "rows" / f"{_file(row.text)}.json"
         if not self.resume or not path.exists():
             return None
-        found = json.loads(path.read_text())
-        if found.pop("told") != self._told(row):
+        figures = json.loads(path.read_text())
+        if figures.pop("told") != self._told(row):
             return None
-        with np.load(path.with_suffix(".npz")) as packed:
-            keeps = {p: self._unpacked(p, packed[p]) for p in packed.files}
-        return found, keeps
+        with np.load(path.with_suffix(".npz")) as keeps:
+            return figures, {name: jnp.asarray(keeps[name]) for name in keeps.files}
 
-    def _write(self, row: Row, found: dict[str, Any], keeps: Keeps) -> None:
-        folder = self.out / "rows"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{_file(row.text)}.json"
-        bits: dict[str, Any] = {p: np.packbits(np.asarray(k)) for p, k in keeps.items()}
-        np.savez(path.with_suffix(".npz"), **bits)
-        text = json.dumps(found | {"told": self._told(row)}, indent=1)
-        path.write_text(text + "\n")
-
-    def _unpacked(self, path: str, bits: np.ndarray) -> Any:
-        layout = self.problem.uses.leaves[path].layout
-        shape = (*layout.stack_shape, *layout.matrix_shape)
-        flat = np.unpackbits(bits, count=int(np.prod(shape)))
-        return jnp.asarray(flat.reshape(shape).astype(bool))
+    def _write(self, row: Row, figures: dict[str, Any], keeps: Keeps) -> None:
+        path = self.out / "rows" / f"{_file(row.text)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {name: np.asarray(k) for name, k in keeps.items()}
+        np.savez_compressed(path.with_suffix(".npz"), **arrays)
+        path.unlink(missing_ok=True)
+        results.update(path, **figures, told=self._told(row))
 
     def _told(self, row: Row) -> dict[str, Any]:
         """What a result depends on."""
         told = {"seed": self.seed, "facts": self.problem.facts}
         if row.name in self.learners:
-            told |= {"budget": repr(self.budget), "most": self.most}
+            told["budget"] = repr(self.budget)
             told["learner"] = repr(self.learners[row.name])
-        if row.name in mask_rows.SHARED:
-            told |= {"method": repr(mask_rows.HYPER), "most": self._steps()}
+        if row.name in known.SHARED:
+            told |= {"method": repr(known.HYPER), "most": self._steps()}
         if row.start is not None:
-            told["start"] = self._told(mask_rows.parse(row.start))
+            told["start"] = self._told(known.parse(row.start))
         return told
 
 
@@ -226,7 +214,7 @@ def masked(params: Any, uses: Uses, keeps: Keeps) -> Any:
     """
     new = dict(params)
     for path, keep in keeps.items():
-        here = to_leaf(jnp.asarray(keep), uses.leaves[path].layout)
+        here = views.leaf(jnp.asarray(keep), uses.leaves[path].layout)
         new[path] = jnp.where(here, params[path], jnp.zeros((), params[path].dtype))
     return new
 
@@ -251,38 +239,10 @@ def table(
     columns = ["row", "zeros", *names, "validation", "steps", "CPU s", "B / weight"]
     cells = []
     for r in rows:
-        figures = [f"{r[n]:.4f}" for n in names]
         held = r.get("bytes")
-        per = "" if held is None else f"{sum(held.values()) / r['weights']:.2f}"
+        figures = [f"{r[n]:.4f}" for n in ("sparsity", *names, "validation")]
         title = f"{r['row']} ({r['note']})" if "note" in r else r["row"]
-        cells.append(
-            [
-                title,
-                f"{r['sparsity']:.4f}",
-                *figures,
-                f"{r['validation']:.4f}",
-                str(r.get("steps", "")),
-                f"{r['cpu_seconds']:.0f}",
-                per,
-            ]
-        )
+        per = "" if held is None else f"{sum(held.values()) / r['weights']:.2f}"
+        steps = str(r.get("steps", ""))
+        cells.append([title, *figures, steps, f"{r['cpu_seconds']:.0f}", per])
     return columns, cells
-
-
-def compare(
-    comparison: Comparison, texts: Sequence[str], out: Path
-) -> list[dict[str, Any]]:
-    """All rows, written as they come."""
-    problem, rows = comparison.problem, []
-    for text in texts:
-        rows.append(comparison.row(text))
-        summary = {
-            "model": problem.name,
-            "facts": problem.facts,
-            "dense": comparison.dense(),
-            "rows": rows,
-            "jax": jax.__version__,
-        }
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (out / "table.md").write_text(log.markdown(*table(rows, problem.score)))
-    return rows

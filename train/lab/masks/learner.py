@@ -18,8 +18,7 @@ from flexhinm_jax.ops import gates
 from flexhinm_jax.training.fit import Learn
 from flexhinm_jax.training.run import At
 from flexhinm_jax.types import State, Uses
-from train import mask_optimizers
-from train.mask_optimizers import at_rate
+from train.lab import optimizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Learner:
 
     method: fh.Method
     rate: float
-    optimizer: mask_optimizers.Name = "adam"
+    optimizer: optimizers.Name = "adam"
     b1: float = 0.9
     b2: float = 0.95
     warmup: float = 0.02
@@ -48,7 +47,7 @@ class Learner:
 
     def __post_init__(self):
         """Validates the fields."""
-        mask_optimizers.check(self.optimizer)
+        optimizers.check(self.optimizer)
         if not 0 < self.rate < math.inf or self.looks < 1:
             raise ValueError(
                 f"rate={self.rate}, looks={self.looks}: need a positive rate and at "
@@ -60,7 +59,7 @@ class Learner:
 
         @optax.inject_hyperparams
         def made(learning_rate: Any) -> optax.GradientTransformation:
-            return mask_optimizers.make(self.optimizer, learning_rate, self.b1, self.b2)
+            return optimizers.make(self.optimizer, learning_rate, self.b1, self.b2)
 
         return made(learning_rate=0.0)
 
@@ -98,7 +97,7 @@ def learning(
     loss_fn, batch_at, validate = task
 
     def before(training: fh.Training, at: At) -> fh.Training:
-        opt = at_rate(training.learned_opt, learner.rate_at(at.progress))
+        opt = optimizers.at_rate(training.learned_opt, learner.rate_at(at.progress))
         return dataclasses.replace(training, learned_opt=opt)
 
     return fh.learn(

@@ -9,7 +9,7 @@ documents, and nothing is chosen by it.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,12 @@ import numpy as np
 import optax
 
 import flexhinm_jax as fh
-from flexhinm_jax.models import batches as batching
 from flexhinm_jax.models import decoder
 from flexhinm_jax.types import Stats, Uses
-from train import corpus, data, language, loop, packing, programs, prose, pruned
-from train.teacher import Recipe, Sentences, Teacher, loss_of
+from train import language
+from train.lab import data, models, packing, programs, text
+from train.lab.teacher import Recipe, Sentences, Teacher, loss_of
+from train.lab.trainer import Trainer
 
 #: Sentences that choose among masks instead of teaching them, at most a quarter.
 HELD_BACK = 256
@@ -39,70 +40,105 @@ class Problem:
     Attributes:
       name: of the model.
       params: the dense parameters.
-      uses: what is pruned.
-      discover: the same with rules, as in `fh.discover`.
-      stats: statistics of the inputs on the calibration data.
+      apply_fn: the model, for its uses and statistics.
+      calibration: batches of `apply_fn` that the statistics are taken on.
       loss_fn: (params, *batch) -> (f32[], metrics), lower is better.
       batch_at: step -> batch, all of one shape.
       validate: params -> loss on the held-back data, lower is better.
       evaluate: params -> figures on the evaluation data.
       score: the figure of `evaluate` that the table is about.
-      tile: side of the tiles of PATCH.
+      side: of the tiles of PATCH, at most.
       facts: what a result depends on, for the results.
-      sequential: (method) -> parameters, pruned in order of execution with weights
-        that move.
+      rules: of `fh.discover`, for what is never pruned.
+      token_mask: as `fh.calibrate` asks.
+      seed: of what prunes in order.
     """
 
     name: str
     params: Any
-    uses: Uses
-    discover: Callable[[dict[str, Any]], Uses]
-    stats: dict[str, Stats]
+    apply_fn: Callable[..., Any]
+    calibration: Sequence[tuple]
     loss_fn: Callable[..., Any]
     batch_at: Callable[[int], tuple]
     validate: Callable[[Any], float]
     evaluate: Callable[[Any], dict[str, float]]
     score: str
-    tile: int
+    side: int
     facts: dict[str, Any]
-    sequential: Callable[[fh.Method], Any]
+    rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    token_mask: Callable[..., Any] | None = None
+    seed: int = 0
+
+    def discover(self, rules: Mapping[str, Any]) -> Uses:
+        """What is pruned under further rules."""
+        rules, batch = {**rules, **self.rules}, self.calibration[0]
+        return fh.discover(self.apply_fn, self.params, *batch, rules=rules)
+
+    @functools.cached_property
+    def uses(self) -> Uses:
+        """What is pruned."""
+        return self.discover({})
+
+    @functools.cached_property
+    def stats(self) -> Mapping[str, Stats]:
+        """Statistics of the inputs on the calibration data."""
+        given = self.params, self.uses, self.calibration
+        return fh.calibrate(self.apply_fn, *given, token_mask=self.token_mask)
+
+    @functools.cached_property
+    def tile(self) -> int:
+        """The side of the largest square tile, a multiple of 4, that divides all."""
+        sides = [s for use in self.uses.prunable for s in use.layout.matrix_shape]
+        return math.gcd(self.side, *sides)
+
+    def sequential(self, method: fh.Method) -> Any:
+        """Parameters pruned in order of execution, with weights that move."""
+        return fh.prune_sequential(
+            self.apply_fn,
+            self.params,
+            self.calibration,
+            method,
+            key=jax.random.key(self.seed),
+            target="resid",
+            rules=self.rules,
+            token_mask=self.token_mask,
+        ).params
 
 
 def minilm(
-    directory: Path,
+    folder: Path | None,
     *,
     sentences: int = 4096,
     calibration: int = 1024,
     evaluation: int = 512,
-    text: Sequence[str] | None = None,
+    given: Sequence[str] | None = None,
     recipe: Recipe = RECIPE,
 ) -> Problem:
-    """An encoder directory that distils its own embeddings.
+    """An encoder that distils its own embeddings.
 
     Args:
-      directory: of all-MiniLM-L6-v2, or another encoder of the family.
+      folder: model directory; None for all-MiniLM-L6-v2.
       sentences: calibration sentences that every method may use.
       calibration: the first of them, which the statistics are taken on.
       evaluation: sentences of the evaluation split.
-      text: calibration sentences in place of those of `corpus` and, behind them,
-        of `prose`.
+      given: calibration sentences in place of those of `text`.
       recipe: the loss, and how sentences are packed.
 
     Raises:
       ValueError: too few sentences.
     """
-    made = pruned.load(directory, evaluation)
-    given = list(text or corpus.sentences("calibration", sentences))[:sentences]
-    if text is None and len(given) < sentences:
-        given = prose.sentences(sentences)
-    lists = pruned.tokenize(made.model, given)
+    dense = models.load(folder, evaluation)
+    some = list(given or text.sentences("calibration", sentences))[:sentences]
+    if given is None and len(some) < sentences:
+        some = text.training(sentences)
+    lists = dense.tokenize(some)
     back = min(HELD_BACK, len(lists) // 4)
-    config = made.model.config
+    config = dense.model.config
     rows = Sentences(lists[back:], recipe)
-    teacher = Teacher(made.params, config, recipe)
+    teacher = Teacher(dense.params, config, recipe)
     judge = dataclasses.replace(recipe, rows=min(8, recipe.rows), cosine=1.0)
     held = Sentences(lists[:back], judge)
-    asked = Teacher(made.params, config, judge)
+    asked = Teacher(dense.params, config, judge)
 
     def loss_fn(params: Any, rows: packing.Rows, targets: Any) -> Any:
         return loss_of(params, rows, targets, config, recipe)
@@ -120,48 +156,26 @@ def minilm(
         parts = [(held.batch(k), k) for k in range(held.count)]
         return 1 - float(np.mean([cosine(params, b, asked(k, b)) for b, k in parts]))
 
-    few = batching.batches(
-        lists[:calibration],
-        pruned.CALIBRATION_ROWS,
-        pruned.LONGEST,
-        buckets=pruned.BUCKETS,
-    )
-    known = [(b.tokens, b.mask) for b in few]
-    discover = functools.partial(_discover, made.embed, made.params, known[0], {})
-    uses = discover({})
-    real = lambda _, mask: mask != 0  # noqa: E731
-
-    def sequential(method: fh.Method) -> Any:
-        return fh.prune_sequential(
-            made.embed,
-            made.params,
-            known,
-            method,
-            key=jax.random.key(recipe.seed),
-            target="resid",
-            token_mask=real,
-        ).params
-
     return Problem(
         name="minilm",
-        params=made.params,
-        uses=uses,
-        discover=discover,
-        stats=fh.calibrate(made.embed, made.params, uses, known, token_mask=real),
+        params=dense.params,
+        apply_fn=dense.embed,
+        calibration=dense.calibration(lists[:calibration]),
         loss_fn=loss_fn,
         batch_at=batch_at,
         validate=validate,
-        evaluate=made.scores,
+        evaluate=dense.scores,
         score="cosine",
-        tile=_tile(uses, 128),
+        side=128,
         facts={
             "sentences": len(lists),
             "statistics": min(calibration, len(lists)),
             "held_back": back,
-            "evaluation": len(made.dense),
-            "digest": corpus.digest(),
+            "evaluation": dense.count,
+            "digest": text.digest(),
         },
-        sequential=sequential,
+        token_mask=models.real,
+        seed=recipe.seed,
     )
 
 
@@ -190,32 +204,16 @@ def bytes_decoder(
       ValueError: a missing, empty or too short file.
     """
     if config is None:
-        found = programs.config("bytes", language.Config, dense_steps=dense_steps)
-    else:
-        found = config
-    return _bytes(found, folder, path, seed, loss, calibration)
-
-
-def _bytes(
-    config: language.Config,
-    folder: Path | None,
-    path: Path | None,
-    seed: int,
-    loss: str,
-    calibration: int,
-) -> Problem:
+        config = programs.config("bytes", language.Config, dense_steps=dense_steps)
+    assert config is not None
+    size, length, sizes = config.batch_size, config.length, config.model
     task = language.task(config, path, (seed,))
-    lanes = loop.Trainer(task, config).dense(folder)
+    lanes = Trainer(task, config).dense(folder)
     params = jax.tree.map(lambda x: x[0], lanes)
-    apply_fn = functools.partial(decoder.apply, config=config.model)
-    example = jax.ShapeDtypeStruct((1, config.length), jnp.int32)
-    always = dict(config.rules)
-    discover = functools.partial(_discover, apply_fn, params, (example,), always)
-    uses = discover({})
-    source = data.text(path, config.length)
+    apply_fn = functools.partial(decoder.apply, config=sizes)
+    source = data.text(path, length)
 
     def part(step: int) -> Any:
-        size, length = config.batch_size, config.length
         return data.windows(source.train, size, length, seed + 1, step)
 
     def loss_fn(params: Any, tokens: Any, dense: Any) -> Any:
@@ -246,47 +244,22 @@ def _bytes(
         found = task.evaluate(jax.tree.map(lambda x: x[None], params))
         return {name: float(x[0]) for name, x in found.items()}
 
-    known = [(part(step)[:, :-1],) for step in range(calibration)]
-
-    def sequential(method: fh.Method) -> Any:
-        return fh.prune_sequential(
-            apply_fn,
-            params,
-            known,
-            method,
-            key=jax.random.key(seed),
-            target="resid",
-            rules=always,
-        ).params
-
     return Problem(
         name="bytes",
         params=params,
-        uses=uses,
-        discover=discover,
-        stats=fh.calibrate(apply_fn, params, uses, known),
+        apply_fn=apply_fn,
+        calibration=[(part(step)[:, :-1],) for step in range(calibration)],
         loss_fn=loss_fn,
         batch_at=batch_at,
         validate=validate,
         evaluate=evaluate,
         score="bits_per_byte",
-        tile=_tile(uses, 32),
+        side=32,
         facts={
             "loss": loss,
-            "statistics_bytes": calibration * config.batch_size * config.length,
+            "statistics_bytes": calibration * size * length,
             "digest": task.digest,
         },
-        sequential=sequential,
+        rules=dict(config.rules),
+        seed=seed,
     )
-
-
-def _discover(
-    apply_fn: Any, params: Any, batch: tuple, always: dict[str, Any], rules: Any
-) -> Uses:
-    return fh.discover(apply_fn, params, *batch, rules={**rules, **always})
-
-
-def _tile(uses: Uses, most: int) -> int:
-    """The side of the largest square tile, a multiple of 4, that divides all."""
-    sides = [s for use in uses.prunable for s in use.layout.matrix_shape]
-    return math.gcd(most, *sides)

@@ -6,7 +6,6 @@ learned method whose first masks are those of another row: "refine_mask>maskllm"
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +15,8 @@ import numpy as np
 import flexhinm_jax as fh
 from flexhinm_jax.training.hyper import hyper_prune
 from flexhinm_jax.types import Uses
-from train.mask_learner import Learner
-from train.mask_tasks import Problem
+from train.lab.masks.learner import Learner
+from train.lab.masks.problems import Problem
 
 NM = fh.NM(2, 4)
 
@@ -28,6 +27,9 @@ ONE_SHOT: dict[str, fh.Method] = {
     "refine_mask": fh.RefineMask(fh.Wanda(NM), weights="dense"),
     "alps_mask": fh.ALPS(NM),
 }
+
+#: The weights with the largest Wanda scores of every matrix.
+UNSTRUCTURED = fh.Wanda(fh.Unstructured())
 
 #: One-shot in order of execution, with weights that move.
 MOVED: dict[str, fh.Method] = {"alps": fh.ALPS(NM)}
@@ -46,7 +48,7 @@ MASKLLM = fh.MaskLLM(
     temperature=(1.0, 1.0),
     reward=0.0,
 )
-#: The tiles too, from logits that weights can be compared by; see `mask_tiles`.
+#: The tiles too, from logits that weights can be compared by; see `tiles`.
 PATCH = fh.Patch(
     relaxation="decided",
     scale=(100.0, 100.0),
@@ -215,20 +217,21 @@ def learner(row: Row, problem: Problem, given: Mapping[str, Learner]) -> Learner
 Keeps = dict[str, Any]
 
 
-def one_shot(method: fh.Method, key: Any, problem: Problem, uses: Uses) -> Keeps:
+def one_shot(
+    method: fh.Method,
+    key: Any,
+    problem: Problem,
+    uses: Uses,
+    sparsity: float | None = None,
+) -> Keeps:
     """The supports of a one-shot method, path -> bool[*stack, o, i]."""
-    solve = functools.partial(fh.solve, method, key, problem.params, uses)
-    states = solve(problem.stats)
-    plans = fh.decide(method, states, problem.params, uses)
-    return {path: plan.support.keep for path, plan in plans.items()}
+    params = problem.params
+    states = fh.solve(method, key, params, uses, problem.stats, sparsity)
+    return supports(fh.decide(method, states, params, uses))
 
 
-def unstructured(key: Any, problem: Problem, sparsity: float) -> Keeps:
-    """The weights with the largest Wanda scores of every matrix."""
-    method = fh.Wanda(fh.Unstructured())
-    uses = problem.uses
-    states = fh.solve(method, key, problem.params, uses, problem.stats, sparsity)
-    plans = fh.decide(method, states, problem.params, uses)
+def supports(plans: Mapping[str, fh.Plan]) -> Keeps:
+    """The supports of plans."""
     return {path: plan.support.keep for path, plan in plans.items()}
 
 
@@ -245,5 +248,4 @@ def hyperprune(key: Any, problem: Problem, steps: int | None) -> Keeps:
         method = dataclasses.replace(HYPER, steps=min(steps, HYPER.steps))
     uses, params = problem.uses, problem.params
     found = hyper_prune(method, key, params, uses, problem.stats)
-    plans = fh.decide(method, found.states, params, uses)
-    return {path: plan.support.keep for path, plan in plans.items()}
+    return supports(fh.decide(method, found.states, params, uses))

@@ -8,7 +8,7 @@ cancel together, so what is best for one alone is not best for all.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 import flexhinm_jax as fh
 from flexhinm_jax.training import model_gates
-from flexhinm_jax.types import State, Stats, Uses
-from train.mask_learner import started_at
+from flexhinm_jax.types import State
+from train.lab.masks.learner import started_at
+from train.lab.masks.problems import Problem
 
 #: Steps whose batches the gains are a mean of.
 STEPS = 6
@@ -27,11 +28,7 @@ def dealt(
     method: fh.Patch,
     states: Mapping[str, State],
     keeps: Mapping[str, Any],
-    params: Any,
-    uses: Uses,
-    stats: Mapping[str, Stats],
-    loss_fn: Callable[..., Any],
-    batch_at: Callable[[int], tuple],
+    problem: Problem,
     *,
     key: jax.Array,
     steps: int = STEPS,
@@ -42,11 +39,7 @@ def dealt(
       method: with `tile_prior` "shares" and a global target.
       states: from `started_at`.
       keeps: path -> bool[*stack, o, i], the n:m masks that they started from.
-      params: the dense parameters.
-      uses: from `discover`.
-      stats: with Grams.
-      loss_fn: (params, *batch) -> (f32[], metrics), lower is better.
-      batch_at: step -> batch.
+      problem: the model; its statistics have Grams.
       key: consumed.
       steps: batches for the gains.
 
@@ -55,8 +48,7 @@ def dealt(
       except in stacked leaves, which keep those of `keeps`.
     """
     half_key, refine_key = jax.random.split(key)
-    given = params, uses, loss_fn, batch_at
-    found = gains(method, states, *given, key=half_key, steps=steps)
+    found = gains(method, states, problem, key=half_key, steps=steps)
     unit, tiny = method.tile_start / method.tile_scale[0], jnp.float32(1e-12)
     logits = {}
     for path, state in states.items():
@@ -70,17 +62,14 @@ def dealt(
     edge = jnp.mean(ranked[max(total - 1, 0) : total + 1])
     logits = {path: x - edge for path, x in logits.items()}
     settled = _with_tiles(settled, logits)
-    inner = _refined(method, settled, keeps, params, uses, stats, refine_key)
+    inner = _refined(method, settled, keeps, problem, refine_key)
     return started_at(method, settled, inner)
 
 
 def gains(
     method: fh.Patch,
     states: Mapping[str, State],
-    params: Any,
-    uses: Uses,
-    loss_fn: Callable[..., Any],
-    batch_at: Callable[[int], tuple],
+    problem: Problem,
     *,
     key: jax.Array,
     steps: int = STEPS,
@@ -101,6 +90,7 @@ def gains(
     )
     zeros = {path: jnp.zeros_like(s.learned["tiles"]) for path, s in states.items()}
     half = {path: State({"tiles": zeros[path]}, s.fixed) for path, s in states.items()}
+    uses = problem.uses
     half = model_gates.anneal(even, half, uses, 0.0)
 
     @jax.jit
@@ -108,18 +98,20 @@ def gains(
         def lost(tiles: Any) -> Any:
             now = _with_tiles(states, tiles)
             sparse, _ = model_gates.sample(even, now, params, uses, key)
-            return loss_fn(sparse, *batch)[0]
+            return problem.loss_fn(sparse, *batch)[0]
 
         grads = jax.grad(lost)(tiles)
         return {path: jnp.sum(g, axis=(-2, -1)) for path, g in grads.items()}
 
-    found = [gradient(zeros, half, params, batch_at(step)) for step in range(steps)]
-    return jax.tree.map(lambda *x: -sum(x) / jnp.float32(steps), *found)
+    batches = map(problem.batch_at, range(steps))
+    grads = [gradient(zeros, half, problem.params, batch) for batch in batches]
+    return jax.tree.map(lambda *x: -sum(x) / jnp.float32(steps), *grads)
 
 
-def _refined(method, states, keeps, params, uses, stats, key) -> dict[str, Any]:
+def _refined(method, states, keeps, problem, key) -> dict[str, Any]:
     """The n:m masks after a descent in which the dense tiles take part."""
     refine = fh.RefineMask(method.scores.with_pattern(method.pattern), weights="dense")
+    params, uses = problem.params, problem.uses
     most, targets = 1 - method.tiles.n / method.tiles.m, {}
     for path, use in uses.leaves.items():
         count, size = states[path].fixed["dense_tiles"], states[path].learned["tiles"]
@@ -129,7 +121,7 @@ def _refined(method, states, keeps, params, uses, stats, key) -> dict[str, Any]:
         return dict(keeps)
     some = tuple(use for use in uses.prunable if use.path in targets)
     part = dataclasses.replace(uses, prunable=some)
-    solved = fh.solve(refine, key, params, part, stats, targets)
+    solved = fh.solve(refine, key, params, part, problem.stats, targets)
     new = dict(keeps)
     for path, plan in fh.decide(refine, solved, params, part).items():
         dense = method.tiles.tiles(plan.support.keep).all(-1)

@@ -1,0 +1,1 @@
+"""What the training programs and the benchmarks share."""

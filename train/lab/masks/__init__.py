@@ -1,0 +1,1 @@
+"""Masks of frozen weights: what learns them, on which models, and the comparison."""
