@@ -48,7 +48,9 @@ from flexhinm_jax.pruning.report import Report, report
 from flexhinm_jax.pruning.share_orders import share_orders
 from flexhinm_jax.pruning.solve import solve
 from flexhinm_jax.pruning.statistics import calibrate, statistics_bytes
-from flexhinm_jax.sequential.sequential import Layer, prune_sequential
+from flexhinm_jax.sequential.cuts import Layer
+from flexhinm_jax.sequential.sequential import prune_sequential
+from flexhinm_jax.sequential.trained import Trained
 from flexhinm_jax.tracing.discover import describe, discover
 from flexhinm_jax.tracing.sparsify import sparsify
 from flexhinm_jax.training import objectives, schedules
@@ -61,6 +63,7 @@ from flexhinm_jax.training.optimizers import (
     prox_sparse,
     relative,
 )
+from flexhinm_jax.training.reconstruct import Reconstruct, reconstruct
 from flexhinm_jax.training.run import Duration, Phase, Run
 from flexhinm_jax.training.schedules import Stage, flexhinm_gp
 from flexhinm_jax.training.sharding import check_sharding
@@ -101,6 +104,7 @@ __all__ = [
     "ProxSparse",
     "Pruned",
     "RandomRows",
+    "Reconstruct",
     "RefineMask",
     "Refit",
     "Regions",
@@ -113,6 +117,7 @@ __all__ = [
     "State",
     "Stats",
     "Support",
+    "Trained",
     "Training",
     "Tiles",
     "Transposable",
@@ -151,6 +156,7 @@ __all__ = [
     "prox_sparse",
     "prune",
     "prune_sequential",
+    "reconstruct",
     "relative",
     "report",
     "schedules",

@@ -7,8 +7,9 @@ from typing import Any
 from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.io.sources import read_sentences
+from flexhinm_jax.training.reconstruct import Reconstruct
 
-ONLY_SEQUENTIAL = ("target", "statistics", "resume")
+ONLY_SEQUENTIAL = ("target", "statistics", "reconstruct", "resume")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Choices:
       rules: regular expression on leaf paths -> pattern or "skip".
       exceptions: regular expression on leaf paths -> sparsity.
       text: calibration sentences of an encoder; empty for a method that needs none.
+      reconstruct: how what is left is trained, or None.
     """
 
     method: methods.Method
@@ -28,6 +30,7 @@ class Choices:
     rules: dict[str, Any]
     exceptions: dict[str, float]
     text: list[str]
+    reconstruct: Reconstruct | None = None
 
 
 def check(args: argparse.Namespace, is_decoder: bool) -> Choices:
@@ -52,7 +55,23 @@ def check(args: argparse.Namespace, is_decoder: bool) -> Choices:
         )
     flags.check_kind(args, is_decoder)
     text = [] if is_decoder else _sentences(args, method)
-    return Choices(method, args.sparsity, rules, exceptions, text)
+    trained = reconstruct(args)
+    return Choices(method, args.sparsity, rules, exceptions, text, trained)
+
+
+def reconstruct(args: argparse.Namespace) -> Reconstruct | None:
+    """How what is left is trained, or None."""
+    names = ("steps", "rate", "target")
+    given = {name: getattr(args, f"reconstruct_{name}") for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    window = args.reconstruct
+    if window is None:
+        if given:
+            raise ValueError(
+                f"--reconstruct-{next(iter(given))} is for --reconstruct; add that"
+            )
+        return None
+    return Reconstruct(int(window) if window.isdecimal() else window, **given)
 
 
 def best(pattern: patterns.Pattern) -> str:
@@ -87,6 +106,9 @@ def document(args: argparse.Namespace, choices: Choices) -> dict[str, Any]:
         "calibration": str(args.calibration),
         "seed": args.seed,
         "target": (args.target or "seq") if args.sequential else None,
+        "reconstruct": None
+        if choices.reconstruct is None
+        else repr(choices.reconstruct),
         "statistics": (args.statistics or "sequential") if args.sequential else None,
         "version": __version__,
     }

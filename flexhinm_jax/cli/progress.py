@@ -3,7 +3,8 @@
 import math
 
 from flexhinm_jax.cli.console import bytes_text
-from flexhinm_jax.sequential.sequential import Layer
+from flexhinm_jax.sequential.cuts import Layer
+from flexhinm_jax.sequential.trained import Trained
 from flexhinm_jax.streaming import learned, streaming
 from flexhinm_jax.streaming.blocks import Blocks
 from flexhinm_jax.streaming.memory import Budget
@@ -36,6 +37,14 @@ def layer_text(layer: Layer) -> str:
     return (
         f"{layer.done}/{layer.total} {layer.path}{at}: error {layer.error:.4f},"
         f" {layer.seconds:.1f} s, {bytes_text(layer.held)} held"
+    )
+
+
+def window_text(window: Trained) -> str:
+    """One line about a window that was reconstructed."""
+    return (
+        f"{window.window}: outputs off by {window.before:.4f}, after training by"
+        f" {window.after:.4f} (of their squares), {window.seconds:.1f} s"
     )
 
 

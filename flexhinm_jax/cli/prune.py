@@ -17,6 +17,7 @@ from flexhinm_jax.cli.recipe import RECIPE
 from flexhinm_jax.io import atomic
 from flexhinm_jax.models.load import PACKED, is_decoder
 from flexhinm_jax.sequential.request import STATISTICS, TARGETS
+from flexhinm_jax.training.reconstruct import Reconstruct
 
 
 def add_parser(commands: Any) -> None:
@@ -131,6 +132,31 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
         help="with --sequential: judge a weight by the inputs that the pruned ones"
         " before it give (sequential, the default), by those that the dense weights of"
         " its block give (block), or by those of the dense model (dense)",
+    )
+    add(
+        "--reconstruct",
+        metavar="WINDOW",
+        help="with --sequential: train what is left of a window to give the outputs of"
+        " the dense model, before the next is pruned: block, part (attention or MLP of"
+        " a block), a number of blocks (not for decoders), or a regular expression",
+    )
+    add(
+        "--reconstruct-steps",
+        type=flags.positive,
+        metavar="N",
+        help=f"steps per window (default: {Reconstruct.steps})",
+    )
+    add(
+        "--reconstruct-rate",
+        type=float,
+        metavar="R",
+        help=f"learning rate (default: {Reconstruct.rate:g})",
+    )
+    add(
+        "--reconstruct-target",
+        choices=("asym", "seq"),
+        help="the outputs of the dense model (asym, the default), or of the window's"
+        " dense weights for the inputs that the pruned ones give (seq)",
     )
     add(
         "--resume",

@@ -19,7 +19,8 @@ from flexhinm_jax.io.sources import read_text
 from flexhinm_jax.models import decoder
 from flexhinm_jax.models.batches import pieces
 from flexhinm_jax.models.load import TOKENIZER, load_tokenizer, token_ids
-from flexhinm_jax.sequential.sequential import Layer
+from flexhinm_jax.sequential.cuts import Layer
+from flexhinm_jax.sequential.trained import Trained
 from flexhinm_jax.streaming import streaming, work
 from flexhinm_jax.streaming.blocks import Blocks, open_blocks
 from flexhinm_jax.streaming.memory import Budget
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
             console.progress(progress.layer_text(done))
             if done.note:
                 notes[done.path] = done.note
+        elif isinstance(done, Trained):
+            console.note(progress.window_text(done))
         elif isinstance(done, streaming.Surveyed):
             seconds = f"{done.seconds:.1f} s"
             console.progress(f"block {done.layer + 1}/{done.total} read, {seconds}")
@@ -73,6 +76,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
                 rules=choices.rules,
                 target=args.target or "seq",
                 statistics=args.statistics or "sequential",
+                reconstruct=choices.reconstruct,
                 on_mismatch=args.on_mismatch or "error",
             ),
             spread=streaming.Spread(args.allocate, choices.exceptions),

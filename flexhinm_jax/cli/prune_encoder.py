@@ -16,7 +16,9 @@ from flexhinm_jax.pruning.allocate import budgets
 from flexhinm_jax.pruning.output_errors import output_errors
 from flexhinm_jax.pruning.share_orders import share_orders
 from flexhinm_jax.pruning.statistics import calibrate, unseen
-from flexhinm_jax.sequential.sequential import Layer, prune_sequential
+from flexhinm_jax.sequential.cuts import Layer
+from flexhinm_jax.sequential.sequential import prune_sequential
+from flexhinm_jax.sequential.trained import Trained
 from flexhinm_jax.tracing.discover import discover
 
 BATCH_SENTENCES = 32
@@ -128,7 +130,10 @@ def _in_order(
     notes: dict[str, str] = {}
     errors: dict[str, float] = {}
 
-    def tell_layer(layer: Layer) -> None:
+    def tell_layer(layer: Layer | Trained) -> None:
+        if isinstance(layer, Trained):
+            console.note(progress.window_text(layer))
+            return
         console.progress(progress.layer_text(layer))
         tell(layer.done, layer.total)
         errors[layer.path] = layer.error
@@ -146,6 +151,7 @@ def _in_order(
             key=jax.random.key(args.seed),
             target=args.target or "seq",
             statistics=args.statistics or "sequential",
+            reconstruct=choices.reconstruct,
             rules=choices.rules,
             on_mismatch=args.on_mismatch or "error",
             token_mask=directory.real,

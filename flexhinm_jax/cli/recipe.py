@@ -17,7 +17,8 @@ RECIPE = "recipe.yaml"
 KEYS = (
     *("method", "pattern", "sparsity", "rules", "allocate", "calibration", "limit"),
     *("batch_size", "max_length", "sequential", "target", "share_orders", "seed"),
-    *("statistics", "on_mismatch"),
+    *("statistics", "on_mismatch", "reconstruct", "reconstruct_steps"),
+    *("reconstruct_rate", "reconstruct_target"),
     *("length", "samples", "dtype", "pack", "first_last", "memory"),
 )
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False}

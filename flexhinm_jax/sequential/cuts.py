@@ -18,14 +18,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.extend.core import Literal
 
 from flexhinm_jax import arguments
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.report import worst
 from flexhinm_jax.pruning.statistics import booleans, calibrate, unseen_note
-from flexhinm_jax.sequential import segments, solver, targets
+from flexhinm_jax.sequential import segments, solver, targets, windows
 from flexhinm_jax.sequential.job import Job
-from flexhinm_jax.sequential.straight import Cut, straighten
+from flexhinm_jax.sequential.straight import Cut, Line, straighten
+from flexhinm_jax.sequential.trained import Training
 from flexhinm_jax.tracing import jax_versions, meshes
 from flexhinm_jax.tracing.finder import Traced
 from flexhinm_jax.tracing.program import is_array, split
@@ -41,6 +43,7 @@ class Programs:
       compiler: the segments.
       solver: solves stacks of matrices.
       measured: program, or its text -> what the compiler says about its memory.
+      trained: what a `Trainer` keeps from window to window.
     """
 
     def __init__(self, solver: Callable[..., Any] = solver.solve_stack):
@@ -48,6 +51,7 @@ class Programs:
         self.compiler = segments.Compiler()
         self.solver = solver
         self.measured: dict[Any, Any] = {}
+        self.trained: dict[Any, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Walk:
       masks: per batch, which tokens count; None for all.
       lines: per shape of a batch, the program and its segments.
       cuts: those of the first shape.
+      windows: names of what is trained together.
       unseen: path -> matrices that no input reached.
     """
 
@@ -113,12 +118,17 @@ class Walk:
         self.programs = programs or Programs()
         self.compiler = segments.Compiler(self.programs.compiler)
         self.to_end = to_end
+        self.reached = -1
+        self.rows = windows.Rows()
         self.unseen: Counter[str] = Counter()
         layouts = {path: use.layout for path, use in job.uses.leaves.items()}
         moved = {*layouts, *job.bias.values()}
         names = [p for p in job.paths if is_array(job.leaves[p])]
+        if job.request.reconstruct is not None:
+            moved.update(names)
         lines: dict[Any, tuple] = {}
         self.runners: list[segments.Runner] = []
+        self.masks: list[Any] = []
         params, traced = job.tree(job.leaves), Traced.of(job.apply_fn)
         for n, batch in enumerate(job.batches):
             arrays, skeleton = split(batch)
@@ -126,6 +136,7 @@ class Walk:
             if job.token_mask is not None:
                 mask = booleans(job.token_mask, batch)
             masked = [] if mask is None else [mask]
+            self.masks.append(mask)
             shapes = tuple((x.shape, str(x.dtype)) for x in [*arrays, *masked])
             if (shapes, skeleton) not in lines:
                 program = traced.program(params, batch)
@@ -136,7 +147,11 @@ class Walk:
                     given = zip(line.inputs, twins[n], strict=mask is None)
                     sources += [v for v, x in given if x is not None]
                 changing = segments.changing(line, sources)
-                parts = segments.cut(line, line.outputs if to_end else ())
+                # A window may end where the function does.
+                to_end = to_end or job.request.reconstruct is not None
+                outputs = results(line) if to_end else []
+                self.windows = self.divide(line, outputs, names)
+                parts = segments.cut(line, outputs)
                 lines[shapes, skeleton] = line, parts, changing
             line, parts, changing = lines[shapes, skeleton]
             self.runners.append(
@@ -173,37 +188,38 @@ class Walk:
 
     def run(
         self,
-        progress: Callable[[Layer], None] | None,
+        progress: Callable[[Any], None] | None,
         taken: Callable[[str, Plan], None] | None = None,
     ) -> dict[str, Plan]:
         """Solves everything: path -> plan.
 
         Args:
-          progress: called with every matrix that is done.
+          progress: called with a `Layer` for every matrix that is done, and with a
+            `Trained` for every window that is.
           taken: called with every leaf that is done and its plan, which is then
             forgotten and missing in the result.
         """
         total = sum(len(cut.members) + len(cut.plain) for cut in self.cuts)
         tell = functools.partial(self.tell, progress, Clock(total))
         try:
-            for span in self.spans():
-                found: dict[tuple, Plan] = {}
-                for k in span:
-                    self.advance(k, look=k > span[0] and not self.dense_only)
-                    cut = self.cuts[k]
-                    solved = self.members(k) if cut.members else self.plain(cut)
-                    for path, at in list(solved):
-                        result = solved.pop((path, at))
-                        found[path, at] = result.plan
-                        tell(cut, path, at, result)
-                if self.to_end and self.dense_only:
-                    self.advance(len(self.cuts))
-                self.apply(found, taken)
+            trainers, spans = self.trainers(), self.spans()
+            for number, span in enumerate(spans):
+                self.advance(span[0])
+                trainer = trainers[number] if trainers else None
+                if trainer is not None:
+                    trainer.begin()
+                plans = self.solve(span, tell)
+                if trainer is not None:
+                    told = trainer.train(plans)
+                    if progress is not None and told is not None:
+                        progress(told)
+                self.hand_over(plans, taken)
                 if not self.dense_only:
                     for k in span[1:]:
-                        self.advance(k, again=True)
+                        self.advance(k)
             if self.to_end and not self.dense_only:
-                self.advance(len(self.cuts))
+                for k in range(spans[-1][-1] + 1 if spans else 0, len(self.cuts) + 1):
+                    self.advance(k)
         except BaseException:
             self.close()
             raise
@@ -214,36 +230,91 @@ class Walk:
     @property
     def dense_only(self) -> bool:
         """Whether nothing is run with pruned weights."""
-        return self.job.request.statistics == "dense"
+        request = self.job.request
+        return request.judged_dense and request.reconstruct is None
+
+    def divide(self, line: Line, outputs: list[Any], names: list[str]) -> list[str]:
+        """Marks where windows begin; their names."""
+        request = self.job.request
+        if request.reconstruct is None:
+            return []
+        window = request.reconstruct.window
+        count = window if isinstance(window, int) else 1
+        name = functools.partial(named, request.window_of)
+        return windows.divide(line, outputs, names, name, count)
 
     def spans(self) -> list[range]:
+        """The cuts at which values wait until the weights up to the next are pruned."""
+        if self.job.request.reconstruct is None:
+            return self.groups(range(len(self.cuts)))
+        borders = [k for k, cut in enumerate(self.cuts) if windows.is_border(cut)]
+        return [range(a, b) for a, b in itertools.pairwise(borders)]
+
+    def groups(self, span: range) -> list[range]:
         """The cuts that are solved on the same weights, in order."""
-        cuts, statistics = range(len(self.cuts)), self.job.request.statistics
-        if statistics == "sequential":
-            return [range(k, k + 1) for k in cuts]
-        if statistics == "dense":
-            return [cuts]
+        request = self.job.request
+        if request.statistics == "sequential":
+            return [range(k, k + 1) for k in span]
+        if request.judged_dense:
+            return [span]
+        name = functools.partial(named, request.block_of)
+        solved = [k for k in span if not windows.is_border(self.cuts[k])]
+        groups = itertools.groupby(solved, lambda k: name(self.cuts[k]))
+        found = [list(same) for _, same in groups]
+        starts = [span[0], *(same[0] for same in found[1:])]
+        return [range(a, same[-1] + 1) for a, same in zip(starts, found, strict=True)]
 
-        def block(k: int) -> Any:
-            members, plain = self.cuts[k].names
-            return self.job.request.block_of(*(members or [(p,) for p in plain])[0])
+    def solve(self, span: range, tell: Callable[..., None]) -> list[tuple]:
+        """Solves the cuts of a span; the (path, at) of what was."""
+        names: list[tuple] = []
+        for group in self.groups(span):
+            found: dict[tuple, Plan] = {}
+            if names and len(group) > 1:
+                self.look_again(span, group[0])
+            for k in group:
+                if k > span[0]:
+                    self.advance(k, look=not self.dense_only)
+                cut = self.cuts[k]
+                solved = self.members(k) if cut.members else {}
+                solved |= self.plain(cut) if cut.plain else {}
+                for path, at in list(solved):
+                    result = solved.pop((path, at))
+                    found[path, at] = result.plan
+                    tell(cut, path, at, result)
+            if self.to_end and self.dense_only:
+                self.advance(len(self.cuts))
+            for (path, at), plan in found.items():
+                with meshes.automatic():
+                    self.job.apply(path, at, plan)
+            names += found
+        return names
 
-        groups = (list(same) for _, same in itertools.groupby(cuts, block))
-        return [range(same[0], same[-1] + 1) for same in groups]
+    def look_again(self, span: range, stop: int) -> None:
+        """Looks from the start of a span to before a cut, with the weights as they are.
 
-    def apply(
-        self,
-        plans: Mapping[tuple, Plan],
-        taken: Callable[[str, Plan], None] | None,
+        What came before was seen with dense weights of a block that is pruned now.
+        """
+        for runner in self.runners:
+            runner.back()
+        for k in range(span[0] + 1, stop):
+            self.advance(k, look=True)
+
+    def hand_over(
+        self, names: list[tuple], taken: Callable[[str, Plan], None] | None
     ) -> None:
-        """Lets the walk go on with solved matrices, (path, at) -> plan."""
+        """Gives the plans of leaves that are done away."""
         job = self.job
-        for (path, at), plan in plans.items():
-            with meshes.automatic():
-                job.apply(path, at, plan)
+        for path in dict.fromkeys(path for path, _ in names):
             if taken is not None and job.complete(path):
                 taken(path, job.assembled(path))
                 del job.plans[path]
+
+    def trainers(self) -> list[Training]:
+        """What trains the weights of the spans; empty where nothing does."""
+        if self.job.request.reconstruct is None:
+            return []
+        spans = enumerate(self.spans())
+        return [Training(self, number, span) for number, span in spans]
 
     def tell(
         self,
@@ -274,26 +345,35 @@ class Walk:
         if progress is not None:
             progress(layer)
 
-    def advance(self, k: int, *, look: bool = False, again: bool = False) -> None:
+    def advance(self, k: int, *, look: bool = False) -> None:
         """All batches to cut `k`, or to the end behind the last.
 
         Args:
           k: the cut.
           look: with the values of the pruned model kept where they are.
-          again: after a look; the dense model is there already.
         """
-        job = self.job
-        beside = job.request.beside and not again
-        trees = [job.current, job.leaves] if beside else [job.current]
-        fixed = {
-            id(line): [segments.fixed(line, parts[k], job.arrays(x)) for x in trees]
+        self.advance_dense(k)
+        fixed = self.fixed(k, self.job.current)
+        for runner in self.runners:
+            run = runner.look if look else runner.advance
+            run(k, fixed[id(runner.line)])
+
+    def advance_dense(self, k: int) -> None:
+        """The batches of the dense model to cut `k`, unless they are there."""
+        if self.reached >= k or not self.job.request.beside:
+            return
+        self.reached = k
+        fixed = self.fixed(k, self.job.leaves)
+        for runner in self.runners:
+            runner.advance_dense(k, fixed[id(runner.line)])
+
+    def fixed(self, k: int, leaves: Mapping[str, Any]) -> dict[int, list[Any]]:
+        """What the segment before cut `k` reads of parameters, per line."""
+        arrays = self.job.arrays(leaves)
+        return {
+            id(line): segments.fixed(line, parts[k], arrays)
             for line, parts in self.lines
         }
-        for runner in self.runners:
-            now, *dense = fixed[id(runner.line)]
-            if dense:
-                runner.advance_dense(k, *dense)
-            (runner.look if look else runner.advance)(k, now)
 
     def outputs(self) -> Iterator[tuple[list[Any], list[Any] | None]]:
         """Per batch what the pruned model and the dense one return, freed behind.
@@ -301,10 +381,10 @@ class Walk:
         The second is None where no dense model runs beside.
         """
         for runner in self.runners:
-            wanted = runner.line.outputs
+            wanted = results(runner.line)
             now = [runner.value(v) for v in wanted]
             dense = None
-            if self.target != "seq":
+            if self.job.request.beside:
                 dense = [runner.dense_value(v) for v in wanted]
             runner.release()
             yield now, dense
@@ -347,11 +427,12 @@ class Walk:
     def add(self, k: int, sums: Any, runner: segments.Runner) -> Any:
         """Adds the tokens of one batch to the sums of cut `k`."""
         cut = runner.line.cuts[k]
+        judged_dense = self.job.request.judged_dense and not self.dense_only
         inputs = targets.inputs(
             cut,
-            runner.changed,
+            self.differs(runner),
             self.target == "resid",
-            runner.value,
+            runner.dense_value if judged_dense else runner.value,
             runner.dense_value,
             self.job.weight,
         )
@@ -372,6 +453,10 @@ class Walk:
         self.shelf.wait(outs)
         return jax.tree.unflatten(jax.tree.structure(sums), outs)
 
+    def differs(self, runner: segments.Runner) -> Callable[[Any], bool]:
+        """Of a variable, whether targets are made of another value than inputs are."""
+        return runner.changed if self.target != "seq" else lambda v: False
+
     def plain(self, cut: Cut) -> dict[tuple, solver.Solved]:
         """Solves leaves that cannot be cut, on a plain run of the model as it is."""
         job = self.job
@@ -382,7 +467,7 @@ class Walk:
             return known
         stats = calibrate(
             job.apply_fn,
-            job.tree(job.current),
+            job.tree(job.leaves if job.request.judged_dense else job.current),
             uses,
             job.batches,
             token_mask=job.token_mask,
@@ -394,6 +479,17 @@ class Walk:
                 given = {(path, at[path]): stats[path]}
                 solved |= solver.solve(free, given, self.programs.solver)
         return solved
+
+
+def named(name_of: Callable[..., Any], cut: Cut) -> Any:
+    """What a cut is a part of."""
+    members, plain = cut.names
+    return name_of(*(members or [(path,) for path in plain])[0])
+
+
+def results(line: Line) -> list[Any]:
+    """The outputs of a line that depend on the batch."""
+    return [v for v in line.outputs if not isinstance(v, Literal) and v in line.data]
 
 
 class Clock:

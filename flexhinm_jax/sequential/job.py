@@ -1,6 +1,7 @@
 """What `prune_sequential` has to do, checked before it begins, and the plans so far."""
 
 import copy
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ class Job:
         pruned one takes the place of what is solved.
       current: path -> array now, pruned as far as the walk has come.
       plans: path -> {at: plan on the host}.
+      supports: path -> where a leaf that came pruned may be other than zero.
       finished: plans on disk, or None.
     """
 
@@ -64,6 +66,7 @@ class Job:
         known = Leaves.of(values).dense(uses)
         self.paths, self.leaves, self.current = list(known), dict(known), dict(known)
         self.plans: dict[str, dict[tuple, Plan]] = defaultdict(dict)
+        self.supports: dict[str, Array] = {}
         self.finished: Finished | None = None
         self.bias = own_biases(uses)
         self.methods, self.targets = {}, {}
@@ -129,6 +132,36 @@ class Job:
             new = old.reshape(shape).at[select(at)].add(shift)
             self.current[name] = meshes.placed(new.reshape(old.shape), bias.sharding)
 
+    def replace(self, path: str, leaf: Any) -> None:
+        """Lets the walk go on with another leaf."""
+        self.current[path] = meshes.placed(leaf, self.current[path].sharding)
+        if not self.request.beside:
+            self.leaves[path] = self.current[path]
+
+    def retrained(self, path: str, at: tuple) -> None:
+        """Takes the weights of the leaf as it is now into a plan."""
+        plan = self.plans[path][at]
+        now = matrix(self.current[path], self.uses.leaves[path].layout)[select(at)]
+        self.plans[path][at] = dataclasses.replace(
+            plan, weight=meshes.host(now), bias=None
+        )
+
+    def keep(self, path: str) -> Any:
+        """Where a leaf may be other than zero; None for everywhere."""
+        if path not in self.plans:
+            return self.supports.get(path)
+        layout = self.uses.leaves[path].layout
+        keep = np.ones((*layout.stack_shape, *layout.matrix_shape), bool)
+        for at, plan in self.plans[path].items():
+            if plan.left is not None or plan.right is not None:
+                raise ValueError(
+                    f"{path}: its plan has block-diagonal factors, so only the core has"
+                    " zeros to keep, not the matrix; reconstruct is for methods"
+                    " without factors"
+                )
+            keep[select(at)] = plan.support.keep
+        return to_leaf(jnp.asarray(keep), layout)
+
     def complete(self, path: str) -> bool:
         """Whether every matrix of a leaf has its plan."""
         stack = self.uses.leaves[path].layout.stack_shape
@@ -193,6 +226,7 @@ def record(job: Job) -> dict[str, str]:
         center=job.request.center,
         statistics=job.request.statistics,
         block=job.request.block,
+        reconstruct=repr(job.request.reconstruct),
         key=str(fingerprint.key_words(job.key)),
         params=job.tree(job.leaves),
         batches=job.batches,

@@ -11,6 +11,7 @@ from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.pruning.owl import BLOCK
 from flexhinm_jax.pruning.solve import OnMismatch
+from flexhinm_jax.sequential.windows import PART, Trainer
 
 Target = Literal["seq", "asym", "resid"]
 TARGETS = ("seq", "asym", "resid")
@@ -36,6 +37,8 @@ class Request:
       block: for statistics of blocks: regular expression; leaves that follow each other
         and have the same match are one block. Without a match, the positions of a
         leaf in a scan over layers are blocks, and any other leaf is one of its own.
+      reconstruct: how the weights that are left are trained, window by window, such as
+        a `Reconstruct`; None for not at all.
       on_mismatch: what becomes of leaves whose sizes the pattern does not divide, see
         `prune`.
     """
@@ -48,12 +51,24 @@ class Request:
     center: bool = True
     statistics: Statistics = "sequential"
     block: str = BLOCK
+    reconstruct: Trainer | None = None
     on_mismatch: OnMismatch = "error"
 
     @property
     def beside(self) -> bool:
         """Whether a dense model runs beside the pruned one."""
-        return self.target != "seq"
+        if self.reconstruct is None:
+            return self.target != "seq"
+        return (
+            "seq" != self.target
+            or self.reconstruct.target != "seq"
+            or self.judged_dense
+        )
+
+    @property
+    def judged_dense(self) -> bool:
+        """Whether weights are judged by the dense model."""
+        return self.statistics == "dense"
 
     def check(self) -> None:
         """Refuses what no run can do.
@@ -80,12 +95,32 @@ class Request:
                 " of a weight, and with statistics='dense' these are as they were; give"
                 " target='seq', or statistics='sequential' or 'block'"
             )
+        if self.reconstruct is not None:
+            self._check_windows(self.reconstruct.window)
         try:
             re.compile(self.block)
         except (re.error, TypeError) as error:
             raise ValueError(
                 f"block={self.block!r} is no regular expression: {error}"
             ) from error
+
+    def _check_windows(self, window: int | str) -> None:
+        if self.statistics == "block" and not (
+            window == "block" or isinstance(window, int)
+        ):
+            raise ValueError(
+                f"window={window!r}: with statistics='block' all weights of a block are"
+                " pruned before one is trained; give window='block' or a number of"
+                " blocks, or statistics='sequential'"
+            )
+
+    def window_of(self, path: str, at: tuple[int | None, ...] = ()) -> Any:
+        """The name of what is reconstructed together with a matrix."""
+        assert self.reconstruct is not None
+        window = self.reconstruct.window
+        if window == "block" or isinstance(window, int):
+            return self.block_of(path, at)
+        return block_of(PART if window == "part" else window, path, at)
 
     def block_of(self, path: str, at: tuple[int | None, ...] = ()) -> Any:
         """The name of the block that a matrix is in."""

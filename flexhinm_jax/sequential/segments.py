@@ -281,7 +281,7 @@ class Runner:
           k: the cut; they are reached in order.
           now: what `fixed` gives for the parameters now.
         """
-        self.free(self.ahead, ())
+        self.back()
         made = self.run(self.segments[k], now, self.value)
         self.values.update((v, self.shelf.put(x)) for v, x in made.items())
         self.free(self.values, self.segments[k].alive)
@@ -291,6 +291,10 @@ class Runner:
         made = self.run(self.segments[k], now, self.value)
         self.ahead.update((v, self.shelf.put(x)) for v, x in made.items())
         self.free(self.ahead, self.segments[k].alive)
+
+    def back(self) -> None:
+        """Forgets the looks since the last advance."""
+        self.free(self.ahead, ())
 
     def advance_dense(self, k: int, dense: Sequence[Any]) -> None:
         """Runs the segment before cut `k` of the dense model, before the pruned one."""

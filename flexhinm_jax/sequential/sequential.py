@@ -39,7 +39,7 @@ from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning import prune
 from flexhinm_jax.pruning.solve import check_targets, fitting
-from flexhinm_jax.sequential.cuts import Layer, Walk
+from flexhinm_jax.sequential.cuts import Walk
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.job import Job, record
 from flexhinm_jax.sequential.request import Request
@@ -55,7 +55,7 @@ def prune_sequential(
     *,
     key: Array,
     token_mask: Callable[..., Array] | None = None,
-    progress: Callable[[Layer], None] | None = None,
+    progress: Callable[[Any], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
     memory_limit: int | None = None,
     **options: Any,
@@ -76,7 +76,8 @@ def prune_sequential(
       token_mask: called as token_mask(*batch), gives booleans over leading axes of the
         batch, such as [batch, length]; tokens with False are left out, as in
         `calibrate`.
-      progress: called with a `Layer` for every matrix that is done.
+      progress: called with a `Layer` for every matrix that is done, and with a
+        `Trained` for every window that was reconstructed.
       resume: folder in which finished matrices are kept; a run that finds some there
         goes on behind them, with the same result as an uninterrupted run.
       memory_limit: bytes of activations kept in memory, the rest goes to temporary
@@ -84,8 +85,9 @@ def prune_sequential(
       **options: the other fields of `sequential.request.Request`, by name:
         sparsity, fraction of weights removed, one for all or one per path; rules,
         {regex: pattern or "skip"}; target and statistics, see above; block, a regular
-        expression for the blocks of statistics="block"; center=False for fits that are
-        not around the means; on_mismatch, as in `prune`.
+        expression for the blocks of statistics="block"; reconstruct, a `Reconstruct`
+        that trains what is left of every window before the next is pruned; center=False
+        for fits that are not around the means; on_mismatch, as in `prune`.
 
     Returns:
       Dense-with-zeros parameters, packed parameters, plans, uses and the report.
@@ -140,4 +142,7 @@ def prune_sequential(
             job.finished = Finished(resume, record(job))
         walk = Walk(job, Shelf(memory_limit))
         plans = walk.run(progress)
+        walk.close()
+    if request.reconstruct is not None:
+        params = job.tree(job.current)
     return prune.applied(plans, params, uses, walk.unseen)

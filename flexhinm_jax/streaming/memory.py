@@ -26,6 +26,8 @@ from flexhinm_jax.sequential import segments, targets
 from flexhinm_jax.sequential.cuts import Walk
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.solver import solve_stack, solved
+from flexhinm_jax.sequential.trained import Training
+from flexhinm_jax.sequential.windows import size
 from flexhinm_jax.streaming.blocks import TABLE
 from flexhinm_jax.streaming.work import Setting
 from flexhinm_jax.types import Stats
@@ -161,6 +163,9 @@ def _block_budget(setting: Setting, layer: int, limit: int | None) -> Budget:
     sizes = [math.prod(x.shape) * x.dtype.itemsize for x in job.leaves.values()]
     most = max(parts, key=lambda stage: stage.working)
     solving = max(parts, key=lambda stage: stage.stats + stage.solver)
+    trainers = walk.trainers()
+    training = max(map(trained, trainers), default=0)
+    goals = max((count * t.goal_bytes for t in trainers), default=0)
     scoring = _scoring(setting, job) if setting.spread.mode == "global" else 0
     return Budget(
         limit=limit,
@@ -169,9 +174,9 @@ def _block_budget(setting: Setting, layer: int, limit: int | None) -> Budget:
         weights=sum(sizes) * (2 if beside else 1) + 2 * max(sizes) + waiting(walk),
         gram=max(solving.stats, most.gram if most.gram == most.working else 0),
         solver=max(solving.solver, scoring),
-        step=max(stage.step for stage in parts),
-        working=max(most.working, scoring),
-        hidden=max([states * (1 + beside), *(stage.held for stage in parts)]),
+        step=max(training, *(stage.step for stage in parts)),
+        working=max(most.working, scoring, training),
+        hidden=max([states * (1 + beside), *(stage.held for stage in parts)]) + goals,
         files=2 * states * (1 + beside),
         leaf=(most.paths or ("the end of the block",))[-1],
     )
@@ -289,7 +294,7 @@ def stages(walk: Walk, ahead: Ahead) -> list[Stage]:
     """
     (line, parts), *_ = walk.lines
     runner, count = walk.runners[0], len(walk.runners)
-    dense = 2 if walk.target != "seq" else 1
+    dense = 2 if walk.job.request.beside else 1
     # The values at the first cut of a span wait for the pruned weights.
     spans = [] if walk.dense_only else walk.spans()
     start = {k: span[0] for span in spans for k in span[1:]}
@@ -320,9 +325,16 @@ def waiting(walk: Walk) -> int:
     return max(sizes)
 
 
-def size(v: Any) -> int:
-    """Bytes of a variable of a program."""
-    return math.prod(v.aval.shape) * np.dtype(v.aval.dtype).itemsize
+def trained(training: Training) -> int:
+    """Bytes that training a window takes, from above.
+
+    In float32: weights, gradients, updates, two moments, the best so far and what
+    becomes of all of them in a step; and every value of one batch with its gradient.
+    """
+    window = training.first
+    weights = sum(4 * math.prod(s.read[0].aval.shape) for s in window.sources)
+    values = {v for eqn in window.eqns for v in eqn.outvars if math.prod(v.aval.shape)}
+    return 12 * weights + 2 * sum(map(size, values))
 
 
 def like(v: Any) -> jax.ShapeDtypeStruct:
@@ -352,7 +364,7 @@ def solving(walk: Walk, k: int, ahead: Ahead) -> tuple[int, int, int]:
     job, cut, runner = walk.job, walk.lines[0][0].cuts[k], walk.runners[0]
     cut = dataclasses.replace(cut, valid=None)  # its tokens are known at run time
     inputs = targets.inputs(
-        cut, runner.changed, walk.target == "resid", like, like, job.like
+        cut, walk.differs(runner), walk.target == "resid", like, like, job.like
     )
     made = functools.partial(targets.tokens_of, cut)
     sums = jax.eval_shape(made, inputs)

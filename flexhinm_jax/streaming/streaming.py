@@ -33,6 +33,7 @@ from flexhinm_jax.pruning.solve import fitting
 from flexhinm_jax.sequential.cuts import Layer, Programs, Walk
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.request import Request
+from flexhinm_jax.sequential.trained import Trained
 from flexhinm_jax.streaming import memory
 from flexhinm_jax.streaming.blocks import Blocks, Dtype, open_blocks
 from flexhinm_jax.streaming.memory import Ahead, Budget
@@ -111,7 +112,7 @@ class Block:
 Done = tuple[list[Row], dict[str, float]]
 """Rows of the report, and errors by key."""
 
-Told = Budget | Surveyed | Allocated | Layer | Block
+Told = Budget | Surveyed | Allocated | Layer | Trained | Block
 """What a run tells: its plan of memory, then how far it has come."""
 
 
@@ -153,7 +154,8 @@ def stream(
       output: what to write besides the model; None for nothing.
       progress: called with the `Budget` before anything is computed, a `Surveyed` for
         every block of the pass of the dense model, an `Allocated` after it, a `Layer`
-        for every matrix and a `Block` for every block.
+        for every matrix, a `Trained` for every window that was reconstructed and a
+        `Block` for every block.
 
     Returns:
       The report and the errors of all pruned leaves.
@@ -230,19 +232,33 @@ def opened(
 
 
 def check_blocks(setting: Setting) -> None:
-    """Raises ValueError where the request has blocks that are never here as a whole."""
-    request, owners = setting.request, {}
-    if request.statistics != "block":
-        return
-    for layer in range(setting.blocks.count):
-        for path in setting.uses.of(layer).leaves:
-            name = request.block_of(path)
-            if owners.setdefault(name, layer) != layer:
-                raise ValueError(
-                    f"block={request.block!r}: {name!r} has weights of two blocks of"
-                    f" the checkpoint, {owners[name]} and {layer}; streaming has one"
-                    " at a time: give a finer one, or call prune_sequential"
-                )
+    """Refuses blocks and windows that are never here as a whole.
+
+    Raises:
+      ValueError: the request names weights of two blocks of the checkpoint alike.
+    """
+    request, named = setting.request, {}
+    if request.statistics == "block":
+        named["block", request.block] = request.block_of
+    if request.reconstruct is not None:
+        window = request.reconstruct.window
+        if isinstance(window, int) and window > 1:
+            raise ValueError(
+                f"window={window}: streaming has one block at a time; give 'block' or"
+                " 'part', or call prune_sequential"
+            )
+        named["window", window] = request.window_of
+    for (option, value), name_of in named.items():
+        owners: dict[Any, int] = {}
+        for layer in range(setting.blocks.count):
+            for path in setting.uses.of(layer).leaves:
+                name = name_of(path)
+                if owners.setdefault(name, layer) != layer:
+                    raise ValueError(
+                        f"{option}={value!r}: {name!r} has weights of two blocks of the"
+                        f" checkpoint, {owners[name]} and {layer}; streaming has one at"
+                        " a time: give a finer one, or call prune_sequential"
+                    )
 
 
 def prune_blocks(
@@ -356,8 +372,9 @@ def prune_block(
         if setting.pack:
             leaves[path] = leaf
 
-    def step(done: Layer) -> None:
-        errors[done.path] = done.error
+    def step(done: Layer | Trained) -> None:
+        if isinstance(done, Layer):
+            errors[done.path] = done.error
         tell(done)
 
     walk.run(step, taken)

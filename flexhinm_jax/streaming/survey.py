@@ -98,7 +98,9 @@ def survey(
     mode, total = setting.spread.mode, setting.blocks.count
     method, sparsity = setting.request.method, setting.request.sparsity
     owl = OWL() if mode == "owl" else mode
-    seq = dataclasses.replace(setting.request, target="seq", statistics="sequential")
+    seq = dataclasses.replace(
+        setting.request, target="seq", statistics="sequential", reconstruct=None
+    )
     dense = dataclasses.replace(setting, request=seq)
     states = States(work.folder / "survey", shelf, durable=False)
     states.begin(setting.blocks.embedded(setting.batches))

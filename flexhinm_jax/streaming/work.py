@@ -207,6 +207,7 @@ def record(setting: Setting) -> dict[str, str]:
         center=request.center,
         statistics=request.statistics,
         block=request.block,
+        reconstruct=repr(request.reconstruct),
         dtype=blocks.dtype,
         pack=setting.pack,
         **setting.more,

@@ -187,6 +187,42 @@ def test_other_statistics_are_those_of_the_whole_model(
     assert_same(tmp_path / "out", want.params)
 
 
+@pytest.mark.parametrize("target", ["asym", "seq"])
+def test_blocks_are_reconstructed_as_in_the_whole_model(
+    model, stream, tmp_path, target
+):
+    """Killed behind a window and in the middle of one, under a limit of memory."""
+    how = fh.Reconstruct(steps=6, rate=0.01, target=target)
+    moments = iter([(Layer, 9), (fh.Trained, 1)])
+
+    def told(kind, number):
+        def kill(done):
+            nonlocal number
+            number -= isinstance(done, kind)
+            if isinstance(done, kind) and not number:
+                raise Killed
+
+        return kill
+
+    options = {"reconstruct": how, "target": "seq", "memory_limit": 1 << 30}
+    for kind, number in moments:
+        with pytest.raises(Killed):
+            stream(progress=told(kind, number), **options)
+    seen = []
+    stream(progress=seen.append, **options)
+    windows = [x for x in seen if isinstance(x, fh.Trained)]
+    assert [w.window for w in windows[-2:]] == ["model.layers.1", "model.layers.2"]
+    assert all(w.after < w.before for w in windows)
+    got = huggingface.read(tmp_path / "out").params
+    stream(overwrite=True, **options)
+    assert_same(tmp_path / "out", got)
+    want = in_memory(model, METHOD, reconstruct=how).params
+    for name, x in want.items():
+        # There the last window ends where least is alive, behind the last norm.
+        if name != "model.norm.weight" and "layers.2" not in name:
+            np.testing.assert_allclose(got[name], x, atol=1e-4, err_msg=name)
+
+
 def test_leaves_that_do_not_fit_stay_dense_when_that_is_asked(stream, tmp_path):
     method = fh.Wanda(fh.Transposable(2, 4))
     folder = tmp_path / "odd"
@@ -417,6 +453,8 @@ def test_a_nan_is_named_with_its_leaf(model, stream, tmp_path):
         ({"tokens": TOKENS[0]}, r"need integers \[samples, length\]"),
         ({"target": "dense"}, "target='dense'"),
         ({"statistics": "dense"}, "give target='seq', or"),
+        ({"reconstruct": fh.Reconstruct(2)}, "streaming has one block at a time"),
+        ({"reconstruct": fh.Reconstruct("layers")}, "window='layers': 'layers' has"),
         ({"statistics": "block", "block": "layers"}, "two blocks of the checkpoint"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"method": fh.Fisher(fh.NM(2, 4))}, "needs gradients"),
