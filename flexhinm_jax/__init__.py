@@ -62,6 +62,7 @@ from flexhinm_jax.training.optimizers import (
     keep_sparse,
     prox_sparse,
     relative,
+    scale_by_adam_s,
 )
 from flexhinm_jax.training.reconstruct import Reconstruct, reconstruct
 from flexhinm_jax.training.run import Duration, Phase, Run
@@ -158,6 +159,7 @@ __all__ = [
     "prune_sequential",
     "reconstruct",
     "relative",
+    "scale_by_adam_s",
     "report",
     "schedules",
     "share_orders",

@@ -10,7 +10,8 @@ optimiser, and nobody can forget a step after the update.
 (arXiv:2502.00258) for training loops of one's own: it pulls the two smallest weights of
 every group of four towards zero after each update, and the mask it ends with goes onto
 the original weights. `methods.ProxSparse` under `fit` does the same to a copy of the
-weights and keeps the best mask on the way.
+weights and keeps the best mask on the way. `scale_by_adam_s` is the optimiser of CAST
+(arXiv:2509.25996): an L1 decay inside Adam for the weights that are to be pruned.
 """
 
 from collections.abc import Mapping
@@ -321,6 +322,118 @@ def prox_sparse(
         return Leaves.of(moved).tree(new), ProxSparseState(state.rms, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class AdamSState(NamedTuple):
+    """State of `scale_by_adam_s`.
+
+    Attributes:
+      count: i32[], updates done.
+      mu: mean of the gradients, without the decay.
+      nu: mean of the squares of what moved the weights, decay included.
+      keep: path -> bool[*stack, o, i], the masks now.
+    """
+
+    count: Array
+    mu: Any
+    nu: Any
+    keep: dict[str, Array]
+
+
+def scale_by_adam_s(
+    uses: Uses,
+    *,
+    steps: int,
+    decay: float,
+    nm: tuple[int, int] = (2, 4),
+    refresh: int = 10,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """Adam whose gradient turns into an L1 decay where a weight is to be pruned.
+
+    AdamS of CAST (arXiv:2509.25996): weights stay dense while they are trained, those
+    outside the present mask are driven to zero more and more firmly, and the mask of
+    the largest weights follows. With a = step / steps, for these the gradient and its
+    mean g become (1 - a) g + a decay sign(w) before one is divided by the root mean
+    square of the other, so that the kept ones see Adam. CAST as described squares the
+    mean, which would change the steps of the kept ones too.
+
+    Near the end a weight outside the mask moves by about the learning rate per step
+    whatever `decay` is, so the sum of a * rate over the steps has to exceed the weights
+    that are to vanish; let the rate end at 0.
+
+    Chain it with `optax.scale_by_learning_rate`; at the end prune by magnitude.
+
+    Args:
+      uses: from `discover`; its leaves decay, groups run along their inputs.
+      steps: updates until the gradient of a masked weight is the decay alone.
+      decay: strength of the decay, in units of the gradient; > 0. Parameters in
+        float32: a small one is below the resolution of bfloat16.
+      nm: (n, m), the n largest of every m stay.
+      refresh: updates between two choices of the masks.
+      b1: of the mean of gradients.
+      b2: of the mean of squares.
+      eps: added to the root.
+
+    Returns:
+      A transformation whose `update` needs `params`.
+
+    Raises:
+      ValueError: numbers out of range; at init, inputs that m does not divide; at
+        update, without `params`.
+    """
+    n, m = nm
+    arguments.found(uses)
+    for name, number in (("steps", steps), ("refresh", refresh)):
+        arguments.count(number, name, 1)
+    if not 0 < n < m or not decay > 0 or not 0 <= min(b1, b2) <= max(b1, b2) < 1:
+        raise ValueError(
+            f"nm={nm}, decay={decay}, b1={b1}, b2={b2}: need 0 < n < m, a decay > 0 "
+            "and means in [0, 1)"
+        )
+
+    def chosen(params: Any) -> dict[str, Array]:
+        return {
+            path: masks.n_of_m(jnp.abs(w), n=n, m=m)
+            for path, w, _ in _prunable(params, uses)
+        }
+
+    def init(params: Any) -> AdamSState:
+        for path, _, use in _prunable(params, uses):
+            checks.divisible(use.layout.matrix_shape[1], m, "in", "m", path)
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return AdamSState(jnp.zeros((), jnp.int32), mu, nu, chosen(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamSState]:
+        if params is None:
+            raise ValueError(
+                "scale_by_adam_s needs the parameters: tx.update(grads, state, params)"
+            )
+        keep = lax.cond(
+            state.count % refresh == 0, lambda: chosen(params), lambda: state.keep
+        )
+        a = jnp.minimum(state.count / steps, 1.0)
+
+        def mixed(slopes: Any) -> Any:
+            """Gradients, or their means, with the decay where it acts."""
+            leaves, pulled = Leaves.of(slopes), {}
+            for path, w, use in _prunable(params, uses):
+                slope = leaves.matrix(use)
+                pull = ((1 - a) * slope + a * decay * jnp.sign(w)).astype(slope.dtype)
+                pulled[path] = to_leaf(jnp.where(keep[path], slope, pull), use.layout)
+            return leaves.tree(pulled)
+
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment(mixed(updates), state.nu, b2, 2)
+        count = optax.safe_increment(state.count)
+        mean = optax.tree.bias_correction(mixed(mu), b1, count)
+        square = optax.tree.bias_correction(nu, b2, count)
+        scaled = jax.tree.map(lambda x, v: x / (jnp.sqrt(v) + eps), mean, square)
+        return scaled, AdamSState(jnp.asarray(count, jnp.int32), mu, nu, keep)
+
+    return optax.GradientTransformation(init, update)
 
 
 def original_under_2_4(moved: Any, original: Any, uses: Uses) -> Any:
