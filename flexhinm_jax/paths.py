@@ -32,8 +32,14 @@ def leaf_paths(params: Any) -> list[str]:
     Raises:
       ValueError: two leaves get the same path.
     """
+    return [path for path, _ in named_leaves(params)[0]]
+
+
+def named_leaves(params: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """((path, leaf) pairs, structure) of a tree; see `leaf_paths`."""
     paths = []
-    for keys, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)[0]:
+    pairs, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
+    for keys, _ in pairs:
         if len(keys) > 1 and keystr(keys[:1], simple=True) == "params":
             keys = keys[1:]
         if len(keys) > 1 and keys[-1] == GetAttrKey("value"):
@@ -45,7 +51,8 @@ def leaf_paths(params: Any) -> list[str]:
             f"two leaves of params share the normalised path {twice[0]!r}; rename one: "
             "paths drop a leading 'params/' and a trailing attribute 'value'"
         )
-    return paths
+    leaves = [leaf for _, leaf in pairs]
+    return list(zip(paths, leaves, strict=True)), structure
 
 
 def over_stack(f: Callable[..., Any], axes: int) -> Callable[..., Any]:

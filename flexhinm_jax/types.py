@@ -10,6 +10,7 @@ unflatten, with tracers, strings and None as leaves. `checks` holds the validati
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -315,7 +316,7 @@ class Uses:
         """Number of prunable uses."""
         return len(self.prunable)
 
-    @property
+    @functools.cached_property
     def leaves(self) -> dict[str, Use]:
         """Leaf path -> first use, for every prunable leaf in order of execution."""
         found: dict[str, Use] = {}

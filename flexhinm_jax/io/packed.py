@@ -50,7 +50,7 @@ import numpy as np
 from flexhinm_jax.io import atomic, records, tensors
 from flexhinm_jax.kernels.packing import canonical
 from flexhinm_jax.kernels.validation import verify_layout, verify_packed
-from flexhinm_jax.paths import leaf_paths
+from flexhinm_jax.paths import named_leaves
 from flexhinm_jax.types import AxisFactor, BlockDiagonal, Layout, PackedWeight
 
 __all__ = ["FORMAT", "VERSION", "read_packed", "write_packed"]
@@ -94,7 +94,7 @@ def write_packed(
     arrays: dict[str, np.ndarray] = {}
     headers: dict[str, dict[str, Any]] = {}
     checksums: dict[str, str] = {}
-    for name, leaf in _flatten(tree)[0]:
+    for name, leaf in named_leaves(tree)[0]:
         if isinstance(leaf, PackedWeight):
             headers[name] = _header(leaf)
             verify_packed(leaf, name)
@@ -202,16 +202,8 @@ def _check(
         raise ValueError(f"{name}: its checksum is not that of the file; {AGAIN}")
 
 
-def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """(path, leaf) pairs and the structure, with packed weights as leaves."""
-    leaves, structure = jax.tree.flatten(
-        tree, is_leaf=lambda x: isinstance(x, PackedWeight)
-    )
-    return list(zip(leaf_paths(tree), leaves, strict=True)), structure
-
-
 def _restore(path: str | os.PathLike, leaves: dict[str, Any], like: Any) -> Any:
-    pairs, structure = _flatten(like)
+    pairs, structure = named_leaves(like)
     names = [name for name, _ in pairs]
     missing = [name for name in names if name not in leaves]
     extra = [name for name in leaves if name not in set(names)]

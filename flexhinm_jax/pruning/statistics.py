@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,13 +95,13 @@ def calibrate(
         arguments.function(token_mask, "token_mask", "token_mask(*batch)")
     if memory_limit is not None:
         arguments.count(memory_limit, "memory_limit", 0)
-    owners = share(uses)
-    need = statistics_bytes(uses, gram=gram)
+    owners, wanted = share(uses)
+    need = bytes_of(uses, owners, gram)
     logger.info("statistics of %d leaves take %d bytes", len(owners), need)
     if memory_limit is not None and need > memory_limit:
         remedy = f"calibrate fewer leaves at a time with {arguments.say('skip')}"
         if gram:
-            less = statistics_bytes(uses, gram=False)
+            less = bytes_of(uses, owners, False)
             remedy += f", or pass gram=False ({less} bytes)"
         raise ValueError(
             f"the statistics take {need} bytes, more than memory_limit={memory_limit}; "
@@ -111,8 +111,7 @@ def calibrate(
     left = CHUNK_BYTES if memory_limit is None else memory_limit - need
     traced, empty = Traced.of(apply_fn), True
     step = make_step(
-        summed(uses, owners),
-        list(Leaves.of(params)),
+        wanted,
         token_mask,
         min(CHUNK_BYTES, left),
     )
@@ -155,7 +154,11 @@ def statistics_bytes(uses: Uses, gram: bool = True) -> int:
       292
     """
     arguments.found(uses)
-    owners = share(uses)
+    return bytes_of(uses, share(uses)[0], gram)
+
+
+def bytes_of(uses: Uses, owners: Mapping[str, str], gram: bool) -> int:
+    """`statistics_bytes` of leaves that share sums as `owners` says."""
     total = 0
     for path, use in uses.leaves.items():
         if owners[path] == path:
@@ -186,14 +189,21 @@ def counted(uses: Uses) -> dict[str, list[Use]]:
     return {path: list(kept.values()) for path, kept in out.items()}
 
 
-def share(uses: Uses) -> dict[str, str]:
-    """Leaf path -> the first leaf with the very same inputs, which keeps the sums."""
+def share(uses: Uses) -> tuple[dict[str, str], list[Use]]:
+    """Which leaves share sums, and what is added to them.
+
+    Returns:
+      Leaf path -> the first leaf with the very same inputs, which keeps the sums; the
+      uses whose inputs are added up.
+    """
     owners: dict[frozenset, str] = {}
-    out = {}
+    of, wanted = {}, []
     for path, kept in counted(uses).items():
         inputs = frozenset((use.source, use.at) for use in kept)
-        out[path] = owners.setdefault(inputs, path)
-    return out
+        of[path] = owners.setdefault(inputs, path)
+        if of[path] == path:
+            wanted += kept
+    return of, wanted
 
 
 def zeros(uses: Uses, owners: dict[str, str], params: Any, gram: bool) -> Sums:
@@ -219,15 +229,8 @@ def zeros(uses: Uses, owners: dict[str, str], params: Any, gram: bool) -> Sums:
     return jax.jit(build, out_shardings=everywhere)() if meshes else build()
 
 
-def summed(uses: Uses, owners: dict[str, str]) -> list[Use]:
-    """The uses whose inputs are added up."""
-    kept = counted(uses).items()
-    return [use for path, own in kept if owners[path] == path for use in own]
-
-
 def make_step(
     wanted: list[Use],
-    paths: list[str],
     token_mask: Callable[..., Array] | None,
     chunk_bytes: int,
 ) -> Callable[..., Sums]:
@@ -235,7 +238,6 @@ def make_step(
 
     Args:
       wanted: the uses whose inputs are added up.
-      paths: path per leaf of the parameters.
       token_mask: as in `calibrate`.
       chunk_bytes: of tokens that are read at a time.
     """
@@ -249,7 +251,7 @@ def make_step(
         own = len(split(params)[0])
         masks = token_masks(token_mask, batch, arrays[own:])
         visitor = Accumulate(places(found, wanted), found, chunk_bytes, masks)
-        sums = run(found.program, params, paths, visitor, sums, arrays)[1]
+        sums = run(found.program, params, visitor, sums, arrays)[1]
         warn_missed(masks, dict.fromkeys(use.path for use in wanted))
         return sums
 

@@ -140,7 +140,7 @@ class Walk:
             shapes = tuple((x.shape, str(x.dtype)) for x in [*arrays, *masked])
             if (shapes, skeleton) not in lines:
                 program = traced.program(params, batch)
-                line = straighten(program, params, job.paths, layouts, mask)
+                line = straighten(program, params, layouts, mask)
                 pairs = zip(names, line.params, strict=True)
                 sources = [v for name, v in pairs if name in moved]
                 if twins is not None:

@@ -21,7 +21,7 @@ from jax import numpy as jnp
 from jax.extend.core import Literal, Primitive
 
 from flexhinm_jax.pruning.statistics import warn_missed
-from flexhinm_jax.tracing import control_flow, jax_versions, views
+from flexhinm_jax.tracing import control_flow, jax_versions
 from flexhinm_jax.tracing.contractions import RESHAPES, Product, Tracked, plain
 from flexhinm_jax.tracing.masks import Masks
 from flexhinm_jax.tracing.program import Program, is_array, run
@@ -123,7 +123,6 @@ class Line:
 def straighten(
     program: Program,
     params: Any,
-    paths: Sequence[str],
     layouts: Mapping[str, Layout],
     mask: Any = None,
 ) -> Line:
@@ -132,7 +131,6 @@ def straighten(
     Args:
       program: the traced function.
       params: its parameters, dense.
-      paths: path per leaf of `params`.
       layouts: leaf path -> layout, for the leaves to prune.
       mask: the token mask of the batch, which becomes the last input of the line.
     """
@@ -143,7 +141,7 @@ def straighten(
         if mask is not None:
             *arrays, tokens = arrays  # type: ignore[assignment]
             marker.masks = Masks(tokens, arrays[count:])
-        return run(program, params, paths, marker, (), arrays)[0]
+        return run(program, params, marker, (), arrays)[0]
 
     arrays = [*program.arrays, *([] if mask is None else [mask])]
     body, consts = jax_versions.opened(jax.make_jaxpr(flat)(*arrays))
@@ -414,7 +412,7 @@ def stream(line: Line, result: Any, product: Product, before: int) -> Stream | N
     Follows the result through biases, casts and changes of shape, as long as nothing
     else reads it.
     """
-    atoms = views.flat(product.batch) + views.flat(product.out)
+    atoms = product.of_stack + product.of_out
     if result is None or not all(a.whole for a in atoms):
         return None
     moves: list[Any] = []

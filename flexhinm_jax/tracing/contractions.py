@@ -7,6 +7,7 @@ matrices and never the axes of the program.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -101,6 +102,21 @@ class Product:
     keep_positions: Callable[[Array], Array] | None = None
     routed: np.ndarray | None = None
 
+    @functools.cached_property
+    def of_stack(self) -> list[Atom]:
+        """The atoms of the batch axes."""
+        return views.flat(self.batch)
+
+    @functools.cached_property
+    def of_out(self) -> list[Atom]:
+        """The atoms of the outputs."""
+        return views.flat(self.out)
+
+    @functools.cached_property
+    def of_inputs(self) -> list[Atom]:
+        """The atoms of the inputs, in the order of the program."""
+        return views.flat(self.inputs)
+
     @property
     def index(self) -> dict[AxisFactor, Any]:
         """Position per stack factor that the program indexed away."""
@@ -117,23 +133,27 @@ class Product:
         """Entry of the routed factor per token, i32[tokens]; None without one."""
         return None if self.route is None else self.route[1].ids[self.routed]
 
-    @property
+    @functools.cached_property
     def layout(self) -> Layout:
         """The matrix view of the leaf in this product."""
-        stack = views.flat(self.batch) + [atom for atom, _ in self.weight.view.index]
+        stack = self.of_stack + [atom for atom, _ in self.weight.view.index]
         stack = [atom for atom in stack if atom.axis >= 0]
         return Layout(
             self.weight.shape,
             views.factors(stack, merge=False),
-            views.factors(views.flat(self.out)),
+            views.factors(self.of_out),
             views.factors(self.ordered_inputs, sort=False),
         )
 
-    @property
+    @functools.cached_property
     def ordered_inputs(self) -> list[Atom]:
         """The atoms of the inputs in the order of the columns of the matrix."""
-        atoms = views.flat(self.inputs)
-        return ordered(atoms) if self.order is None else [atoms[k] for k in self.order]
+        atoms = self.of_inputs
+        return (
+            views.ordered(atoms)
+            if self.order is None
+            else [atoms[k] for k in self.order]
+        )
 
     def ordered_as(self, inputs: Sequence[AxisFactor]) -> "Product":
         """The same product with its inputs in the order of these factors."""
@@ -145,23 +165,28 @@ class Product:
                     return k, -a.stride
             return len(inputs), -a.stride
 
-        atoms = views.flat(self.inputs)
+        atoms = self.of_inputs
         order = sorted(range(len(atoms)), key=lambda k: rank(atoms[k]))
         return dataclasses.replace(self, order=tuple(order))
 
     @property
     def stacked(self) -> tuple[AxisFactor, ...]:
         """The stack factors that are batch axes here, in the order of the layout."""
-        return views.factors(views.flat(self.batch), merge=False)
+        return views.factors(self.of_stack, merge=False)
 
     @property
     def columns(self) -> tuple:
         """Hashable: which columns of which x the inputs of the matrix are."""
-        atoms = views.flat(self.inputs)
+        atoms = self.of_inputs
         order = tuple(atoms.index(a) for a in self.ordered_inputs)
         spans = tuple((a.start, a.size, a.full, a.flipped) for a in atoms)
-        stack = views.flat(self.batch)
-        return self.reading, order, spans, tuple(stack.index(a) for a in ordered(stack))
+        stack = self.of_stack
+        return (
+            self.reading,
+            order,
+            spans,
+            tuple(stack.index(a) for a in views.ordered(stack)),
+        )
 
     def absorbed(self) -> "Product":
         """The same product with statically indexed factors read as output windows."""
@@ -175,9 +200,11 @@ class Product:
         weight = dataclasses.replace(self.weight, view=view)
         return dataclasses.replace(self, weight=weight, out=out)
 
+    @functools.cached_property
     def readings(self) -> "tuple[Product, ...]":
         """Ways to see the product as one with a matrix, the program's own first."""
-        return self, self.absorbed(), self.split()
+        ways = self, self.absorbed(), self.split()
+        return tuple({id(product): product for product in ways}.values())
 
     def split(self) -> "Product":
         """The same product with windows of outputs read as entries of a stack.
@@ -187,19 +214,22 @@ class Product:
         view, out = self.weight.view, []
         for dim in self.out:
             dim, taken = views.parted(dim)
-            view = view._replace(index=view.index + taken)
+            if taken:
+                view = view._replace(index=view.index + taken)
             out.append(dim)
+        if view is self.weight.view:
+            return self
         weight = dataclasses.replace(self.weight, view=view)
         return dataclasses.replace(self, weight=weight, out=tuple(out))
 
     @property
     def window(self) -> tuple:
         """Hashable: which part of the outputs of the matrix this product has."""
-        return tuple((a.start, a.size, a.full) for a in ordered(views.flat(self.out)))
+        return tuple((a.start, a.size, a.full) for a in views.ordered(self.of_out))
 
     def fit(self, layout: Layout) -> "Product | None":
         """This product in terms of `layout` or its transpose; None if impossible."""
-        for product in self.readings():
+        for product in self.readings:
             for wanted in (layout, transposed(layout)):
                 fitted = product.ordered_as(wanted.inputs)
                 if fitted.layout == wanted:
@@ -215,7 +245,7 @@ class Product:
 
     def columns_of(self, x: Array, count: int) -> Array:
         """`tokens` of what `arrange` makes of `count` of them."""
-        stack, inputs = views.flat(self.batch), views.flat(self.inputs)
+        stack, inputs = self.of_stack, self.of_inputs
         x = x.reshape([a.size for a in stack] + [count] + [a.size for a in inputs])
         turned = [k for k, a in enumerate(stack) if a.flipped]
         turned += [len(stack) + 1 + k for k, a in enumerate(inputs) if a.flipped]
@@ -224,7 +254,7 @@ class Product:
         if any(low or high for low, high in margins):
             x = jnp.pad(x, [(0, 0)] * (len(stack) + 1) + margins)
         first = len(stack)
-        order = [stack.index(a) for a in ordered(stack)] + [first]
+        order = [stack.index(a) for a in views.ordered(stack)] + [first]
         order += [first + 1 + inputs.index(a) for a in self.ordered_inputs]
         x = x.transpose(order)
         return x.reshape(*x.shape[: first + 1], math.prod(x.shape[first + 1 :]))
@@ -241,14 +271,16 @@ class Product:
         """
         if self.keep_positions is not None:
             return self.keep_positions(keep).reshape(-1)
-        stack = views.flat(self.batch)
+        stack = self.of_stack
         x = self.arrange(jnp.broadcast_to(keep, self.operand.shape))
         front = len(self.batch) + len(self.free)
         x = x.any(axis=tuple(range(front, x.ndim)))
         x = x.reshape([a.size for a in stack] + [-1])
         turned = [k for k, a in enumerate(stack) if a.flipped]
         x = jnp.flip(x, turned) if turned else x
-        return x.transpose([stack.index(a) for a in ordered(stack)] + [len(stack)])
+        return x.transpose(
+            [stack.index(a) for a in views.ordered(stack)] + [len(stack)]
+        )
 
     def summed(
         self,
@@ -293,9 +325,9 @@ class Product:
 
         Works on numpy arrays too; a `y` with a single token gives unit token axes.
         """
-        stack, out = views.flat(self.batch), views.flat(self.out)
+        stack, out = self.of_stack, self.of_out
         free = self.free if y.shape[len(stack)] != 1 else (1,) * len(self.free)
-        by_stack, by_out = ordered(stack), ordered(out)
+        by_stack, by_out = views.ordered(stack), views.ordered(out)
         shape = (
             [a.full for a in by_stack] + [math.prod(free)] + [a.full for a in by_out]
         )
@@ -365,11 +397,6 @@ RESHAPES = frozenset(("reshape", "squeeze"))
 def plain(values: Sequence[Any]) -> list[Any]:
     """The values with everything followed made dense."""
     return [v.dense() if isinstance(v, Followed) else v for v in values]
-
-
-def ordered(atoms: list[Atom]) -> list[Atom]:
-    """Atoms in leaf order."""
-    return sorted(atoms, key=views.leaf_order)
 
 
 def transposed(layout: Layout) -> Layout:

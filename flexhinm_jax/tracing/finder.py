@@ -85,7 +85,7 @@ class Traced:
             finder = Finder(program, dependence(program.jaxpr, count))
 
             def walked(*arrays: Any) -> list[Any]:
-                return run(program, params, list(leaves), finder, (), arrays)[0]
+                return run(program, leaves, finder, (), arrays)[0]
 
             jax.eval_shape(walked, *program.arrays)
             self.finders[key] = finder
@@ -178,7 +178,7 @@ class Finder(Visitor):
         if any(any(self.dependence[at]) for at in scales):
             self.stop(where, product.weight, SCALED)
             return None, state
-        readings = [self.reading(p, where) for p in product.readings()]
+        readings = [self.reading(p, where) for p in product.readings]
         auxiliary = not any(self.dependence[stops.equation(where)])
         self.found[path, where] = Contraction(path, where, readings, auxiliary)
         self.products[where] = product
@@ -243,7 +243,7 @@ class Finder(Visitor):
         """Notes that `leaf` is added, at `where`, to the moved result at `at`."""
         product = self.products[at]
         contraction = self.found[product.weight.path, at]
-        seen = zip(product.readings(), contraction.readings, strict=True)
+        seen = zip(product.readings, contraction.readings, strict=True)
         for p, reading in seen:
             if is_bias(p, leaf, moves):
                 reading.bias = leaf.path

@@ -27,7 +27,7 @@ def match(eqn: Any, operands: list) -> Product | Stop:
     product = matcher(eqn, operands)
     if isinstance(product, Stop):
         return product
-    parts = [views.flat(dims) for dims in (product.batch, product.out, product.inputs)]
+    parts = product.of_stack, product.of_out, product.of_inputs
     if any(a.axis == views.REPEAT for part in parts for a in part):
         return Stop("broadcast before it is contracted", Kind.PRODUCT)
     if not parts[2]:

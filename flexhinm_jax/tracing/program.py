@@ -12,6 +12,7 @@ from flexhinm_jax.kernels import unpack
 from flexhinm_jax.paths import is_packed
 from flexhinm_jax.tracing import jax_versions, views
 from flexhinm_jax.tracing.contractions import Tracked, plain
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.walker import Visitor, walk
 from flexhinm_jax.types import Layout, PackedWeight
 
@@ -101,7 +102,6 @@ def dense_leaf(packed: PackedWeight) -> jax.Array:
 def run(
     program: Program,
     params: Any,
-    paths: Sequence[str],
     visitor: Visitor,
     state: Any,
     arrays: Sequence[Any] | None = None,
@@ -111,7 +111,6 @@ def run(
     Args:
       program: the program.
       params: the tree of parameters, dense or packed.
-      paths: normalised path per leaf of `params`.
       visitor: what to do at each product.
       state: what the visitor accumulates, any tree of arrays.
       arrays: values for the inputs of the program; those it was traced with by default.
@@ -120,9 +119,8 @@ def run(
       (flat outputs, state).
     """
     operands = list(program.arrays if arrays is None else arrays)
-    leaves = jax.tree.leaves(params, is_leaf=is_packed)
     inputs = iter(range(len(operands)))
-    for path, leaf in zip(paths, leaves, strict=True):
+    for path, leaf in Leaves.of(params).items():
         if is_packed(leaf):
             layout, k = layout_of(leaf), next(inputs)
             operands[k] = Tracked(

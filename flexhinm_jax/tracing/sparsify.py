@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from flexhinm_jax.kernels import sparse_dot
-from flexhinm_jax.paths import leaf_paths, over_stack
+from flexhinm_jax.paths import over_stack
 from flexhinm_jax.tracing import jax_versions
 from flexhinm_jax.tracing.contractions import Product
 from flexhinm_jax.tracing.program import layout_of, run, trace
@@ -40,7 +40,7 @@ def sparsify(apply_fn: Callable) -> Callable:
     @functools.wraps(apply_fn)
     def sparse_apply(params: Any, *args: Any, **kwargs: Any) -> Any:
         program = trace(apply_fn, params, args, kwargs)
-        outs, _ = run(program, params, leaf_paths(params), RunSparse(), ())
+        outs, _ = run(program, params, RunSparse(), ())
         return program.out.unflatten(outs)
 
     return sparse_apply

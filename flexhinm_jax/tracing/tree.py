@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from flexhinm_jax import arguments
-from flexhinm_jax.paths import is_packed, leaf_paths
+from flexhinm_jax.paths import is_packed, named_leaves
 from flexhinm_jax.tracing.views import matrix
 from flexhinm_jax.types import Use, Uses
 
@@ -41,8 +41,7 @@ class Leaves(dict[str, Any]):
         """
         if isinstance(params, Leaves):
             return params
-        leaves, structure = jax.tree.flatten(params, is_leaf=is_packed)
-        return cls(zip(leaf_paths(params), leaves, strict=True), structure)
+        return cls(*named_leaves(params))
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple]:
         """(leaves, paths and structure)."""

@@ -120,6 +120,11 @@ def leaf_order(atom: Atom | AxisFactor) -> tuple[int, int]:
     return atom.axis, -atom.stride
 
 
+def ordered(atoms: Iterable[Atom]) -> list[Atom]:
+    """Atoms in leaf order."""
+    return sorted(atoms, key=leaf_order)
+
+
 def factors(
     atoms: Iterable[Atom], merge: bool = True, sort: bool = True
 ) -> tuple[AxisFactor, ...]:

@@ -101,7 +101,7 @@ MUTATIONS: dict[str, Mutation] = {
             patch.object(
                 contractions.Product,
                 "ordered_inputs",
-                property(lambda p: contractions.ordered(views.flat(p.inputs))),
+                property(lambda p: views.ordered(p.of_inputs)),
             )
         ],
     ),
