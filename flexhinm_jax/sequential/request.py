@@ -57,13 +57,9 @@ class Request:
     @property
     def beside(self) -> bool:
         """Whether a dense model runs beside the pruned one."""
-        if self.reconstruct is None:
-            return self.target != "seq"
-        return (
-            "seq" != self.target
-            or self.reconstruct.target != "seq"
-            or self.judged_dense
-        )
+        how = self.reconstruct
+        trained = how is not None and (how.target != "seq" or self.judged_dense)
+        return self.target != "seq" or trained
 
     @property
     def judged_dense(self) -> bool:

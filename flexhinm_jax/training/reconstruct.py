@@ -110,7 +110,7 @@ class Reconstruct:
                 ) from error
 
     def fit(self, problem: Problem) -> Fit:
-        """Trains one window; the best of its start, its middle and its end is kept.
+        """Trains one window; its end is kept where that is better than its start.
 
         Args:
           problem: the window, from `sequential.trained`.
@@ -149,7 +149,7 @@ class Reconstruct:
             start,
             [Phase(step, self.steps)],
             batch_at,
-            judge=Judge(lambda training: training.params, value, looks=2),
+            judge=Judge(lambda training: training.params, value, looks=1),
             every=self.steps,
             max_skipped=self.steps,
         )

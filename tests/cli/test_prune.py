@@ -203,7 +203,15 @@ def test_sequential_prunes_in_order_and_resumes(prune, tmp_path):
         np.testing.assert_array_equal(before, after)
 
 
-@pytest.mark.parametrize("option", [("--target", "asym"), ("--resume", "folder")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--target", "asym"),
+        ("--resume", "folder"),
+        ("--statistics", "block"),
+        ("--reconstruct", "block"),
+    ],
+)
 def test_options_of_the_sequential_walk_need_it(prune, capsys, option):
     assert prune(*option) == 2
     assert f"{option[0]} is for --sequential" in error_line(capsys)

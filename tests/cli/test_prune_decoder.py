@@ -81,6 +81,21 @@ def test_the_plan_comes_first_then_a_line_per_block(prune, model_dir, tmp_path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "text.txt"]
 
 
+def test_blocks_are_reconstructed_and_the_recipe_says_how(prune, tmp_path, capsys):
+    assert prune("--reconstruct-steps", 2) == 2
+    assert "--reconstruct-steps is for --reconstruct" in capsys.readouterr().err
+    options = "--length 16 --samples 8 --statistics block --reconstruct block"
+    options += " --reconstruct-steps 4 --reconstruct-rate 0.01"
+    assert prune(*options.split()) == 0
+    told = [x for x in capsys.readouterr().err.splitlines() if "outputs off by" in x]
+    assert [x.partition(":")[0] for x in told] == ["model.layers.0", "model.layers.1"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["reconstruct"].startswith("Reconstruct(window='block', steps=4, rate")
+    assert report["total"]["zeros"] == 0.5
+    recipe = (tmp_path / "out" / "recipe.yaml").read_text()
+    assert "reconstruct: block" in recipe and "reconstruct_steps: '4'" in recipe
+
+
 def test_budgets_of_blocks_with_exceptions(prune, model_dir, tmp_path, capsys):
     make_decoder_directory(tmp_path / "deep", CONFIG | {"num_hidden_layers": 4}, 0, 1)
     shutil.rmtree(model_dir)
