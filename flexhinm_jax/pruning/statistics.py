@@ -264,7 +264,7 @@ def places(found: Finder, wanted: list[Use]) -> dict[tuple[str, Where], Use]:
     Raises:
       ValueError: the program lacks one of them.
     """
-    here = {use.key: (where, use) for where, use in found.uses()}
+    here = {use.key: (where, use) for where, use in found.uses}
     for use in wanted:
         if use.key not in here or here[use.key][1].layout != use.layout:
             raise ValueError(

@@ -80,7 +80,7 @@ def discover(
             reasons = "; ".join(f"{path}: {skipped[path]}" for path in hits[:3])
             raise ValueError(f"rule {rule!r} asks to prune what cannot be: {reasons}")
     uses = []
-    for _, use in found.uses():
+    for _, use in found.uses:
         if use.path in prunable:
             action = chosen.get(use.path, (None, None))[1]
             pattern = action if isinstance(action, Pattern) else None

@@ -5,6 +5,7 @@ of a product.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +69,9 @@ class Traced:
 
     def program(self, params: Any, batch: tuple[Any, ...]) -> Program:
         """The program of a batch of this shape."""
-        key = _shapes((params, batch))
+        return self._program(_shapes((params, batch)), params, batch)
+
+    def _program(self, key: Any, params: Any, batch: tuple[Any, ...]) -> Program:
         if key not in self.programs:
             program = trace(self.apply_fn, params, batch, {})
             shapes = list(map(_shape, program.arrays))  # keeps no arrays alive
@@ -79,7 +82,7 @@ class Traced:
         """What a walk through that program finds, which runs nothing."""
         key = _shapes((params, batch))
         if key not in self.finders:
-            program = self.program(params, batch)
+            program = self._program(key, params, batch)
             leaves = Leaves.of(params)
             count = sum(is_array(x) or is_packed(x) for x in leaves.values())
             finder = Finder(program, dependence(program.jaxpr, count))
@@ -274,8 +277,9 @@ class Finder(Visitor):
         own = [c for c in self.found.values() if c.path == path]
         return [c for c in own if not c.auxiliary] or own
 
+    @functools.cached_property
     def uses(self) -> list[tuple[Where, Use]]:
-        """All contractions as uses, in order of execution.
+        """All contractions as uses, in order of execution; read after the walk.
 
         All uses of a leaf have one layout, or its transpose, where they have one in
         common.
