@@ -325,6 +325,7 @@ class Accumulate(Visitor):
                 return sums_of(x, own_tokens, "gram" in own)
 
             new = fitted.summed(moments, self.chunk_bytes, routes)
+            # Every device that holds these tokens adds them; `leave` sums over devices.
             share = 1.0 / copies(operand)
             return {k: own[k].at[at].add(share * new[k]) for k in own}
 
@@ -490,6 +491,8 @@ def finish(path: str, sums: dict[str, Array], params: Any) -> Stats:
     Raises:
       ValueError: a sum that is not finite, by the parameter or the leaf.
     """
+    # One number first, so that a healthy leaf costs one transfer; its overflow alone is
+    # no fault of the sums.
     if not np.isfinite(jax.device_get(sum(x.sum() for x in sums.values()))):
         bad = [name for name, x in sums.items() if not bool(jnp.isfinite(x).all())]
         if bad:

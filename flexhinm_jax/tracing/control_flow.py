@@ -73,6 +73,8 @@ def visit_cond(
 
         return body
 
+    # lax.switch wants masks of one form from all branches, so they are run abstractly
+    # first, which decides the form.
     branches = [branch(k, jaxpr) for k, jaxpr in enumerate(eqn.params["branches"])]
     if visitor.masks is not None:
         found = [jax.eval_shape(body, state)[2] for body in branches]
@@ -177,7 +179,7 @@ def settled(after: Callable[[list], list], keeps: list) -> tuple[list, list]:
     Returns:
       (their form, the masks at the start in it).
     """
-    while True:
+    while True:  # ends: forms only grow, up to the shape of the value or to lost
         form = [masks.join(k) for k in keeps]
         pairs = zip(keeps, after(keeps), strict=True)
         grown = [masks.join(before, later) for before, later in pairs]

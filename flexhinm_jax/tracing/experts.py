@@ -177,6 +177,7 @@ def match_ragged(eqn: Any, operands: list) -> Product | Stop:
         return Stop("a ragged dot over a part of an axis", Kind.PRODUCT)
     tokens = [d for d in range(x.ndim) if d not in lc]
     free = tuple(x.shape[d] for d in tokens)
+    # Tokens after the last group get a number past the factor, which no entry has.
     ends = jnp.cumsum(jnp.asarray(sizes, jnp.int32), dtype=jnp.int32)
     ids = jnp.searchsorted(ends, jnp.arange(x.shape[ragged], dtype=jnp.int32), "right")
     at = Lookup(ids.astype(jnp.int32), sizes, ("sizes", x.shape[ragged]))

@@ -178,6 +178,7 @@ class Finder(Visitor):
         """Records the product; it runs dense."""
         path, changes = product.weight.path, product.weight.view.changes
         scales = [step.scaled_at for step in changes if step.scaled_at is not None]
+        # The sums would be those of unscaled inputs, another scale for every batch.
         if any(any(self.dependence[at]) for at in scales):
             self.stop(where, product.weight, SCALED)
             return None, state
@@ -416,6 +417,8 @@ def is_bias(product: Product, leaf: Tracked, moves: tuple[Any, ...]) -> bool:
         same = at == there if isinstance(at, int) else at is there
         if step != other or not same:
             return False
+    # Numbers in the place of results, moved as the program moves these, must meet the
+    # leaf in its own order: only then the same permutation sorts both.
     at_zero = tuple(0 if f in product.index else slice(None) for f in layout.stack)
     order = np.arange(math.prod(shape)).reshape(shape)[at_zero]
     result = product.moved(np.expand_dims(order, -2), moves)

@@ -217,6 +217,8 @@ def _stepped(part: Tracked, step: Step) -> Tracked | None:
 
 def _reshaped(joined: Joined, shape: Sequence[int]) -> Joined | None:
     """Joined leaves under another shape, if the joined axis stays a leading factor."""
+    # What comes before the joined axis must fill whole axes of the new shape: only then
+    # the leaves still lie one after the other along one axis.
     before = math.prod(joined.shape[: joined.axis])
     for axis in range(len(shape)):
         if math.prod(shape[:axis]) == before and shape[axis] > 1:
@@ -347,6 +349,7 @@ def groups_of(eqn: Any, operands: list) -> list[Piece]:
         edges[stack.axis] = (start, sum(stack.sizes) - start - size, 0)
 
         def run(part: Tracked = part, edges: Any = edges) -> Any:
+            # Zeros for the groups of the others: the results of all leaves add up.
             w = part.dense()
             w = lax.pad(w, jnp.zeros((), w.dtype), edges)
             return jax_versions.bind(eqn, [x, w, *rest])[0]

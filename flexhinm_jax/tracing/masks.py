@@ -66,6 +66,7 @@ class Masks:
         valid = None
         if keep is not None and not isinstance(keep, Lost):
             valid = jax_versions.automatic(product.kept, None, keep)
+        # Lost, but the token axes have the shape of the mask: most programs keep them.
         elif tuple(mask.shape) == product.free[: mask.ndim]:
             rest = (1,) * (len(product.free) - mask.ndim)
             valid = jnp.broadcast_to(mask.reshape(mask.shape + rest), product.free)
@@ -393,6 +394,8 @@ def _dot(eqn: Any, shapes: list, keeps: list, operands: list) -> Keep:
     known = [s for s in sides if s[0] is not None and not isinstance(s[0], Lost)]
     if not known:
         return Lost()
+    # Attention mixes tokens and keeps the queries' axis: a result is its query's. A sum
+    # over tokens alone, as a dispatch to experts, has to ask who contributes.
     mixed = any(k.shape[d] != 1 for k, c, _, _ in known for d in c)
     stays = any(k.shape[d] != 1 for k, _, _, f in known for d in f)
     if mixed and not stays and all(v is not None for v in operands):

@@ -118,6 +118,7 @@ def _call(eqn: Any, given: list[bool], where: Where, at: Dependence) -> list[boo
 
 
 def _cond(eqn: Any, given: list[bool], where: Where, at: Dependence) -> list[bool]:
+    # A branch that the batch chooses makes results of the batch, whatever it computes.
     outs = [given[0]] * len(eqn.outvars)
     for k, branch in enumerate(eqn.params["branches"]):
         more = _body(branch, given[1:], (*where, Body("branch", k)), at)
@@ -129,7 +130,7 @@ def _while(eqn: Any, given: list[bool], where: Where, at: Dependence) -> list[bo
     p = eqn.params
     first, last = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
     carry = given[last:]
-    while True:
+    while True:  # ends: a value that depends on the batch never stops to
         test = _body(
             p["cond_jaxpr"], given[:first] + carry, (*where, Body("condition")), at
         )
@@ -143,7 +144,7 @@ def _while(eqn: Any, given: list[bool], where: Where, at: Dependence) -> list[bo
 
 def _scan(eqn: Any, given: list[bool], where: Where, at: Dependence) -> list[bool]:
     consts, carry, xs = jax_versions.scan_operands(eqn.params, given)
-    while True:
+    while True:  # ends, as in `_while`
         inside = (*where, Body("step"))
         outs = _body(eqn.params["jaxpr"], [*consts, *carry, *xs], inside, at)
         moved = outs[: len(carry)]

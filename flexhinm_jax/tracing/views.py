@@ -152,7 +152,7 @@ def regroup(dims: Dims, shape: Sequence[int]) -> Dims | None:
         dim = []
         while n > 1:
             a = atoms.pop(0)
-            if n % a.size:
+            if n % a.size:  # a border of the axes lies inside the atom: cut it there
                 minor = a.size // n
                 if a.size % n or a.full % minor or a.start % minor:
                     return None
