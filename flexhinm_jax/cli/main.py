@@ -25,11 +25,12 @@ from flexhinm_jax.cli import (
     learn,
     prune,
     recipe,
+    reorder,
 )
 from flexhinm_jax.cli.console import Console
 from flexhinm_jax.io import sources
 
-COMMANDS = (inspect, prune, learn, evaluate, generate, importer)
+COMMANDS = (inspect, prune, learn, evaluate, generate, importer, reorder)
 
 # What the library warns of is part of the results: without this it came out twice.
 logging.getLogger("flexhinm_jax").addHandler(logging.NullHandler())

@@ -1,0 +1,89 @@
+"""Reordered directories hold the same function and suit N:M groups better."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors")
+import flexhinm_jax as fh  # noqa: E402
+from flexhinm_jax.cli.main import main  # noqa: E402
+from flexhinm_jax.models import load  # noqa: E402
+from flexhinm_jax.streaming.reorder import reorder  # noqa: E402
+from tests.models import decoder_cases, directories  # noqa: E402
+
+TOKENS = np.random.default_rng(0).integers(0, 19, (4, 8)).astype(np.int32)
+CASES = {
+    "llama": directories.LLAMA2,
+    "qwen2, tied, with biases": directories.QWEN2,
+    "qwen3 with experts": decoder_cases.QWEN3_MOE
+    | {"vocab_size": directories.VOCABULARY},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_function_stays_and_groups_keep_more(name, tmp_path):
+    directories.make_decoder_directory(tmp_path / "dense", CASES[name])
+    steps = []
+    result = reorder(
+        tmp_path / "dense",
+        tmp_path / "out",
+        TOKENS,
+        jax.random.key(0),
+        progress=lambda *done: steps.append(done),
+    )
+    one, other = load(tmp_path / "dense"), load(tmp_path / "out")
+    total = one.config.num_hidden_layers
+    assert steps == [(k + 1, total) for k in range(total)]
+    got, want = other.apply(other.params, TOKENS), one.apply(one.params, TOKENS)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(np.abs(want).max()))
+    for group in result.groups:
+        assert group.before <= group.after < 1, group
+    assert result.mean("stream")[1] > result.mean("stream")[0]
+    # Orders move numbers and make no new ones.
+    for key, leaf in one.params.items():
+        np.testing.assert_array_equal(
+            np.sort(leaf, None), np.sort(other.params[key], None)
+        )
+
+
+def test_what_is_kept_is_what_wanda_keeps(tmp_path):
+    dense = tmp_path / "dense"
+    params = directories.make_decoder_directory(dense, directories.LLAMA2)
+    model = load(dense)
+    result = reorder(dense, tmp_path / "out", TOKENS, jax.random.key(0))
+    names = [group.name for group in result.groups]
+    assert names == ["0 heads", "0 inner", "1 heads", "1 inner", "stream"]
+    down = "model.layers.0.mlp.down_proj.weight"
+    uses = fh.discover(model.apply, model.params, TOKENS)
+    stats = fh.calibrate(model.apply, model.params, uses, [(TOKENS,)], gram=False)
+    scores = np.abs(params[down]) * np.sqrt(np.asarray(stats[down].sq_norm))
+    groups = np.sort(scores.reshape(len(scores), -1, 4), -1)
+    kept = groups[..., 2:].sum() / groups.sum()
+    assert result.groups[1].before == pytest.approx(kept, rel=1e-5)
+
+
+def test_groups_that_do_not_divide_are_refused(tmp_path):
+    directories.make_decoder_directory(tmp_path / "dense", directories.LLAMA2)
+    with pytest.raises(ValueError, match="2:3 does not divide the 32 channels"):
+        reorder(
+            tmp_path / "dense", tmp_path / "out", TOKENS, jax.random.key(0), n=2, m=3
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_a_directory_and_says_what_it_gained(tmp_path, capsys):
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    directories.make_decoder_directory(dense, directories.LLAMA2)
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike; each unhappy family is not. " * 9)
+    line = ["reorder", str(dense), "--out", str(out), "--calibration", str(text)]
+    line += ["--length", "16", "--samples", "4", "--json", "-q"]
+    assert main(line) == 0
+    kept = json.loads(capsys.readouterr().out)["kept"]
+    assert set(kept) == {"stream", "heads", "inner"}
+    assert kept["inner"]["after"] >= kept["inner"]["before"]
+    assert load(out).config == load(dense).config
+    assert main([*line, "--force", "--pattern", "vector:v=8"]) == 2
+    assert "orders are searched for groups" in capsys.readouterr().err
