@@ -102,7 +102,7 @@ def layers(flags: argparse.Namespace) -> Iterator[Row]:
             data = {
                 "vector_size": flags.vector_size,
                 "prepared bytes": ready.nbytes / w.nbytes,
-                "form": xla.form_of(batch, jax.eval_shape(xla.slots_of, packed)),
+                "form": xla.form_of(batch, packed),
                 "times": found,
             }
             what = f"{shape[0]} x {shape[1]}, batch {batch}"

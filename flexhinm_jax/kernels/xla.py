@@ -12,13 +12,16 @@ a loop runs over the tiles, expands one, gathers its rows of x^T and multiplies,
 `CHUNK` rows of x at a time. One gather for all tiles and one batched dot was 2 to 4
 times slower from 64 rows on.
 
-The form follows from the number of rows of x (`form_of`; `bench/kernels.py` measures):
+The form follows from the number of rows of x and the size of the weight (`form_of`;
+`bench/kernels.py` measures):
 
     prepared terms    each stored value times a row of x^T; nothing is expanded
     1, 2     select   each stored value times the input that its position selects;
-                      nothing is expanded, each value is read once
-    3 .. 63  slots    a dot per tile and slot, so the expanded tile is never joined
-    64 ..    tiles    the expanded tile is joined and multiplied with chunks of rows
+                      nothing is expanded, each value is read once; up to 4 rows where
+                      the stored values stay in cache
+    64 ..    terms    listed anew in every product, where they stay in cache while they
+                      are listed: of a larger weight that takes longer than it saves
+    else     tiles    the expanded tile is joined and multiplied with chunks of rows
 """
 
 import dataclasses
@@ -37,9 +40,10 @@ from flexhinm_jax.ops import words
 from flexhinm_jax.types import PackedWeight
 
 NAME = "xla"
-FEW = 2
+FEW, FEW_CACHED = 2, 4
 MOST = 32
-JOIN = 64
+MANY = 64
+CACHED_VALUES = 1 << 19
 CHUNK = 128
 
 
@@ -103,26 +107,34 @@ def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
     if (ready := packed.layouts.get(NAME)) is not None:
         return terms.matmul(x, ready, dtype)
     packed = packed.filled()
-    slots = slots_of(packed)
-    y = FORMS[form_of(x.shape[0], slots)](x, packed, slots)
+    y = FORMS[form_of(x.shape[0], packed)](x, packed)
     return lax.optimization_barrier(spread_nan(x, y.astype(dtype)))
 
 
-def form_of(rows: int, slots: Slots) -> str:
+def form_of(rows: int, packed: PackedWeight) -> str:
     """Name of the form that was fastest for so many rows of x without `prepare`.
 
     A number that is not known before a program runs (`jax.export`) takes a form that
     serves every number well.
     """
     if not isinstance(rows, int):
-        return "slots" if slots.positions else "tiles"
-    if rows < JOIN and slots.positions:
-        return "select" if rows <= FEW else "slots"
-    return "tiles"
+        return "tiles"
+    whole = packed.filled()
+    cached = whole.dense_values.size + whole.nm_values.size <= CACHED_VALUES
+    if cached and rows >= MANY:
+        return "terms"
+    few = FEW_CACHED if cached else FEW
+    return "select" if rows <= few and packed.n * packed.m <= MOST else "tiles"
 
 
-def _tiles(x: Array, packed: PackedWeight, slots: Slots) -> Array:
+def _terms(x: Array, packed: PackedWeight) -> Array:
+    """The terms of `prepare`, listed for this product alone."""
+    return terms.matmul(x, terms.terms_of(packed), accumulator(x.dtype))
+
+
+def _tiles(x: Array, packed: PackedWeight) -> Array:
     """One dot per tile and chunk of rows, over a loop of tiles."""
+    slots = slots_of(packed)
     v, rows = packed.dense_values.shape[1], x.shape[0]
     chunk = min(CHUNK, rows) if isinstance(rows, int) else rows
     x = jnp.pad(x, ((0, -rows % chunk), (0, 0)))
@@ -144,33 +156,6 @@ def _tiles(x: Array, packed: PackedWeight, slots: Slots) -> Array:
 
     chunks = jnp.arange(columns.shape[0], dtype=jnp.int32)
     return lax.map(place, chunks).reshape(-1, y.shape[0] * v)[:rows]
-
-
-def _slots(x: Array, packed: PackedWeight, slots: Slots) -> Array:
-    """One dot per tile and slot: nothing is joined, so less is written."""
-    d, n, m = packed.dense_values.shape[2], packed.n, packed.m
-    groups = slots.values[0].shape[-1]
-    columns = x.T
-    ends = [0, *range(d, d + m * groups + 1, max(groups, 1))]
-
-    def step(_: None, tile: tuple) -> tuple[None, Array]:
-        index, dense, values, positions = tile
-        gathered = rows_of(columns, index)
-        parts = zip(
-            [dense, *expand(values, positions, n, m)], ends, ends[1:], strict=False
-        )
-        y = sum(
-            (
-                _dot(part.astype(x.dtype), gathered[start:end])
-                for part, start, end in parts
-                if end > start
-            ),
-            start=jnp.zeros((dense.shape[0], x.shape[0]), accumulator(x.dtype)),
-        )
-        return None, y
-
-    y = lax.scan(step, None, _stored(packed, slots))[1]
-    return rows_of(y.reshape(packed.shape[0], -1), slots.inverse).T
 
 
 def _joined(
@@ -213,8 +198,9 @@ def position_of(positions: tuple, n: int, m: int) -> tuple[Array, ...]:
     return tuple((joint >> (k * bits)) & mask for k in range(n))
 
 
-def _select(x: Array, packed: PackedWeight, slots: Slots) -> Array:
+def _select(x: Array, packed: PackedWeight) -> Array:
     """Every stored value times the input that its position selects."""
+    slots = slots_of(packed)
     t, v, d = packed.dense_values.shape
     n, m, groups = packed.n, packed.m, slots.values[0].shape[-1]
     each = position_of(slots.positions, n, m)
@@ -246,7 +232,7 @@ def _select(x: Array, packed: PackedWeight, slots: Slots) -> Array:
     return jnp.stack([row(x[k]) for k in range(x.shape[0])])
 
 
-FORMS = {"select": _select, "slots": _slots, "tiles": _tiles}
+FORMS = {"select": _select, "terms": _terms, "tiles": _tiles}
 
 
 def multiply(

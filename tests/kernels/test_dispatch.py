@@ -14,7 +14,7 @@ import flexhinm_jax as fh
 from flexhinm_jax import kernels
 from flexhinm_jax.gpu import registry, selfcheck, support
 from flexhinm_jax.gpu.kernel import Kernel
-from flexhinm_jax.kernels import dispatch, reference, terms, xla
+from flexhinm_jax.kernels import dispatch, reference, xla
 from tests.cases import MORE_PATTERNS, PATTERNS, targets
 
 ALL = {
@@ -50,11 +50,10 @@ def weights():
 @jax.jit
 def in_every_form(x, packed):
     packed = packed.filled()
-    slots = xla.slots_of(packed)
-    names = xla.FORMS if slots.positions else ["tiles"]
+    selects = packed.n * packed.m <= xla.MOST
+    names = xla.FORMS if selects else ["terms", "tiles"]
     return {
-        **{name: xla.FORMS[name](x, packed, slots) for name in names},
-        "terms": terms.matmul(x, terms.terms_of(packed), jnp.float32),
+        **{name: xla.FORMS[name](x, packed) for name in names},
         "reference": reference.matmul(x, packed, jnp.float32),
     }
 
@@ -302,6 +301,18 @@ def test_the_compact_layout_takes_no_more_bytes_than_the_canonical_one():
     # A value and a column of 2 bytes for every fourth weight.
     added = kernels.prepare(packed, "xla").nbytes - packed.nbytes
     assert added <= 0.377 * dense
+
+
+def test_the_form_follows_from_the_rows_and_the_size_of_the_weight(monkeypatch):
+    small, _ = pack(fh.FlexHiNM(8))
+    form = lambda *rows: [xla.form_of(n, small) for n in rows]  # noqa: E731
+    assert form(1, 4, 5, 63, 64, 512) == [
+        *["select"] * 2,
+        *["tiles"] * 2,
+        *["terms"] * 2,
+    ]
+    monkeypatch.setattr(xla, "CACHED_VALUES", 0)
+    assert form(2, 3, 512) == ["select", "tiles", "tiles"]
 
 
 def test_values_of_a_prepared_weight_are_not_differentiated():
