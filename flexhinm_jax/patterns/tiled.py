@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from flexhinm_jax import checks
 from flexhinm_jax.ops import masks, regions
@@ -236,12 +236,10 @@ class Tiled(Pattern):
             tiles = regions.tile(scores, out_order, self.vector_size)
             return regions.value(tiles, columns)
 
-        best, best_worth = start, worth(start)
-        found = start
-        for round_key in jax.random.split(key, self.rounds):
-            out_order, columns = found
+        def search(state, key):
+            (out_order, columns), best, best_worth = state
             table = permute.rows(
-                round_key,
+                key,
                 scores,
                 out_order.reshape(-1, self.vector_size),
                 columns.dense,
@@ -250,14 +248,18 @@ class Tiled(Pattern):
             )
             out_order = table.reshape(-1)
             tiles = regions.tile(scores, out_order, self.vector_size)
-            found = out_order, self.divide(tiles, k)
-            found_worth = worth(found)
-            better = found_worth > best_worth
+            searched = out_order, self.divide(tiles, k)
+            searched_worth = worth(searched)
+            better = searched_worth > best_worth
             if not permute.never_worse:
                 better = jnp.ones_like(better)
-            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)  # noqa: B023
-            best_worth = jnp.where(better, found_worth, best_worth)
-        return best
+            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), searched, best)
+            best_worth = jnp.where(better, searched_worth, best_worth)
+            return (searched, best, best_worth), None
+
+        # a loop, because XLA would compile the search again for every round
+        keys = jax.random.split(key, self.rounds)
+        return lax.scan(search, (start, start, worth(start)), keys)[0][1]
 
     def budget(self, columns: int, sparsity: Array) -> Array:
         """Column-equivalents that stay, in whole steps of what the regions allow.
