@@ -29,6 +29,7 @@ from flexhinm_jax.cli import (
 )
 from flexhinm_jax.cli.console import Console
 from flexhinm_jax.io import sources
+from flexhinm_jax.training.run import NotFinite
 
 COMMANDS = (inspect, prune, learn, evaluate, generate, importer, reorder)
 
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `flexhinm inspect DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, NotFinite) as error:
         print(f"flexhinm: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -106,6 +106,11 @@ def test_mistakes_end_in_one_line(learn, model_dir, capsys, extra, told):
     assert told in error_line(capsys)
 
 
+def test_a_loss_that_is_not_finite_ends_in_one_line(learn, capsys):
+    assert learn("--method", "proxsparse", "--rate", "1e30", "-q") == 2
+    assert "loss or gradient is not finite" in error_line(capsys)
+
+
 CONFIG = QWEN3 | {
     "hidden_size": 16,
     "intermediate_size": 16,
