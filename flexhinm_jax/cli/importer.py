@@ -1,30 +1,30 @@
 """`flexhinm import`: a GGUF file as a Hugging Face model directory."""
 
 import argparse
-import textwrap
 from pathlib import Path
 from typing import Any
 
+from flexhinm_jax.cli import flags
 from flexhinm_jax.cli.console import Console, bytes_text
 from flexhinm_jax.io import gguf, shards
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command to the parser."""
-    parser = commands.add_parser(
+    parser = flags.command(
+        commands,
         "import",
         help="turn a GGUF file into a model directory",
-        description=textwrap.dedent(f"""\
+        description=f"""\
             Writes the model of a GGUF file ({", ".join(gguf.ARCHITECTURES)}) as a
             Hugging Face directory: config.json, model.safetensors, tokenizer.json.
             Quantised weights are dequantised. Needs: pip install 'flexhinm_jax[gguf]'
-            """),
-        epilog=textwrap.dedent("""\
+            """,
+        epilog="""\
             examples:
               flexhinm import SmolLM2-135M-Instruct.Q4_1.gguf --out SmolLM2-135M
               flexhinm import model.gguf --out model --dtype bfloat16
-            """),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+            """,
     )
     add = parser.add_argument
     add("file", type=Path, metavar="FILE.gguf", help="the file, in one piece")
@@ -36,8 +36,7 @@ def add_parser(commands: Any) -> None:
         help="of the weights written (default: float32)",
     )
     add("--overwrite", action="store_true", help="replace an earlier output")
-    add("-q", "--quiet", action="store_true", help="show errors only")
-    add("--json", action="store_true", help="print one JSON document")
+    flags.add_shown(parser)
     parser.set_defaults(run=run)
 
 
