@@ -28,8 +28,8 @@ def files(folder):
     return {
         p.name: hashlib.sha256(content(p)).hexdigest()
         for p in folder.iterdir()
-        # The report names the folder that it was written to.
-        if p.is_file() and p.name != "report.json"
+        # The report and the card name the folder that they were written to.
+        if p.is_file() and p.name not in ("report.json", "README.md")
     }
 
 
