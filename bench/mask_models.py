@@ -1,12 +1,12 @@
 """Learned masks on whole models: rows, ablations of HyperPrune, noise of MaskPro.
 
-The parts of `bench.masks` that need a model. Rows come from `train.learn_masks`.
+The parts of `bench.masks` that need a model. Rows are those of `train.learn_masks`.
 """
 
 import argparse
 import dataclasses
 import functools
-import json
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +20,9 @@ import flexhinm_jax as fh
 from bench.study import Row, chosen
 from flexhinm_jax.training import model_gates
 from flexhinm_jax.training.hyper import hyper_prune
-from train import learn_masks
 from train.lab.masks import problems
 from train.lab.masks import rows as mask_rows
+from train.lab.masks.comparison import Comparison
 from train.lab.masks.learner import started_at
 
 KEY = 0
@@ -73,29 +73,30 @@ def compared(part: str, model: str, table: str, choices: tuple[str, ...]) -> Any
 
     def rows(flags: argparse.Namespace) -> Iterator[Row]:
         work = flags.work if part == "model" else Path(f"{flags.work}-{part}")
+        work.mkdir(parents=True, exist_ok=True)
+        budget = fh.Duration(flags.cpu_seconds, "cpu-seconds")
+        if flags.minutes is not None:
+            budget = fh.Duration(flags.minutes, "minutes")
+        small = model == "bytes"
+        problem = problems.bytes_decoder(work) if small else problems.minilm(None)
+        compared = Comparison(problem, budget, work, resume=True)
+        dense = problem.evaluate(problem.params) | {"row": "dense"} | problem.facts
         texts = chosen(choices, flags)
-        given = ["--model", model, "--methods", ",".join(texts), "--out", str(work)]
-        budget = ("--minutes", flags.minutes)
-        if flags.minutes is None:
-            budget = ("--cpu-seconds", flags.cpu_seconds)
-        learn_masks.main([*given, *map(str, budget), "--resume"])
-        summary = json.loads((work / "summary.json").read_text())
-        score = "cosine" if model == "minilm" else "bits_per_byte"
-        dense = summary["dense"] | {"row": "dense"} | summary["facts"]
-        for row in [dense, *(r for r in summary["rows"] if r["row"] in texts)]:
-            what, value, seconds = (
-                row.pop(k, None) for k in ("row", score, "cpu_seconds")
-            )
-            more = {"5 % quantile": row.pop("quantile")} if "quantile" in row else {}
-            yield Row(table, what, value, None, seconds, more, row)
+        row: Any
+        for row in itertools.chain([dense], compared.rows(texts)):
+            shown = ("row", problem.score, "cpu_seconds", "quantile")
+            what, value, seconds, quantile = map(row.get, shown)
+            more = {} if quantile is None else {"5 % quantile": quantile}
+            data = {name: x for name, x in row.items() if name not in shown}
+            yield Row(table, what, value, None, seconds, more, data)
 
     return rows
 
 
 def attention() -> tuple[problems.Problem, Any, Any]:
     """MiniLM on fewer sentences; uses and statistics, of some attention blocks only."""
-    flags = "--sentences 1024 --statistics 512 --evaluation 64".split()
-    problem = learn_masks.problem_of(learn_masks.parser().parse_args(flags), Path())
+    sizes: Any = {"sentences": 1024, "calibration": 512, "evaluation": 64}
+    problem = problems.minilm(None, **sizes)
     some = "|".join(map(str, range(BLOCKS)))
     uses = problem.discover({rf"^encoder\.layer\.(?!({some})\.attention)": "skip"})
     return problem, uses, {path: problem.stats[path] for path in uses.leaves}
