@@ -1,467 +1,188 @@
-"""GPU kernels: first whether they are right, then how fast they are.
+"""GPU kernels in one short command: whether they are right, then how fast they are.
 
-    make bench-gpu                    # on a GPU: numerics, times, roofline figure
-    make bench-gpu ARGS=--numerics    # numerics alone
+    python3 -m bench.gpu --out DIR --seconds 420
 
-1. Numerics. Every kernel for the chip at hand, many shapes, bfloat16 and float16, fresh
-   random inputs, against float64 on the host. Memory that results are written to is
-   filled with NaN before. Nothing is timed if one case fails.
-2. Times. One program runs products with enough copies of the weight to exceed the L2
-   cache several times, over and over; the median of many runs, per product. Beside it
-   the dense product of the same size (cuBLAS through `jnp.dot`) and, where torch is
-   installed, `torch.sparse.to_sparse_semi_structured`.
-3. Floors. The bytes a product must move over the measured copy bandwidth of the chip,
-   and its operations over the measured dense rate (twice that for 2:4), the larger.
+Runs with any Python that has jax, CUDA and this folder; nothing is installed. Every
+part is a process with a time limit; every row is written to DIR/rows.jsonl when it is
+there, in the form of `study.Row`. What ends a part, its rows stay and the others run:
 
-Without a GPU the same script checks tiny shapes in the Mosaic interpreter (jax >=
-0.11.2) and reports every time as not measured.
+    setup       versions, bandwidth and dense rate of the chip
+    numerics    exact integers in every form of the kernel, twice; four processes
+    times       packed, expanded and dense products; wall and kernel time
+    cusparselt  2:4 by torch, in CUDA graphs
+    block       the products of a decoder block, decode and prefill
+    solvers     Gyro, TSENOR, SparseGPT, ALPS
+
+A wrong or failing case leaves DIR/failed/CASE: seed, inputs, the matrix that the kernel
+believes in (x = the identity), where it differs, PTX and machine code. `--merge` puts
+the rows into bench/results/gpu.json. Without a GPU the sizes are tiny, the kernel is
+interpreted (jax >= 0.11.2), and no time is that of a GPU.
 """
 
 import argparse
 import dataclasses
-import functools
+import json
 import os
-import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from bench import study
-from flexhinm_jax.gpu import registry, selfcheck, support
-from flexhinm_jax.gpu.kernel import Kernel
-from flexhinm_jax.kernels import dispatch
-from flexhinm_jax.kernels.packing import unpack
-from flexhinm_jax.ops.words import to_words
-from flexhinm_jax.types import PackedWeight
-
-RESULTS = Path(__file__).parent / "results"
-
-H200 = {"bandwidth": 4.3e12, "dense_rate": 790e12}
-"""Measured on an H200, for floors where no GPU is at hand."""
-
-
-class Size(NamedTuple):
-    """Sizes of a packed weight: tiles, rows of one, inputs, dense and 2:4 columns."""
-
-    name: str
-    tiles: int
-    rows: int
-    inputs: int
-    dense: int
-    kept: int
-
-
-def two_of_four(o: int, i: int) -> Size:
-    """Plain 2:4."""
-    return Size("2:4", 1, o, i, 0, i)
-
-
-def flexhinm(o: int, i: int, v: int) -> Size:
-    """FlexHiNM at 75 %: an eighth of the columns dense, a quarter 2:4."""
-    return Size(f"FlexHiNM v={v}", o // v, v, i, i // 8, i // 4)
-
-
-TINY = [
-    Size("2:4", 1, 40, 260, 0, 260),
-    Size("FlexHiNM v=16", 2, 16, 100, 11, 52),
-]
-CHECKED = [
-    two_of_four(64, 64),
-    two_of_four(1000, 388),
-    two_of_four(1536, 384),
-    two_of_four(4096, 4096),
-    Size("odd", 3, 20, 150, 13, 116),
-    Size("odd", 5, 96, 1000, 129, 404),
-    Size("dense columns", 4, 64, 512, 100, 0),
-    Size("HiNM v=64", 64, 64, 4096, 0, 2048),
-    flexhinm(1536, 384, 32),
-    flexhinm(4096, 4096, 64),
-    flexhinm(4096, 4096, 128),
-]
-TIMED = [
-    two_of_four(4096, 4096),
-    two_of_four(8192, 8192),
-    two_of_four(14336, 4096),
-    flexhinm(4096, 4096, 64),
-    flexhinm(8192, 8192, 64),
-    flexhinm(8192, 8192, 128),
-]
-TOKENS_CHECKED = (1, 7, 16, 33, 64, 65, 130, 512)
-TOKENS_TIMED = (1, 16, 64, 256, 1024, 4096)
-
-
-def random_weight(key: jax.Array, size: Size, dtype: Any) -> PackedWeight:
-    """A packed weight with random values, positions, columns and row order."""
-    values, positions, columns, order = jax.random.split(key, 4)
-    t, v, i = size.tiles, size.rows, size.inputs
-    groups = size.kept // 4
-    pairs = [a | b << 2 for a in range(4) for b in range(a + 1, 4)]
-    padded = (t, v, -(-groups // 8) * 8)
-    nibbles = jnp.asarray(pairs, jnp.uint32)[
-        jax.random.randint(positions, padded, 0, len(pairs))
-    ]
-    nibbles = jnp.where(jnp.arange(padded[-1]) < groups, nibbles, jnp.uint32(0))
-    pick = jax.vmap(functools.partial(jax.random.permutation, x=i))
-    index = pick(jax.random.split(columns, t)).astype(jnp.int32)
-    dense, kept = jnp.split(
-        jax.random.normal(values, (t, v, size.dense + 2 * groups)).astype(dtype),
-        [size.dense],
-        axis=-1,
-    )
-    return PackedWeight(
-        dense_index=index[:, : size.dense],
-        dense_values=dense,
-        nm_index=index[:, size.dense : size.dense + 4 * groups],
-        nm_values=kept,
-        nm_positions=to_words(nibbles, 4),
-        out_order=jax.random.permutation(order, t * v).astype(jnp.int32),
-        left=None,
-        right=None,
-        shape=(t * v, i),
-        n=2,
-        m=4,
-    )
-
-
-def serving(capability: tuple[int, int]) -> dict[str, Kernel]:
-    """Kernels for a chip by name."""
-    kernels = registry.KERNELS
-    return {n: k for n, k in kernels.items() if capability[0] in k.majors}
-
-
-def with_layout(kernel: Kernel, packed: PackedWeight) -> PackedWeight:
-    """The packed weight with the layout of a kernel."""
-    ready = jax.jit(kernel.prepare)(packed)
-    return dataclasses.replace(packed, layouts={kernel.name: ready})
-
-
-def poison(count: int) -> None:
-    """Fills freed memory with NaN, so that a result never written shows."""
-    fill = [jnp.full((count,), jnp.nan, jnp.float32) for _ in range(4)]
-    jax.block_until_ready(fill)
-
-
-def worst_error(y: jax.Array, x: jax.Array, packed: PackedWeight) -> float:
-    """Largest error over its bound; above 1 a product is wrong.
-
-    The bound is one rounding to the dtype of the result, and 2^-14 of the sum of the
-    absolute products for sums in float32 that may be truncated.
-    """
-    up = lambda a: np.asarray(a.astype(jnp.float32), np.float64)  # noqa: E731
-    dense, got, given = up(unpack(packed)), up(y), up(x)
-    if not np.isfinite(got).all():
-        return float("inf")
-    rows = np.random.default_rng(0).permutation(len(dense))[:512]
-    want = given @ dense[rows].T
-    bound = np.abs(given) @ np.abs(dense[rows]).T * 2.0**-14
-    bound += np.abs(want) * float(jnp.finfo(y.dtype).eps) + 1e-30
-    return float((np.abs(got[:, rows] - want) / bound).max())
-
-
-def check(
-    kernel: Kernel,
-    size: Size,
-    n: int,
-    dtype: Any,
-    key: jax.Array,
-    interpret: bool,
-) -> dict[str, Any] | None:
-    """One numerical check, or None where the kernel does not serve the size."""
-    weights, inputs = jax.random.split(key)
-    packed = with_layout(kernel, random_weight(weights, size, dtype))
-    x = jax.random.normal(inputs, (n, size.inputs)).astype(dtype)
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    if kernel.refuse(shape, packed, (9, 0)) is not None:
-        return None
-    poison(2 * n * packed.shape[0])
-    if interpret and kernel.name not in dispatch.PLAIN:
-        with support.interpreted():
-            y = kernel.run(x, packed, dtype)
-    else:
-        y = jax.jit(kernel.run, static_argnums=2)(x, packed, dtype)
-    o, i = packed.shape
-    return {
-        "kernel": kernel.name,
-        "size": f"{size.name} {o}x{i} n={n} {jnp.dtype(dtype).name}",
-        "worst": worst_error(y, x, packed),
-    }
-
-
-def numerics(kernels: dict[str, Kernel], interpret: bool) -> list[dict[str, Any]]:
-    """All checks."""
-    sizes = TINY if interpret else CHECKED
-    tokens = (3,) if interpret else TOKENS_CHECKED
-    key, rows = jax.random.key(time.time_ns() % 2**32), []
-    for name, kernel in kernels.items():
-        refused = selfcheck.failure(kernel.module) if kernel.module else None
-        if refused is not None:
-            print(f"WRONG {name}: {refused}")
-            rows.append({"kernel": name, "size": refused, "worst": float("inf")})
-            continue
-        for size in sizes:
-            for dtype in (jnp.bfloat16, jnp.float16):
-                for n in tokens:
-                    key, this = jax.random.split(key)
-                    row = check(kernel, size, n, dtype, this, interpret)
-                    if row is not None:
-                        rows.append(row)
-                        if row["worst"] > 1:
-                            print(f"WRONG {row}")
-    return rows
-
-
-def per_product(
-    product: Callable[..., jax.Array], x: jax.Array, weights: list[Any]
-) -> float:
-    """Median seconds of one product, every weight in turn, inside one program."""
-    rounds = 8
-
-    @jax.jit
-    def run(x: jax.Array, weights: list[Any]) -> jax.Array:
-        def one_round(_: Any, x: jax.Array) -> jax.Array:
-            for weight in weights:
-                y = product(x, weight)
-                # Each product waits for the one before it, at the cost of a scalar.
-                x = x.at[0, 0].add(jnp.zeros((), x.dtype) * y[0, 0].astype(x.dtype))
-            return x
-
-        return jax.lax.fori_loop(0, rounds, one_round, x)
-
-    run(x, weights).block_until_ready()
-    taken = []
-    for _ in range(30):
-        start = time.perf_counter()
-        run(x, weights).block_until_ready()
-        taken.append((time.perf_counter() - start) / (rounds * len(weights)))
-    return statistics.median(taken)
-
-
-def copies(nbytes: int) -> int:
-    """Copies of a weight that exceed the L2 cache several times."""
-    return max(2, -(-400 * 2**20 // nbytes))
-
-
-def torch_time(o: int, i: int, n: int) -> float | None:
-    """Seconds of a 2:4 product of torch, or None where there is no torch or no GPU."""
-    try:
-        import torch
-        from torch.sparse import to_sparse_semi_structured
-    except ImportError:
-        return None
-    if not torch.cuda.is_available():
-        return None
-    pattern = torch.tensor([1.0, 1, 0, 0], device="cuda", dtype=torch.bfloat16)
-    make = lambda: to_sparse_semi_structured(  # noqa: E731
-        torch.randn(o, i, device="cuda", dtype=torch.bfloat16) * pattern.tile(o, i // 4)
-    )
-    weights = [make() for _ in range(copies(o * i * 9 // 8))]
-    x = torch.randn(max(n, 8), i, device="cuda", dtype=torch.bfloat16)
-    for weight in weights:
-        torch.nn.functional.linear(x, weight)
-    taken = []
-    for _ in range(30):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(8):
-            for weight in weights:
-                torch.nn.functional.linear(x, weight)
-        torch.cuda.synchronize()
-        taken.append((time.perf_counter() - start) / (8 * len(weights)))
-    return statistics.median(taken)
-
-
-def chip_limits() -> dict[str, float]:
-    """Copy bandwidth [byte/s] and dense bfloat16 rate [operations/s], measured."""
-    big = jnp.ones(2**29, jnp.bfloat16)
-    bump = jax.jit(lambda x: x + jnp.bfloat16(1))
-    square = jnp.ones((8192, 8192), jnp.bfloat16)
-    dot = jax.jit(lambda x: x @ x)
-
-    def best(function: Any, argument: jax.Array) -> float:
-        function(argument).block_until_ready()
-        taken = []
-        for _ in range(20):
-            start = time.perf_counter()
-            function(argument).block_until_ready()
-            taken.append(time.perf_counter() - start)
-        return min(taken)
-
-    return {
-        "bandwidth": 2 * big.nbytes / best(bump, big),
-        "dense_rate": 2 * 8192**3 / best(dot, square),
-    }
-
-
-def floor(size: Size, n: int, limits: dict[str, float]) -> float:
-    """Least seconds of a packed product: bytes or operations, the larger."""
-    o = size.tiles * size.rows
-    stored = size.dense + size.kept // 2
-    index = 0 if size.tiles == 1 else 2 * size.tiles * (size.dense + size.kept)
-    moved = o * (2 * stored + size.kept // 8) + index + 2 * n * (size.inputs + o)
-    work = 2 * n * o * (size.dense + size.kept / 2)
-    return max(moved / limits["bandwidth"], work / limits["dense_rate"])
-
-
-def dense_floor(size: Size, n: int, limits: dict[str, float]) -> float:
-    """Least seconds of the dense product."""
-    o, i = size.tiles * size.rows, size.inputs
-    moved = 2 * (o * i + n * i + n * o)
-    return max(moved / limits["bandwidth"], 2 * n * o * i / limits["dense_rate"])
-
-
-def timings(kernels: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any]]:
-    """Times of every kernel beside the dense product."""
-    dtype, rows = jnp.bfloat16, []
-    for size in TIMED:
-        o, i = size.tiles * size.rows, size.inputs
-        keys = iter(jax.random.split(jax.random.key(0), 64))
-        dense = [
-            jax.random.normal(next(keys), (o, i), jnp.bfloat16)
-            for _ in range(copies(2 * o * i))
-        ]
-        one = random_weight(next(keys), size, dtype)
-        packed = [
-            random_weight(next(keys), size, dtype) for _ in range(copies(one.nbytes))
-        ]
-        for n in TOKENS_TIMED:
-            x = jax.random.normal(next(keys), (n, i), jnp.bfloat16)
-            base = per_product(lambda x, w: x @ w.T, x, dense)
-            row: dict[str, Any] = {"size": f"{size.name} {o}x{i}", "n": n}
-            row |= {"dense": base, "floor": floor(size, n, limits)}
-            if size.tiles == 1:
-                row["torch"] = torch_time(o, i, n)
-            for name, kernel in kernels.items():
-                ready = [with_layout(kernel, w) for w in packed]
-                shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-                if kernel.refuse(shape, ready[0], (9, 0)) is not None:
-                    continue
-                run = lambda x, w, k=kernel: k.run(x, w, dtype)  # noqa: E731
-                row[name] = per_product(run, x, ready)
-                print(
-                    f"{row['size']:24} n={n:5} {name:9} {row[name] * 1e6:9.1f} us  "
-                    f"{base / row[name]:5.2f}x dense  "
-                    f"{row['floor'] / row[name]:5.1%} of the floor"
-                )
-            rows.append(row)
-    return rows
-
-
-def draw(rows: list[dict[str, Any]], limits: dict[str, float], note: str) -> None:
-    """Speed over the dense product against tokens: limits, and what was measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), sharex=True, sharey=True)
-    for axis, size in zip(axes.flat, TIMED, strict=True):
-        name = f"{size.name} {size.tiles * size.rows}x{size.inputs}"
-        bound = [
-            dense_floor(size, n, limits) / floor(size, n, limits) for n in TOKENS_TIMED
-        ]
-        axis.plot(TOKENS_TIMED, bound, "k--", lw=1, label="limit (floor / floor)")
-        mine = [row for row in rows if row["size"] == name]
-        for kernel in (*dispatch.known(), "torch"):
-            points = [(r["n"], r["dense"] / r[kernel]) for r in mine if r.get(kernel)]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", ms=3, label=kernel)
-        axis.axhline(1, color="0.7", lw=0.8)
-        axis.set_title(name, fontsize=9)
-        axis.set_xscale("log", base=2)
-    axes[0, 0].legend(fontsize=7)
-    figure.supxlabel("tokens")
-    figure.supylabel("times faster than dense")
-    figure.suptitle(note, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "gpu.png", dpi=120)
-
+from bench import report, study
 
 NUMERICS, TIMES = "GPU kernels, numerics", "GPU kernels, times"
+BLOCK, SOLVERS, PARTS = "GPU, a decoder block", "GPU, solvers", "GPU, parts of the run"
 STUDY = study.Study(
     "gpu",
     "Packed products, GPU",
     {},
     {
-        NUMERICS: "Largest error in units of the tolerance; the anchor is the limit.",
+        NUMERICS: "Wrong elements of an exact product; the anchor is the limit.",
         TIMES: "Microseconds of one product; the anchor is the dense product (cuBLAS), "
         "a ratio below 1 is faster.",
+        BLOCK: "Microseconds of all products of a block; the anchor is dense.",
+        SOLVERS: "Seconds of one matrix on the GPU, compiled before.",
+        PARTS: "Seconds; the anchor is the limit. 1 in `failed`: it did not end well.",
     },
 )
 
 
-def results(report: dict[str, Any]) -> Iterator[study.Row]:
-    """The rows of bench/results/gpu.json."""
-    where = report["device"] + (", interpreted" if report["interpreted"] else "")
-    cases: dict[str, dict[str, float]] = {}
-    for case in report["numerics"]:
-        cases.setdefault(case["kernel"], {})[case["size"]] = case["worst"]
-    for kernel, each in cases.items():
-        what = f"{kernel} on {where}, {len(each)} cases"
-        data, command = {"cases": each}, "make bench-gpu"
-        yield study.Row(
-            NUMERICS, what, max(each.values()), 1.0, None, {}, data, command
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Something that runs in processes of its own.
+
+    Attributes:
+      share: of the seconds of the whole run.
+      shards: processes at a time; each does its share of the cases.
+    """
+
+    share: float
+    shards: int = 1
+
+
+PARTS_OF_RUN = {
+    "setup": Part(0.05),
+    "numerics": Part(0.2, shards=4),
+    "times": Part(0.36),
+    "cusparselt": Part(0.12),
+    "block": Part(0.17),
+    "solvers": Part(0.1),
+}
+
+
+def write(out: Path, row: study.Row) -> None:
+    """Appends a row at once: several processes write, lines stay whole."""
+    line = json.dumps(row.document()) + "\n"
+    handle = os.open(out / "rows.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """All rows so far; a line that a killed process left is skipped."""
+    path, rows = out / "rows.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def command(name: str, shard: int, out: Path) -> list[str]:
+    """Starts one process of a part."""
+    return [sys.executable, "-m", "bench.gpu_parts", name, str(shard), str(out)]
+
+
+def run_part(
+    name: str,
+    part: Part,
+    out: Path,
+    seconds: float,
+    start: Callable[[str, int, Path], list[str]] = command,
+) -> bool:
+    """Runs the processes of a part, ends them after `seconds`; whether all ended well.
+
+    What they print goes to DIR/NAME-SHARD.log.
+    """
+    began = time.monotonic()
+    root = report.BENCH.parent
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    settings = os.environ | {"PYTHONPATH": path}
+    settings.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    running = []
+    for shard in range(part.shards):
+        log = (out / f"{name}-{shard}.log").open("w")
+        process = subprocess.Popen(
+            start(name, shard, out),
+            cwd=root,
+            env=settings,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
-    if not isinstance(report["times"], list):
-        return
-    for row in report["times"]:
-        for kernel in row.keys() - {"size", "n", "dense", "floor"}:
-            if row[kernel] is None:
-                continue
-            more = {
-                "times faster than dense": row["dense"] / row[kernel],
-                "share of the roofline": row["floor"] / row[kernel],
-            }
-            what = f"{row['size']}, {row['n']} tokens, {kernel} on {where}"
-            micro, dense = row[kernel] * 1e6, row["dense"] * 1e6
-            yield study.Row(TIMES, what, micro, dense, None, more, {}, "make bench-gpu")
+        running.append((process, log))
+    ends = []
+    for process, log in running:
+        left = max(0.0, began + seconds - time.monotonic())
+        try:
+            ends.append(f"code {process.wait(left)}")
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            ends.append("time limit")
+        log.close()
+    well = all(end == "code 0" for end in ends)
+    more = {"failed": int(not well)}
+    taken = round(time.monotonic() - began, 1)
+    row = study.Row(PARTS, name, taken, round(seconds, 1), None, more, {"ended": ends})
+    write(out, row)
+    print(f"{name}: {taken} s, {', '.join(ends)}", flush=True)
+    return well
+
+
+def run(out: Path, seconds: float, names: Iterable[str]) -> bool:
+    """Runs parts one after the other; each gets its share of what is left."""
+    out.mkdir(parents=True, exist_ok=True)
+    end, well = time.monotonic() + seconds, True
+    left = {name: PARTS_OF_RUN[name] for name in names}
+    while left:
+        name, part = next(iter(left.items()))
+        share = part.share / sum(p.share for p in left.values())
+        limit = share * (end - time.monotonic())
+        well &= run_part(name, part, out, limit)
+        del left[name]
+    return well
 
 
 def main() -> int:
-    """Numerics, then times where there is a GPU."""
+    """Runs the parts, prints the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--numerics", action="store_true", help="no times")
-    parser.add_argument("--only", help="one backend, such as wgmma_sp")
-    options = parser.parse_args()
-    chip = dispatch.capability()
-    interpret = chip is None
-    kernels = dict(dispatch.PLAIN)
-    if tuple(jax.__version_info__) < support.SINCE:
-        print(f"the GPU kernels are left out: this is jax {jax.__version__}")
-    else:
-        kernels |= serving(chip or (9, 0))
-    if options.only:
-        kernels = {k: m for k, m in kernels.items() if k == options.only}
-    checked = numerics(kernels, interpret)
-    wrong = [row for row in checked if row["worst"] > 1]
-    where = "in the interpreter, on the CPU" if interpret else f"on {chip}"
-    print(f"numerics: {len(checked)} cases {where}, {len(wrong)} wrong")
-    report: dict[str, Any] = {
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "interpreted": interpret,
-        "numerics": checked,
-        "times": "not measured",
-    }
-    limits, note = H200, "Not measured: limits only, from the rates of an H200"
-    if not interpret and not options.numerics and not wrong and kernels:
-        limits = chip_limits()
-        report |= {"limits": limits, "times": timings(kernels, limits)}
-        note = f"{report['device']}, jax {jax.__version__}, bfloat16"
-    rows = report["times"] if isinstance(report["times"], list) else []
-    if not rows:
-        print("times: not measured")
-    for row in results(report):
-        study.merge(RESULTS / "gpu.json", STUDY, row.document())
-    draw(rows, limits, note)
-    return 1 if wrong else 0
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"))
+    parser.add_argument("--seconds", type=float, default=420.0)
+    parser.add_argument("--only", default=",".join(PARTS_OF_RUN), help="parts")
+    parser.add_argument("--merge", action="store_true", help="into bench/results")
+    flags = parser.parse_args()
+    unknown = [n for n in flags.only.split(",") if n not in PARTS_OF_RUN]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: choose from {', '.join(PARTS_OF_RUN)}")
+    well = run(flags.out.resolve(), flags.seconds, flags.only.split(","))
+    rows = read(flags.out)
+    for table, note in STUDY.notes.items():
+        of_table = [row for row in rows if row["table"] == table]
+        if of_table:
+            print(report.markdown(table, note, of_table))
+    if flags.merge:
+        for row in rows:
+            study.merge(report.RESULTS / "gpu.json", STUDY, row)
+    wrong = [r for r in rows if r["table"] == NUMERICS and r.get("value")]
+    required = [r for r in wrong if not r.get("data", {}).get("tried")]
+    print(f"{len(rows)} rows, {len(required)} wrong; failures in {flags.out}/failed")
+    return 0 if well and not required else 1
 
 
 if __name__ == "__main__":

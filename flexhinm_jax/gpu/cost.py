@@ -92,6 +92,25 @@ def expanded(sizes: Sizes) -> float:
     return moved / MEMORY + START + dense(n, o, i)
 
 
+def floor(sizes: Sizes) -> float:
+    """Least seconds of a packed product for anybody, on this chip.
+
+    Bytes from memory, the tensor cores at twice the dense rate, and shared memory,
+    which has to feed them: a block of 128 x 256 reads and writes it 1.8 times as long
+    as the tensor cores work.
+    """
+    moved = sizes.packed_bytes + 2 * sizes.n * (sizes.i + sizes.o)
+    columns = -(-sizes.n // 8) * 8
+    width = min(256, columns)
+    work = 2 * sizes.o * columns * sizes.stored / DENSE_RATE
+    steps = sizes.stored / STEP
+    rows = 2 * ROWS
+    step_bytes = rows * (2 * STEP + 16) + 2 * STEP * width * 2
+    step_bytes += 2 * 4 * (64 * width + 2048)
+    blocks = sizes.o / rows * columns / width
+    return max(moved / MEMORY, work, blocks * steps * step_bytes / SHARED)
+
+
 def sparse(sizes: Sizes, block: Block, steps: int, blocks: int) -> float:
     """Seconds of the kernel on sparse tensor cores and of its helpers.
 

@@ -1,0 +1,566 @@
+"""What the processes of `bench.gpu` do: python -m bench.gpu_parts NAME SHARD DIR."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import flexhinm_jax as fh
+from bench import gpu
+from bench.study import Row
+from flexhinm_jax.gpu import cost, hopper, selfcheck, support, wgmma_sp
+from flexhinm_jax.kernels import dense, dispatch
+from flexhinm_jax.ops.words import to_words
+from flexhinm_jax.types import PackedWeight
+
+HAS_GPU = dispatch.capability() is not None
+HAS_MOSAIC = tuple(jax.__version_info__) >= support.SINCE
+COPIES = 4
+"""Weights in turn: together larger than the L2 cache."""
+
+
+def where() -> dict[str, Any]:
+    """What a row depends on."""
+    kind = jax.devices()[0].device_kind
+    return {"device": kind, "jax": jax.__version__, "interpreted": not HAS_GPU}
+
+
+# Setup
+
+
+def setup(shard: int, shards: int, out: Path) -> Iterator[Row]:
+    """Versions of what is here; bandwidth and dense rate where there is a GPU."""
+    tools = {}
+    for name, flag in (("nvidia-smi", "-L"), ("ptxas", "--version")):
+        if path := shutil.which(name):
+            done = subprocess.run([path, flag], capture_output=True, text=True)
+            tools[name] = done.stdout.strip().splitlines()[-1:]
+    data = where() | {"tools": tools, "CUDA_ROOT": os.environ.get("CUDA_ROOT")}
+    yield Row(gpu.PARTS, "jax", None, data=data)
+    megabytes, side = (1024, 8192) if HAS_GPU else (4, 256)
+    big = jnp.ones(megabytes << 19, jnp.bfloat16)
+    bump = jax.jit(lambda x: x + jnp.bfloat16(1))
+    rate = 2 * big.nbytes / least(bump, big)
+    square = jnp.ones((side, side), jnp.bfloat16)
+    dot = 2 * side**3 / least(jax.jit(lambda x: x @ x), square)
+    yield Row(gpu.PARTS, "bytes per second", rate, cost.MEMORY, data=where())
+    yield Row(gpu.PARTS, "operations per second", dot, cost.DENSE_RATE, data=where())
+
+
+def least(function: Callable[..., Any], *arguments: Any) -> float:
+    """Least seconds of a call of a compiled function, of 10."""
+    jax.block_until_ready(function(*arguments))
+    taken = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+# Numerics
+
+
+class Form(NamedTuple):
+    """One case: a way to cut a product, and what it runs on."""
+
+    gathered: bool
+    cut: hopper.Tiling
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """For rows and folders."""
+        c, how = self.cut, "gathered" if self.gathered else "rows"
+        groups = f"{c.row_groups}x{c.token_groups}"
+        parts = [how, f"n{c.tokens}", groups, f"splits{c.splits}", f"d{c.depth}"]
+        return "-".join([*parts, f"flight{c.in_flight}", self.dtype])
+
+
+def forms() -> list[Form]:
+    """Every form of the kernel, each with nothing and with one product in flight."""
+    if not HAS_GPU:
+        cut = hopper.Tiling(tokens=8)
+        return [
+            Form(False, cut, "bfloat16"),
+            Form(True, hopper.Tiling(1, 1, 16), "float16"),
+        ]
+    pairs = [(rows, 1, t) for t in (8, 16, 32, 64, 128) for rows in (1, 2)]
+    pairs += [(1, 2, 32), (1, 2, 64)]
+    made = []
+    for number, (rows, groups, tokens) in enumerate(pairs):
+        for gathered in (False, True)[: 1 if tokens == 8 else 2]:
+            for flight in (0, 1):
+                splits = (1, 3)[number % 2]
+                depth = 4 if tokens * groups == 128 or flight else 5
+                cut = hopper.Tiling(rows, groups, tokens, splits, depth, flight)
+                dtype = ("bfloat16", "float16")[(number + gathered) % 2]
+                made.append(Form(gathered, cut, dtype))
+    return made
+
+
+def numerics(shard: int, shards: int, out: Path) -> Iterator[Row]:
+    """Exact products in every form of the shard, each twice."""
+    if not HAS_MOSAIC:
+        why = f"the kernel needs jax {support.SINCE}, this is {jax.__version__}"
+        yield Row(gpu.NUMERICS, f"none, shard {shard}", None, 0.0, data={"why": why})
+        return
+    for form in forms()[shard::shards]:
+        yield one_form(form, out)
+
+
+def one_form(form: Form, out: Path, run: Callable[..., Any] = wgmma_sp.matmul) -> Row:
+    """One case; what went wrong is written to a folder."""
+    steps = 41 if HAS_GPU else 3
+    tiles = 3 if form.gathered else 1
+    rows = 64 * form.cut.row_groups - (8 if form.cut.row_groups == 1 else 0)
+    tokens = form.cut.width + (3 if HAS_GPU else -3)
+    case = selfcheck.Case(tiles, rows, 6, 32 * steps - 3, tokens, form.dtype, form.cut)
+    seed = sum(form.name.encode())
+    rng = np.random.default_rng(seed)
+    packed, w = selfcheck.example(rng, *case[:4], dtype=case.dtype)
+    x = rng.integers(-2, 3, (tokens, w.shape[1])).astype(np.float32)
+    data: dict[str, Any] = {"seed": seed, "tried": form.cut.in_flight} | where()
+    want, got = x @ w.T, None
+    folder = out / "failed" / form.name
+    with dumped() as dump:
+        try:
+            product = exact_product(packed, case, run)
+            got, again = product(x), product(x)
+            wrong = int((got != want).sum())
+            data["differs when repeated"] = int((got != again).sum())
+        except Exception:
+            wrong, data["error"] = want.size, traceback.format_exc()[-2000:]
+        if wrong or data.get("differs when repeated"):
+            probe = None if got is None else identity_probe(product, w, tokens)
+            save(folder, data, {"x": x, "w": w, "want": want, "got": got}, probe, dump)
+            wrong = max(wrong, 1)
+    return Row(gpu.NUMERICS, form.name, wrong, 0.0, data=data)
+
+
+def exact_product(
+    packed: PackedWeight, case: selfcheck.Case, run: Callable[..., Any]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """x [n, i] of integers -> f32[n, o], by the kernel; compiled once."""
+    ready = jax.jit(wgmma_sp.prepare)(packed)
+    packed = dataclasses.replace(packed, layouts={wgmma_sp.NAME: ready})
+    call = lambda x, packed: run(x, packed, jnp.float32, cut=case.cut)  # noqa: E731
+    if HAS_GPU:
+        call = jax.jit(call)
+
+    def product(x: np.ndarray) -> np.ndarray:
+        poison(x.shape[0] * packed.shape[0])
+        with quietly():
+            return np.asarray(call(jnp.asarray(x, case.dtype), packed))
+
+    return product
+
+
+def quietly() -> Any:
+    """Where kernels run: on the GPU, or interpreted without a look for races."""
+    if HAS_GPU:
+        return contextlib.nullcontext()
+    return support.interpreted(detect_races=False)
+
+
+def poison(count: int) -> None:
+    """Fills freed memory with NaN, so that a result never written shows."""
+    jax.block_until_ready([jnp.full((count,), jnp.nan, jnp.float32) for _ in range(4)])
+
+
+def identity_probe(
+    product: Callable[[np.ndarray], np.ndarray], w: np.ndarray, tokens: int
+) -> np.ndarray:
+    """The matrix that the kernel believes in: its products with unit vectors."""
+    inputs = w.shape[1]
+    believed = np.zeros_like(w)
+    for first in range(0, inputs, tokens):
+        unit = np.zeros((tokens, inputs), np.float32)
+        count = min(tokens, inputs - first)
+        unit[np.arange(count), first + np.arange(count)] = 1
+        believed[:, first : first + count] = product(unit)[:count].T
+    return believed
+
+
+@contextlib.contextmanager
+def dumped() -> Iterator[Path]:
+    """Mosaic writes PTX and machine code into a folder while it is open."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            del os.environ["MOSAIC_GPU_DUMP_TO"]
+
+
+def save(
+    folder: Path,
+    data: dict[str, Any],
+    arrays: dict[str, Any],
+    probe: np.ndarray | None,
+    dump: Path,
+) -> None:
+    """What is needed to understand a wrong case elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "case.json").write_text(json.dumps(data, indent=1))
+    kept = {name: value for name, value in arrays.items() if value is not None}
+    if probe is not None:
+        kept |= {
+            "believed": probe,
+            "mismatch": np.packbits(probe != arrays["w"], axis=1),
+        }
+    np.savez_compressed(folder / "arrays.npz", **kept)
+    for path in dump.iterdir():
+        if path.suffix in (".ptx", ".ptxas", ".sass_ctrl"):
+            shutil.copy(path, folder / path.name)
+
+
+# Times
+
+
+class Size(NamedTuple):
+    """Sizes of a packed weight: tiles, rows of one, inputs, dense and 2:4 columns."""
+
+    name: str
+    tiles: int
+    rows: int
+    inputs: int
+    dense: int
+    kept: int
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the matrix."""
+        return self.tiles * self.rows
+
+    def product(self, n: int) -> cost.Sizes:
+        """With n tokens."""
+        stored, kept = self.dense + self.kept // 2, self.dense + self.kept
+        return cost.Sizes(n, self.outputs, self.inputs, self.tiles, stored, kept)
+
+
+def two_of_four(o: int, i: int) -> Size:
+    """Plain 2:4."""
+    return Size(f"2:4 {o}x{i}", 1, o, i, 0, i)
+
+
+def hinm(o: int, i: int, v: int) -> Size:
+    """2:4 in an order per tile."""
+    return Size(f"HiNM 50 % v={v} {o}x{i}", o // v, v, i, 0, i)
+
+
+def flexhinm(o: int, i: int, v: int) -> Size:
+    """FlexHiNM at 75 %: an eighth of the columns dense, a quarter 2:4."""
+    return Size(f"FlexHiNM 75 % v={v} {o}x{i}", o // v, v, i, i // 8, i // 4)
+
+
+def timed_sizes() -> tuple[list[Size], tuple[int, ...]]:
+    """Weights and tokens."""
+    if not HAS_GPU:
+        return [two_of_four(64, 128), flexhinm(64, 128, 32)], (1, 8)
+    side = 8192
+    sizes = [two_of_four(side, side), flexhinm(side, side, 64), hinm(side, side, 128)]
+    sizes += [flexhinm(side, side, 128), two_of_four(4096, 4096)]
+    return sizes, (1, 16, 64, 1024, 4096)
+
+
+def random_weight(key: jax.Array, size: Size, dtype: Any) -> PackedWeight:
+    """A packed weight with random values, positions, columns and row order."""
+    values, positions, columns, order = jax.random.split(key, 4)
+    t, v, i = size.tiles, size.rows, size.inputs
+    groups = size.kept // 4
+    pairs = [a | b << 2 for a in range(4) for b in range(a + 1, 4)]
+    padded = (t, v, -(-groups // 8) * 8)
+    nibbles = jnp.asarray(pairs, jnp.uint32)[
+        jax.random.randint(positions, padded, 0, len(pairs))
+    ]
+    nibbles = jnp.where(jnp.arange(padded[-1]) < groups, nibbles, jnp.uint32(0))
+    pick = jax.vmap(functools.partial(jax.random.permutation, x=i))
+    index = pick(jax.random.split(columns, t)).astype(jnp.int32)
+    drawn = jax.random.normal(values, (t, v, size.dense + 2 * groups)) / i**0.5
+    apart, kept = jnp.split(drawn.astype(dtype), [size.dense], axis=-1)
+    return PackedWeight(
+        dense_index=index[:, : size.dense] if size.dense else None,
+        dense_values=apart if size.dense else None,
+        nm_index=index[:, size.dense : size.dense + 4 * groups],
+        nm_values=kept,
+        nm_positions=to_words(nibbles, 4),
+        out_order=jax.random.permutation(order, t * v).astype(jnp.int32),
+        left=None,
+        right=None,
+        shape=(t * v, i),
+        n=2,
+        m=4,
+    )
+
+
+def per_product(product: Any, x: jax.Array, weights: list[Any]) -> dict[str, Any]:
+    """Microseconds of one product, weights in turn: wall time, and kernels alone."""
+    call = jax.jit(product)
+
+    @jax.jit
+    def chain(x: jax.Array, weights: list[Any]) -> jax.Array:
+        for weight in weights:
+            y = call(x, weight)
+            # Each product waits for the one before it, at the cost of a scalar.
+            x = x.at[0, 0].add(jnp.zeros((), x.dtype) * y[0, 0].astype(x.dtype))
+        return x
+
+    jax.block_until_ready(chain(x, weights))
+    taken = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(chain(x, weights))
+        taken.append((time.perf_counter() - start) / len(weights))
+    return {
+        "wall": 1e6 * statistics.median(taken),
+        "kernels": kernel_time(call, x, weights[0]),
+    }
+
+
+def kernel_time(call: Any, x: jax.Array, weight: Any) -> float | None:
+    """Microseconds of the kernels of one product by CUPTI, or None without it."""
+    if not HAS_GPU:
+        return None
+    try:
+        from jax.experimental.mosaic.gpu import profiler
+
+        _, milliseconds = profiler.measure(call, iterations=5)(x, weight)
+        if isinstance(milliseconds, (list, tuple)):
+            milliseconds = statistics.median(milliseconds)
+        return 1e3 * milliseconds
+    except Exception:
+        return None
+
+
+def programs(n: int) -> dict[str, Any]:
+    """Name -> (prepares one weight, runs a product); the kernel on a GPU alone."""
+    half = jnp.bfloat16
+    kernel = wgmma_sp.KERNEL
+    expanded = functools.partial(dense.multiply_expanded, dtype=half, transposed=False)
+    made: dict[str, Any] = {"expanded": (lambda w: w, expanded)}
+    if HAS_GPU and HAS_MOSAIC:
+
+        def laid_out(w: PackedWeight) -> PackedWeight:
+            return dataclasses.replace(w, layouts={kernel.name: kernel.prepare(w)})
+
+        made["wgmma_sp"] = (laid_out, lambda x, w: kernel.run(x, w, half))
+    return made
+
+
+def times(shard: int, shards: int, out: Path) -> Iterator[Row]:
+    """Every size and number of tokens; an error is a row, the others go on."""
+    sizes, tokens = timed_sizes()
+    make = jax.jit(random_weight, static_argnums=(1, 2))
+    for size in sizes:
+        keys = jax.random.split(jax.random.key(0), COPIES)
+        o, i = size.outputs, size.inputs
+        draw = jax.jit(
+            lambda key, o=o, i=i: jax.random.normal(key, (o, i), jnp.bfloat16)
+        )
+        matrices = [draw(key) for key in keys]
+        packed = [make(key, size, jnp.bfloat16) for key in keys]
+        for n in tokens:
+            x = jax.random.normal(keys[0], (n, i), jnp.bfloat16)
+            base = per_product(lambda x, w: x @ w.T, x, matrices)
+            for name, (ready, product) in programs(n).items():
+                what = f"{size.name}, {n} tokens, {name}"
+                data = where() | {"dense": base}
+                try:
+                    weights = [jax.jit(ready)(w) for w in packed]
+                    taken = per_product(product, x, weights)
+                except Exception as error:
+                    data["error"] = f"{type(error).__name__}: {error}"[:500]
+                    yield Row(gpu.TIMES, what, None, base["wall"], data=data)
+                    continue
+                floor = 1e6 * cost.floor(size.product(n))
+                more = {"share of the limit": floor / taken["wall"]}
+                if taken["kernels"]:
+                    more["kernels alone"] = taken["kernels"]
+                yield Row(
+                    gpu.TIMES, what, taken["wall"], base["wall"], None, more, data
+                )
+
+
+# cuSPARSELt
+
+
+def cusparselt(shard: int, shards: int, out: Path) -> Iterator[Row]:
+    """2:4 by torch in CUDA graphs, beside its own dense product."""
+    try:
+        import torch
+        from torch.sparse import to_sparse_semi_structured
+    except ImportError as error:
+        yield Row(gpu.TIMES, "cuSPARSELt", None, data={"why": str(error)})
+        return
+    if not torch.cuda.is_available():
+        yield Row(gpu.TIMES, "cuSPARSELt", None, data={"why": "torch sees no GPU"})
+        return
+    version = torch.backends.cusparselt.version()
+    linear = torch.nn.functional.linear
+    for o in (8192, 4096):
+        pattern = torch.tensor([1.0, 1, 0, 0], device="cuda", dtype=torch.bfloat16)
+        w = torch.randn(o, o, device="cuda", dtype=torch.bfloat16) * pattern.tile(
+            o // 4
+        )
+        sparse = [to_sparse_semi_structured(w) for _ in range(COPIES)]
+        plain = [w.clone() for _ in range(COPIES)]
+        for n in (16, 64, 1024, 4096):
+            x = torch.randn(n, o, device="cuda", dtype=torch.bfloat16)
+            taken = []
+            for weights in (sparse, plain):
+                for weight in weights:
+                    linear(x, weight)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    for weight in weights:
+                        linear(x, weight)
+                taken.append(graph_time(torch, graph) / COPIES)
+            what = f"2:4 {o}x{o}, {n} tokens, cuSPARSELt"
+            data = {"cusparselt": str(version), "torch": torch.__version__}
+            yield Row(gpu.TIMES, what, taken[0], taken[1], data=data)
+
+
+def graph_time(torch: Any, graph: Any) -> float:
+    """Median microseconds of a replay."""
+    taken = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        taken.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(taken)
+
+
+# A block
+
+
+def block(shard: int, shards: int, out: Path) -> Iterator[Row]:
+    """The products of a decoder block of 8B parameters, decode and prefill."""
+    os.environ[dispatch.OPT_IN] = "1"
+    d, kv, up = (4096, 1024, 14336) if HAS_GPU else (64, 32, 128)
+    shapes = [(d, d), (kv, d), (kv, d), (d, d), (up, d), (up, d), (d, up)]
+    count, v = (COPIES, 128) if HAS_GPU else (1, 16)
+    keys = jax.random.split(jax.random.key(1), count)
+    draw = lambda key, s: jax.random.normal(key, s[::-1], jnp.bfloat16) / s[1] ** 0.5  # noqa: E731
+    matrices = [[draw(key, s) for s in shapes] for key in keys]
+    kinds: dict[str, Any] = {}
+    for name in ("2:4", "FlexHiNM 75 %"):
+        sized = two_of_four if name == "2:4" else functools.partial(flexhinm, v=v)
+        kinds[name] = [packed_block(key, [sized(*s) for s in shapes]) for key in keys]
+    for n in (1, 16, 1024) if HAS_GPU else (4,):
+        x = jax.random.normal(keys[0], (n, d), jnp.bfloat16)
+        plain = functools.partial(decoder_block, multiply=jnp.matmul)
+        base = per_product(plain, x, matrices)["wall"]
+        for name, weights in kinds.items():
+            what, data, taken = f"{name}, {n} tokens", where(), None
+            try:
+                packed = functools.partial(decoder_block, multiply=fh.sparse_dot)
+                taken = per_product(packed, x, weights)["wall"]
+            except Exception as error:
+                data["error"] = f"{type(error).__name__}: {error}"[:500]
+            yield Row(gpu.BLOCK, what, taken, base, data=data)
+
+
+def packed_block(key: jax.Array, sizes: list[Size]) -> list[PackedWeight]:
+    """Random weights, with the layout of the kernel where there is one."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def make(key: jax.Array, size: Size) -> PackedWeight:
+        weight = random_weight(key, size, jnp.bfloat16)
+        if not (HAS_GPU and HAS_MOSAIC):
+            return weight
+        return dataclasses.replace(
+            weight, layouts={wgmma_sp.NAME: wgmma_sp.prepare(weight)}
+        )
+
+    return [make(jax.random.fold_in(key, k), size) for k, size in enumerate(sizes)]
+
+
+def decoder_block(x: jax.Array, weights: Any, multiply: Any) -> jax.Array:
+    """The seven products of a block in their order, what lies between left out."""
+    q, k, v, o, gate, up, down = weights
+    mixed = multiply(x, q)
+    mixed = mixed.at[:, 0].add(multiply(x, k)[:, 0] + multiply(x, v)[:, 0])
+    h = x + multiply(mixed, o)
+    return h + multiply(jax.nn.silu(multiply(h, gate)) * multiply(h, up), down)
+
+
+# Solvers
+
+
+def solvers(shard: int, shards: int, out: Path) -> Iterator[Row]:
+    """Seconds of one matrix."""
+    side = 4096 if HAS_GPU else 64
+    key = jax.random.key(2)
+    w = jax.random.normal(key, (side, side))
+    x = jax.random.normal(jax.random.fold_in(key, 1), (2 * side, side))
+    gram = x.T @ x
+    stats = fh.Stats(
+        sq_norm=jnp.diag(gram),
+        mean=jnp.mean(x, axis=0, dtype=jnp.float32),
+        count=jnp.float32(2 * side),
+        gram=gram,
+    )
+    methods = {
+        "SparseGPT 2:4": (fh.SparseGPT(fh.NM(2, 4)), None),
+        "TSENOR 2:4": (fh.Magnitude(fh.Transposable(2, 4)), None),
+        "ALPS 2:4": (fh.ALPS(fh.NM(2, 4)), None),
+        "Gyro, HiNM 75 %": (
+            fh.Magnitude(fh.HiNM(min(64, side // 4), permute=fh.Gyro())),
+            0.75,
+        ),
+    }
+    for name, (method, sparsity) in methods.items():
+        what = f"{name}, {side}x{side}"
+        try:
+            solve = lambda: method.solve(key, w, stats, sparsity=sparsity)  # noqa: B023, E731
+            jax.block_until_ready(jax.tree.leaves(solve()))
+            start = time.perf_counter()
+            jax.block_until_ready(jax.tree.leaves(solve()))
+            yield Row(gpu.SOLVERS, what, time.perf_counter() - start, data=where())
+        except Exception as error:
+            data = where() | {"error": f"{type(error).__name__}: {error}"[:500]}
+            yield Row(gpu.SOLVERS, what, None, data=data)
+
+
+PARTS = {
+    "setup": setup,
+    "numerics": numerics,
+    "times": times,
+    "cusparselt": cusparselt,
+    "block": block,
+    "solvers": solvers,
+}
+
+
+def main() -> None:
+    """Writes every row when it is there."""
+    name, shard, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    shards = gpu.PARTS_OF_RUN[name].shards
+    for row in PARTS[name](shard, shards, folder):
+        command = f"python3 -m bench.gpu --only {name}"
+        gpu.write(folder, row._replace(command=command))
+        print(row.table, row.what, row.value, flush=True)
+
+
+if __name__ == "__main__":
+    main()

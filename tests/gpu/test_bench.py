@@ -1,0 +1,176 @@
+"""The GPU benchmark without a GPU: its parts at tiny sizes, and what ends badly."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bench import gpu, gpu_parts
+from bench.study import Row
+from flexhinm_jax.gpu import cost, hopper, support, wgmma_sp
+
+mosaic = pytest.mark.skipif(
+    not gpu_parts.HAS_MOSAIC, reason=f"the GPU kernels need jax {support.SINCE}"
+)
+
+
+def child(code):
+    return lambda name, shard, out: [sys.executable, "-c", code.format(out=out)]
+
+
+def parts_row(out):
+    [row] = [row for row in gpu.read(out) if row["table"] == gpu.PARTS]
+    return row
+
+
+@pytest.mark.parametrize(
+    "code, end, failed",
+    [
+        ("pass", "code 0", 0),
+        ("raise SystemExit(3)", "code 3", 1),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "code -11", 1),
+        ("import time; time.sleep(60)", "time limit", 1),
+    ],
+)
+def test_every_end_of_a_part_is_a_row(tmp_path, code, end, failed):
+    seconds = 1.5 if end == "time limit" else 60
+    well = gpu.run_part("setup", gpu.Part(1), tmp_path, seconds, child(code))
+    assert well == (not failed)
+    row = parts_row(tmp_path)
+    assert row["what"] == "setup" and row["more"]["failed"] == failed
+    assert row["data"]["ended"] == [end] and row["value"] < 60
+
+
+def test_rows_of_a_part_that_is_stopped_stay(tmp_path):
+    line = json.dumps(Row(gpu.TIMES, "one", 1.0).document())
+    path = tmp_path / "code.py"
+    path.write_text(
+        f"import sys, time\nopen(sys.argv[1] + '/rows.jsonl', 'a').write({line!r} + "
+        "'\\ncut off\\n')\ntime.sleep(60)\n"
+    )
+    start = lambda name, shard, out: [sys.executable, str(path), str(out)]  # noqa: E731
+    assert not gpu.run_part("times", gpu.Part(1), tmp_path, 3, start)
+    assert [row["what"] for row in gpu.read(tmp_path)] == ["one", "times"]
+
+
+def test_a_part_gets_its_share_of_what_the_others_left(tmp_path, monkeypatch):
+    limits = {}
+
+    def quick(name, part, out, seconds):
+        limits[name] = seconds
+        return name != "numerics"
+
+    monkeypatch.setattr(gpu, "run_part", quick)
+    assert not gpu.run(tmp_path, 420.0, gpu.PARTS_OF_RUN)
+    assert list(limits) == list(gpu.PARTS_OF_RUN)
+    # Nobody used time, so the last part may have all of it.
+    assert limits["setup"] == pytest.approx(21, abs=1)
+    assert limits["solvers"] == pytest.approx(420, abs=1)
+    assert sum(part.share for part in gpu.PARTS_OF_RUN.values()) == pytest.approx(1)
+
+
+FORM = gpu_parts.Form(False, hopper.Tiling(tokens=8), "bfloat16")
+
+
+def test_a_wrong_case_leaves_what_is_needed_to_understand_it(tmp_path, monkeypatch):
+    """Two columns exchanged: the identity probe shows which."""
+
+    def swapped(x, packed, dtype, cut):
+        dense = jnp.asarray(np.load(tmp_path / "w.npy"))
+        dense = dense.at[:, 4].set(dense[:, 9]).at[:, 9].set(dense[:, 4])
+        return (x.astype(jnp.float32) @ dense.T).astype(dtype)
+
+    example = gpu_parts.selfcheck.example
+
+    def kept(*args, **kwargs):
+        packed, w = example(*args, **kwargs)
+        np.save(tmp_path / "w.npy", w)
+        return packed, w
+
+    monkeypatch.setattr(gpu_parts.selfcheck, "example", kept)
+    monkeypatch.setattr(
+        gpu_parts, "quietly", lambda: gpu_parts.contextlib.nullcontext()
+    )
+    row = gpu_parts.one_form(FORM, tmp_path, swapped)
+    assert row.value and row.anchor == 0
+    folder = tmp_path / "failed" / FORM.name
+    arrays = np.load(folder / "arrays.npz")
+    wrong = np.unpackbits(arrays["mismatch"], axis=1)[:, : arrays["w"].shape[1]]
+    assert set(np.flatnonzero(wrong.any(0))) == {4, 9}
+    assert json.loads((folder / "case.json").read_text())["seed"] == row.data["seed"]
+
+
+def test_a_case_that_does_not_compile_leaves_its_error(tmp_path, monkeypatch):
+    def broken(x, packed, dtype, cut):
+        raise NotImplementedError("no such instruction")
+
+    monkeypatch.setattr(
+        gpu_parts, "quietly", lambda: gpu_parts.contextlib.nullcontext()
+    )
+    row = gpu_parts.one_form(FORM, tmp_path, broken)
+    assert row.value and "no such instruction" in row.data["error"]
+    assert (tmp_path / "failed" / FORM.name / "arrays.npz").exists()
+
+
+def test_every_form_of_the_kernel_is_checked(monkeypatch):
+    monkeypatch.setattr(gpu_parts, "HAS_GPU", True)
+    forms = gpu_parts.forms()
+    assert len({form.name for form in forms}) == len(forms)
+    cuts = {
+        (f.gathered, f.cut.tokens, f.cut.row_groups, f.cut.token_groups) for f in forms
+    }
+    for tiles, blocks in ((1, 2), (1, 1), (64, 1), (64, 2)):
+        for n in (1, 9, 20, 40, 100, 1000):
+            cut = wgmma_sp.tiling(n, tiles, blocks, 64)
+            assert (tiles > 1, cut.tokens, cut.row_groups, cut.token_groups) in cuts
+    for what in ("in_flight", "splits", "depth"):
+        assert len({getattr(form.cut, what) for form in forms}) == 2
+    for form in forms:
+        listed = 512 * 43 if form.gathered else 0
+        assert form.cut.shared_bytes + listed <= support.SHARED_BYTES - 2048
+
+
+@mosaic
+@pytest.mark.slow
+def test_the_kernel_is_exact_when_interpreted(tmp_path):
+    row = gpu_parts.one_form(FORM, tmp_path)
+    assert row.value == 0 and "error" not in row.data
+    assert not (tmp_path / "failed").exists()
+
+
+def test_parts_run_at_tiny_sizes(tmp_path):
+    for name in ("setup", "cusparselt", "times"):
+        rows = list(gpu_parts.PARTS[name](0, 1, tmp_path))
+        assert rows and all("error" not in row.data for row in rows)
+
+
+@pytest.mark.slow
+def test_the_whole_command_runs_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["gpu", "--out", str(tmp_path), "--seconds", "900"]
+    )
+    assert gpu.main() == 0
+    rows = gpu.read(tmp_path)
+    assert {row["table"] for row in rows} == set(gpu.STUDY.notes)
+    assert not any("error" in row.get("data", {}) for row in rows)
+    assert gpu.TIMES in capsys.readouterr().out
+
+
+SIDE = 8192
+
+
+def test_the_limit_is_below_every_prediction_and_above_half_of_dense():
+    for n in (1, 16, 64, 1024, 4096):
+        sizes = gpu_parts.two_of_four(SIDE, SIDE).product(n)
+        least = min(c[0] for c in wgmma_sp._cuts(n, 1, 128, 64))
+        assert cost.floor(sizes) < least
+    # 2:4 with many tokens: 1.2 times is what tuned libraries reach.
+    sizes = gpu_parts.two_of_four(SIDE, SIDE).product(4096)
+    ratio = cost.dense(4096, SIDE, SIDE) / cost.floor(sizes)
+    assert 1.2 < ratio < 1.4
+    few = gpu_parts.two_of_four(SIDE, SIDE).product(1)
+    assert cost.dense(1, SIDE, SIDE) / cost.floor(few) > 1.6
+    quarter = gpu_parts.flexhinm(SIDE, SIDE, 128).product(4096)
+    assert 2 < cost.dense(4096, SIDE, SIDE) / cost.floor(quarter) < 3.5
