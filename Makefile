@@ -140,7 +140,7 @@ GPU_PIP  := $(GPU_PY) -m pip install -qq --disable-pip-version-check
 
 $(GPU_VENV)/.installed: pyproject.toml
 	@python=$$(.ci/newer-python none) || exit 1; "$$python" -m venv $(GPU_VENV)
-	$(GPU_PIP) "jax>=0.11.2" -e .
+	$(GPU_PIP) "jax>=0.11.2" -e ".[test]"
 	@jax=$$($(GPU_PY) -c 'import jax; print(jax.__version__)'); set -x; \
 	$(GPU_PIP) --no-deps jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax
 	$(GPU_PIP) nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-nvdisasm
@@ -150,6 +150,7 @@ install-gpu: $(GPU_VENV)/.installed ## Make .venv-gpu, in which GPU kernels comp
 
 gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline (.venv-gpu)
 	JAX_PLATFORMS=cpu $(GPU_PY) -m bench.gpu_compile $(ARGS)
+	JAX_PLATFORMS=cpu $(GPU_PY) -m pytest -q tests/gpu/test_machine.py
 
 notebooks: $(STAMP) ## Execute the notebooks of colab/
 	$(PY) -m pytest --nbmake --nbmake-timeout=600 -n 2 colab $(ARGS)

@@ -116,27 +116,42 @@ def traced_for(chip: Chip) -> Iterator[None]:
         utils._infer_arch = saved
 
 
-def compile_case(case: Case, chip: Chip, mesh: Any) -> dict[str, Any]:
-    """Compiles one case and reads the reports of the assembler."""
+def mesh_of(chip: Chip) -> Any:
+    """A mesh of one chip that is not there."""
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=target(chip), topology="1x1x1"
+    )
+    return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+
+
+def dump(case: Case, chip: Chip, mesh: Any) -> dict[str, str]:
+    """Compiles one case: kind of file -> what Mosaic and the assembler wrote."""
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     arguments = [
         jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
         for a in case.arguments
     ]
-    row: dict[str, Any] = {"chip": chip.name, "kernel": case.kernel, "size": case.size}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-        try:
-            with traced_for(chip):
-                jax.jit(case.function).lower(*arguments).compile()
-        except Exception as error:  # every kind of failure is a row of the table
-            return row | {"failures": [f"{type(error).__name__}: {str(error)[:300]}"]}
-        text = {
+        with traced_for(chip):
+            jax.jit(case.function).lower(*arguments).compile()
+        return {
             kind: "\n".join(
                 p.read_text() for p in sorted(Path(folder).glob(f"*{kind}"))
             )
             for kind in (".ptx", ".ptxas", ".resources.txt", ".sass_ctrl")
         }
+
+
+def compile_case(case: Case, chip: Chip, mesh: Any) -> dict[str, Any]:
+    """Compiles one case and reads the reports of the assembler."""
+    row: dict[str, Any] = {"chip": chip.name, "kernel": case.kernel, "size": case.size}
+    try:
+        text = dump(case, chip, mesh)
+    except Exception as error:  # every kind of failure is a row of the table
+        return row | {"failures": [f"{type(error).__name__}: {str(error)[:300]}"]}
     return row | read_reports(text, case, chip)
 
 
@@ -255,13 +270,8 @@ def cases(chip: str) -> list[Case]:
 
 def compile_chip(chip: str) -> list[dict[str, Any]]:
     """Compiles every case of one chip in this process."""
-    from jax.experimental import topologies
-
     numbers = CHIPS[chip]
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=target(numbers), topology="1x1x1"
-    )
-    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+    mesh = mesh_of(numbers)
     return [compile_case(case, numbers, mesh) for case in cases(chip)]
 
 
