@@ -190,7 +190,7 @@ def descriptor_faults(ptx: str, width: int) -> list[str]:
     """Elements that a product reads elsewhere than where they were written.
 
     Args:
-      ptx: of a kernel with the four products of one step.
+      ptx: of a kernel, four products to a step.
       width: tokens of a block.
 
     Returns:
@@ -204,8 +204,18 @@ def descriptor_faults(ptx: str, width: int) -> list[str]:
         )
     }
     products = [match.groups() for match in OPERANDS.finditer(ptx)]
-    if len(products) != 4:
+    if not products or len(products) % 4:
         return [f"{len(products)} sparse products, four are one step"]
+    faults = []
+    for first in range(0, len(products), 4):  # more where a loop was unrolled
+        faults += _step_faults(products[first : first + 4], constant, width)
+    return faults[:FAULTS]
+
+
+def _step_faults(
+    products: list[tuple[str, ...]], constant: dict[str, int], width: int
+) -> list[str]:
+    """The faults of one step, of four products."""
     faults = []
     words = [word for *_, word, _, _, _ in products]
     if words[0] != words[1] or words[2] != words[3] or words[0] == words[2]:
@@ -231,7 +241,7 @@ def descriptor_faults(ptx: str, width: int) -> list[str]:
                 if name == "A"
                 else _activations(field, start, k, n, width, turned)
             )
-    return faults[:FAULTS]
+    return faults
 
 
 def decoded(constant: int) -> Descriptor | None:
