@@ -83,7 +83,7 @@ class Reconstruct:
 
     window: int | str = "block"
     steps: int = 200
-    rate: float = 5e-4
+    rate: float = 1e-3
     target: Literal["asym", "seq"] = "asym"
 
     def __post_init__(self):
