@@ -12,6 +12,7 @@ unflatten, with tracers, strings and None as leaves. `checks` holds the validati
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,32 @@ __all__ = [
 def static(**kwargs: Any) -> Any:
     """A dataclass field that is part of the tree structure instead of a leaf."""
     return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+class _Text(str):
+    """Text that shows itself without quotes."""
+
+    __repr__ = str.__str__
+
+
+def brief(self: Any) -> str:
+    """The `repr` of a dataclass with dtype and shape in the place of every array.
+
+    Reads no array, so tracers and `jax.ShapeDtypeStruct`s show themselves as well.
+    Fields without a leaf are left out.
+    """
+
+    def named(x: Any) -> Any:
+        array = isinstance(getattr(x, "shape", None), tuple) and hasattr(x, "dtype")
+        return _Text(f"{x.dtype}{list(x.shape)}") if array else x
+
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr}
+    given = [
+        f"{k}={jax.tree.map(named, x)!r}"
+        for k, x in fields.items()
+        if jax.tree.leaves(x)
+    ]
+    return f"{type(self).__name__}({', '.join(given)})"
 
 
 def exportable(cls: Any) -> Any:
@@ -100,6 +127,8 @@ class Regions:
     n: int = static()
     m: int = static()
 
+    __repr__ = brief
+
 
 @exportable
 @jax.tree_util.register_dataclass
@@ -114,6 +143,8 @@ class Support:
 
     keep: Array
     regions: Regions | None = None
+
+    __repr__ = brief
 
 
 @exportable
@@ -131,6 +162,8 @@ class BlockDiagonal:
 
     blocks: Array
     order: Array | None = None
+
+    __repr__ = brief
 
     @property
     def T(self) -> "BlockDiagonal":
@@ -164,6 +197,8 @@ class Plan:
     left: BlockDiagonal | None = None
     right: BlockDiagonal | None = None
 
+    __repr__ = brief
+
 
 @exportable
 @jax.tree_util.register_dataclass
@@ -178,6 +213,8 @@ class State:
 
     learned: Any
     fixed: Any
+
+    __repr__ = brief
 
 
 @exportable
@@ -209,6 +246,8 @@ class Stats:
     sq_grad: Array | None = None
     fisher: Array | None = None
     order: Array | None = None
+
+    __repr__ = brief
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -316,6 +355,15 @@ class Uses:
         """Number of prunable uses."""
         return len(self.prunable)
 
+    def __repr__(self) -> str:
+        """Counts and the share of the weights; `describe` lists every leaf."""
+        pruned = sum(math.prod(use.layout.shape) for use in self.leaves.values())
+        share = pruned / max(pruned + sum(self.dense.values()), 1)
+        return (
+            f"Uses(leaves={len(self.leaves)}, uses={len(self)}, "
+            f"skipped={len(self.skipped)}, coverage={share:.2%})"
+        )
+
     @functools.cached_property
     def leaves(self) -> dict[str, Use]:
         """Leaf path -> first use, for every prunable leaf in order of execution."""
@@ -387,8 +435,10 @@ class PackedWeight:
     shape: tuple[int, int] = static()
     n: int = static()
     m: int = static()
-    layout: Layout | None = static(default=None)
+    layout: Layout | None = static(default=None, repr=False)
     layouts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    __repr__ = brief
 
     @property
     def tiles(self) -> int:
@@ -461,6 +511,8 @@ class TransposedWeight:
     """
 
     of: PackedWeight
+
+    __repr__ = brief
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -50,6 +50,10 @@ class Pruned:
     uses: Uses
     report: Report
 
+    def __repr__(self) -> str:
+        """The totals; the arrays are in the attributes."""
+        return f"Pruned(uses={self.uses!r}, report={self.report!r})"
+
 
 def prune(
     apply_fn: Callable[..., Any],

@@ -5,6 +5,7 @@ and none of them is speed. The report never implies one from another.
 """
 
 import dataclasses
+import html
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.paths import is_packed
 from flexhinm_jax.pruning.solve import method_for
-from flexhinm_jax.tracing.discover import aligned, coverage_lines
+from flexhinm_jax.tracing.discover import aligned, coverage_lines, html_table
 from flexhinm_jax.tracing.program import is_array
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import PackedWeight, Plan, Regions, State, Uses
@@ -140,8 +141,26 @@ class Report:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
+    def __repr__(self) -> str:
+        """The totals in one line; `print` shows the table."""
+        t = self.total
+        return (
+            f"Report(leaves={len(self.rows)}, zeros={t['zeros']:.2%}, "
+            f"coverage={self.coverage:.2%}, "
+            f"bytes={self.tree_dense_bytes:,} -> {self.tree_packed_bytes:,})"
+        )
+
     def __str__(self) -> str:
         """An aligned table: one line per weight, the total, then the coverage."""
+        return "\n".join([aligned(*self._table()), *self.coverage_lines])
+
+    def _repr_html_(self) -> str:
+        """The same table where a notebook shows the report."""
+        lines = "<br>\n".join(map(html.escape, self.coverage_lines))
+        return f"{html_table(*self._table())}\n<p>{lines}</p>"
+
+    def _table(self) -> tuple[list[str], list[list[Any]]]:
+        """(column titles, cells): one row per weight, then the total."""
         header = [
             "weight",
             "shape",
@@ -187,7 +206,7 @@ class Report:
                 for r, line in zip(self.rows, body, strict=False):
                     line.insert(6, getattr(r, name))
                 body[-1].insert(6, t[name])
-        return "\n".join([aligned(header, body), *self.coverage_lines])
+        return header, body
 
     def figure(self, path: str | os.PathLike[str]) -> None:
         """Draws the regions of every weight as stacked bars.

@@ -6,6 +6,7 @@ becomes a `Use`; every other leaf is skipped for a reason that a person can act 
 
 import dataclasses
 import difflib
+import html
 import logging
 import math
 import re
@@ -243,12 +244,7 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     Returns:
       Lines without trailing blanks.
     """
-    body = [list(row) for row in rows]
-    text = [[_cell(c) for c in row] for row in body]
-    right = [
-        bool(body) and all(isinstance(row[j], int | float) for row in body)
-        for j in range(len(header))
-    ]
+    text, right = _cells(header, rows)
     widths = [max(map(len, column)) for column in zip(header, *text, strict=True)]
     lines = [header, ["-" * w for w in widths], *text]
     return "\n".join(
@@ -258,6 +254,34 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """The table of `aligned` in HTML, for notebooks; every cell is escaped."""
+    text, right = _cells(header, rows)
+    sides = ["right" if r else "left" for r in right]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "".join(
+            f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
+            for cell, side in zip(cells, sides, strict=True)
+        )
+
+    body = "\n".join(f"<tr>{line('td', row)}</tr>" for row in text)
+    head = f"<thead><tr>{line('th', header)}</tr></thead>"
+    return f"<table>\n{head}\n<tbody>\n{body}\n</tbody>\n</table>"
+
+
+def _cells(
+    header: Sequence[str], rows: Iterable[Sequence[object]]
+) -> tuple[list[list[str]], list[bool]]:
+    """The cells as text, and which columns hold numbers alone."""
+    body = [list(row) for row in rows]
+    right = [
+        bool(body) and all(isinstance(row[j], int | float) for row in body)
+        for j in range(len(header))
+    ]
+    return [[_cell(c) for c in row] for row in body], right
 
 
 def _cell(value: object) -> str:

@@ -1,3 +1,5 @@
+import dataclasses
+import html.parser
 import json
 
 import jax
@@ -74,6 +76,69 @@ def test_json_and_table_hold_the_same_numbers():
     text = str(report)
     assert "total" in text and f"{report.total['zeros']:.4f}" in text
     assert "speed" not in text and "faster" not in text
+
+
+class Tables(html.parser.HTMLParser):
+    """The cells of every row of a page, and the text outside of the table."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.rows, self.rest, self.open = [], "", []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "br":
+            return
+        self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+        else:
+            self.rest += data
+
+
+def test_a_notebook_shows_the_rows_of_the_text_with_names_escaped():
+    report = run(fh.NM(2, 4), rules={"b$": "skip"}).report
+    name = "<b>&amp;</td>"
+    report = dataclasses.replace(
+        report,
+        rows=(dataclasses.replace(report.rows[0], path=name),),
+        skipped={"x<y": "a & b"},
+        dense={"x<y": 7},
+    )
+    page = Tables(report._repr_html_())
+    header, weight, total = page.rows
+    assert weight[:3] == [name, "16x32", "0.5000"]
+    assert total[0] == "total" and total[-1] == f"{report.total['packed_ratio']:.4f}"
+    lines = str(report).splitlines()
+    for cells, line in zip(page.rows, [lines[0], *lines[2:4]], strict=True):
+        assert "".join(cells).replace(" ", "") == line.replace(" ", "")
+    assert page.rest.split() == " ".join(lines[4:]).split()
+    assert f"{report.coverage:.2%}" in page.rest and "x<y" in page.rest
+
+
+def test_a_report_without_rows_is_a_page_too():
+    page = Tables(fh.Report((), {}, 0, 0)._repr_html_())
+    assert [row[0] for row in page.rows] == ["weight", "total"]
+
+
+def test_a_result_shows_counts_and_no_array():
+    result = run(fh.NM(2, 4), rules={"b$": "skip"})
+    size = result.report.tree_packed_bytes
+    totals = f"leaves=1, zeros=50.00%, coverage=80.00%, bytes=2,624 -> {size:,}"
+    assert repr(result.report) == f"Report({totals})"
+    assert repr(result.uses) == "Uses(leaves=1, uses=1, skipped=2, coverage=80.00%)"
+    assert repr(result) == f"Pruned(uses={result.uses!r}, report={result.report!r})"
 
 
 def test_the_figure_is_written(tmp_path):
