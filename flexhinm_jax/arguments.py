@@ -124,6 +124,43 @@ def function(value: Any, name: str, form: str) -> None:
         )
 
 
+#: The home of a class `Module` -> what to write in place of one of its instances.
+MODULES = {
+    "flax.linen": "pass model.apply as apply_fn and variables = model.init(key, x) as "
+    "params",
+    "flax.nnx": "write graph, params = nnx.split(model, nnx.Param) and give params and "
+    "apply_fn = lambda params, x: nnx.merge(graph, params)(x)",
+    "equinox": "write params, static = eqx.partition(model, eqx.is_array) and give "
+    "params and apply_fn = lambda params, x: jax.vmap(eqx.combine(params, static))(x)",
+}
+
+
+def _home(value: Any) -> str | None:
+    """The library whose module a value is, of `MODULES`; imports none of them."""
+    for cls in type(value).__mro__:
+        for home in MODULES:
+            if cls.__name__ == "Module" and f"{cls.__module__}.".startswith(f"{home}."):
+                return home
+    return None
+
+
+def apply_function(value: Any) -> None:
+    """Raises ValueError unless the value can be called as apply_fn(params, *batch).
+
+    A module computes with the arrays that it holds, not with `params`: it is refused,
+    with what to write in its place. A module that is a tree without an array, such as
+    what `eqx.filter_jit` makes of a function, is a function like any other.
+    """
+    home = _home(value)
+    inside = jax.tree.leaves(value)
+    if home is not None and any(x is value or hasattr(x, "shape") for x in inside):
+        raise ValueError(
+            f"apply_fn is {shown(value)}, a module of {home}, and no function of "
+            f"params: {MODULES[home]}"
+        )
+    function(value, "apply_fn", "apply_fn(params, *batch)")
+
+
 @contextlib.contextmanager
 def calling(form: str, arguments: Any) -> Iterator[None]:
     """Adds a note about the arguments to an error of a function that the user wrote."""
@@ -147,6 +184,12 @@ def parameters(params: Any) -> None:
             f"params={shown(params)} has no leaves: pass the tree of the model's arrays"
         )
     if not any(hasattr(x, "shape") or isinstance(x, PackedWeight) for x in leaves):
+        home = _home(leaves[0])
+        if home is not None:
+            raise ValueError(
+                f"params is {shown(leaves[0])}, a module of {home}, and no tree of "
+                f"arrays: {MODULES[home]}"
+            )
         raise ValueError(
             f"params holds {len(leaves)} leaves and no array; the first is "
             f"{shown(leaves[0])}: convert them with jnp.asarray"

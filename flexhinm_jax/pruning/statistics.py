@@ -90,6 +90,7 @@ def calibrate(
     """
     arguments.found(uses)
     arguments.batches(batches)
+    arguments.parameters(params)
     arguments.concrete(params)
     if token_mask is not None:
         arguments.function(token_mask, "token_mask", "token_mask(*batch)")

@@ -63,7 +63,7 @@ class Program(NamedTuple):
 
 def trace(apply_fn: Callable, params: Any, args: tuple, kwargs: dict) -> Program:
     """Traces apply_fn(params, *args, **kwargs) with packed leaves made abstract."""
-    arguments.function(apply_fn, "apply_fn", "apply_fn(params, *batch)")
+    arguments.apply_function(apply_fn)
     params = jax.tree.map(abstract, params, is_leaf=is_packed)
     arrays, skeleton = split((params, args, kwargs))
 

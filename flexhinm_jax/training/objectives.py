@@ -24,8 +24,6 @@ from flexhinm_jax.types import Stats, Uses
 
 KINDS = ("cosine", "kl")
 
-APPLY = "apply_fn(params, *batch)"
-
 #: path -> {"weight": f32[*stack, o, i], "gram": f32[*stack, i, i], "total":
 #: f32[*stack]}: what `layer_error` compares with.
 Task = dict[str, dict[str, Array]]
@@ -56,7 +54,7 @@ def taught(
     Returns:
       Batches for `fit` that end in a `Teacher`; all outputs stay in memory.
     """
-    arguments.function(apply_fn, "apply_fn", APPLY)
+    arguments.apply_function(apply_fn)
     arguments.batches(batches)
     run = jax.jit(apply_fn)
     given = [b if isinstance(b, tuple) else (b,) for b in batches]
@@ -157,7 +155,7 @@ def output_error(
       >>> float(loss_fn(jnp.array([0.0, 3.0]), jnp.ones(2)))
       0.10000000149011612
     """
-    arguments.function(apply_fn, "apply_fn", APPLY)
+    arguments.apply_function(apply_fn)
 
     def loss_fn(now: Any, *batch: Any) -> Array:
         batch, wanted = _wanted(apply_fn, params, batch)
@@ -202,7 +200,7 @@ def distillation(
       >>> float(loss_fn(turned, jnp.ones((3, 2))))
       1.0
     """
-    arguments.function(apply_fn, "apply_fn", APPLY)
+    arguments.apply_function(apply_fn)
     if token_mask is not None:
         arguments.function(token_mask, "token_mask", "token_mask(*batch)")
     if kind not in KINDS:
