@@ -95,7 +95,7 @@ def curves(sparsity: float, method: str) -> Iterator[tuple[str, str]]:
     if method != "alps":
         yield "FlexHiNM v=64", "flexhinm:v=64"
         yield "FlexHiNM without order", GYRO + ",permute=none"
-        yield "FlexHiNM random rows", GYRO + ",permute=rows"
+        yield "FlexHiNM random rows", GYRO + ",permute=random"
     if sparsity >= 0.5:
         yield "HiNM", HINM
     else:

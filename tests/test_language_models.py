@@ -18,7 +18,8 @@ def test_every_row_is_a_command_that_is_accepted(name, tmp_path):
     options = shlex.split(language_models.recipes()[name].options)
     line = ["prune", "model", "--out", str(tmp_path / "out"), *options]
     args = parser().parse_args(line)
-    args.model = tmp_path
+    args.model = tmp_path / "model"
+    args.model.mkdir()
     checked = choices.check(args, is_decoder=True)
     assert checked.method.needs != "gradients"
     sparsity = checked.sparsity
