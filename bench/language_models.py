@@ -61,13 +61,17 @@ def recipes() -> dict[str, Recipe]:
     for method in ("wanda", "sparsegpt", "alps"):
         for statistics in ("block", "dense"):
             options = f"--method {method} --pattern 2:4 --statistics {statistics}"
-            add(WALKS, f"2:4 {method}, {statistics} statistics", options)
+            add(WALKS, f"2:4 {method} on {statistics} statistics", options)
     for method in ("wanda", "sparsegpt", "alps"):
         add(
             FIFTY,
-            f"2:4 {method}, one order per matrix",
+            f"2:4 {method} in one order per matrix",
             f"--method {method} --pattern nm:n=2,m=4,permute=channels",
         )
+    trained = "--reconstruct block --reconstruct-steps 64 --reconstruct-rate 2e-3"
+    for method in ("wanda", "sparsegpt"):
+        options = f"--method {method} --pattern 2:4 --batch-size 1 {trained}"
+        add(FIFTY, f"2:4 {method} reconstructed", options)
     for n, m in ((2, 4), (4, 8), (16, 32)):
         for method in ("wanda", "sparsegpt", "alps"):
             for kind in ("nm", "transposable"):
@@ -82,7 +86,7 @@ def recipes() -> dict[str, Recipe]:
                 add(CURVES, name, f"{options} --sparsity {sparsity}")
     add(
         CURVES,
-        "unstructured 50.0% sparsegpt, OWL",
+        "unstructured 50.0% sparsegpt by OWL",
         "--method sparsegpt --pattern unstructured --sparsity 0.5 --allocate owl",
     )
     return rows
@@ -100,7 +104,7 @@ def curves(sparsity: float, method: str) -> Iterator[tuple[str, str]]:
         yield "HiNM", HINM
     else:
         yield "tiles", "tiles"
-        yield "dense + 2:4, one boundary", GYRO + SPENSE
+        yield "dense + 2:4 with one boundary", GYRO + SPENSE
 
 
 def texts(folder: Path) -> list[Path]:
