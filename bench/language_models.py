@@ -35,24 +35,28 @@ WALKS = "Whose inputs a weight is judged by, 2:4"
 TRANSPOSABLE = "Transposable groups"
 CURVES = "Perplexity against sparsity"
 
+FIGURES = ("peak GB", "packed / dense bytes", "zeros")
+"""Columns of rows that were pruned."""
+
 GYRO, HINM = "flexhinm:v=32", "hinm:v=32"
 SPENSE = ",regions=dense+nm,boundary=matrix"
 """Of arXiv:2606.10445: no pruned region and one boundary in a matrix."""
 
 
 class Recipe(NamedTuple):
-    """A row: a table and the options of `flexhinm prune`."""
+    """A row: a table, the options of `flexhinm prune`, and of `reorder` before it."""
 
     table: str
     options: str
+    reorder: str | None = None
 
 
 def recipes() -> dict[str, Recipe]:
     """Name of a row -> what is run."""
     rows: dict[str, Recipe] = {}
 
-    def add(table: str, name: str, options: str) -> None:
-        rows[name] = Recipe(table, options)
+    def add(table: str, name: str, options: str, reorder: str | None = None) -> None:
+        rows[name] = Recipe(table, options, reorder)
 
     for method in ("magnitude", "wanda", "ria", "sparsegpt", "alps", "nowag", "armor"):
         add(FIFTY, f"2:4 {method}", f"--method {method} --pattern 2:4")
@@ -72,6 +76,10 @@ def recipes() -> dict[str, Recipe]:
     for method in ("wanda", "sparsegpt"):
         options = f"--method {method} --pattern 2:4 --batch-size 1 {trained}"
         add(FIFTY, f"2:4 {method} reconstructed", options)
+        plain = f"--method {method} --pattern 2:4"
+        add(FIFTY, f"2:4 {method} reordered", plain, reorder="--pattern 2:4")
+        both = f"2:4 {method} reordered and reconstructed"
+        add(FIFTY, both, options, reorder="--pattern 2:4")
     for n, m in ((2, 4), (4, 8), (16, 32)):
         for method in ("wanda", "sparsegpt", "alps"):
             for kind in ("nm", "transposable"):
@@ -132,12 +140,18 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
     for name in names:
         recipe = known.get(name, Recipe(FIFTY, ""))
         with tempfile.TemporaryDirectory(prefix="flexhinm-") as folder:
-            out = Path(folder) / "pruned"
-            cost = prune(recipe, out, flags) if recipe.options else {}
+            source, out, cost = flags.model, flags.model, {}
+            if recipe.reorder is not None:
+                source = Path(folder) / "ordered"
+                cost, _ = run("reorder", flags.model, source, recipe.reorder, flags)
+            if recipe.options:
+                out, before = Path(folder) / "pruned", cost.get("seconds", 0.0)
+                cost = prune(source, out, recipe.options, flags)
+                cost["seconds"] += before
             judged = alone(
                 judge,
                 str(flags.model),
-                str(out if recipe.options else flags.model),
+                str(out),
                 str(flags.evaluation),
                 flags.tokens,
                 JAX_PLATFORMS="cpu",
@@ -148,13 +162,8 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
             judged["perplexity"],
             judged["dense"],
             cost.get("seconds"),
-            {
-                "KL to dense": judged["kl"],
-                "same top token": judged["same"],
-                "peak GB": cost.get("peak", float("nan")),
-                "packed / dense bytes": cost.get("bytes", float("nan")),
-                "zeros": cost.get("zeros", 0.0),
-            },
+            {"KL to dense": judged["kl"], "same top token": judged["same"]}
+            | {name: cost[name] for name in FIGURES if name in cost},
             {
                 "tokens": flags.tokens,
                 "window": WINDOW,
@@ -174,21 +183,38 @@ def measured(flags: argparse.Namespace) -> list[Mapping[str, Any]]:
 
 def command(recipe: Recipe, flags: argparse.Namespace) -> str:
     """What a user types for a row."""
+    model, read = flags.model.name, f"--length {WINDOW} --limit {flags.tokens + 1}"
     if not recipe.options:
-        read = f"--length {WINDOW} --limit {flags.tokens + 1}"
-        return f"flexhinm eval {flags.model.name} --text {flags.evaluation.name} {read}"
-    parts = ["flexhinm prune", flags.model.name, recipe.options]
-    parts += [f"--calibration {flags.calibration.name}", "--pack --out pruned"]
-    return " ".join([*parts, f"--samples {flags.samples} --length {flags.length}"])
+        return f"flexhinm eval {model} --text {flags.evaluation.name} {read}"
+    text = f"--calibration {flags.calibration.name}"
+    text += f" --samples {flags.samples} --length {flags.length}"
+    before = ""
+    if recipe.reorder is not None:
+        before = f"flexhinm reorder {model} {recipe.reorder} {text} --out ordered; "
+        model = "ordered"
+    line = f"flexhinm prune {model} {recipe.options} {text} --pack --out pruned"
+    return before + line
 
 
-def prune(recipe: Recipe, out: Path, flags: argparse.Namespace) -> dict[str, float]:
+def prune(
+    model: Path, out: Path, options: str, flags: argparse.Namespace
+) -> dict[str, float]:
     """Runs the command; what it cost, and the bytes of what it packed."""
-    line = [sys.executable, "-m", "flexhinm_jax.cli.main", "prune", str(flags.model)]
-    line += [*shlex.split(recipe.options), "--calibration", str(flags.calibration)]
+    cost, document = run("prune", model, out, options + " --pack", flags)
+    return cost | {
+        "packed / dense bytes": document["total"]["tree_packed_ratio"],
+        "zeros": document["total"]["zeros"],
+    }
+
+
+def run(
+    verb: str, model: Path, out: Path, options: str, flags: argparse.Namespace
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Runs a command in a process of its own: its cost, and what it printed."""
+    line = [sys.executable, "-m", "flexhinm_jax.cli.main", verb, str(model)]
+    line += [*shlex.split(options), "--calibration", str(flags.calibration)]
     line += ["--samples", str(flags.samples), "--length", str(flags.length)]
-    line += ["--seed", str(flags.seed), "--pack", "--quiet", "--json"]
-    line += ["--out", str(out)]
+    line += ["--seed", str(flags.seed), "--quiet", "--json", "--out", str(out)]
     with tempfile.TemporaryFile("w+") as told:
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         places = [(os.POSIX_SPAWN_DUP2, told.fileno(), 1)]
@@ -198,12 +224,11 @@ def prune(recipe: Recipe, out: Path, flags: argparse.Namespace) -> dict[str, flo
             raise RuntimeError(f"{shlex.join(line)} ended with {status}")
         told.seek(0)
         document = json.load(told)
-    return {
+    cost = {
         "seconds": usage.ru_utime + usage.ru_stime,
-        "peak": usage.ru_maxrss * 1024 / 1e9,
-        "bytes": document["total"]["tree_packed_ratio"],
-        "zeros": document["total"]["zeros"],
+        "peak GB": usage.ru_maxrss * 1024 / 1e9,
     }
+    return cost, document
 
 
 def judge(dense: str, pruned: str, file: str, tokens: int) -> dict[str, float]:

@@ -15,8 +15,8 @@ from tests.models import directories
 
 @pytest.mark.parametrize("name", language_models.recipes())
 def test_every_row_is_a_command_that_is_accepted(name, tmp_path):
-    options = shlex.split(language_models.recipes()[name].options)
-    line = ["prune", "model", "--out", str(tmp_path / "out"), *options]
+    recipe, out = language_models.recipes()[name], str(tmp_path / "out")
+    line = ["prune", "model", "--out", out, *shlex.split(recipe.options)]
     assert "," not in name  # which parts the names that --rows is given
     args = parser().parse_args(line)
     args.model = tmp_path / "model"
@@ -26,6 +26,9 @@ def test_every_row_is_a_command_that_is_accepted(name, tmp_path):
     sparsity = checked.sparsity
     low, high = checked.method.pattern.sparsity_range()
     assert low == high if sparsity is None else low <= sparsity <= high
+    if recipe.reorder is not None:
+        first = ["reorder", "model", "--out", out, *shlex.split(recipe.reorder)]
+        assert parser().parse_args(first).pattern == "2:4"
 
 
 def test_a_model_beside_itself_and_beside_another(tmp_path):
