@@ -21,7 +21,16 @@ RESULTS = BENCH / "results"
 PAGE = BENCH / "RESULTS.md"
 
 #: Sections in the order in which a reader asks; a new one comes after these.
-ORDER = ("minilm", "distill", "masks", "armor", "permutation", "gyro", "oneshot")
+ORDER = (
+    "language_models",
+    "minilm",
+    "distill",
+    "masks",
+    "armor",
+    "permutation",
+    "gyro",
+    "oneshot",
+)
 ORDER += ("peers", "training", "scale", "comparison", "kernels", "gpu", "gpu_compile")
 
 INTRODUCTION = """# Measurements
