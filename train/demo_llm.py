@@ -158,7 +158,7 @@ def figure(path: Path, models: Sequence[Shown]) -> None:
         fontsize=8,
     )
     left.margins(y=0.25)
-    left.set(ylabel="perplexity", title="documentation text")
+    left.set(ylabel="perplexity", title="evaluation text")
     for model in models[1:]:
         by_block: dict[str, list[float]] = {}
         for key, error in model.errors.items():
