@@ -13,7 +13,6 @@ stay in the file of results: `--missing` goes on after a run that was stopped.
 """
 
 import argparse
-import functools
 import json
 import os
 import shlex
@@ -237,38 +236,33 @@ def judge(dense: str, pruned: str, file: str, tokens: int) -> dict[str, float]:
     import jax.numpy as jnp
     import numpy as np
 
+    from flexhinm_jax.models.evaluation import windows
     from flexhinm_jax.models.load import load
 
     first = load(dense)
     second = first if pruned == dense else load(pruned)
-    ids = first.tokenizer.encode(Path(file).read_text()).ids[: tokens + 1]
-    ids = np.asarray(ids, np.int32)
+    ids, _ = first.encode(Path(file).read_text())
 
-    @functools.partial(jax.jit, static_argnames="count")
-    def window(params: Any, other: Any, inputs: Any, targets: Any, count: int) -> Any:
+    @jax.jit
+    def window(params: Any, other: Any, inputs: Any, targets: Any, scored: Any) -> Any:
         def logs(params: Any) -> Any:
             logits = first.apply(params, inputs[None])[0].astype(jnp.float32)
-            return jax.nn.log_softmax(logits[:count])
+            return jax.nn.log_softmax(logits)
 
         ours, theirs = logs(params), logs(other)
-        at = targets[:count, None]
-        return jnp.stack(
-            [
-                -jnp.sum(jnp.take_along_axis(ours, at, -1)),
-                -jnp.sum(jnp.take_along_axis(theirs, at, -1)),
-                jnp.sum(jnp.exp(ours) * (ours - theirs)),
-                jnp.sum(jnp.argmax(ours, -1) == jnp.argmax(theirs, -1)),
-            ]
+        at = targets[:, None]
+        figures = (
+            -jnp.take_along_axis(ours, at, -1)[:, 0],
+            -jnp.take_along_axis(theirs, at, -1)[:, 0],
+            jnp.sum(jnp.exp(ours) * (ours - theirs), -1),
+            jnp.argmax(ours, -1) == jnp.argmax(theirs, -1),
         )
+        return jnp.stack([jnp.sum(jnp.where(scored, x, 0)) for x in figures])
 
     sums, total = np.zeros(4), 0
-    for start in range(0, len(ids) - 1, WINDOW):
-        here, after = ids[start : start + WINDOW], ids[start + 1 : start + WINDOW + 1]
-        count = len(after)
-        here = np.pad(here[:WINDOW], (0, WINDOW - len(here[:WINDOW])))
-        after = np.pad(after, (0, WINDOW - count))
-        sums += np.asarray(window(first.params, second.params, here, after, count))
-        total += count
+    for part in zip(*windows(ids[: tokens + 1], WINDOW, WINDOW), strict=True):
+        sums += np.asarray(window(first.params, second.params, *part))
+        total += int(part[2].sum())
     nats = sums / total
     return {
         "dense": float(np.exp(nats[0])),
