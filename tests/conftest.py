@@ -28,6 +28,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.once)
 
 
+@pytest.fixture
+def owned(tmp_path):
+    """A path whose lock another process holds, as far as a lock can tell."""
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / ".out.lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        f.write("process 123 on elsewhere\n")
+        f.flush()
+        yield tmp_path / "out"
+
+
 #: Every compiled CPU program takes some memory mappings; Linux allows a process 65530
 #: and XLA dies of a segmentation fault beyond. A worker runs hundreds of tests.
 MAPPINGS = 20_000

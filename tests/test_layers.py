@@ -10,6 +10,7 @@ LAYERS = {
     "types": 0,
     "arguments": 1,
     "paths": 1,
+    "atomic": 2,
     "checks": 2,
     "ops": 3,
     "patterns": 4,

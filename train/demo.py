@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import flexhinm_jax as fh
-from flexhinm_jax.io import atomic, huggingface, packed
+from flexhinm_jax import atomic
+from flexhinm_jax.io import huggingface, packed
 from train.lab import models, results, text
 
 RUNS = (

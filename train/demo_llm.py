@@ -28,8 +28,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import flexhinm_jax as fh
+from flexhinm_jax import atomic
 from flexhinm_jax.cli.main import keep_compiled
-from flexhinm_jax.io import atomic, gguf
+from flexhinm_jax.io import gguf
 from flexhinm_jax.models import load
 from flexhinm_jax.models.batches import pieces
 from flexhinm_jax.models.evaluation import Perplexity, perplexity

@@ -28,7 +28,8 @@ import jax
 from rich.console import Console
 
 import flexhinm_jax as fh
-from flexhinm_jax.io import atomic, checkpoints, huggingface, packed
+from flexhinm_jax import atomic
+from flexhinm_jax.io import checkpoints, huggingface, packed
 from flexhinm_jax.training.run import NotFinite
 from train.lab import models, results, text
 from train.lab.models import Encoder, method, packed_again

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flexhinm_jax import atomic
 from flexhinm_jax.cli import recipe
 from flexhinm_jax.cli.console import Console, bytes_text
 from flexhinm_jax.cli.recipe import RECIPE
-from flexhinm_jax.io import atomic, huggingface, packed
+from flexhinm_jax.io import huggingface, packed
 from flexhinm_jax.io.model_card import CARD, cards
 from flexhinm_jax.io.sources import BUILTIN
 from flexhinm_jax.models.load import PACKED, Model

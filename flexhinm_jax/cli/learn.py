@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexhinm_jax import checks, patterns
+from flexhinm_jax import atomic, checks, patterns
 from flexhinm_jax.cli import directory, flags, learn_decoder, prune_decoder
 from flexhinm_jax.cli.console import Console, report_table
 from flexhinm_jax.cli.directory import REPORT
 from flexhinm_jax.cli.learn_decoder import Choices
-from flexhinm_jax.io import atomic
 from flexhinm_jax.io.sources import read_sentences
 from flexhinm_jax.methods import LearnedMethod
 from flexhinm_jax.models.load import PACKED, Model, is_decoder, load

@@ -9,12 +9,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from flexhinm_jax import methods, patterns
+from flexhinm_jax import atomic, methods, patterns
 from flexhinm_jax.cli import choices, directory, flags, prune_decoder, prune_encoder
 from flexhinm_jax.cli.console import Console
 from flexhinm_jax.cli.directory import REPORT
 from flexhinm_jax.cli.recipe import RECIPE
-from flexhinm_jax.io import atomic
 from flexhinm_jax.models.load import PACKED, is_decoder
 from flexhinm_jax.sequential.request import STATISTICS, TARGETS
 from flexhinm_jax.training.reconstruct import Reconstruct

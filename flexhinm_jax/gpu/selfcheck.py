@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexhinm_jax import atomic
 from flexhinm_jax.gpu import support
 from flexhinm_jax.types import PackedWeight
 
@@ -157,10 +157,8 @@ def run(command: list[str], seconds: float = SECONDS) -> Verdict:
 def keep(path: Path, why: str | None) -> bool:
     """Writes a verdict whole; False where that is not possible."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({"why": why}, file)
-        os.replace(file.name, path)
+        with atomic.file(path, overwrite=True) as file:
+            file.write_text(json.dumps({"why": why}))
     except OSError:
         return False
     return True

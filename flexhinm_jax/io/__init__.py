@@ -1,6 +1,5 @@
 """Files in and out: Hugging Face directories, the packed file, checkpoints of a run.
 
-`atomic` makes files and folders appear whole or not at all, `fingerprint` says what
-decides about a result, `checkpoints` continues a run that was killed. Errors name the
-file and what to do about it.
+`fingerprint` says what decides about a result, `checkpoints` continues a run that was
+killed. Errors name the file and what to do about it.
 """

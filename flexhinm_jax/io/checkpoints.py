@@ -31,8 +31,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from flexhinm_jax import arguments
-from flexhinm_jax.io import atomic, fingerprint, records
+from flexhinm_jax import arguments, atomic
+from flexhinm_jax.io import fingerprint, records
 
 __all__ = [
     "Checkpoints",

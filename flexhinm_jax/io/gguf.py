@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flexhinm_jax.io import atomic, gguf_tokenizer, shards, tensors
+from flexhinm_jax import atomic
+from flexhinm_jax.io import gguf_tokenizer, shards, tensors
 
 __all__ = ["ARCHITECTURES", "Architecture", "convert"]
 
@@ -140,6 +141,7 @@ def convert(
     Raises:
       FileNotFoundError: there is no such file.
       FileExistsError: `directory` exists and may not be replaced.
+      InUse: another process writes `directory`.
       ValueError: the file is damaged, split or of another architecture, or lacks
         something; a tensor or a tokenizer that is not known.
       ImportError: the `gguf` extra is not installed.

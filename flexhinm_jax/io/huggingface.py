@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from flexhinm_jax import types
-from flexhinm_jax.io import atomic, shards, tensors
+from flexhinm_jax import atomic, types
+from flexhinm_jax.io import shards, tensors
 
 __all__ = [
     "Checkpoint",

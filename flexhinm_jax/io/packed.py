@@ -47,7 +47,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexhinm_jax.io import atomic, records, tensors
+from flexhinm_jax import atomic
+from flexhinm_jax.io import records, tensors
 from flexhinm_jax.kernels.packing import canonical
 from flexhinm_jax.kernels.validation import verify_layout, verify_packed
 from flexhinm_jax.paths import named_leaves

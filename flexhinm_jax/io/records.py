@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flexhinm_jax.io import atomic
+from flexhinm_jax import atomic
 
 __all__ = ["parse", "read", "write"]
 

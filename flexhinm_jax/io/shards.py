@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from flexhinm_jax.io import atomic, records, tensors
+from flexhinm_jax import atomic
+from flexhinm_jax.io import records, tensors
 
 __all__ = ["INDEX", "SINGLE", "Index", "Writer", "check_space", "read_index"]
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexhinm_jax.io import atomic
+from flexhinm_jax import atomic
 
 __all__ = ["Shelf", "Stored", "store"]
 

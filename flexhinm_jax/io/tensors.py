@@ -18,7 +18,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flexhinm_jax.io import atomic, records
+from flexhinm_jax import atomic
+from flexhinm_jax.io import records
 
 __all__ = ["DTYPES", "Header", "mapped", "read", "read_header", "write"]
 
@@ -157,7 +158,7 @@ def write(
     arrays: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a file at once; see `io.atomic` for making that all or nothing.
+    """Writes a file at once; see `atomic` for making that all or nothing.
 
     Args:
       path: file to write.

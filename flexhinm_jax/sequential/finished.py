@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexhinm_jax.io import atomic, fingerprint, records
+from flexhinm_jax import atomic
+from flexhinm_jax.io import fingerprint, records
 
 CONFIG = "job.json"
 

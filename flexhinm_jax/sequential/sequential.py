@@ -33,8 +33,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from flexhinm_jax import arguments
-from flexhinm_jax.io import atomic
+from flexhinm_jax import arguments, atomic
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning import prune

@@ -25,8 +25,8 @@ import numpy as np
 import optax
 from jax import Array
 
-from flexhinm_jax import arguments
-from flexhinm_jax.io import atomic, records
+from flexhinm_jax import arguments, atomic
+from flexhinm_jax.io import records
 from flexhinm_jax.io.checkpoints import Checkpoints
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import LearnedMethod, Method

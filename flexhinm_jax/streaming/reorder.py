@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flexhinm_jax import arguments
-from flexhinm_jax.io import atomic, huggingface, shards
+from flexhinm_jax import arguments, atomic
+from flexhinm_jax.io import huggingface, shards
 from flexhinm_jax.models import decoder
 from flexhinm_jax.models.basis import Basis, readers, turned, turned_block
 from flexhinm_jax.models.decoder_parameters import HEAD, NORM, TABLE
@@ -111,6 +111,7 @@ def reorder(
     Raises:
       FileNotFoundError: a part of the directory is missing.
       FileExistsError: `out` exists and may not be replaced.
+      InUse: another process writes `out`.
       ValueError: a directory that is not a supported decoder or is damaged, groups that
         do not divide the channels of the stream or of a head, tokens out of range.
 
@@ -120,15 +121,37 @@ def reorder(
     atomic.check_directory(out, overwrite=overwrite)
     huggingface.check_copy(Path(directory), Path(out))
     blocks = open_blocks(Path(directory))
-    config, search = blocks.config, search or ChannelSearch()
-    for name, size in (("stream", config.hidden_size), ("heads", config.head_size)):
+    search = search or ChannelSearch()
+    sizes = (blocks.config.hidden_size, blocks.config.head_size)
+    for name, size in zip(("stream", "heads"), sizes, strict=True):
         if size % m:
             raise ValueError(
                 f"{n}:{m} does not divide the {size} channels of the {name}; choose"
                 " another group size"
             )
     find = Searching(key, search, n, m)
-    hidden = list(blocks.embedded(split(tokens, batch, blocks)))
+    batches = split(tokens, batch, blocks)
+    with atomic.locked(out):
+        basis = searched(find, blocks, batches, progress or (lambda *done: None))
+        write(blocks, Path(directory), Path(out), basis, overwrite)
+    return Reordered(tuple(find.groups))
+
+
+def searched(
+    find: "Searching",
+    blocks: Blocks,
+    batches: list[np.ndarray],
+    progress: Callable[[int, int], None],
+) -> Basis:
+    """The orders of all blocks, each searched on what the blocks before it give.
+
+    Args:
+      find: searches, and keeps what that gains.
+      blocks: the opened directory.
+      batches: i32[batch, length] each, the calibration text.
+      progress: called with (blocks looked at, blocks in all).
+    """
+    hidden = list(blocks.embedded(batches))
     orders: list[tuple[Array, Array]] = []
     sampled: list[np.ndarray] = []
     share = max(STREAM_ROWS // blocks.count, 1)
@@ -139,17 +162,15 @@ def reorder(
         run, uses = programs.of(layer)
         stats = calibrate(run, params, uses, [(h,) for h in hidden], gram=False)
         scores = {name: score(params[name], stats[name]) for name in stats}
-        orders.append(find.block(layer, scores, config))
-        reading = [name for name in readers(config, layer) if name in scores]
+        orders.append(find.block(layer, scores, blocks.config))
+        reading = [name for name in readers(blocks.config, layer) if name in scores]
         rows = np.concatenate([np.asarray(scores[name]) for name in reading])
         sampled.append(rows[:: max(len(rows) // share, 1)])
         hidden = [np.asarray(run(params, h)) for h in hidden]
-        if progress is not None:
-            progress(layer + 1, blocks.count)
+        progress(layer + 1, blocks.count)
     stream = find.best("stream", blocks.count, np.concatenate(sampled)[None])[0]
     heads, inner = (jnp.stack(part) for part in zip(*orders, strict=True))
-    write(blocks, Path(directory), Path(out), Basis(stream, heads, inner), overwrite)
-    return Reordered(tuple(find.groups))
+    return Basis(stream, heads, inner)
 
 
 class Programs:

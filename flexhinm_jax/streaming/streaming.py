@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from flexhinm_jax import kernels
-from flexhinm_jax.io import atomic, fingerprint, huggingface, packed, shards
+from flexhinm_jax import atomic, kernels
+from flexhinm_jax.io import fingerprint, huggingface, packed, shards
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.allocate import check_mode
 from flexhinm_jax.pruning.report import Report, Row, report

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 import flexhinm_jax
-from flexhinm_jax.io import atomic, fingerprint, huggingface, records, shards
+from flexhinm_jax import atomic
+from flexhinm_jax.io import fingerprint, huggingface, records, shards
 from flexhinm_jax.pruning.allocate import Mode
 from flexhinm_jax.pruning.report import Row
 from flexhinm_jax.sequential.cuts import Programs

@@ -25,8 +25,8 @@ import optax
 from jax import Array
 from jax import numpy as jnp
 
-from flexhinm_jax import arguments
-from flexhinm_jax.io import atomic, fingerprint
+from flexhinm_jax import arguments, atomic
+from flexhinm_jax.io import fingerprint
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Magnitude
 from flexhinm_jax.patterns import Unstructured

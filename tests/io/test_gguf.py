@@ -10,6 +10,7 @@ import pytest
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
 
+from flexhinm_jax import atomic  # noqa: E402
 from flexhinm_jax.cli.main import main  # noqa: E402
 from flexhinm_jax.io import gguf as imported  # noqa: E402
 from flexhinm_jax.io import gguf_tokenizer, huggingface  # noqa: E402
@@ -408,6 +409,13 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, original):
     with pytest.raises(FileExistsError):
         imported.convert(path, out)
     imported.convert(path, out, overwrite=True)
+
+
+def test_a_directory_that_another_run_writes_is_refused(owned, original):
+    path, _ = llama(owned.with_name("m.gguf"), original)
+    with pytest.raises(atomic.InUse, match="out is being written by process 123"):
+        imported.convert(path, owned)
+    assert not owned.exists()
 
 
 def test_the_command_writes_a_directory_that_generates(tmp_path, original, capsys):

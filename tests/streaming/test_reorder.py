@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("safetensors")
 import flexhinm_jax as fh  # noqa: E402
+from flexhinm_jax import atomic  # noqa: E402
 from flexhinm_jax.cli.main import main  # noqa: E402
 from flexhinm_jax.models import load  # noqa: E402
 from flexhinm_jax.streaming.reorder import reorder  # noqa: E402
@@ -71,6 +72,21 @@ def test_groups_that_do_not_divide_are_refused(tmp_path):
             tmp_path / "dense", tmp_path / "out", TOKENS, jax.random.key(0), n=2, m=3
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_another_run_writes_is_refused_before_the_search(owned):
+    dense = owned.with_name("dense")
+    directories.make_decoder_directory(dense, directories.LLAMA2)
+    seen = []
+    with pytest.raises(atomic.InUse, match="out is being written by process 123"):
+        reorder(
+            dense,
+            owned,
+            TOKENS,
+            jax.random.key(0),
+            progress=lambda *done: seen.append(done),
+        )
+    assert not seen and not owned.exists()
 
 
 def test_the_command_writes_a_directory_and_says_what_it_gained(tmp_path, capsys):

@@ -4,8 +4,8 @@ A writer fills a temporary sibling of its target and renames it at the end. A re
 inside one file system is atomic, so a reader never sees a half-written file and a
 failure (disk full, interrupt, bad data) leaves nothing behind.
 
-A long run holds the lock of its target from the beginning. The lock belongs to the
-process, so one that was killed leaves a file behind but no lock.
+Who writes a folder holds its lock, a long run from the beginning. The lock belongs to
+the process, so one that was killed leaves a file behind but no lock.
 """
 
 import contextlib
@@ -100,7 +100,8 @@ def _taken(lock: Path, path: str | os.PathLike) -> int:
                 break
         os.close(handle)
     os.ftruncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    with contextlib.suppress(OSError):  # a full disk: locked, without a name
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return handle
 
 
@@ -146,10 +147,11 @@ def directory(
 
     Raises:
       FileExistsError: `path` exists and may not be replaced.
+      InUse: another process writes it.
     """
-    check_directory(path, overwrite=overwrite, marker=marker)
     target = Path(os.path.realpath(path))
-    with _sibling(target) as temporary:
+    with locked(path), _sibling(target) as temporary:
+        check_directory(path, overwrite=overwrite, marker=marker)
         temporary.mkdir()
         yield temporary
         flush(temporary)

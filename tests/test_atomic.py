@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flexhinm_jax.io import atomic
+from flexhinm_jax import atomic
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -111,24 +111,19 @@ def test_the_old_directory_returns_when_the_last_rename_fails(tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.fixture
-def owned(tmp_path):
-    """A target whose lock somebody else holds."""
-    lock = tmp_path / ".out.lock"
-    with open(lock, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        f.write("process 123 on elsewhere\n")
-        f.flush()
-        yield tmp_path / "out"
-
-
 def test_a_second_process_is_told_who_writes(owned):
     with (
         pytest.raises(atomic.InUse, match="out is being written by process 123 on els"),
         atomic.locked(owned),
     ):
         raise AssertionError("both have the lock")
+    with (
+        pytest.raises(atomic.InUse, match="written by process 123"),
+        atomic.directory(owned),
+    ):
+        raise AssertionError("both write")
     assert (owned.parent / ".out.lock").exists()  # it is not ours to remove
+    assert not owned.exists()
 
 
 def test_a_lock_names_its_process_and_goes_with_it(tmp_path):
@@ -147,7 +142,7 @@ def test_a_lock_names_its_process_and_goes_with_it(tmp_path):
 
 def test_a_lock_ends_with_a_process_that_was_killed(tmp_path):
     code = (
-        "import sys; from flexhinm_jax.io import atomic\n"
+        "import sys; from flexhinm_jax import atomic\n"
         "with atomic.locked(sys.argv[1]): print(1, flush=True); sys.stdin.read()"
     )
     out = tmp_path / "out"
