@@ -3,7 +3,7 @@
 import argparse
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ ONLY_ENCODERS = {
     "share_orders": "it is not for --sequential",
 }
 ONLY_DECODERS = ("memory", "length", "samples", "dtype", "pack", "first_last")
+
+LENGTH, SAMPLES, BATCH_SAMPLES = 512, 128, 4
+"""Of a decoder where nothing is said: tokens of a sample, the most samples, a batch."""
 
 NUMBER = re.compile(r"[01]|[01]?\.\d+")
 
@@ -157,14 +160,24 @@ def add_sentences(parser: argparse.ArgumentParser, batch: str) -> None:
     )
 
 
-def add_decoders(parser: argparse.ArgumentParser, length: int, samples: int) -> Any:
-    """Adds what streaming a decoder needs; returns the group of these options.
+def add_samples(add: Callable[..., Any]) -> None:
+    """Adds how a text is cut into samples, by the `add_argument` of a group."""
+    add(
+        "--length",
+        type=positive,
+        metavar="N",
+        help=f"tokens of a sample (default: {LENGTH}, or what the model reads)",
+    )
+    add(
+        "--samples",
+        type=positive,
+        metavar="N",
+        help=f"samples to calibrate on (default: all of TEXT, at most {SAMPLES})",
+    )
 
-    Args:
-      parser: of the command.
-      length: tokens of a sample, where nothing is said.
-      samples: at most, where nothing is said.
-    """
+
+def add_decoders(parser: argparse.ArgumentParser) -> Any:
+    """Adds what streaming a decoder needs; returns the group of these options."""
     group = parser.add_argument_group("decoders")
     add = group.add_argument
     add(
@@ -174,18 +187,7 @@ def add_decoders(parser: argparse.ArgumentParser, length: int, samples: int) -> 
         help="most memory to take besides that of the interpreter, such as 8GiB; hidden"
         " states that do not fit go to disk",
     )
-    add(
-        "--length",
-        type=positive,
-        metavar="N",
-        help=f"tokens of a sample (default: {length}, or what the model reads)",
-    )
-    add(
-        "--samples",
-        type=positive,
-        metavar="N",
-        help=f"samples to calibrate on (default: all of TEXT, at most {samples})",
-    )
+    add_samples(add)
     add(
         "--dtype",
         choices=("checkpoint", "float32"),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexhinm_jax import atomic, checks, patterns
-from flexhinm_jax.cli import directory, flags, learn_decoder, prune_decoder
+from flexhinm_jax.cli import directory, flags, learn_decoder
 from flexhinm_jax.cli.console import Console, report_table
 from flexhinm_jax.cli.directory import REPORT
 from flexhinm_jax.cli.learn_decoder import Choices
@@ -96,11 +96,9 @@ def add_parser(commands: Any) -> None:
     flags.add_sentences(
         parser,
         f"sentences (or samples of a decoder) of a step (default: {BATCH_SENTENCES}, or"
-        f" {learn_decoder.BATCH_SAMPLES})",
+        f" {flags.BATCH_SAMPLES})",
     )
-    group = flags.add_decoders(
-        parser, length=prune_decoder.LENGTH, samples=prune_decoder.SAMPLES
-    )
+    group = flags.add_decoders(parser)
     group.add_argument(
         "--target",
         choices=("seq", "asym"),

@@ -9,14 +9,12 @@ import jax
 from flexhinm_jax import __version__, methods
 from flexhinm_jax.cli import directory, progress
 from flexhinm_jax.cli.console import Console, report_table
-from flexhinm_jax.cli.prune_decoder import going_on, samples
+from flexhinm_jax.cli.prune_decoder import going_on, limits, samples
 from flexhinm_jax.methods import LearnedMethod
 from flexhinm_jax.streaming import learned, streaming
 from flexhinm_jax.streaming.blocks import open_blocks
 from flexhinm_jax.streaming.memory import Budget
 from flexhinm_jax.training import few_steps
-
-BATCH_SAMPLES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +99,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
                 start=choices.start,
                 config={"method": args.method, "rate": choices.rate},
             ),
-            limits=streaming.Limits(
-                args.memory,
-                args.batch_size or BATCH_SAMPLES,
-                args.dtype or "checkpoint",
-            ),
+            limits=limits(args),
             output=streaming.Output(args.pack, args.force, texts),
             progress=tell,
         )

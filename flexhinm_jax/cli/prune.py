@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
     flags.add_sentences(
         parser,
         "calibration sentences (or samples of a decoder) in one step (default:"
-        f" {prune_encoder.BATCH_SENTENCES}, or {prune_decoder.BATCH_SAMPLES})",
+        f" {prune_encoder.BATCH_SENTENCES}, or {flags.BATCH_SAMPLES})",
     )
     _add_order(parser)
     add(
@@ -180,9 +180,7 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
 
 def _add_decoders(parser: argparse.ArgumentParser) -> None:
     """Adds the options that are for decoders."""
-    group = flags.add_decoders(
-        parser, length=prune_decoder.LENGTH, samples=prune_decoder.SAMPLES
-    )
+    group = flags.add_decoders(parser)
     group.add_argument(
         "--first-last",
         metavar="WHAT",

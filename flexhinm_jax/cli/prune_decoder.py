@@ -25,10 +25,6 @@ from flexhinm_jax.streaming import streaming, work
 from flexhinm_jax.streaming.blocks import Blocks, open_blocks
 from flexhinm_jax.streaming.memory import Budget
 
-BATCH_SAMPLES = 4
-SAMPLES = 128
-LENGTH = 512
-
 
 def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
     """Prunes and writes block by block."""
@@ -80,11 +76,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
                 on_mismatch=args.on_mismatch or "error",
             ),
             spread=streaming.Spread(args.allocate, choices.exceptions),
-            limits=streaming.Limits(
-                args.memory,
-                args.batch_size or BATCH_SAMPLES,
-                args.dtype or "checkpoint",
-            ),
+            limits=limits(args),
             output=streaming.Output(
                 args.pack,
                 args.force,
@@ -134,10 +126,17 @@ def _with_first_last(choices: Choices, what: str, blocks: Blocks) -> Choices:
     )
 
 
+def limits(args: argparse.Namespace) -> streaming.Limits:
+    """In how much memory, and in what, a run computes."""
+    return streaming.Limits(
+        args.memory, args.batch_size or flags.BATCH_SAMPLES, args.dtype or "checkpoint"
+    )
+
+
 def samples(args: argparse.Namespace, blocks: Blocks) -> Any:
     """The calibration text as i32[samples, length]."""
-    longest = blocks.config.max_position_embeddings or LENGTH
-    length = args.length or min(LENGTH, longest)
+    longest = blocks.config.max_position_embeddings or flags.LENGTH
+    length = args.length or min(flags.LENGTH, longest)
     if length > longest:
         raise ValueError(
             f"--length {length} is more than this model reads:"
@@ -148,4 +147,4 @@ def samples(args: argparse.Namespace, blocks: Blocks) -> Any:
         read_text(args.calibration),
         blocks.config.vocab_size,
     )
-    return pieces(tokens, length, args.samples, SAMPLES)
+    return pieces(tokens, length, args.samples, flags.SAMPLES)

@@ -34,8 +34,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("--pattern", default="2:4", metavar="N:M", help="the groups (default: 2:4)")
     flags.add_calibration(parser)
-    add("--length", type=flags.positive, metavar="N", help="tokens of a sample")
-    add("--samples", type=flags.positive, metavar="N", help="samples to calibrate on")
+    flags.add_samples(add)
     flags.add_written(parser)
     parser.set_defaults(run=run)
 
