@@ -18,13 +18,13 @@ def add_parser(commands: Any) -> None:
         commands,
         "reorder",
         help="put the channels of a decoder into orders that suit 2:4, before pruning",
-        description="""\\
+        description="""\
             Writes DIR: the same function with the channels of the residual stream, of
             every head and of every gated block in another order, folded into the
             weights on both sides. Channels that compete for a place get into different
             groups, so that 2:4 loses less, and nothing is gathered at run time.
             """,
-        epilog="""\\
+        epilog="""\
             examples:
               flexhinm reorder SmolLM2-135M --out ordered --calibration text.txt
               flexhinm prune ordered --method sparsegpt --pattern 2:4 --out pruned

@@ -28,7 +28,9 @@ def weights(rng, norms=(), biases=False, tied=True):
         "v_proj": ("attn_v", KEYS * SIZE, WIDTH),
         "o_proj": ("attn_output", WIDTH, HEADS * SIZE),
     }
-    hf = {"model.embed_tokens.weight": ("token_embd.weight", (VOCABULARY, WIDTH))}
+    hf: dict[str, tuple[str, tuple[int, ...]]] = {
+        "model.embed_tokens.weight": ("token_embd.weight", (VOCABULARY, WIDTH))
+    }
     hf["model.norm.weight"] = ("output_norm.weight", (WIDTH,))
     if not tied:
         hf["lm_head.weight"] = ("output.weight", (VOCABULARY, WIDTH))
@@ -403,7 +405,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, original):
         imported.convert(path, out)
     path, _ = llama(tmp_path / "m.gguf", original)
     with pytest.raises(ValueError, match="dtype='int8'"):
-        imported.convert(path, out, dtype="int8")
+        imported.convert(path, out, dtype="int8")  # type: ignore[arg-type]
     assert not out.exists()
     imported.convert(path, out)
     with pytest.raises(FileExistsError):
