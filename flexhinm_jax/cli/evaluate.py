@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
         description="""\
             Decoders (llama, qwen3, gemma3, ...): perplexity and bits per byte of a
             text file, for one directory or two beside each other. Every token but the
-            first is scored once.
+            first is scored once. --kl compares the predictions of two as well.
             Encoders (bert): cosine similarity of the embeddings that two directories
             give to the lines of the file.
             """,
@@ -35,6 +35,7 @@ def add_parser(commands: Any) -> None:
             examples:
               flexhinm eval Qwen2.5-0.5B pruned --text wiki.txt
               flexhinm eval Llama-2-7b --text wiki.txt --length 4096 --stride 512
+              flexhinm eval Qwen2.5-0.5B pruned --text wiki.txt --kl
               flexhinm eval Qwen2.5-0.5B pruned --text wiki.txt --packed
               flexhinm eval all-MiniLM-L6-v2 pruned --text sentences.txt
             """,
@@ -68,6 +69,13 @@ def add_parser(commands: Any) -> None:
         type=flags.positive,
         metavar="N",
         help="windows or lines in one step (default: 1 window, 32 lines)",
+    )
+    add(
+        "--kl",
+        action="store_true",
+        help="decoders: also the mean KL divergence of OTHER's predictions from the"
+        " first's and how often both hold the same token most likely; holds both"
+        " models in memory",
     )
     flags.add_packed(
         parser,
@@ -118,6 +126,7 @@ def evaluated(
         stride=None,
         limit=None,
         batch_size=None,
+        kl=False,
         packed=False,
     )
     figures, *lines = measure(asked, [args.model, args.out], console)
@@ -144,32 +153,72 @@ def _perplexities(
     args: argparse.Namespace, paths: list[Path], console: Console
 ) -> list[Any]:
     text = read_text(args.text)
+    options = {
+        "length": args.length,
+        "stride": args.stride,
+        "limit": args.limit,
+        "batch": args.batch_size or 1,
+    }
+    if args.kl:
+        return _divergence(args, paths, text, options, console)
     rows = []
     for k, path in enumerate(paths):
         model, size = read(path, args.packed and k == len(paths) - 1, console)
-        found = evaluation.perplexity(
-            model,
-            text,
-            length=args.length,
-            stride=args.stride,
-            limit=args.limit,
-            batch=args.batch_size or 1,
-            timed=args.packed,
-            track=functools.partial(_track, console, name(model)),
+        track = functools.partial(_track, console, name(model))
+        score = evaluation.perplexity(
+            model, text, timed=args.packed, track=track, **options
         )
-        row = {
-            "model": str(path),
-            "packed": model.packed,
-            "zeros": model.zeros,
-            "perplexity": found.perplexity,
-            "bits_per_byte": found.bits_per_byte,
-            **dataclasses.asdict(found),
-            "stored_bytes": size,
-        }
-        if found.seconds is not None:
-            row["tokens_per_second"] = found.computed / found.seconds
-        rows.append(row | {"shown": name(model)})
-    document = {
+        rows.append(_row(path, model, size, score))
+    return [_document(args, rows), _table(rows, args.packed), _note(rows)]
+
+
+def _divergence(
+    args: argparse.Namespace,
+    paths: list[Path],
+    text: str,
+    options: dict[str, Any],
+    console: Console,
+) -> list[Any]:
+    if len(paths) < 2:
+        raise ValueError("--kl compares two models: give OTHER too")
+    how = (False, args.packed)
+    both = [read(path, each, console) for path, each in zip(paths, how, strict=True)]
+    models = [model for model, _ in both]
+    track = functools.partial(_track, console, " and ".join(map(name, models)))
+    result = evaluation.divergence(*models, text, track=track, **options)
+    scores = result.first, result.second
+    rows = [
+        _row(path, model, size, score)
+        for path, (model, size), score in zip(paths, both, scores, strict=True)
+    ]
+    likeness = {"kl": result.kl, "same_top": result.same_top}
+    shown = (
+        f"KL {result.kl:.4f} nats a token; the same token is most likely in"
+        f" {result.same_top:.1%}"
+    )
+    return [_document(args, rows) | likeness, _table(rows, False), shown, _note(rows)]
+
+
+def _row(
+    path: Path, model: Model, size: int, score: evaluation.Perplexity
+) -> dict[str, Any]:
+    row = {
+        "model": str(path),
+        "packed": model.packed,
+        "zeros": model.zeros,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        **dataclasses.asdict(score),
+        "stored_bytes": size,
+        "shown": name(model),
+    }
+    if score.seconds is not None:
+        row["tokens_per_second"] = score.computed / score.seconds
+    return row
+
+
+def _document(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "text": str(args.text),
         "kind": "decoder",
         "models": [
@@ -177,8 +226,10 @@ def _perplexities(
             for row in rows
         ],
     }
-    note = f"windows of {rows[0]['length']} tokens, one every {rows[0]['stride']}"
-    return [document, _table(rows, args.packed), note]
+
+
+def _note(rows: list[dict[str, Any]]) -> str:
+    return f"windows of {rows[0]['length']} tokens, one every {rows[0]['stride']}"
 
 
 def _track(console: Console, at: str, steps: range) -> Iterable[int]:
@@ -212,8 +263,9 @@ def _similarity(
             f"{paths[0]} is no decoder: give OTHER too, to compare the embeddings of"
             " two encoders"
         )
-    if args.stride:
-        raise ValueError("--stride has no use for encoders")
+    for flag, value in (("--stride", args.stride), ("--kl", args.kl)):
+        if value:
+            raise ValueError(f"{flag} has no use for encoders")
     read_both = zip(paths, (False, args.packed), strict=True)
     models, sizes = zip(*(read(p, how, console) for p, how in read_both), strict=True)
     text = read_sentences(args.text, args.limit)

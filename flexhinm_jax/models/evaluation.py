@@ -23,7 +23,15 @@ from flexhinm_jax.models import decoder, encoder
 from flexhinm_jax.models.load import Model
 from flexhinm_jax.tracing.sparsify import sparsify
 
-__all__ = ["LENGTH", "Perplexity", "embeddings", "perplexity", "windows"]
+__all__ = [
+    "LENGTH",
+    "Divergence",
+    "Perplexity",
+    "divergence",
+    "embeddings",
+    "perplexity",
+    "windows",
+]
 
 LENGTH = 2048
 """Tokens of a window where the model reads so many."""
@@ -64,6 +72,23 @@ class Perplexity:
         return self.nats / math.log(2) / max(self.bytes, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """How far a decoder is from another one, on a text.
+
+    Attributes:
+      first: perplexity of the first, often dense, model.
+      second: that of the other one.
+      kl: mean over the scored tokens of KL(first || second), nats.
+      same_top: share of them for which both hold the same token most likely.
+    """
+
+    first: Perplexity
+    second: Perplexity
+    kl: float
+    same_top: float
+
+
 def perplexity(
     model: Model,
     text: str,
@@ -94,6 +119,133 @@ def perplexity(
       ValueError: too short a text, a window longer than the model reads, a stride that
         would leave tokens out, or logits that are not finite.
     """
+    cut = _cut(model, text, length, stride, limit)
+    score = _scorer(model.config, model.packed)
+
+    def nats_of(start: int) -> float:
+        return float(score(model.params, *cut.part(start, batch)))
+
+    steps = cut.steps(batch)
+    if timed:
+        nats_of(0)
+    began = time.perf_counter()
+    nats = sum(nats_of(start) for start in track(steps))
+    seconds = time.perf_counter() - began if timed else None
+    check_nats(model, nats)
+    computed = len(steps) * batch * cut.length
+    return cut.perplexity(nats, seconds=seconds, computed=computed)
+
+
+def divergence(
+    first: Model,
+    second: Model,
+    text: str,
+    *,
+    length: int | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+    batch: int = 1,
+    track: Track = iter,
+) -> Divergence:
+    """How far a decoder is from another one: both perplexities, KL and top tokens.
+
+    Both models are in memory at once, and the logits of both for a batch.
+
+    Args:
+      first: a decoder with its tokenizer, dense or packed; windows follow its limits.
+      second: another one with the same tokenizer.
+      text: see `perplexity`, as the arguments behind it.
+      length: tokens of a window.
+      stride: tokens from one window to the next.
+      limit: first tokens of the text to use.
+      batch: windows in one step.
+      track: passes the numbers of the steps on.
+
+    Returns:
+      The figures.
+
+    Raises:
+      ValueError: as `perplexity`, and tokenizers that give different tokens.
+    """
+    cut = _cut(first, text, length, stride, limit)
+    other, _ = second.encode(text)
+    if not np.array_equal(cut.tokens, other[:limit]):
+        raise ValueError(
+            f"{first.directory} and {second.directory} cut the text into different"
+            " tokens, so their predictions cannot be compared token by token; give two"
+            " directories of one model"
+        )
+    score = _comparer(first.config, first.packed, second.config, second.packed)
+    sums = np.zeros(4)
+    for start in track(cut.steps(batch)):
+        step = score(first.params, second.params, *cut.part(start, batch))
+        sums += np.asarray(step, np.float64)
+    for model, nats in zip((first, second), sums[:2], strict=True):
+        check_nats(model, nats)
+    return Divergence(
+        *map(cut.perplexity, sums[:2].tolist()),
+        kl=float(sums[2]) / cut.scored,
+        same_top=float(sums[3]) / cut.scored,
+    )
+
+
+def check_nats(model: Model, nats: float) -> None:
+    """Raises ValueError if a model's logits were not finite."""
+    if not math.isfinite(nats):
+        model.check_finite()
+        raise ValueError(f"{model.directory} gives logits that are not finite")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """A text as tokens in windows, see `perplexity`.
+
+    Attributes:
+      tokens: i32[count].
+      size: bytes of all of them but the first.
+      length: tokens of a window.
+      stride: from one window to the next.
+    """
+
+    tokens: np.ndarray
+    size: int
+    length: int
+    stride: int
+
+    @property
+    def scored(self) -> int:
+        """Tokens that are scored."""
+        return len(self.tokens) - 1
+
+    def perplexity(self, nats: float, **timing: Any) -> Perplexity:
+        """The figures of a model that lost so many nats."""
+        return Perplexity(
+            nats, self.scored, self.size, self.length, self.stride, **timing
+        )
+
+    @functools.cached_property
+    def windows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See `windows`."""
+        return windows(self.tokens, self.length, self.stride)
+
+    def steps(self, batch: int) -> range:
+        """The first window of every batch."""
+        return range(0, len(self.windows[0]), batch)
+
+    def part(self, start: int, batch: int) -> list[np.ndarray]:
+        """Inputs, targets and scored of the batch that begins at a window.
+
+        The last batch is filled up with windows that score nothing.
+        """
+        rows = [array[start : start + batch] for array in self.windows]
+        missing = ((0, batch - len(rows[0])), (0, 0))
+        return [np.pad(row, missing) for row in rows]
+
+
+def _cut(
+    model: Model, text: str, length: int | None, stride: int | None, limit: int | None
+) -> _Cut:
+    """A text as `perplexity` reads it."""
     tokens, offsets = model.encode(text)
     tokens, offsets = tokens[:limit], offsets[:limit]
     if len(tokens) < 2:
@@ -114,34 +266,8 @@ def perplexity(
             " between two windows would not be scored"
         )
     length = min(length, len(tokens) - 1)
-    stride = min(stride or length, length)
-    parts = windows(tokens, length, stride)
-    score = _scorer(model.config, model.packed)
-
-    def nats_of(start: int) -> float:
-        # The last batch is filled up with windows that score nothing.
-        rows = [part[start : start + batch] for part in parts]
-        missing = ((0, batch - len(rows[0])), (0, 0))
-        return float(score(model.params, *(np.pad(row, missing) for row in rows)))
-
-    steps = range(0, len(parts[0]), batch)
-    if timed:
-        nats_of(0)
-    began = time.perf_counter()
-    nats = sum(nats_of(start) for start in track(steps))
-    seconds = time.perf_counter() - began if timed else None
-    if not math.isfinite(nats):
-        model.check_finite()
-        raise ValueError(f"{model.directory} gives logits that are not finite")
-    return Perplexity(
-        nats=nats,
-        tokens=len(tokens) - 1,
-        bytes=len(text[offsets[1][0] : offsets[-1][1]].encode()),
-        length=length,
-        stride=stride,
-        seconds=seconds,
-        computed=len(steps) * batch * length,
-    )
+    size = len(text[offsets[1][0] : offsets[-1][1]].encode())
+    return _Cut(tokens, size, length, min(stride or length, length))
 
 
 def windows(
@@ -197,17 +323,54 @@ def embeddings(
     return stacked / np.linalg.norm(stacked, axis=-1, keepdims=True)
 
 
+def _logits(config: Any, packed: bool) -> Callable[..., Array]:
+    """Logits f32[batch, length, vocabulary] of parameters and inputs."""
+
+    def logits(params: Any, inputs: Array) -> Array:
+        return decoder.apply(params, inputs, config).astype(jnp.float32)
+
+    return sparsify(logits) if packed else logits
+
+
 @functools.cache
 def _scorer(config: Any, packed: bool) -> Callable[..., Array]:
     """Nats of all scored targets together; compiled once for models of equal sizes."""
+    logits_of = _logits(config, packed)
 
+    @jax.jit
     def nats(params: Any, inputs: Array, targets: Array, scored: Array) -> Array:
-        logits = decoder.apply(params, inputs, config).astype(jnp.float32)
+        logits = logits_of(params, inputs)
         chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
         lost = jax.nn.logsumexp(logits, axis=-1) - chosen
         return jnp.sum(jnp.where(scored, lost, jnp.float32(0)))
 
-    return jax.jit(sparsify(nats) if packed else nats)
+    return nats
+
+
+@functools.cache
+def _comparer(
+    first: Any, first_packed: bool, second: Any, second_packed: bool
+) -> Callable[..., Array]:
+    """f32[4] of a batch: nats of both, KL(first || second), equal top tokens; sums."""
+    logits_of = _logits(first, first_packed), _logits(second, second_packed)
+
+    @jax.jit
+    def sums(
+        params: Any, other: Any, inputs: Array, targets: Array, scored: Array
+    ) -> Array:
+        pair = zip(logits_of, (params, other), strict=True)
+        one, two = (jax.nn.log_softmax(f(tree, inputs)) for f, tree in pair)
+        at = targets[..., None]
+        figures = (
+            -jnp.take_along_axis(one, at, -1)[..., 0],
+            -jnp.take_along_axis(two, at, -1)[..., 0],
+            jnp.sum(jnp.exp(one) * (one - two), -1),
+            (jnp.argmax(one, -1) == jnp.argmax(two, -1)).astype(jnp.float32),
+        )
+        parts = [jnp.sum(jnp.where(scored, x, jnp.float32(0))) for x in figures]
+        return jnp.stack(parts)
+
+    return sums
 
 
 @functools.cache

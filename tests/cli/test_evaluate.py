@@ -88,6 +88,45 @@ def test_perplexity_is_that_of_every_token_with_its_own_window(folders, capsys):
         assert (row["length"], row["stride"]) == (8, 5)
 
 
+def test_predictions_of_two_models_are_compared_token_by_token(folders, capsys):
+    paths = folders / "dense", folders / "pruned"
+    text = ["--text", folders / "text.txt"]
+    options = ["--length", 8, "--batch-size", 3, "--limit", 13]
+    compared = run(capsys, "eval", *paths, *text, *options, "--kl")
+    plain = run(capsys, "eval", *paths, *text, *options)
+    for with_kl, alone in zip(compared["models"], plain["models"], strict=True):
+        assert with_kl["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
+        assert with_kl["stored_bytes"] == alone["stored_bytes"]
+    tokens = models.load(paths[0]).tokenizer.encode(TEXT).ids[:13]
+    p, q = (
+        np.concatenate(
+            [
+                jax.nn.log_softmax(
+                    np.asarray(
+                        logits(model.params, padded(part))[0, : len(part)], float
+                    )
+                )
+                for part in (tokens[:8], tokens[8:12])
+            ]
+        )
+        for model in map(models.load, paths)
+    )
+    kl = (np.exp(p) * (p - q)).sum(-1).mean()
+    assert compared["kl"] == pytest.approx(kl, rel=1e-3) and kl > 1e-4
+    assert compared["same_top"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
+    both = [str(path) for path in paths]
+    assert main(["eval", *both, *map(str, (*text, *options)), "--kl"]) == 0
+    assert f"KL {kl:.4f} nats a token" in capsys.readouterr().out
+    assert "give OTHER too" in refused(capsys, "eval", paths[0], *text, "--kl")
+
+
+def padded(part):
+    """One window of tokens, filled up to what the model reads."""
+    window = np.zeros((1, 16), np.int32)
+    window[0, : len(part)] = part
+    return window
+
+
 def test_the_table_shows_dense_beside_pruned(folders, capsys):
     text = ["--text", str(folders / "text.txt"), "--limit", "12"]
     assert main(["eval", str(folders / "dense"), str(folders / "pruned"), *text]) == 0
@@ -125,6 +164,8 @@ def test_embeddings_of_two_encoders_are_compared(model_dir, text_file, capsys):
     assert found["lines"] == 3
     assert 0.5 < found["lowest"] <= found["quantile_5"] < found["mean_cosine"] < 0.999
     assert "give OTHER too" in refused(capsys, "eval", model_dir, "--text", text_file)
+    both = (model_dir, other, "--text", text_file)
+    assert "--kl has no use" in refused(capsys, "eval", *both, "--kl")
 
 
 def test_generation_prints_the_likeliest_continuation(folders, capsys):
