@@ -111,12 +111,12 @@ PEERS_STAMP := $(PEERS_VENV)/.installed
 # PyTorch is needed for this comparison alone, so it has an environment of its own.
 $(PEERS_STAMP): pyproject.toml
 	$(PYTHON) -m venv $(PEERS_VENV)
-	$(PEERS_PY) -m pip install --quiet torch==2.13.0 numpy scipy
+	$(PEERS_PY) -m pip install --quiet torch==2.13.0 transformers numpy scipy
 	$(PEERS_PY) -m pip install --quiet -e .
 	@touch $@
 
-bench-peers: $(PEERS_STAMP) ## One-shot pruners beside the same formulas in PyTorch
-	$(PEERS_PY) -m bench.peers $(ARGS)
+bench-peers: $(PEERS_STAMP) $(SMOLLM2)/config.json ## Beside the same formulas in PyTorch
+	$(PEERS_PY) -m bench.peers --model $(SMOLLM2) $(ARGS)
 
 PARITY_VENV  ?= .venv-parity
 PARITY_PY    := $(PARITY_VENV)/bin/python

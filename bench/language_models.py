@@ -246,6 +246,17 @@ def judge(dense: str, pruned: str, file: str, tokens: int) -> dict[str, float]:
     }
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds the model and the texts to a parser."""
+    add = parser.add_argument
+    add("--model", type=Path, default=Path(".cache/SmolLM2-135M"), help="directory")
+    add("--text", type=Path, nargs=2, help="files to calibrate and to measure on")
+    add("--tokens", type=int, default=8192, help="of the evaluation text")
+    add("--samples", type=int, default=32, help="to calibrate on")
+    add("--length", type=int, default=512, help="tokens of a sample")
+    add("--seed", type=int, default=0)
+
+
 STUDY = Study(
     "language_models",
     "A language model",
@@ -261,12 +272,8 @@ STUDY = Study(
 
 if __name__ == "__main__":
     parser = STUDY.parser(__doc__)
-    add = parser.add_argument
-    add("--model", type=Path, default=Path(".cache/SmolLM2-135M"), help="directory")
-    add("--text", type=Path, nargs=2, help="files to calibrate and to measure on")
-    add("--tokens", type=int, default=8192, help="of the evaluation text")
-    add("--samples", type=int, default=32, help="to calibrate on")
-    add("--length", type=int, default=512, help="tokens of a sample")
-    add("--seed", type=int, default=0)
-    add("--missing", action="store_true", help="leave out rows measured before")
+    add_data(parser)
+    parser.add_argument(
+        "--missing", action="store_true", help="leave out rows measured before"
+    )
     STUDY.main(parser)

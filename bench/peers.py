@@ -2,6 +2,7 @@
 
     make bench-peers                    # in its own environment, .venv-peers
     make bench-peers ARGS=--quick       # one seed, 2:4 alone
+    make bench-peers ARGS="--only model --text calibration.txt evaluation.txt"
 
 The PyTorch side is written from the papers (magnitude, Wanda, RIA, SparseGPT, ALPS, the
 transposable solver of TSENOR), not taken from their repositories. Both sides see the
@@ -9,12 +10,20 @@ same float32 layer; errors are || X (W - W')^T ||^2 / || X W^T ||^2 in float64. 
 or errors must agree, or the run fails. CPU seconds are the least process time of three
 calls: ours after compilation with the threads that XLA takes, PyTorch's with one thread
 and with its default.
+
+The part `model` prunes SmolLM2-135M by `flexhinm prune` and by a plain pipeline of
+PyTorch and transformers (`bench/pipeline.py`) on the same tokens, each in a process of
+its own.
 """
 
 import argparse
 import functools
-import math
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,199 +32,27 @@ import numpy as np
 import torch
 
 import flexhinm_jax as fh
-from bench import inputs
+from bench import formulas, inputs, language_models
 from bench.oneshot import FIFTY
 from bench.study import Row, Study, timed
+from flexhinm_jax.models.batches import pieces
+from flexhinm_jax.models.evaluation import windows
+from flexhinm_jax.models.load import load
 from flexhinm_jax.ops import transport
 
-DAMP = 0.01
 TABLE = "Beside PyTorch"
+MODEL = "A language model beside PyTorch and transformers"
 
 #: Largest relative difference of the errors, by method.
 TOLERANCE = {"magnitude": 1e-4, "wanda": 1e-4, "ria": 1e-4, "sparsegpt": 0.01}
 TOLERANCE |= {"alps": 0.01, "transposable": 1e-3}
 
-
-# Scores (Sun et al. 2023, Zhang et al. 2024).
-
-
-def n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Keeps the n best of every m consecutive inputs."""
-    groups = scores.reshape(len(scores), -1, m)
-    keep = torch.zeros_like(groups, dtype=torch.bool)
-    keep.scatter_(2, groups.topk(n, dim=2).indices, True)
-    return keep.reshape(scores.shape)
-
-
-def magnitude(w: torch.Tensor, h: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """|W|."""
-    del h
-    return torch.where(n_of_m(w.abs(), n, m), w, 0)
-
-
-def wanda(w: torch.Tensor, h: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """|W| times the norm of the input."""
-    return torch.where(n_of_m(w.abs() * h.diagonal().sqrt(), n, m), w, 0)
-
-
-def ria(w: torch.Tensor, h: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Relative importance times the root of the norm of the input."""
-    size = w.abs()
-    share = size / size.sum(0, keepdim=True) + size / size.sum(1, keepdim=True)
-    return torch.where(n_of_m(share * h.diagonal() ** 0.25, n, m), w, 0)
-
-
-# Weights that move.
-
-
-def sparsegpt(
-    w: torch.Tensor, h: torch.Tensor, n: int, m: int, block: int = 128
-) -> torch.Tensor:
-    """Frantar & Alistarh 2023: columns in turn, errors pushed to the right."""
-    w = w.clone()
-    columns = w.shape[1]
-    h = h + DAMP * h.diagonal().mean() * torch.eye(columns)
-    u = torch.linalg.cholesky(
-        torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True
-    )
-    keep = torch.zeros_like(w, dtype=torch.bool)
-    for first in range(0, columns, block):
-        last = min(first + block, columns)
-        part, local = w[:, first:last], u[first:last, first:last]
-        errors = torch.zeros_like(part)
-        for i in range(last - first):
-            if i % m == 0:
-                scores = (part[:, i : i + m] / local.diagonal()[i : i + m]) ** 2
-                keep[:, first + i : first + i + m] = n_of_m(scores, n, m)
-            gone = torch.where(keep[:, first + i], 0, part[:, i])
-            error = gone / local[i, i]
-            part[:, i:] -= error[:, None] * local[i, i:]
-            errors[:, i] = error
-        w[:, last:] -= errors @ u[first:last, last:]
-    return torch.where(keep, w, 0)
-
-
-def alps(w: torch.Tensor, h: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Meng et al. 2024: ADMM with a growing penalty, then conjugate gradients."""
-    h = h + DAMP * h.diagonal().mean() * torch.eye(len(h))
-    scale = h.diagonal().sqrt() + 1e-8
-    h = h / (scale[:, None] * scale)
-    start = w * scale
-    g = start @ h
-    values, vectors = (x.float() for x in torch.linalg.eigh(h.double()))
-    values = values.clamp(min=0)
-
-    def inverse(rho: float) -> torch.Tensor:
-        return (vectors / (values + rho)) @ vectors.T
-
-    def project(x: torch.Tensor) -> torch.Tensor:
-        return n_of_m(x.abs(), n, m)
-
-    rho, raised = 0.1, False
-    b, v, keep = start, torch.zeros_like(start), project(start)
-    d, last, shrunk = torch.where(keep, b, 0), keep, inverse(rho)
-    for step in range(1, 301):
-        b = (g - v + rho * d) @ shrunk
-        x = b + v / rho
-        keep = project(x)
-        d = torch.where(keep, x, 0)
-        v = v + rho * (b - d)
-        if step % 3:
-            continue
-        changed = int((keep != last).sum())
-        share, last = changed / int(keep.sum()), keep
-        if share > 0.005:
-            rho, raised = min(rho * (1.3 if share > 0.1 else 1.2), 1e6), True
-        elif raised and (changed == 0 or (step > 30 and share < 3e-4)):
-            break
-        elif raised:
-            rho = min(rho * 1.1, 1e6)
-        else:
-            rho /= 5
-            b, v, keep = start, torch.zeros_like(start), project(start)
-            d, last = torch.where(keep, b, 0), keep
-        shrunk = inverse(rho)
-    b = torch.where(keep, start, 0)
-    residual = torch.where(keep, g - b @ h, 0)
-    direction, size = residual, (residual**2).sum(1, keepdim=True)
-    for _ in range(10):
-        image = direction @ h
-        alpha = size / (direction * image).sum(1, keepdim=True).clamp(min=1e-8)
-        b = b + alpha * direction
-        residual = torch.where(keep, residual - alpha * image, 0)
-        fresh = (residual**2).sum(1, keepdim=True)
-        direction, size = residual + fresh / size.clamp(min=1e-8) * direction, fresh
-    return b / scale
-
-
-# Transposable masks (TSENOR): entropic transport with capacities, then rounding.
-
-
-def dykstra(a: torch.Tensor, n: int, k: float = 20.0, sweeps: int = 50) -> torch.Tensor:
-    """tau * A - u - v of tiles a[B, M, M], from a start at the thresholds."""
-    tau = k / a.mean((1, 2), keepdim=True).clamp(min=1e-30)
-
-    def threshold(x: torch.Tensor, dim: int) -> torch.Tensor:
-        top = x.topk(n + 1, dim=dim).values
-        return (top.narrow(dim, n - 1, 1) + top.narrow(dim, n, 1)) / 2
-
-    v = threshold(a, 1)
-    u = threshold(a - v, 2)
-    scaled, u, v = tau * a, tau * u, tau * v
-    for _ in range(sweeps):
-        x = (scaled - u - v).clamp(max=0)
-        r = x.logsumexp(2, keepdim=True) - math.log(n)
-        c = (x - r).logsumexp(1, keepdim=True) - math.log(n)
-        u, v = u + r, v + c
-    return scaled - u - v
-
-
-def rounded(p: torch.Tensor, a: torch.Tensor, n: int) -> torch.Tensor:
-    """Greedy by p, then swaps until every row and column keeps n."""
-    tiles, m = p.shape[:2]
-    one = torch.arange(tiles)
-    rows = torch.zeros(tiles, m, dtype=torch.int32)
-    columns = rows.clone()
-    keep = torch.zeros(tiles, m, m, dtype=torch.bool)
-    order = p.reshape(tiles, -1).argsort(dim=1, descending=True, stable=True)
-    for flat in order.T:
-        i, j = flat // m, flat % m
-        free = (rows[one, i] < n) & (columns[one, j] < n)
-        keep[one, i, j] = free
-        rows[one, i] += free
-        columns[one, j] += free
-    for _ in range(2 * m):
-        lacks_row, lacks_column = n - keep.sum(2), n - keep.sum(1)
-        open_ = (lacks_row.sum(1) > 0).nonzero()[:, 0]
-        if not len(open_):
-            break
-        s, score = keep[open_], a[open_]
-        i, j = lacks_row[open_].argmax(1), lacks_column[open_].argmax(1)
-        b = torch.arange(len(open_))
-        gain = score[b, i][:, None] + score[b, :, j][:, :, None] - score
-        legal = s & ~s[b, i][:, None] & ~s[b, :, j][:, :, None]
-        best = gain.masked_fill(~legal, -torch.inf).reshape(len(b), -1).argmax(1)
-        i2, j2 = best // m, best % m
-        direct = ~s[b, i, j]
-        s[b, i2, j2] &= direct
-        s[b, i, j2] |= ~direct
-        s[b, i2, j] |= ~direct
-        s[b, i, j] = True
-        keep[open_] = s
-    return keep
-
-
-def transposable(a: torch.Tensor, n: int) -> torch.Tensor:
-    """Masks of tiles a[B, M, M]."""
-    return rounded(dykstra(a, n), a, n)
-
-
 PEERS: dict[str, tuple[Callable, Callable]] = {
-    "magnitude": (magnitude, fh.Magnitude),
-    "wanda": (wanda, fh.Wanda),
-    "ria": (ria, fh.RIA),
-    "sparsegpt": (sparsegpt, fh.SparseGPT),
-    "alps": (alps, fh.ALPS),
+    "magnitude": (formulas.magnitude, fh.Magnitude),
+    "wanda": (formulas.wanda, fh.Wanda),
+    "ria": (formulas.ria, fh.RIA),
+    "sparsegpt": (formulas.sparsegpt, fh.SparseGPT),
+    "alps": (formulas.alps, fh.ALPS),
 }
 
 
@@ -277,7 +114,9 @@ def masks(flags: argparse.Namespace) -> Iterator[Row]:
             lambda a, n=n: transport.solve(a, n=n, stages=FIFTY, exchanges=0).keep
         )
         found = timed(functools.partial(solve, jnp.asarray(a)))
-        peer = torch_seconds(functools.partial(transposable, torch.from_numpy(a), n))
+        peer = torch_seconds(
+            functools.partial(formulas.transposable, torch.from_numpy(a), n)
+        )
         sides = np.asarray(found.result), peer[0].numpy()
         exact = all((s.sum(1) == n).all() and (s.sum(2) == n).all() for s in sides)
         if not exact:
@@ -290,18 +129,78 @@ def masks(flags: argparse.Namespace) -> Iterator[Row]:
         yield row(what, float(ours), float(theirs), found.least, peer, **more)
 
 
+def whole_model(flags: argparse.Namespace) -> Iterator[Row]:
+    """SmolLM2 pruned at 2:4, judged from the dense inputs of each block, on both sides.
+
+    Raises:
+      RuntimeError: the perplexities differ by more than 1 %.
+    """
+    with tempfile.TemporaryDirectory(prefix="flexhinm-") as name:
+        folder = Path(name)
+        flags.text = flags.text or language_models.texts(folder)
+        flags.calibration, flags.evaluation = flags.text
+        model = load(flags.model)
+        samples = token_pieces(model, flags.calibration, flags.length)[: flags.samples]
+        read = model.encode(flags.evaluation.read_text())[0][: flags.tokens + 1]
+        inputs, targets, _ = windows(
+            read, language_models.WINDOW, language_models.WINDOW
+        )
+        files = folder / "samples.npy", folder / "windows.npy"
+        np.save(files[0], samples.astype(np.int64))
+        joined = np.concatenate([inputs, targets[:, -1:]], 1)
+        np.save(files[1], joined.astype(np.int64))
+        for method in ("wanda", "sparsegpt"):
+            out = folder / method
+            options = f"--method {method} --pattern 2:4 --statistics block"
+            cost, _ = language_models.run("prune", flags.model, out, options, flags)
+            places = str(flags.model), str(out), str(flags.evaluation)
+            ours = language_models.judge(*places, flags.tokens)["perplexity"]
+            line = [sys.executable, "-m", "bench.pipeline", str(flags.model), method]
+            line += ["2:4", *map(str, files)]
+            done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+            theirs = json.loads(done.stdout.splitlines()[-1])
+            apart = ours / theirs["perplexity"]
+            if abs(apart - 1) > 0.01:
+                raise RuntimeError(f"{method}: {ours} and {theirs['perplexity']}")
+            yield Row(
+                MODEL,
+                f"{method} 2:4",
+                cost["seconds"],
+                theirs["seconds"],
+                None,
+                {
+                    "perplexity, ours / PyTorch": apart,
+                    "perplexity": ours,
+                    "peak GB": cost["peak GB"],
+                    "peak GB, PyTorch": theirs["peak GB"],
+                },
+                {"samples": len(samples), "length": flags.length},
+            )
+
+
+def token_pieces(model: Any, file: Path, length: int) -> np.ndarray:
+    """The text in pieces of equal length, as the command cuts it."""
+    tokens, _ = model.encode(file.read_text())
+    return pieces(np.asarray(tokens), length, None, len(tokens))
+
+
 STUDY = Study(
     "peers",
     "Peers",
-    {"layers": layers, "masks": masks},
+    {"layers": layers, "masks": masks, "model": whole_model},
     {
+        MODEL: "CPU seconds of the whole process and the peak of its memory, ours with"
+        " `--statistics block`; the anchor is `bench/pipeline.py` in PyTorch"
+        f" {torch.__version__}.",
         TABLE: f"CPU seconds after compilation; the anchor is the published formula in "
         f"PyTorch {torch.__version__} with one thread, in the same run; a ratio below "
-        "1 is faster."
+        "1 is faster.",
     },
 )
 
 if __name__ == "__main__":
     parser = STUDY.parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, 2:4 alone")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one seed, 2:4 alone")
+    language_models.add_data(parser)
     STUDY.main(parser)

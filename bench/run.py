@@ -29,7 +29,7 @@ ENVIRONMENTS = {
 }
 #: Modules that need a file, and the target that makes it.
 FILES = {"language_models": (".cache/SmolLM2-135M/config.json", "make bench-llm")}
-SHARED = {"study", "report", "run", "picture", "house", "gpu_parts"}
+SHARED = {"study", "report", "run", "picture", "house", "gpu_parts", "pipeline"}
 
 
 def benchmarks() -> list[str]:

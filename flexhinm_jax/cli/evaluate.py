@@ -185,7 +185,8 @@ def _divergence(
     both = [read(path, each, console) for path, each in zip(paths, how, strict=True)]
     models = [model for model, _ in both]
     track = functools.partial(_track, console, " and ".join(map(name, models)))
-    result = evaluation.divergence(*models, text, track=track, **options)
+    dense, other = models
+    result = evaluation.divergence(dense, other, text, track=track, **options)
     scores = result.first, result.second
     rows = [
         _row(path, model, size, score)
