@@ -58,6 +58,9 @@ $(SMOLLM2)/config.json: | $(VENV)/.smollm2
 demo-llm: $(VENV)/.smollm2 ## Prune a real language model and let it go on with a text
 	$(PY) -m train.demo_llm $(ARGS)
 
+# Workers and the programs that tests start import what the first of them has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 house test test-all notebooks bench: export JAX_PLATFORMS ?= cpu
 distill learn-masks train-digits train-bytes: export JAX_PLATFORMS ?= cpu
 

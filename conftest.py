@@ -2,8 +2,9 @@
 
 Tests compile much and compute little, so XLA compiles quickly instead of well. What was
 compiled is kept in .cache/xla, for the other workers, for programs that tests start,
-and for the next run; JAX_COMPILATION_CACHE_DIR names another place. Programs are found
-by their HLO, flags and version, so nothing stale is.
+and for the next run; where CI is set, every run is of a new clone, so it is kept in
+~/.cache/flexhinm_jax/xla instead. JAX_COMPILATION_CACHE_DIR names another place.
+Programs are found by their HLO, flags and version, not by paths, so nothing stale is.
 """
 
 import hashlib
@@ -30,7 +31,11 @@ def cache() -> Path:
     features = [line for line in lines if line.startswith(("flags", "Features"))]
     kind = f"{platform.machine()} {features[:1]}"
     digest = hashlib.sha256(kind.encode()).hexdigest()[:12]
-    return Path(__file__).parent / ".cache" / "xla" / digest
+    root = Path(__file__).parent / ".cache"
+    if os.environ.get("CI"):
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        root = Path(home) / "flexhinm_jax"
+    return root / "xla" / digest
 
 
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
