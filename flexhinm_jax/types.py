@@ -397,10 +397,9 @@ class PackedWeight:
       nm_index: i32[t, H], original input of each N:M column, or None; m in a row form a
         group.
       nm_values: [t, v, H / m * n], the kept values of each group, by position, or None.
-      nm_positions: u32[t, v, words], position of each kept value inside its group, low
-        bits first; 2 bits each for m = 4, the next power of two that fits otherwise.
-        Strictly increasing inside a group, also where the values are zero. None without
-        N:M columns.
+      nm_positions: u32[t, v, words], which positions of each group the kept values
+        have, strictly increasing, also where the values are zero: two bits each for
+        2:4, else one rank per group (`kernels.positions`). None without N:M columns.
       out_order: i32[o], original row at storage row r.
       left: block-diagonal factor on the outputs, or None.
       right: block-diagonal factor on the inputs, or None.

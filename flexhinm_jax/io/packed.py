@@ -8,7 +8,7 @@ is stored as
     P#dense_values        [t, v, D]        their weights
     P#nm_index         i32[t, H]           original input of each N:M column
     P#nm_values           [t, v, H/m*n]    the kept weights of each group of m columns
-    P#nm_positions     u32[t, v, words]    position of each kept weight in its group
+    P#nm_positions     u32[t, v, words]    positions of the kept weights in their group
     P#out_order        i32[o]              original row at storage row r
     P#left, P#right       [k, b, b]        block-diagonal factors, only where present
     P#left_order,      i32[k * b]          original channel at each position of such a
@@ -17,12 +17,15 @@ is stored as
 (the fields of `types.PackedWeight`, which explains them; a stack of matrices has the
 same leading axes everywhere; layouts that `kernels.prepare` derived are left out;
 what is None there, because there are no such columns, is an empty array here).
-Positions take the least
-power of two of bits that holds m - 1 (2 bits for m = 4, 4 for m = 8 and 16), low bits
-first, and rise inside a group. The metadata of the file has four strings:
+Positions rise inside a group. Those of a 2:4 group take two bits each; those of other
+groups are one rank, sum of C(p[k], k + 1) over the positions p[0] < p[1] < ..., in the
+bits that C(m, n) - 1 needs (with more than 2**32 ranks every position is stored, in the
+least power of two of bits that holds m - 1). Codes are joined without gaps, low bits
+first, and each row [t, v] starts a new word. The metadata of the file has four strings:
 
     format   "flexhinm_jax.packed"
-    version  "1"
+    version  "2"; in files of version "1", which are read too, all groups store every
+             position
     packed   JSON: path -> {"shape": [o, i], "n": n, "m": m, "dtype": "bfloat16",
              "stack": [leading axes], "left": bool, "right": bool,
              "orders": [factors that have an order, absent when none],
@@ -49,15 +52,22 @@ import numpy as np
 
 from flexhinm_jax import atomic
 from flexhinm_jax.io import records, tensors
+from flexhinm_jax.kernels import positions
 from flexhinm_jax.kernels.packing import canonical
-from flexhinm_jax.kernels.validation import verify_layout, verify_packed
+from flexhinm_jax.kernels.validation import (
+    verify_layout,
+    verify_packed,
+    verify_positions,
+)
+from flexhinm_jax.ops.words import WORD, from_words, position_bits
 from flexhinm_jax.paths import named_leaves
 from flexhinm_jax.types import AxisFactor, BlockDiagonal, Layout, PackedWeight
 
 __all__ = ["FORMAT", "VERSION", "read_packed", "write_packed"]
 
 FORMAT = "flexhinm_jax.packed"
-VERSION = 1
+VERSION = 2
+READABLE = ("1", "2")
 
 ARRAYS = (
     "dense_index",
@@ -141,6 +151,7 @@ def read_packed(path: str | os.PathLike, like: Any = None) -> Any:
     """
     header = tensors.read_header(path)
     described, checksums = _metadata(path, header.metadata)
+    version = header.metadata["version"]
     try:
         leaves: dict[str, Any] = {}
         unread = dict.fromkeys(header.shapes)
@@ -153,7 +164,10 @@ def read_packed(path: str | os.PathLike, like: Any = None) -> Any:
                     )
                 del unread[key]
             stored = tensors.read(path, keys.values())
-            held = _packed_weight(fields, {f: stored[key] for f, key in keys.items()})
+            arrays = {f: stored[key] for f, key in keys.items()}
+            if version == "1":
+                arrays |= _ranked(name, fields, arrays)
+            held = _packed_weight(fields, arrays)
             stack = tuple(fields["stack"])
             dtype = jnp.dtype(fields["dtype"])
             verify_packed(held, name, dtype=dtype, stack=stack)
@@ -303,6 +317,26 @@ def _packed_weight(
     )
 
 
+def _ranked(
+    name: str, fields: Mapping[str, Any], stored: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The positions of version 1, one by one, in the codes of this version."""
+    n, m = fields["n"], fields["m"]
+    if positions.subsets(n, m) is None:
+        return {}
+    words, kept = stored["nm_positions"], stored["nm_values"].shape[-1]
+    bits = position_bits(m)
+    wanted = -(-kept * bits // WORD)
+    if words.dtype != np.uint32 or words.shape[-1:] != (wanted,) or kept % n:
+        raise ValueError(
+            f"{name}: nm_positions is {words.dtype}{list(words.shape)}, expected"
+            f" uint32[..., {wanted}] for {kept} values"
+        )
+    chosen = from_words(words, kept, bits)
+    verify_positions(chosen.reshape(*words.shape[:-1], kept // n, n), m, name)
+    return {"nm_positions": positions.encode(chosen, n, m)}
+
+
 def _metadata(
     path: str | os.PathLike, metadata: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -315,10 +349,11 @@ def _metadata(
             f"{path} is not a packed file: its format is"
             f" {metadata.get('format', 'not given')!r}, not {FORMAT!r}"
         )
-    if metadata.get("version") != str(VERSION):
+    if metadata.get("version") not in READABLE:
         raise ValueError(
             f"{path} has version {metadata.get('version')!r} of the packed format; this"
-            f" library reads version {VERSION}. Use the library that wrote it"
+            f" library reads versions {' and '.join(READABLE)}. Use the library that"
+            " wrote it"
         )
     unknown = sorted(set(metadata) - {"format", "version", "packed", "checksums"})
     if unknown:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from flexhinm_jax.kernels import positions
 from flexhinm_jax.kernels.packing import accumulator, block_columns, unpack
 from flexhinm_jax.kernels.reference import spread_nan
-from flexhinm_jax.ops import words
 from flexhinm_jax.types import PackedWeight
 
 NAME = "dense"
@@ -100,8 +100,9 @@ def gradient_of_values(x: Array, g: Array, packed: PackedWeight) -> tuple[Array,
     matrix = _dot(x.T, g[:, packed.out_order]).reshape(-1, t, v)
     tile, row = jnp.arange(t, dtype=jnp.int32), jnp.arange(v, dtype=jnp.int32)
     dense = matrix[packed.dense_index, tile[:, None]]  # [t, d, v]
-    bits = words.position_bits(packed.m)
-    position = words.from_words(packed.nm_positions, kept, bits).astype(jnp.int32)
+    groups = kept // packed.n
+    position = positions.decode(packed.nm_positions, groups, packed.n, packed.m)
+    position = position.astype(jnp.int32)
     group = jnp.arange(kept, dtype=jnp.int32) // packed.n * packed.m
     listed = jnp.asarray(packed.nm_index, jnp.int32)
     column = listed[tile[:, None, None], group + position]  # [t, v, kept]

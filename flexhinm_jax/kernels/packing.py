@@ -1,9 +1,7 @@
 """The packed form of a plan: gathered columns, values and positions per row tile.
 
 Every region becomes its own block: dense columns with all their values, N:M columns
-with n values of every m and their positions. Positions take 2 bits for m = 4, low bits
-first, so a 2:4 group is the nibble `i0 | i1 << 2` with i0 < i1, also where the values
-are zero.
+with n values of every m and their positions, in the codes of `positions`.
 """
 
 import dataclasses
@@ -16,13 +14,13 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments, checks
+from flexhinm_jax.kernels import positions
 from flexhinm_jax.kernels.validation import (
     DENSE,
     GROUPS,
     verify_packed,
     verify_plan,
 )
-from flexhinm_jax.ops.words import from_words, position_bits, to_words
 from flexhinm_jax.paths import over_stack
 from flexhinm_jax.types import BlockDiagonal, Layout, PackedWeight, Plan, Regions
 
@@ -134,7 +132,7 @@ def pack_to(
         dense_values=dense_values,
         nm_index=nm_index,
         nm_values=values.reshape(t, o // t, nm // r.m * r.n),
-        nm_positions=to_words(position.reshape(t, o // t, -1), position_bits(r.m)),
+        nm_positions=positions.encode(position.reshape(t, o // t, -1), r.n, r.m),
         out_order=r.out_order,
         left=plan.left,
         right=plan.right,
@@ -177,14 +175,15 @@ def block_columns(packed: PackedWeight) -> Array:
     """
     packed = packed.filled()
     count = packed.nm_values.shape[-1]
-    position = from_words(packed.nm_positions, count, position_bits(packed.m))
-    shape = (*packed.nm_values.shape[:-1], count // packed.n, packed.n, 1)
+    groups = count // packed.n
+    position = positions.decode(packed.nm_positions, groups, packed.n, packed.m)
+    shape = (*packed.nm_values.shape[:-1], groups, packed.n, 1)
     slot = jnp.arange(packed.m, dtype=jnp.uint32)
     here = position.reshape(shape) == slot
     zero = jnp.zeros((), packed.dtype)
     spread = jnp.where(here, packed.nm_values.reshape(shape), zero)
-    groups = jnp.sum(spread, axis=-2, dtype=packed.dtype)
-    return groups.reshape(*packed.nm_values.shape[:-1], packed.nm_index.shape[-1])
+    columns = jnp.sum(spread, axis=-2, dtype=packed.dtype)
+    return columns.reshape(*packed.nm_values.shape[:-1], packed.nm_index.shape[-1])
 
 
 def accumulator(dtype: DTypeLike) -> jnp.dtype:

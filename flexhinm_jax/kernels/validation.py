@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax import checks
-from flexhinm_jax.ops.words import WORD, from_words, position_bits
+from flexhinm_jax.kernels import positions
+from flexhinm_jax.ops.words import WORD
 from flexhinm_jax.types import BlockDiagonal, PackedWeight, Plan
 
 DENSE = ("dense_index", "dense_values")
@@ -37,7 +38,7 @@ def verify_packed(
     Raises:
       ValueError: a missing or truncated array or one of another dtype or shape, an
         index out of range or twice in a tile, an output order that is no permutation,
-        positions that do not increase inside a group.
+        positions that do not increase inside a group or have no such rank.
     """
     stack = tuple(packed.out_order.shape[:-1]) if stack is None else stack
     _regions(packed, stack, path)
@@ -54,17 +55,31 @@ def verify_packed(
     order = np.sort(np.asarray(packed.out_order), -1)
     if (order != np.arange(o, dtype=np.int32)).any():
         raise ValueError(f"{path}: out_order is not a permutation of its {o} rows")
-    count = packed.nm_values.shape[-1]
-    bits = position_bits(packed.m)
-    positions = from_words(np.asarray(packed.nm_positions), count, bits)
-    positions = positions.reshape(-1, packed.n)
-    if (positions >= packed.m).any():
-        raise ValueError(
-            f"{path}: nm_positions has a position outside 0 .. {packed.m - 1}"
-        )
-    if (positions[:, 1:] <= positions[:, :-1]).any():
+    n, m = packed.n, packed.m
+    words, groups = np.asarray(packed.nm_positions), packed.nm_values.shape[-1] // n
+    count = positions.subsets(n, m)
+    if count is not None and (positions.ranks(words, groups, n, m) >= count).any():
+        raise ValueError(f"{path}: nm_positions has a rank outside 0 .. {count - 1}")
+    chosen = positions.decode(words, groups, n, m).reshape(-1, n)
+    verify_positions(chosen, m, path)
+    _distinct(packed, chosen, path)
+
+
+def verify_positions(chosen: np.ndarray, m: int, path: str = "weight") -> None:
+    """Raises ValueError unless positions are strictly increasing in their groups.
+
+    Args:
+      chosen: u32[..., n], the positions that every group keeps.
+      m: group size.
+      path: leaf path for the message.
+
+    Raises:
+      ValueError: a position out of range, or not above the one before it.
+    """
+    if (chosen >= m).any():
+        raise ValueError(f"{path}: nm_positions has a position outside 0 .. {m - 1}")
+    if (chosen[..., 1:] <= chosen[..., :-1]).any():
         raise ValueError(f"{path}: nm_positions do not increase inside a group")
-    _distinct(packed, positions, path)
 
 
 def _regions(packed: PackedWeight, stack: tuple[int, ...], path: str) -> None:
@@ -129,7 +144,7 @@ def verify_layout(packed: PackedWeight, path: str = "weight") -> None:
         )
 
 
-def _distinct(packed: PackedWeight, positions: np.ndarray, path: str) -> None:
+def _distinct(packed: PackedWeight, chosen: np.ndarray, path: str) -> None:
     """Raises ValueError when two columns of a tile that are not zero read one input."""
     dense, nm = np.asarray(packed.dense_index), np.asarray(packed.nm_index)
     index = np.concatenate([dense, nm], -1)
@@ -140,7 +155,7 @@ def _distinct(packed: PackedWeight, positions: np.ndarray, path: str) -> None:
         return
     # Padding columns repeat an input, with value zero.
     tiles, rows, kept = len(index), packed.nm_values.shape[-2], nm.shape[-1]
-    where = positions.reshape(tiles, rows, kept // packed.m, packed.n)
+    where = chosen.reshape(tiles, rows, kept // packed.m, packed.n)
     values = np.asarray(packed.nm_values).reshape(where.shape) != 0
     columns = np.asarray(packed.dense_values).reshape(tiles, rows, dense.shape[-1]) != 0
     for tile in suspects:
@@ -164,7 +179,8 @@ def _shapes(
     columns = packed.nm_index.shape[-1]
     rows = o // max(tiles, 1)
     kept = columns // packed.m * packed.n
-    words = -(-kept * position_bits(packed.m) // WORD)
+    bits = positions.group_bits(packed.n, packed.m)
+    words = -(-kept // packed.n * bits // WORD)
     if tiles * rows != o or columns % packed.m:
         raise ValueError(
             f"{path}: {tiles} tiles of {columns} N:M columns do not fit shape {(o, i)}"

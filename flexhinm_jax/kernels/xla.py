@@ -32,11 +32,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from flexhinm_jax.kernels import terms
+from flexhinm_jax.kernels import positions, terms
 from flexhinm_jax.kernels.packing import accumulator, block_columns
 from flexhinm_jax.kernels.reference import spread_nan
 from flexhinm_jax.kernels.terms import rows_of
-from flexhinm_jax.ops import words
+from flexhinm_jax.ops.words import position_bits
 from flexhinm_jax.types import PackedWeight
 
 NAME = "xla"
@@ -90,13 +90,13 @@ def slots_of(packed: PackedWeight) -> Slots:
         whole = jnp.concatenate([packed.dense_values, slots], axis=-1)
         return Slots((whole,), (), index, inverse)
     values = packed.nm_values.reshape(t, v, groups, n)
-    bits, each = words.position_bits(m), n
-    if n * bits <= 8 and words.WORD % (n * bits) == 0:
-        bits, each = n * bits, 1
-    positions = words.from_words(packed.nm_positions, groups * each, bits)
-    positions = positions.reshape(t, v, groups, each).astype(jnp.uint8)
+    # At most MOST selections: one byte often holds all positions of a group.
+    joint = n * position_bits(m) <= 8
+    read = positions.decode_joint if joint else positions.decode
+    chosen = read(packed.nm_positions, groups, n, m)
+    chosen = chosen.reshape(t, v, groups, 1 if joint else n).astype(jnp.uint8)
     apart = lambda a: tuple(a[..., k] for k in range(a.shape[-1]))  # noqa: E731
-    return Slots(apart(values), apart(positions), index, inverse)
+    return Slots(apart(values), apart(chosen), index, inverse)
 
 
 def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
@@ -193,7 +193,7 @@ def position_of(positions: tuple, n: int, m: int) -> tuple[Array, ...]:
     """Position of the k-th kept value of every group: n times [..., v, G]."""
     if len(positions) == n > 1:
         return positions
-    bits, (joint,) = words.position_bits(m), positions
+    bits, (joint,) = position_bits(m), positions
     mask = joint.dtype.type((1 << bits) - 1)
     return tuple((joint >> (k * bits)) & mask for k in range(n))
 
@@ -284,9 +284,8 @@ def gradient_of_values(x: Array, g: Array, packed: PackedWeight) -> tuple[Array,
     packed = packed.filled()
     t, v, d = packed.dense_values.shape
     kept = packed.nm_values.shape[-1]
-    position = words.from_words(
-        packed.nm_positions, kept, words.position_bits(packed.m)
-    )
+    groups = kept // packed.n
+    position = positions.decode(packed.nm_positions, groups, packed.n, packed.m)
     group = jnp.arange(kept, dtype=jnp.int32) // packed.n * packed.m
     columns, rows = x.T, g.T[packed.out_order].reshape(t, v, g.shape[0])
 

@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 WORD = 32
 
@@ -16,19 +16,45 @@ def position_bits(m: int) -> int:
     return 1 << (need - 1).bit_length()
 
 
-def to_words(position: Array, bits: int) -> Array:
-    """Packs u32[..., c] numbers of `bits` bits into u32[..., ceil(c * bits / 32)]."""
-    per = WORD // bits
-    words = math.ceil(position.shape[-1] / per)
-    pad = [(0, 0)] * (position.ndim - 1) + [(0, words * per - position.shape[-1])]
-    parts = jnp.pad(position, pad).reshape(*position.shape[:-1], words, per)
-    shift = jnp.arange(per, dtype=jnp.uint32) * bits
-    return jnp.sum(parts << shift, axis=-1, dtype=jnp.uint32)
+def to_words(numbers: Any, bits: int) -> Any:
+    """Packs u32[..., c] numbers of `bits` bits into u32[..., ceil(c * bits / 32)].
+
+    Numbers lie one after the other, low bits first; where `bits` does not divide a word
+    some lie in two. Of NumPy in NumPy.
+    """
+    numpy = jnp if isinstance(numbers, jax.Array) else np
+    # The least number of words that numbers fill without a rest.
+    words = bits // math.gcd(bits, WORD)
+    per = words * WORD // bits
+    count = numbers.shape[-1]
+    blocks = -(-count // per)
+    pad = [(0, 0)] * (numbers.ndim - 1) + [(0, blocks * per - count)]
+    parts = numpy.pad(numbers, pad).reshape(*numbers.shape[:-1], blocks, per)
+    filled = []
+    for word in range(words):
+        value = numpy.zeros(parts.shape[:-1], np.uint32)
+        for k in range(word * WORD // bits, -(-(word + 1) * WORD // bits)):
+            shift = k * bits - word * WORD
+            part = parts[..., k]
+            value |= (
+                part << np.uint32(shift) if shift >= 0 else part >> np.uint32(-shift)
+            )
+        filled.append(value)
+    whole = numpy.stack(filled, axis=-1).reshape(*numbers.shape[:-1], blocks * words)
+    return whole[..., : -(-count * bits // WORD)]
 
 
 def from_words(words: Any, count: int, bits: int) -> Any:
     """The first `count` numbers of `to_words`, u32[..., count]; of NumPy in NumPy."""
-    shift = np.arange(0, WORD, bits, dtype=np.uint32)
-    parts = (words[..., None] >> shift) & np.uint32((1 << bits) - 1)
-    numbers = parts.reshape(*words.shape[:-1], words.shape[-1] * shift.size)
-    return numbers[..., :count]
+    mask = np.uint32((1 << bits) - 1)
+    if WORD % bits == 0:
+        shift = np.arange(0, WORD, bits, dtype=np.uint32)
+        parts = (words[..., None] >> shift) & mask
+        numbers = parts.reshape(*words.shape[:-1], words.shape[-1] * shift.size)
+        return numbers[..., :count]
+    start = np.arange(count, dtype=np.int32) * bits
+    word, shift = start // WORD, (start % WORD).astype(np.uint32)
+    # What the next word adds to a number that lies in one lies above it.
+    after = np.minimum(word + 1, max(words.shape[-1] - 1, 0))
+    high = (words[..., after] << np.uint32(1)) << (np.uint32(WORD - 1) - shift)
+    return ((words[..., word] >> shift) | high) & mask

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+from pathlib import Path
 
 import chex
 import jax
@@ -13,7 +14,8 @@ pytest.importorskip("safetensors")
 import flexhinm_jax as fh  # noqa: E402
 from flexhinm_jax import kernels  # noqa: E402
 from flexhinm_jax.io import packed, tensors  # noqa: E402
-from flexhinm_jax.kernels import packing, validation  # noqa: E402
+from flexhinm_jax.kernels import positions, validation  # noqa: E402
+from flexhinm_jax.ops import words  # noqa: E402
 from flexhinm_jax.types import (  # noqa: E402
     AxisFactor,
     BlockDiagonal,
@@ -47,9 +49,8 @@ def weight(dtype=jnp.bfloat16, layout=None, stack=(), wrapped=False, n=2, m=4):
     inputs = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (*stack, 2, 16))
     inputs = jnp.asarray(rng.permuted(inputs, axis=-1))
     kept = 8 // m * n
-    bits = {2: 1, 4: 2, 8: 4}[m]
-    word = sum((p % n) << (bits * p) for p in range(kept))
-    words = jnp.full((*stack, 2, 4, 1), word, jnp.uint32)
+    first = np.tile(np.arange(n, dtype=np.uint32), kept // n)  # of every group
+    stored = positions.encode(np.broadcast_to(first, (*stack, 2, 4, kept)), n, m)
     order = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32)[::-1], (*stack, 8))
     back = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32)[::-1], (*stack, 16))
     return PackedWeight(
@@ -57,7 +58,7 @@ def weight(dtype=jnp.bfloat16, layout=None, stack=(), wrapped=False, n=2, m=4):
         dense_values=normal(2, 4, 3),
         nm_index=inputs[..., 3:11],
         nm_values=normal(2, 4, kept),
-        nm_positions=words,
+        nm_positions=jnp.asarray(stored),
         out_order=order,
         left=BlockDiagonal(normal(2, 4, 4)) if wrapped else None,
         right=BlockDiagonal(normal(4, 4, 4), back) if wrapped else None,
@@ -157,7 +158,7 @@ def test_the_file_opens_with_any_safetensors_reader(tmp_path):
     assert set(arrays) == {f"w#{f}" for f in packed.ARRAYS}
     np.testing.assert_array_equal(arrays["w#nm_values"], w.nm_values)
     metadata = tensors.read_header(path).metadata
-    assert (metadata["format"], metadata["version"]) == ("flexhinm_jax.packed", "1")
+    assert (metadata["format"], metadata["version"]) == ("flexhinm_jax.packed", "2")
     assert json.loads(metadata["packed"])["w"] == {
         "shape": [8, 16],
         "n": 2,
@@ -313,7 +314,7 @@ def test_a_damaged_leaf_is_named(tmp_path, change, message, checksums):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a, d, m: m.update(version="2"), "version '2'.*reads version 1"),
+        (lambda a, d, m: m.update(version="3"), "version '3'.*reads versions 1 and 2"),
         (lambda a, d, m: m.pop("version"), "version None"),
         (lambda a, d, m: m.update(format="pt"), "not a packed file"),
         (lambda a, d, m: m.pop("format"), "not a packed file"),
@@ -365,6 +366,53 @@ def test_a_file_without_checksums_opens(tmp_path):
     assert_same(packed.read_packed(path)["enc/w"], weight(wrapped=True, layout=LAYOUT))
 
 
+OLD = Path(__file__).parent / "fixtures" / "packed-version-1.safetensors"
+"""Written by the library before positions had ranks: every weight "a" has its dense
+matrix "a_dense" beside it."""
+
+
+def test_a_file_of_version_1_opens(tmp_path):
+    assert tensors.read_header(OLD).metadata["version"] == "1"
+    old = packed.read_packed(OLD)
+    names = [name for name in old if f"{name}_dense" in old]
+    assert {(old[k].n, old[k].m) for k in names} >= {(2, 4), (4, 8), (6, 8), (8, 16)}
+    for name in names:
+        np.testing.assert_array_equal(kernels.unpack(old[name]), old[f"{name}_dense"])
+    path = packed.write_packed(tmp_path / "p", old)
+    assert tensors.read_header(path).metadata["version"] == "2"
+    assert path.stat().st_size < OLD.stat().st_size
+    again = packed.read_packed(path)
+    for name in names:
+        assert_same(again[name], old[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a * 0, "nm_positions do not increase"),
+        (lambda a: a | np.uint32(0xFF), "do not increase|outside 0"),
+        (lambda a: a[..., :-1], "nm_positions is uint32"),
+        (lambda a: a.astype(np.int32), "nm_positions is int32"),
+    ],
+)
+def test_damaged_positions_of_version_1_are_named(tmp_path, change, message):
+    arrays = {k: np.asarray(v) for k, v in tensors.read(OLD).items()}
+    arrays["4:8#nm_positions"] = change(arrays["4:8#nm_positions"])
+    metadata = dict(tensors.read_header(OLD).metadata)
+    del metadata["checksums"]
+    tensors.write(tmp_path / "bad", arrays, metadata)
+    with pytest.raises(ValueError, match=f"4:8: .*{message}"):
+        packed.read_packed(tmp_path / "bad")
+
+
+def test_a_rank_out_of_range_is_named(tmp_path):
+    bad = dataclasses.replace(
+        weight(n=4, m=8), nm_positions=weight(n=4, m=8).nm_positions * 0 + 127
+    )
+    with pytest.raises(ValueError, match=r"w: nm_positions has a rank outside 0 .. 69"):
+        packed.write_packed(tmp_path / "p", {"w": bad})
+
+
 def test_padding_columns_may_repeat_an_input(tmp_path):
     """A tile with fewer columns repeats one with value zero, also after folding."""
     w = weight()
@@ -402,14 +450,15 @@ def test_a_weight_that_breaks_its_promises_is_not_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("m", [2, 4, 8])
-def test_positions_are_read_as_the_kernels_pack_them(m):
-    given = np.random.default_rng(0).integers(0, m, (2, 3, 21)).astype(np.uint32)
-    bits = packing.position_bits(m)
-    words = jax.jit(packing.to_words, static_argnums=1)(given, bits)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 7, 14, 30, 32])
+def test_numbers_are_read_as_the_kernels_pack_them(bits):
+    given = np.random.default_rng(0).integers(0, 1 << bits, (2, 3, 21), np.uint32)
+    stored = jax.jit(words.to_words, static_argnums=1)(given, bits)
+    np.testing.assert_array_equal(stored, words.to_words(given, bits))
+    assert stored.shape == (2, 3, -(-21 * bits // 32))
     for kind in (np.asarray, jnp.asarray):
-        got = packing.from_words(kind(words), 21, bits)
-        assert isinstance(got, type(kind(words)))
+        got = words.from_words(kind(stored), 21, bits)
+        assert isinstance(got, type(kind(stored)))
         np.testing.assert_array_equal(got, given)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.kernels import packing
+from flexhinm_jax.ops import words
 from flexhinm_jax.types import BlockDiagonal, Plan, Regions, Support
 from tests.cases import PATTERNS, targets
 
@@ -19,12 +19,12 @@ def plan_of(pattern, shape=(16, 32), sparsity=None, dtype=jnp.float32, seed=0):
 
 @pytest.mark.parametrize("m", [2, 3, 4, 8, 16, 32])
 def test_positions_survive_the_words(m):
-    bits = packing.position_bits(m)
+    bits = words.position_bits(m)
     assert 32 % bits == 0 and 2**bits >= m
     position = jax.random.randint(jax.random.key(m), (3, 21), 0, m).astype(jnp.uint32)
-    words = packing.to_words(position, bits)
-    assert words.dtype == jnp.uint32 and words.shape == (3, -(-21 * bits // 32))
-    np.testing.assert_array_equal(packing.from_words(words, 21, bits), position)
+    stored = words.to_words(position, bits)
+    assert stored.dtype == jnp.uint32 and stored.shape == (3, -(-21 * bits // 32))
+    np.testing.assert_array_equal(words.from_words(stored, 21, bits), position)
 
 
 def test_a_24_group_is_the_nibble_of_its_two_indices():
@@ -40,8 +40,8 @@ def plan_of_weight(w):
 
 def test_positions_increase_inside_a_group_of_zeros():
     packed = fh.kernels.pack(plan_of_weight(jnp.zeros((2, 8))))
-    bits = packing.position_bits(4)
-    position = packing.from_words(packed.nm_positions, 4, bits).reshape(2, 2, 2)
+    bits = words.position_bits(4)
+    position = words.from_words(packed.nm_positions, 4, bits).reshape(2, 2, 2)
     assert (position[..., 1] > position[..., 0]).all()
 
 
