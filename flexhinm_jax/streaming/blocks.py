@@ -84,11 +84,9 @@ class Blocks:
 
     def apply(self, layer: int) -> Callable[[Mapping[str, Any], Any], Any]:
         """Block `layer` as a function of (parameters, hidden states)."""
-        prefix = decoder.block_prefix(layer)
 
         def run(params: Mapping[str, Any], h: Any) -> Any:
-            short = {key.removeprefix(prefix): x for key, x in params.items()}
-            return decoder.block(short, h, self.config, layer)
+            return decoder.block(short(params, layer), h, self.config, layer)
 
         return run
 
@@ -141,6 +139,27 @@ class Blocks:
         )
 
 
+def short(params: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """The parameters of a block under keys without the number of the layer."""
+    prefix = decoder.block_prefix(layer)
+    return {key.removeprefix(prefix): x for key, x in params.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockProgram:
+    """What blocks of one kind share, under short keys.
+
+    Attributes:
+      apply: (parameters, hidden states) -> hidden states.
+      run: the same, compiled.
+      uses: what is prunable.
+    """
+
+    apply: Callable[[Mapping[str, Any], Array], Array]
+    run: Callable[[Mapping[str, Any], Array], Array]
+    uses: Uses
+
+
 class BlockUses:
     """The uses of every block, traced once per set of rules that applies."""
 
@@ -152,7 +171,7 @@ class BlockUses:
     ):
         """Keeps key -> action of the rules, and what leaves the misfits out."""
         self.blocks, self.actions, self.fit = blocks, actions, fit
-        self.known: dict[Any, tuple[str, Uses]] = {}
+        self.programs: dict[Any, BlockProgram] = {}
 
     def kind(self, layer: int) -> tuple:
         """Equal for blocks that do the same and to which the same rules apply."""
@@ -172,22 +191,27 @@ class BlockUses:
 
     def of(self, layer: int) -> Uses:
         """The uses of a block under the keys of the checkpoint."""
+        prefix = decoder.block_prefix(layer)
+        return renamed(self.program(layer).uses, lambda key: prefix + key)
+
+    def program(self, layer: int) -> BlockProgram:
+        """The program of a block, one object for all blocks of its kind."""
         kind, prefix = self.kind(layer), decoder.block_prefix(layer)
-        if kind not in self.known:
-            like = self.blocks.like(layer)
-            width = self.blocks.config.hidden_size
-            h = jax.ShapeDtypeStruct((1, 8, width), self.blocks.computed(TABLE))
+        if kind not in self.programs:
+            config = self.blocks.config
+            like, dtype = self.blocks.like(layer), self.blocks.computed(TABLE)
+            h = jax.ShapeDtypeStruct((1, 8, config.hidden_size), dtype)
             rules = {
                 f"^{re.escape(prefix + name)}$": action for name, action in kind[1]
             }
-            run = self.blocks.apply(layer)
-            found = discover(run, like, h, rules=rules)
-            self.known[kind] = prefix, self.fit(found)
-        before, uses = self.known[kind]
-        if before == prefix:
-            return uses
-
-        return renamed(uses, lambda key: prefix + key.removeprefix(before))
+            uses = self.fit(discover(self.blocks.apply(layer), like, h, rules=rules))
+            apply = lambda params, h: decoder.block(params, h, config, layer)  # noqa: E731
+            self.programs[kind] = BlockProgram(
+                apply,
+                jax.jit(apply),
+                renamed(uses, lambda key: key.removeprefix(prefix)),
+            )
+        return self.programs[kind]
 
 
 def renamed(uses: Uses, name: Callable[[str], str]) -> Uses:

@@ -15,7 +15,7 @@ run that is killed goes on in the middle of a block too, with the same result.
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ from flexhinm_jax.io.checkpoints import Checkpoints
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import LearnedMethod, Method
 from flexhinm_jax.models import decoder
-from flexhinm_jax.pruning import apply, solve
+from flexhinm_jax.pruning import apply
 from flexhinm_jax.pruning.output_errors import output_errors
 from flexhinm_jax.pruning.report import Row
-from flexhinm_jax.pruning.statistics import blank, calibrate
+from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.streaming import memory, streaming
-from flexhinm_jax.streaming.blocks import TABLE, renamed
+from flexhinm_jax.streaming.blocks import BlockProgram, short
+from flexhinm_jax.streaming.learning_memory import learning_budget
 from flexhinm_jax.streaming.memory import Budget
 from flexhinm_jax.streaming.states import States
 from flexhinm_jax.streaming.streaming import Limits, Output, Streamed
@@ -47,15 +48,12 @@ from flexhinm_jax.training.objectives import Teacher, output_error
 from flexhinm_jax.training.run import Judge, NotFinite, Phase, Run
 from flexhinm_jax.training.state import Training, frozen, init_training
 from flexhinm_jax.training.step import make_step
-from flexhinm_jax.types import State, Uses
+from flexhinm_jax.types import State
 
 __all__ = ["Judged", "Learned", "Learning", "learn_blocks"]
 
 SAVE_SECONDS = 120.0
 """Wall time between two checkpoints inside a block."""
-
-COPIES = 5
-"""Of what is learned: itself, its gradient, two moments, the best so far."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,7 +174,7 @@ def learn_blocks(
         more={k: v for k, v in how.items() if k != "tx"},
     )
     memory.check_all(setting)
-    plan = planned(setting, limits.memory)
+    plan = learning_budget(setting, limits.memory)
     tell(plan)
     plan.check()
     work = Work(Path(out), setting)
@@ -190,114 +188,29 @@ def learn_blocks(
     return result
 
 
-def planned(setting: Setting, limit: int | None) -> Budget:
-    """The plan of memory, for the kind of block that takes most.
-
-    Args:
-      setting: what to do.
-      limit: bytes; None for any amount.
-    """
-    plans = [_planned(setting, n, limit) for n in setting.uses.kinds().values()]
-    return max(plans, key=lambda plan: plan.least)
-
-
-def _planned(setting: Setting, layer: int, limit: int | None) -> Budget:
-    blocks, beside = setting.blocks, setting.request.beside
-    count, (samples, length) = len(setting.batches), setting.batches[0].shape
-    like, dtype = blocks.like(layer), blocks.computed(TABLE)
-    h = jax.ShapeDtypeStruct((samples, length, blocks.config.hidden_size), dtype)
-    sizes = [math.prod(x.shape) * x.dtype.itemsize for x in like.values()]
-    gram, learned, largest = 0, 0, ("", 0)
-    for path, use in setting.uses.of(layer).leaves.items():
-        stack = math.prod(use.layout.stack_shape)
-        gram += 4 * stack * use.layout.matrix_shape[1] ** 2
-        size = stack * _learned_bytes(setting, path, use, like[path].dtype)
-        learned += size
-        largest = max(largest, (path, size), key=lambda pair: pair[1])
-    program = jax.make_jaxpr(blocks.apply(layer))(like, h)
-    step = 3 * _bytes_of_values(program.jaxpr)
-    hidden = count * math.prod(h.shape) * dtype.itemsize
-    return Budget(
-        limit=limit,
-        # dense, in the training, under the masks, and one on its way to the file
-        weights=3 * sum(sizes) + 2 * max(sizes),
-        gram=gram,
-        solver=learned,
-        step=step,
-        working=gram + learned + step,
-        hidden=hidden * (2 + beside),
-        files=2 * hidden * (1 + beside),
-        leaf=largest[0],
-    )
-
-
-def _learned_bytes(setting: Setting, path: str, use: Any, dtype: Any) -> int:
-    """Bytes of what is learned of one matrix, with its gradient and moments."""
-    own = solve.method_for(setting.request.method, use)
-    target = solve.target_for(own, use, setting.targets)
-    shape = use.layout.matrix_shape
-    w, key = jax.ShapeDtypeStruct(shape, dtype), jax.eval_shape(jax.random.key, 0)
-    run = lambda key, w, stats: own.solve(key, w, stats, sparsity=target)  # noqa: E731
-    state: Any = jax.eval_shape(run, key, w, blank(shape[1]))
-    leaves = jax.tree.leaves(state.learned)
-    moving = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    del path
-    return COPIES * moving + 4 * math.prod(shape)
-
-
-def _bytes_of_values(jaxpr: Any) -> int:
-    """Bytes of everything that a program computes, inner programs included."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        total += sum(memory.size(v) for v in eqn.outvars)
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
-        ):
-            if hasattr(inner, "jaxpr"):
-                total += _bytes_of_values(inner.jaxpr)
-    return total
-
-
 class _Programs:
-    """What blocks of one kind share: one function, one step, under short keys.
+    """What is compiled once for all blocks of a kind.
 
     Attributes:
-      apply: (params, hidden states) -> hidden states.
-      run: the same, compiled.
-      uses: what is prunable, under short keys.
+      block: their program.
       weights_tx: of the weights, which stay; None where the method says so itself.
       step: of a `Phase`.
+      value: (states, parameters, *batch) -> loss under the hard masks.
     """
 
-    def __init__(self, setting: Setting, learning: Learning, layer: int):
+    def __init__(self, block: BlockProgram, method: Any, tx: Any):
         """Compiles nothing yet."""
-        config, prefix = setting.blocks.config, decoder.block_prefix(layer)
-        method: Any = setting.request.method
-
-        def block(params: Mapping[str, Any], h: Array) -> Array:
-            return decoder.block(params, h, config, layer)
-
-        self.apply, self.run = block, jax.jit(block)
-        self.uses = renamed(
-            setting.uses.of(layer), lambda key: key.removeprefix(prefix)
-        )
-        self.method, loss = method, output_error(block)
+        loss, self.block = output_error(block.apply), block
         self.weights_tx = None if frozen(method) else optax.set_to_zero()
         if isinstance(method, LearnedMethod):
-            self.step = make_step(
-                method, loss, self.weights_tx, self.uses, mask_tx=learning.tx
-            )
+            self.step = make_step(method, loss, self.weights_tx, block.uses, mask_tx=tx)
 
         @jax.jit
         def value(states: dict[str, State], params: Any, *batch: Any) -> Array:
-            return loss(self.sparse(states, params), *batch)
+            plans = apply.decide(method, states, params, block.uses)
+            return loss(apply.densify(plans, params, block.uses), *batch)
 
         self.value = value
-
-    def sparse(self, states: Mapping[str, State], params: Any) -> Any:
-        """The parameters under the hard masks."""
-        plans = apply.decide(self.method, states, params, self.uses)
-        return apply.densify(plans, params, self.uses)
 
 
 class _Task:
@@ -327,19 +240,20 @@ class _Task:
         """The programs of the kind of a block."""
         kind = self.setting.uses.kind(layer)
         if kind not in self.known:
-            self.known[kind] = _Programs(self.setting, self.learning, layer)
+            block = self.setting.uses.program(layer)
+            method = self.setting.request.method
+            self.known[kind] = _Programs(block, method, self.learning.tx)
         return self.known[kind]
 
     def block(self, layer: int, states: States) -> tuple[list[Row], dict[str, float]]:
         """Learns and writes a block; `states` are then those after it."""
         setting, programs = self.setting, self.programs(layer)
-        prefix = decoder.block_prefix(layer)
-        loaded = setting.blocks.load(layer)
-        params = {key.removeprefix(prefix): x for key, x in loaded.items()}
+        block, method = programs.block, setting.request.method
+        params = short(setting.blocks.load(layer), layer)
         now, twins = states.take()
         shelf = Shelf(self.plan.shelf, self.work.folder)
         wanted = [
-            shelf.put(programs.run(params, jnp.asarray(h)))
+            shelf.put(block.run(params, jnp.asarray(h)))
             for h in (now if twins is None else twins)
         ]
 
@@ -347,42 +261,37 @@ class _Task:
             return jnp.asarray(now[k]), Teacher(jnp.asarray(shelf.get(wanted[k])))
 
         key = jax.random.fold_in(setting.request.key, layer)
-        stats = calibrate(
-            programs.apply,
-            params,
-            programs.uses,
-            ((jnp.asarray(h),) for h in now),
-            gram=True,
-        )
+        inputs = ((jnp.asarray(h),) for h in now)
+        stats = calibrate(block.apply, params, block.uses, inputs)
         solve_key, key = jax.random.split(key)
-        begun = few_steps.first_states(
-            programs.method,
+        best = few_steps.first_states(
+            method,
             self.learning.start,
             solve_key,
             params,
-            programs.uses,
+            block.uses,
             stats,
             setting.targets,
         )
         self.work.solved(layer).mkdir(parents=True, exist_ok=True)
         values: tuple[float, ...] = ()
-        if isinstance(programs.method, LearnedMethod):
-            run = self._run(layer, programs, params, begun, batch, len(now), key)
-            begun, values = self._finished(layer, run)
-        plans = apply.decide(programs.method, begun, params, programs.uses)
-        errors = output_errors(plans, params, programs.uses, stats)
-        rows, leaves = [], {}
+        if isinstance(method, LearnedMethod):
+            run = self._run(layer, programs, params, best, batch, len(now), key)
+            best, values = self._finished(layer, run)
+        plans = apply.decide(method, best, params, block.uses)
+        errors = output_errors(plans, params, block.uses, stats)
+        rows, leaves, prefix = [], {}, decoder.block_prefix(layer)
         for path, plan in plans.items():
-            layout = programs.uses.leaves[path].layout
+            layout = block.uses.leaves[path].layout
             row, leaf = streaming.described(prefix + path, plan, layout, setting.pack)
             rows.append(row)
             leaves[prefix + path] = leaf
-        sparse = apply.densify(plans, params, programs.uses)
+        sparse = apply.densify(plans, params, block.uses)
         whole = {prefix + name: x for name, x in sparse.items()}
         streaming.write_block(layer, setting, self.work, whole, leaves)
         records.write(self._values(layer), {"values": list(values)})
         after = (
-            ([programs.run(sparse, jnp.asarray(h))], [shelf.get(target)])
+            ([block.run(sparse, jnp.asarray(h))], [shelf.get(target)])
             for h, target in zip(now, wanted, strict=True)
         )
         states.next(layer + 1, after, setting.request.beside)
@@ -404,8 +313,8 @@ class _Task:
         order = np.asarray(jax.random.permutation(mix_key, count)).tolist()
         held = math.ceil(self.learning.held * count) if count > 1 else 0
         judging, learning = order[:held] or order, order[held:]
-        uses: Uses = programs.uses
-        method: Any = programs.method
+        uses = programs.block.uses
+        method: Any = self.setting.request.method
 
         def hard(training: Training) -> dict[str, State]:
             return model_gates.harden(method, training.states, params, uses)

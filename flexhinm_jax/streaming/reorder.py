@@ -30,9 +30,9 @@ from flexhinm_jax.models.decoder_parameters import HEAD, NORM, TABLE
 from flexhinm_jax.ops import regions
 from flexhinm_jax.patterns import ChannelSearch
 from flexhinm_jax.pruning.statistics import calibrate
-from flexhinm_jax.streaming.blocks import Blocks, open_blocks, renamed
+from flexhinm_jax.streaming.blocks import Blocks, open_blocks, short
 from flexhinm_jax.streaming.streaming import split
-from flexhinm_jax.types import Stats, Uses
+from flexhinm_jax.types import Stats
 
 __all__ = ["Group", "Reordered", "reorder"]
 
@@ -155,41 +155,21 @@ def searched(
     orders: list[tuple[Array, Array]] = []
     sampled: list[np.ndarray] = []
     share = max(STREAM_ROWS // blocks.count, 1)
-    programs = Programs(blocks)
+    uses = blocks.uses(None)
     for layer in range(blocks.count):
-        prefix = decoder.block_prefix(layer)
-        params = {k.removeprefix(prefix): x for k, x in blocks.load(layer).items()}
-        run, uses = programs.of(layer)
-        stats = calibrate(run, params, uses, [(h,) for h in hidden], gram=False)
+        params, block = short(blocks.load(layer), layer), uses.program(layer)
+        rows_of = [(h,) for h in hidden]
+        stats = calibrate(block.run, params, block.uses, rows_of, gram=False)
         scores = {name: score(params[name], stats[name]) for name in stats}
         orders.append(find.block(layer, scores, blocks.config))
         reading = [name for name in readers(blocks.config, layer) if name in scores]
         rows = np.concatenate([np.asarray(scores[name]) for name in reading])
         sampled.append(rows[:: max(len(rows) // share, 1)])
-        hidden = [np.asarray(run(params, h)) for h in hidden]
+        hidden = [np.asarray(block.run(params, jnp.asarray(h))) for h in hidden]
         progress(layer + 1, blocks.count)
     stream = find.best("stream", blocks.count, np.concatenate(sampled)[None])[0]
     heads, inner = (jnp.stack(part) for part in zip(*orders, strict=True))
     return Basis(stream, heads, inner)
-
-
-class Programs:
-    """Blocks of one kind as one program, under keys without the layer."""
-
-    def __init__(self, blocks: Blocks):
-        """Nothing is traced yet."""
-        self.blocks, self.uses = blocks, blocks.uses(None)
-        self.known: dict[Any, tuple[Callable[..., Array], Uses]] = {}
-
-    def of(self, layer: int) -> tuple[Callable[..., Array], Uses]:
-        """The compiled block of (parameters, hidden states), and its uses."""
-        kind = self.uses.kind(layer)
-        if kind not in self.known:
-            prefix, config = decoder.block_prefix(layer), self.blocks.config
-            run = jax.jit(lambda params, h: decoder.block(params, h, config, layer))
-            uses = renamed(self.uses.of(layer), lambda key: key.removeprefix(prefix))
-            self.known[kind] = run, uses
-        return self.known[kind]
 
 
 def score(w: Array, stats: Stats) -> Array:
@@ -272,7 +252,7 @@ def write(
         inside = set()
         for layer in range(blocks.count):
             at, keys = decoder.block_prefix(layer), blocks.keys(layer)
-            stored = {k.removeprefix(at): read(blocks, k) for k in keys}
+            stored = short({key: read(blocks, key) for key in keys}, layer)
             block = turned_block(stored, blocks.config, layer, basis)
             for name, leaf in block.items():
                 put(at + name, leaf)
