@@ -4,8 +4,11 @@ W is replaced by diag(A) S diag(B) with S sparse and A, B made of small square b
 Their (o p + i q) extra weights buy back most of what the pattern costs: at run time two
 batched block products around the sparse one. ARMOR (arXiv:2510.05528, ICLR 2026) fits
 all three by Adam and re-draws one group per block and iteration; that loop is kept for
-comparison. By default everything is solved exactly instead (`ops.factorised`), which
-falls monotonically and needs a fraction of the time.
+comparison. By default everything is solved exactly instead (equations (1) to (5) of
+`ops.factorised`), which falls monotonically and needs a fraction of the time.
+
+The target is W / (r c) with the norms c of its columns, then r of its rows, as in NoWag
+(arXiv:2504.14569); r and c are folded into A and B at the end.
 
 The extension `weighting="gram"` fits the outputs with all correlations of the inputs,
 and other targets than W x where the statistics have them.

@@ -96,7 +96,7 @@ class RefineMask(Wrapper):
         given = support.regions
         if given is None:
             matrices = b, support.keep, within, task.weight, task.gram, task.cross
-            return descent.swap_rows(*matrices, solve=solve)
+            return descent.swap_rows(descent.Fit(*matrices), solve=solve)
         n, m = given.n, given.m
         if m == n:
             return b, support.keep
@@ -113,17 +113,8 @@ class RefineMask(Wrapper):
             live = kind == elimination.CHOSEN
             h = task.gram[order][:, order]
             take = lambda x: x[:, order]  # noqa: E731
-            b, keep = descent.sweep(
-                take(b),
-                take(keep),
-                take(within),
-                take(dense),
-                h,
-                take(g),
-                live,
-                step,
-                m,
-            )
+            first = descent.Fit(*map(take, (b, keep, within, dense)), h, take(g))
+            b, keep = descent.sweep(first, live, step, m)
             back = jnp.argsort(order)
             return b[:, back], keep[:, back]
 

@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,26 @@ BLOCK = 64  # columns between two updates of the whole residual
 Step = Callable[[Array, Array, Array, Array, Array, Array], tuple[Array, Array]]
 
 
+class Fit(NamedTuple):
+    """Rows on their way down, and the quadratic that they go down on.
+
+    Attributes:
+      b: f[r, i], weights now.
+      keep: bool[r, i], their support.
+      within: bool[r, i], what may be kept; contains `keep`.
+      dense: f[r, i], the dense matrix.
+      h: f[i, i], Gram.
+      g: f[r, i], cross Gram.
+    """
+
+    b: Array
+    keep: Array
+    within: Array
+    dense: Array
+    h: Array
+    g: Array
+
+
 def patterns(n: int, m: int) -> np.ndarray:
     """bool[patterns, m]: every way to keep n of m."""
     table = np.zeros((math.comb(m, n), m), bool)
@@ -36,26 +57,11 @@ def patterns(n: int, m: int) -> np.ndarray:
     return table
 
 
-def sweep(
-    b: Array,
-    keep: Array,
-    within: Array,
-    dense: Array,
-    h: Array,
-    g: Array,
-    live: Array,
-    step: Step,
-    unit: int,
-) -> tuple[Array, Array]:
+def sweep(fit: Fit, live: Array, step: Step, unit: int) -> tuple[Array, Array]:
     """Visits every group of `unit` columns once.
 
     Args:
-      b: f[r, i], weights now.
-      keep: bool[r, i], their support.
-      within: bool[r, i], what may be kept; contains `keep`.
-      dense: f[r, i], the dense matrix.
-      h: f[i, i], Gram.
-      g: f[r, i], cross Gram.
+      fit: the rows.
       live: bool[i], columns whose group may change; constant inside a group.
       step: what happens to a group.
       unit: columns of a group, divides i.
@@ -63,7 +69,8 @@ def sweep(
     Returns:
       The new weights and their support.
     """
-    r, columns = b.shape
+    b, keep, within, dense, h, g = fit
+    columns = b.shape[1]
     block = unit * max(1, BLOCK // unit)
     pad = -columns % block
     rows = lambda x: jnp.pad(x.T, ((0, pad), (0, 0)))  # noqa: E731
@@ -180,16 +187,7 @@ def best_swap(solve: bool) -> Step:
     return step
 
 
-def swap_rows(
-    b: Array,
-    keep: Array,
-    within: Array,
-    dense: Array,
-    h: Array,
-    g: Array,
-    *,
-    solve: bool,
-) -> tuple[Array, Array]:
+def swap_rows(fit: Fit, *, solve: bool) -> tuple[Array, Array]:
     """Swaps every kept weight for the best removed one of its row, in turn.
 
     The swaps of SparseSwaps (arXiv:2512.10922): with the residual r = g - b h of the
@@ -205,17 +203,13 @@ def swap_rows(
     any row gains.
 
     Args:
-      b: f[r, i], weights now.
-      keep: bool[r, i], their support.
-      within: bool[r, i], what may be kept; contains `keep`.
-      dense: f[r, i], the dense matrix.
-      h: f[i, i], Gram.
-      g: f[r, i], cross Gram.
+      fit: the rows.
       solve: whether a weight that enters gets its best value; else its dense one.
 
     Returns:
       The new weights and their support.
     """
+    b, keep, within, dense, h, g = fit
     diagonal = jnp.diag(h)[:, None]
     row = jnp.arange(b.shape[0], dtype=jnp.int32)
 

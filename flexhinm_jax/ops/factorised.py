@@ -1,23 +1,36 @@
 """ARMOR's product diag(A) S diag(B) with a sparse core S, fitted by alternating steps.
 
-The objective is || (diag(A) S diag(B) - W) H^(1/2) ||^2, where H weighs the inputs: a
-vector f32[i] of channel weights, or a Gram matrix f32[i, i]. It is quadratic in each
-factor, so one step solves for A, for B, for the values of S by conjugate gradients, and
-then chooses groups of S again; a small ridge towards the present factor keeps the
+The objective is
+
+    L = || (diag(A) S diag(B) - W) H^(1/2) ||^2                                      (1)
+
+where H weighs the inputs: a vector f32[i] of channel weights, or a Gram matrix
+f32[i, i]. It is quadratic in each factor, so one step solves
+
+    A_k (T H T^T) = W_k H T^T             with T = S_k diag(B), k a block of rows    (2)
+    (U^T U) B_l = U^T W_l                 with U = diag(A) S_l, channel weights      (3)
+    (U^T U) D H_ll = U^T (W - A S B) H    for the change D of B_l, a Gram matrix    (3')
+    P S Q = F on the support              with P = A^T A, Q = B H B^T,
+                                          F = A^T W H B^T, by conjugate gradients    (4)
+
+and then chooses groups of S again; a small ridge towards the present factor keeps the
 solves definite, and none of them can raise the objective. ARMOR (arXiv:2510.05528)
-takes Adam steps on all three at once; exact steps need no learning rate and about a
-tenth of the time.
+takes Adam steps on all three at once, and its theorem 3.1 says the same of gradient
+steps short enough; exact steps need no learning rate and about a tenth of the time.
 
 Alternating steps creep along a valley, so each starts a little ahead in the direction
 of the last one, which halves their number; a step that does not lower the objective is
 not taken and the next starts without that push. So the losses fall monotonically from
 that of the start, which has A = B = I.
 
-Groups: with P = A^T A, Q = B H B^T and the half gradient G = P S Q - F kept at hand,
-the objective as a function of one group of m weights in row t is P_tt v Q_g v + 2 u v,
-with u the gradient that the group sees with itself removed. So the best values for each
-of the C(m, n) patterns and their exact gain are small closed forms, and a change costs
-a rank-1 update of G. ARMOR (section 3) draws one group per block by its gradient and
+Groups: with the half gradient G = P S Q - F kept at hand, the objective as a function
+of the m weights v of one group in row t is, up to a constant,
+
+    P_tt v^T Q_g v + 2 u^T v              with u = G_g - P_tt Q_g s_g, G without it  (5)
+
+so the best values v = -Q_p^-1 u_p / P_tt of each of the C(m, n) patterns p and their
+exact gain u_p^T Q_p^-1 u_p / P_tt are small closed forms, and a change costs a rank-1
+update of G. ARMOR (section 3) draws one group per block by its gradient and
 multiplies the whole product again; here every row of every block is visited, and
 blocks, which do not interact, are visited at once.
 """
@@ -120,15 +133,15 @@ def fit(
 def improve(x: Factors, w: Array, h: Array, groups: Groups, values: int) -> Factors:
     """One step of `fit`."""
     a, s, b, keep = x
-    a = solve_left(a, s, b, w, h)
-    b = solve_right(a, s, b, w, h)
+    a = solve_left(a, s, b, w, h)  # (2)
+    b = solve_right(a, s, b, w, h)  # (3)
     p, q = normal_left(a), normal_right(b, h)
     cut = lambda x: blocks.cut(x, a.shape[1], q.shape[1])  # noqa: E731
     f, s, keep = cut(pulled(a, b, w, h)), cut(s), cut(keep)
-    s, gradient = descend_values(s, keep, p, q, f, values)
+    s, gradient = descend_values(s, keep, p, q, f, values)  # (4)
     if groups.picks > 0:
         n, m, picks = groups
-        s, keep = sweep_groups(s, keep, gradient, p, q, n=n, m=m, picks=picks)
+        s, keep = sweep_groups(s, keep, gradient, p, q, n=n, m=m, picks=picks)  # (5)
     return Factors(a, blocks.join(s), b, blocks.join(keep))
 
 
@@ -240,7 +253,7 @@ def _solve(normal: Array, cross: Array, now: Array) -> Array:
 
 
 def solve_left(a: Array, s: Array, b: Array, w: Array, h: Array) -> Array:
-    """The best A for given S and B; block rows are independent.
+    """The best A for given S and B, equation (2); block rows are independent.
 
     Args:
       a: f32[k, p, p], the present A.
@@ -250,7 +263,7 @@ def solve_left(a: Array, s: Array, b: Array, w: Array, h: Array) -> Array:
       h: f32[i] or f32[i, i].
 
     Returns:
-      f32[k, p, p]: the solution of A_k (T H T^T) = W_k H T^T with T = S_k diag(B).
+      f32[k, p, p].
     """
     k, p, _ = a.shape
     t = blocks.right(s, b)
@@ -265,8 +278,8 @@ def solve_right(a: Array, s: Array, b: Array, w: Array, h: Array) -> Array:
     """A better B for given A and S.
 
     With channel weights the blocks are independent and the weights drop out, as columns
-    are fitted one by one: the result is the best B. A Gram matrix couples the blocks:
-    each is solved in turn with the others fixed, one sweep.
+    are fitted one by one, equation (3): the result is the best B. A Gram matrix couples
+    the blocks: each is solved in turn with the others fixed, equation (3'), one sweep.
 
     Args:
       a: f32[k, p, p].
@@ -289,7 +302,7 @@ def solve_right(a: Array, s: Array, b: Array, w: Array, h: Array) -> Array:
         """`pull` is (W - A S B) H, the error as the normal equations see it."""
         u, normal, now, here, inner, start = part
         mine = lax.dynamic_slice_in_dim(pull, start, q, axis=1)
-        # (U^T U) D H_jj = U^T pull_j for the change D of the block.
+        # Equation (3'), solved from the left and then from the right.
         cross = einsum("ox,oy->xy", u, mine)
         change = _solve(normal, cross, jnp.zeros_like(now))
         change = _solve(inner, change.T, jnp.zeros_like(now)).T
@@ -325,7 +338,7 @@ def normal_right(b: Array, h: Array) -> Array:
 
 
 def pulled(a: Array, b: Array, w: Array, h: Array) -> Array:
-    """f32[o, i]: F = A^T W H B^T, so that the normal equations of S are P S Q = F."""
+    """f32[o, i]: F = A^T W H B^T of equation (4)."""
     heavy = blocks.right(weigh(w, h), blocks.transpose(b))
     return blocks.left(blocks.transpose(a), heavy)
 
@@ -344,9 +357,9 @@ def image(s: Array, p: Array, q: Array) -> Array:
 def descend_values(
     s: Array, keep: Array, p: Array, q: Array, f: Array, steps: int
 ) -> tuple[Array, Array]:
-    """Conjugate gradients for the values of S on a fixed support, every block alone.
+    """Conjugate gradients for the values of S, equation (4), every block alone.
 
-    Preconditioned with the diagonal of the normal equations.
+    The support stays. Preconditioned with the diagonal of the normal equations.
 
     Args:
       s: f32[k, c, a, b], zero outside `keep`.
@@ -421,7 +434,7 @@ def pattern_inverses(q: Array, n: int, m: int) -> Array:
 def best_values(
     s: Array, gradient: Array, scale: Array, q: Array, inverse: Array, n: int
 ) -> tuple[Array, Array, Array]:
-    """The best pattern and values of every group, if it alone may change.
+    """The best pattern and values of every group, equation (5), if it alone may change.
 
     Sums and maxima over the few weights of a group are written out: one elementwise
     program instead of reductions over axes of four.

@@ -104,7 +104,8 @@ def test_a_look_at_a_row_makes_the_swaps_of_brute_force(solve):
     g = gram.dot(w, h)
     keep = masks.top_k(jnp.abs(w), jnp.full((16, 1), 4, jnp.int32))
     start = jnp.where(keep, w, 0)
-    b, kept = descent.swap_rows(start, keep, jnp.ones_like(keep), w, h, g, solve=solve)
+    fit = descent.Fit(start, keep, jnp.ones_like(keep), w, h, g)
+    b, kept = descent.swap_rows(fit, solve=solve)
     w, h, got = (np.asarray(x, np.float64) for x in (w, h, b))
     error = lambda row, x: (x - w[row]) @ h @ (x - w[row])  # noqa: E731
     swaps = 0

@@ -29,8 +29,8 @@ def start(task, n=2, m=4):
 
 def sweep(task, b, keep, step, unit, live=LIVE, within=None):
     within = jnp.ones(b.shape, bool) if within is None else within
-    given = b, keep, within, task.weight, task.gram, task.cross, live
-    return descent.sweep(*given, step, unit)
+    fit = descent.Fit(b, keep, within, task.weight, task.gram, task.cross)
+    return descent.sweep(fit, live, step, unit)
 
 
 @pytest.mark.parametrize("solve", [False, True])
