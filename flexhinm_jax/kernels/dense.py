@@ -11,9 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from flexhinm_jax.kernels import positions
-from flexhinm_jax.kernels.packing import accumulator, block_columns, unpack
-from flexhinm_jax.kernels.reference import spread_nan
+from flexhinm_jax.kernels.packing import (
+    accumulator,
+    block_columns,
+    spread_nan,
+    stored_columns,
+    unpack,
+)
 from flexhinm_jax.types import PackedWeight
 
 NAME = "dense"
@@ -84,28 +88,14 @@ def _dot(x: Array, matrix: Array) -> Array:
 
 
 def gradient_of_values(x: Array, g: Array, packed: PackedWeight) -> tuple[Array, Array]:
-    """The cotangents of (dense_values, nm_values) of y = x @ S^T on a GPU.
-
-    Args:
-      x: [N, i].
-      g: [N, o], the cotangent of y.
-      packed: the weight; its values are not read, only their shapes and dtype.
-
-    Returns:
-      Arrays like `dense_values` and `nm_values`, empty where these are None.
-    """
+    """What `xla.gradient_of_values` gives, on a GPU: one product, then gathers."""
     packed = packed.filled()
     t, v, _ = packed.dense_values.shape
-    kept = packed.nm_values.shape[-1]
     matrix = _dot(x.T, g[:, packed.out_order]).reshape(-1, t, v)
     tile, row = jnp.arange(t, dtype=jnp.int32), jnp.arange(v, dtype=jnp.int32)
     dense = matrix[packed.dense_index, tile[:, None]]  # [t, d, v]
-    groups = kept // packed.n
-    position = positions.decode(packed.nm_positions, groups, packed.n, packed.m)
-    position = position.astype(jnp.int32)
-    group = jnp.arange(kept, dtype=jnp.int32) // packed.n * packed.m
     listed = jnp.asarray(packed.nm_index, jnp.int32)
-    column = listed[tile[:, None, None], group + position]  # [t, v, kept]
+    column = listed[tile[:, None, None], stored_columns(packed)]  # [t, v, kept]
     nm = matrix[column, tile[:, None, None], row[:, None]]
     dense = jnp.swapaxes(dense, 1, 2).astype(packed.dense_values.dtype)
     return dense, nm.astype(packed.nm_values.dtype)

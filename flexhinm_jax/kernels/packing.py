@@ -174,16 +174,36 @@ def block_columns(packed: PackedWeight) -> Array:
       [t, v, H] in the dtype of the packed weight, columns in packed order.
     """
     packed = packed.filled()
-    count = packed.nm_values.shape[-1]
-    groups = count // packed.n
-    position = positions.decode(packed.nm_positions, groups, packed.n, packed.m)
+    groups = packed.nm_values.shape[-1] // packed.n
     shape = (*packed.nm_values.shape[:-1], groups, packed.n, 1)
     slot = jnp.arange(packed.m, dtype=jnp.uint32)
-    here = position.reshape(shape) == slot
+    here = _positions(packed).reshape(shape) == slot
     zero = jnp.zeros((), packed.dtype)
     spread = jnp.where(here, packed.nm_values.reshape(shape), zero)
     columns = jnp.sum(spread, axis=-2, dtype=packed.dtype)
     return columns.reshape(*packed.nm_values.shape[:-1], packed.nm_index.shape[-1])
+
+
+def stored_columns(packed: PackedWeight) -> Array:
+    """i32[t, v, kept]: the N:M column, in packed order, of every stored value."""
+    packed = packed.filled()
+    value = jnp.arange(packed.nm_values.shape[-1], dtype=jnp.int32)
+    return value // packed.n * packed.m + _positions(packed).astype(jnp.int32)
+
+
+def _positions(packed: PackedWeight) -> Array:
+    """u32[t, v, kept]: the position of every stored value in its group."""
+    groups = packed.nm_values.shape[-1] // packed.n
+    return positions.decode(packed.nm_positions, groups, packed.n, packed.m)
+
+
+def spread_nan(x: Array, y: Array) -> Array:
+    """The product y, NaN in all rows where x has one, as in a dense product.
+
+    Columns that no tile keeps are never read, so the NaN would be lost.
+    """
+    unknown = jnp.isnan(x).any(axis=1, keepdims=True)
+    return jnp.where(unknown, jnp.full((), jnp.nan, y.dtype), y)
 
 
 def accumulator(dtype: DTypeLike) -> jnp.dtype:

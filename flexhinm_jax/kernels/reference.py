@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from flexhinm_jax.kernels.packing import accumulator, block_columns
+from flexhinm_jax.kernels.packing import accumulator, block_columns, spread_nan
 from flexhinm_jax.types import PackedWeight
 
 
@@ -49,15 +49,6 @@ def matmul_transposed(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array
         )
         y = y.at[:, index].add(part)
     return spread_nan(x, y.astype(dtype))
-
-
-def spread_nan(x: Array, y: Array) -> Array:
-    """The product y, NaN in all rows where x has one, as in a dense product.
-
-    Columns that no tile keeps are never read, so the NaN would be lost.
-    """
-    unknown = jnp.isnan(x).any(axis=1, keepdims=True)
-    return jnp.where(unknown, jnp.full((), jnp.nan, y.dtype), y)
 
 
 def parts(packed: PackedWeight) -> tuple[tuple[Array, Array], ...]:

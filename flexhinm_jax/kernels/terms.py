@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from flexhinm_jax.kernels import positions
-from flexhinm_jax.kernels.packing import accumulator
+from flexhinm_jax.kernels.packing import accumulator, stored_columns
 from flexhinm_jax.types import PackedWeight, exportable
 
 BLOCK = 8
@@ -60,11 +59,8 @@ def terms_of(packed: PackedWeight) -> Terms:
     t, v, d = packed.dense_values.shape
     o, i = packed.shape
     kept = packed.nm_values.shape[-1]
-    groups = kept // packed.n
-    position = positions.decode(packed.nm_positions, groups, packed.n, packed.m)
-    group = jnp.arange(kept, dtype=jnp.uint32) // packed.n * packed.m
-    at = (group + position.astype(jnp.uint32)).astype(jnp.int32)
     spread = lambda a: jnp.broadcast_to(a[:, None], (t, v, a.shape[-1]))  # noqa: E731
+    at = stored_columns(packed)
     inner = jnp.take_along_axis(spread(packed.nm_index), at, axis=2)
     columns = jnp.concatenate([spread(packed.dense_index), inner], axis=2)
     values = jnp.concatenate([packed.dense_values, packed.nm_values], axis=2)

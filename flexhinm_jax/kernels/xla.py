@@ -33,8 +33,12 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from flexhinm_jax.kernels import positions, terms
-from flexhinm_jax.kernels.packing import accumulator, block_columns
-from flexhinm_jax.kernels.reference import spread_nan
+from flexhinm_jax.kernels.packing import (
+    accumulator,
+    block_columns,
+    spread_nan,
+    stored_columns,
+)
 from flexhinm_jax.kernels.terms import rows_of
 from flexhinm_jax.ops.words import position_bits
 from flexhinm_jax.types import PackedWeight
@@ -283,14 +287,10 @@ def gradient_of_values(x: Array, g: Array, packed: PackedWeight) -> tuple[Array,
     """
     packed = packed.filled()
     t, v, d = packed.dense_values.shape
-    kept = packed.nm_values.shape[-1]
-    groups = kept // packed.n
-    position = positions.decode(packed.nm_positions, groups, packed.n, packed.m)
-    group = jnp.arange(kept, dtype=jnp.int32) // packed.n * packed.m
     columns, rows = x.T, g.T[packed.out_order].reshape(t, v, g.shape[0])
 
     def tile(given: tuple) -> tuple[Array, Array]:
-        dense_index, nm_index, position, rows = given
+        dense_index, nm_index, at, rows = given
         gathered = columns[jnp.concatenate([dense_index, nm_index])]
         full = jnp.einsum(
             "vn,cn->vc",
@@ -298,8 +298,8 @@ def gradient_of_values(x: Array, g: Array, packed: PackedWeight) -> tuple[Array,
             gathered,
             preferred_element_type=accumulator(x.dtype),
         )
-        at = group + position.astype(jnp.int32)
         return full[:, :d], jnp.take_along_axis(full[:, d:], at, axis=1)
 
-    dense, nm = lax.map(tile, (packed.dense_index, packed.nm_index, position, rows))
+    listed = packed.dense_index, packed.nm_index, stored_columns(packed), rows
+    dense, nm = lax.map(tile, listed)
     return dense.astype(packed.dense_values.dtype), nm.astype(packed.nm_values.dtype)
