@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "flexhinm_jax"
 LAYERS = {
     "types": 0,
     "arguments": 1,
+    "jax_versions": 1,
     "paths": 1,
     "atomic": 2,
     "checks": 2,

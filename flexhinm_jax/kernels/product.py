@@ -24,7 +24,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, jax_versions
 from flexhinm_jax.gpu import support
 from flexhinm_jax.kernels import dense, dispatch, reference, xla
 from flexhinm_jax.kernels.dispatch import Choice
@@ -154,13 +154,9 @@ def _alike(x: Array, packed: PackedWeight) -> tuple[Array, PackedWeight]:
     Inside a shard_map the gradient of replicated weights is a sum over the axes that
     shard x: the transpose of the cast, which the rules of the core cannot add.
     """
-    axes = frozenset[str]().union(*map(xla.varying, jax.tree.leaves((x, packed))))
-
-    def cast(leaf: Array) -> Array:
-        missing = tuple(sorted(axes - xla.varying(leaf)))
-        return lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(cast, (x, packed))
+    own = map(jax_versions.varying_axes, jax.tree.leaves((x, packed)))
+    axes = sorted(frozenset[str]().union(*own))
+    return jax.tree.map(lambda leaf: jax_versions.varying(leaf, axes), (x, packed))
 
 
 core = Primitive("packed_product")

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from flexhinm_jax import jax_versions
 from flexhinm_jax.kernels import positions, terms
 from flexhinm_jax.kernels.packing import (
     accumulator,
@@ -263,15 +264,10 @@ def matmul_transposed(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array
 
     stored = (*_stored(packed, slots), rows)
     start = jnp.zeros((packed.shape[1], x.shape[0]), wide)
-    if axes := tuple(sorted(varying(x))):  # inside a shard_map
-        start = lax.pcast(start, axes, to="varying")
+    # Inside a shard_map the sums differ from device to device as x does.
+    start = jax_versions.varying(start, sorted(jax_versions.varying_axes(x)))
     y = lax.scan(step, start, stored)[0].T.astype(dtype)
     return spread_nan(x, y)
-
-
-def varying(x: Any) -> frozenset[str]:
-    """The manual mesh axes over which an array varies; none outside a shard_map."""
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def gradient_of_values(x: Array, g: Array, packed: PackedWeight) -> tuple[Array, Array]:

@@ -113,8 +113,9 @@ class RefineMask(Wrapper):
             live = kind == elimination.CHOSEN
             h = task.gram[order][:, order]
             take = lambda x: x[:, order]  # noqa: E731
-            first = descent.Fit(*map(take, (b, keep, within, dense)), h, take(g))
-            b, keep = descent.sweep(first, live, step, m)
+            b, keep, within, dense, g = map(take, (b, keep, within, dense, g))
+            fit = descent.Fit(b, keep, within, dense, h, g)
+            b, keep = descent.sweep(fit, live, step, m)
             back = jnp.argsort(order)
             return b[:, back], keep[:, back]
 

@@ -20,8 +20,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flexhinm_jax import arguments, checks
-from flexhinm_jax.tracing import jax_versions
+from flexhinm_jax import arguments, checks, jax_versions
 from flexhinm_jax.tracing.contractions import Chunk, Product
 from flexhinm_jax.tracing.finder import Finder, Traced
 from flexhinm_jax.tracing.masks import Masks

@@ -20,7 +20,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.extend.core import Literal
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, jax_versions
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.report import worst
 from flexhinm_jax.pruning.statistics import booleans, calibrate, unseen_note
@@ -28,7 +28,7 @@ from flexhinm_jax.sequential import segments, solver, targets, windows
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.straight import Cut, Line, straighten
 from flexhinm_jax.sequential.trained import Training
-from flexhinm_jax.tracing import jax_versions, meshes
+from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.finder import Traced
 from flexhinm_jax.tracing.program import is_array, split
 from flexhinm_jax.types import Plan, Uses

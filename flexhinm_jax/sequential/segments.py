@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
+from flexhinm_jax import jax_versions
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.sequential.straight import Cut, Line, dependent, variables
-from flexhinm_jax.tracing import jax_versions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,9 @@ from jax import Array
 from jax import numpy as jnp
 from jax.extend.core import Literal, Primitive
 
+from flexhinm_jax import jax_versions
 from flexhinm_jax.pruning.statistics import warn_missed
-from flexhinm_jax.tracing import control_flow, jax_versions
+from flexhinm_jax.tracing import control_flow
 from flexhinm_jax.tracing.contractions import RESHAPES, Product, Tracked, plain
 from flexhinm_jax.tracing.masks import Masks
 from flexhinm_jax.tracing.program import Program, is_array, run

@@ -20,9 +20,9 @@ from jax import Array
 from jax import numpy as jnp
 from jax.extend.core import Literal as Constant
 
+from flexhinm_jax import jax_versions
 from flexhinm_jax.sequential import segments
 from flexhinm_jax.sequential.straight import Cut, Line, dependent, variables
-from flexhinm_jax.tracing import jax_versions
 
 PART = r"^.*?[^./]*\d[./][^./]+"
 """A block and the next part of the path: "model.layers.3.mlp"."""

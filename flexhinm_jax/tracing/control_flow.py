@@ -16,7 +16,8 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flexhinm_jax.tracing import experts, jax_versions, masks, views
+from flexhinm_jax import jax_versions
+from flexhinm_jax.tracing import experts, masks, views
 from flexhinm_jax.tracing.contractions import Followed, Tracked, plain
 from flexhinm_jax.tracing.stops import Body, Stop
 

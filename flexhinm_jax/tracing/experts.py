@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from flexhinm_jax.tracing import jax_versions, views
+from flexhinm_jax import jax_versions
+from flexhinm_jax.tracing import views
 from flexhinm_jax.tracing.contractions import Product, Tracked
 from flexhinm_jax.tracing.stops import LOOKUP, Kind, Stop
 from flexhinm_jax.tracing.views import Atom, Dims, View

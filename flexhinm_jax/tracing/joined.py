@@ -15,7 +15,8 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from flexhinm_jax.tracing import experts, jax_versions, views
+from flexhinm_jax import jax_versions
+from flexhinm_jax.tracing import experts, views
 from flexhinm_jax.tracing.contractions import Followed, Product, Tracked
 from flexhinm_jax.tracing.matching import match
 from flexhinm_jax.tracing.stops import Stop

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from flexhinm_jax.tracing import jax_versions
+from flexhinm_jax import jax_versions
 from flexhinm_jax.tracing.contractions import Followed, Product
 from flexhinm_jax.tracing.convolutions import Window, window_params
 from flexhinm_jax.tracing.stops import Where

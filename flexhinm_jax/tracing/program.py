@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, jax_versions
 from flexhinm_jax.kernels import unpack
 from flexhinm_jax.paths import is_packed
-from flexhinm_jax.tracing import jax_versions, views
+from flexhinm_jax.tracing import views
 from flexhinm_jax.tracing.contractions import Tracked, plain
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.walker import Visitor, walk

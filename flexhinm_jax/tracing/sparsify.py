@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from flexhinm_jax import jax_versions
 from flexhinm_jax.kernels import sparse_dot
 from flexhinm_jax.paths import over_stack
-from flexhinm_jax.tracing import jax_versions
 from flexhinm_jax.tracing.contractions import Product
 from flexhinm_jax.tracing.program import layout_of, run, trace
 from flexhinm_jax.tracing.stops import Where

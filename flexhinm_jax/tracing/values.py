@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from flexhinm_jax.tracing import jax_versions, views
+from flexhinm_jax import jax_versions
+from flexhinm_jax.tracing import views
 from flexhinm_jax.tracing.stops import Body, Where
 
 #: Primitives whose result is their operand, up to rounding.

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from flexhinm_jax.tracing import control_flow, experts, jax_versions, joined, views
+from flexhinm_jax import jax_versions
+from flexhinm_jax.tracing import control_flow, experts, joined, views
 from flexhinm_jax.tracing.contractions import Followed, Product, Tracked, plain
 from flexhinm_jax.tracing.joined import Joined
 from flexhinm_jax.tracing.masks import Masks, has_program

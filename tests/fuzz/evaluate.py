@@ -16,7 +16,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.extend.core import Literal
 
-from flexhinm_jax.tracing import jax_versions
+from flexhinm_jax import jax_versions
 
 
 def evaluated(f: Callable[..., Any]) -> Callable[..., Any]:
