@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -324,64 +324,110 @@ RULES = {
 }
 
 
-def find_cuts(
-    line: Line, marker: Marker, places: Mapping[tuple[str, int], tuple[int, list]]
-) -> list[Cut]:
+class Reading(NamedTuple):
+    """A product that reads its leaf in the wanted layout, with its marks on the line.
+
+    Attributes:
+      path: the leaf.
+      at: position per stack axis of the leaf; None where the whole axis takes part.
+      read: the input, and the routes if there are any; equal for equal inputs.
+      where: position from which on the input is known.
+      result: the variable of the result, or None.
+      valid: the variable that says which tokens count, or None.
+      product: the product.
+    """
+
+    path: str
+    at: tuple[int | None, ...]
+    read: tuple[Any, ...]
+    where: int
+    result: Any
+    valid: Any
+    product: Product
+
+
+Places = Mapping[tuple[str, int], tuple[int, list[Any]]]
+"""(role, index) of a mark -> its position and what it marks."""
+
+
+def find_cuts(line: Line, marker: Marker, places: Places) -> list[Cut]:
     """The cuts of a line, in order; every wanted leaf that is used is in one."""
-    same = numbered(line)
-    first: dict[str, int] = {}
-    found: dict[str, dict[tuple, tuple]] = defaultdict(dict)
-    plain_at: dict[str, str] = {}
-    constant: list[str] = []
-    for path, (reason, block) in marker.hidden.items():
-        first[path], plain_at[path] = places["block", block][0], reason
-    for k, given in enumerate(marker.products):
-        path, layout = given.weight.path, marker.layouts[given.weight.path]
-        product = given.fit(layout)
+    hidden = marker.hidden.items()
+    first = {path: places["block", block][0] for path, (_, block) in hidden}
+    reasons = {path: reason for path, (reason, _) in hidden}
+    by_leaf = readings(line, marker, places, first, reasons)
+    by_input: dict[tuple, list[Reading]] = defaultdict(list)
+    for path, own in by_leaf.items():
+        reason = reasons.get(path) or overlap(own, marker.layouts[path])
+        if reason is not None:
+            reasons[path] = reason
+            continue
+        for reading in own:
+            by_input[reading.read, reading.product.columns].append(reading)
+    cuts = [together(line, same) for same in by_input.values()]
+    plain_at: dict[int, dict[str, str]] = defaultdict(dict)
+    for path, reason in reasons.items():
+        plain_at[first[path]][path] = reason
+    cuts += [
+        Cut(where, None, None, None, (), leaves) for where, leaves in plain_at.items()
+    ]
+    return sorted(cuts, key=lambda cut: cut.position)
+
+
+def readings(
+    line: Line,
+    marker: Marker,
+    places: Places,
+    first: dict[str, int],
+    reasons: dict[str, str],
+) -> dict[str, list[Reading]]:
+    """Leaf -> its products, one for each input and part of the leaf.
+
+    Args:
+      line: the program.
+      marker: what it met.
+      places: where the marks are.
+      first: leaf -> where it is read first; gets those of all products.
+      reasons: leaf -> why it cannot be cut; gets those that are found here.
+    """
+    same, constant = numbered(line), []
+    by_leaf: dict[str, dict[tuple, Reading]] = defaultdict(dict)
+    for k, met in enumerate(marker.products):
+        path, layout = met.weight.path, marker.layouts[met.weight.path]
+        product = met.fit(layout)
         if product is None or product.layout != layout:
             continue  # another reading of a tied leaf: not counted, as in calibrate
         where, (operand, *routes) = places["input", k]
         first[path] = min(where, first.get(path, where))
         at = tuple(product.index.get(f) for f in layout.stack)
         if any(i is not None and not isinstance(i, int) for i in at):
-            plain_at.setdefault(path, "indexed by a computed position")
+            reasons.setdefault(path, "indexed by a computed position")
         elif operand not in line.data:
             constant.append(path)
         elif not line.data.issuperset(routes):
-            plain_at.setdefault(path, "its tokens are routed whatever the batch is")
+            reasons.setdefault(path, "its tokens are routed whatever the batch is")
         else:
-            key = at, (same.same(operand), *routes), product.columns
+            read = (same.same(operand), *routes)
             (result,) = places.get(("result", k), (0, [None]))[1]
             (valid,) = places.get(("valid", k), (0, [None]))[1]
-            found[path].setdefault(key, (where, result, valid, product))
+            reading = Reading(path, at, read, where, result, valid, product)
+            by_leaf[path].setdefault((at, read, product.columns), reading)
     for path in constant:
-        if path not in found:  # beside others it is an auxiliary product
-            plain_at.setdefault(path, "its input does not depend on the batch")
-    groups: dict[tuple, list[tuple]] = defaultdict(list)
-    for path, uses in found.items():
-        reason = plain_at.get(path) or overlap(uses, marker.layouts[path])
-        if reason is not None:
-            plain_at[path] = reason
-            continue
-        for (at, read, columns), rest in uses.items():
-            groups[read, columns].append((path, at, *rest))
-    cuts = []
-    for ((operand, *routes), _), uses in groups.items():
-        start = min(where for _, _, where, *_ in uses)
-        valid = next(valid for _, _, where, _, valid, _ in uses if where == start)
-        members = tuple(
-            Member(path, at, product, stream(line, result, product, start))
-            for path, at, _, result, _, product in uses
-        )
-        route = routes[0] if routes else None
-        cuts.append(Cut(start, operand, route, valid, members, {}))
-    blocks: dict[int, dict[str, str]] = defaultdict(dict)
-    for path, reason in plain_at.items():
-        blocks[first[path]][path] = reason
-    cuts += [
-        Cut(where, None, None, None, (), leaves) for where, leaves in blocks.items()
-    ]
-    return sorted(cuts, key=lambda cut: cut.position)
+        if path not in by_leaf:  # beside others it is an auxiliary product
+            reasons.setdefault(path, "its input does not depend on the batch")
+    return {path: list(own.values()) for path, own in by_leaf.items()}
+
+
+def together(line: Line, same: Sequence[Reading]) -> Cut:
+    """The cut of products with one input, where the first of them has it."""
+    first = min(same, key=lambda reading: reading.where)
+    members = tuple(
+        Member(r.path, r.at, r.product, stream(line, r.result, r.product, first.where))
+        for r in same
+    )
+    operand, *routes = first.read
+    route = routes[0] if routes else None
+    return Cut(first.where, operand, route, first.valid, members, {})
 
 
 def numbered(line: Line) -> Numbering:
@@ -393,9 +439,9 @@ def numbered(line: Line) -> Numbering:
     return numbering
 
 
-def overlap(uses: Mapping[tuple, tuple], layout: Layout) -> str | None:
-    """Why the uses of a leaf are not its matrices, each once; None if they are."""
-    positions = [at for at, _, _ in uses]
+def overlap(own: Sequence[Reading], layout: Layout) -> str | None:
+    """Why the products of a leaf are not its matrices, each once; None if they are."""
+    positions = [reading.at for reading in own]
     if len(set(positions)) < len(positions):
         return f"used on {len(positions)} different inputs"
     whole = {tuple(i is None for i in at) for at in positions}
