@@ -12,6 +12,10 @@ from flexhinm_jax.gpu import layouts
 from flexhinm_jax.kernels.packing import unpack
 from flexhinm_jax.types import PackedWeight
 
+tiles, stream = jax.jit(layouts.tiles), jax.jit(layouts.stream)
+to_sp_meta, from_sp_meta = jax.jit(layouts.to_sp_meta), jax.jit(layouts.from_sp_meta)
+to_words = jax.jit(layouts.to_words, static_argnums=1)
+
 
 def hand_made(rng, t, v, dense, groups, i):
     """A packed weight of random everything, of sizes that fit no tile."""
@@ -82,13 +86,13 @@ SIZES = [(1, 72, 0, 24), (3, 16, 5, 9), (2, 64, 6, 0), (2, 128, 70, 33), (1, 8, 
 def test_instructions_on_the_tiles_compute_the_product(t, v, dense, groups):
     rng = np.random.default_rng(t + v)
     packed = hand_made(rng, t, v, dense, groups, i=dense + 4 * groups + 8)
-    ready = jax.tree.map(np.asarray, jax.jit(layouts.tiles)(packed))
+    ready = jax.tree.map(np.asarray, tiles(packed))
     x = rng.standard_normal((3, packed.shape[1]))
     y = np.full((t * v, 3), np.nan)
-    tiles, blocks, steps = ready["meta"].shape[:3]
-    values = np.zeros((tiles, blocks * 64, steps * 64))
+    count, blocks, steps = ready["meta"].shape[:3]
+    values = np.zeros((count, blocks * 64, steps * 64))
     values[:, : ready["values"].shape[1]] = ready["values"]
-    for tile in range(tiles):
+    for tile in range(count):
         columns = ready["index"][tile].reshape(-1)
         taken = np.where(columns[:, None] < 0, np.nan, x.T[np.maximum(columns, 0)])
         taken = np.nan_to_num(taken)
@@ -111,7 +115,7 @@ def test_instructions_on_the_tiles_compute_the_product(t, v, dense, groups):
 def test_absent_columns_are_never_selected():
     """Positions of a dense pair are 0 and 1, so slots 2 and 3 are don't-care."""
     packed = hand_made(np.random.default_rng(0), 2, 16, 7, 3, 40)
-    values, nibbles, index = layouts.stream(packed)
+    values, nibbles, index = stream(packed)
     picked = np.stack([np.asarray(nibbles) & 3, np.asarray(nibbles) >> 2], -1)
     group = 4 * np.arange(nibbles.shape[-1])[:, None] + picked
     for tile in range(2):
@@ -161,7 +165,7 @@ def test_registers_of_metadata_are_those_of_cutlass():
     pairs = [a | b << 2 for a in range(4) for b in range(a + 1, 4)]
     drawn = np.random.default_rng(6).integers(0, 6, (64, 32))
     nibbles = np.array(pairs, np.uint32)[drawn]
-    meta = layouts.to_sp_meta(layouts.to_words(jnp.asarray(nibbles), 4))
+    meta = to_sp_meta(to_words(jnp.asarray(nibbles), 4))
     assert disagreements(meta, nibbles) == set()
     for wrong in (
         jnp.roll(meta, 2, axis=-1),  # the other selector
@@ -175,8 +179,8 @@ def test_registers_of_metadata_are_those_of_cutlass():
 def test_two_indices_of_a_group_always_increase(t, v, dense, groups):
     packed = hand_made(np.random.default_rng(1), t, v, dense, groups, 600)
     for meta in (
-        layouts.from_sp_meta(layouts.tiles(packed)["meta"].reshape(-1, 2, 128)),
-        layouts.to_words(layouts.stream(packed)[1], 4),
+        from_sp_meta(tiles(packed)["meta"].reshape(-1, 2, 128)),
+        to_words(stream(packed)[1], 4),
     ):
         words = np.asarray(meta)
         for shift in range(0, 32, 4):
@@ -186,14 +190,14 @@ def test_two_indices_of_a_group_always_increase(t, v, dense, groups):
 
 def test_metadata_survive_the_registers_of_the_instruction():
     words = jax.random.bits(jax.random.key(0), (192, 6), jnp.uint32)
-    meta = layouts.to_sp_meta(words)
+    meta = to_sp_meta(words)
     assert meta.shape == (3, 3, 128) and meta.dtype == jnp.int32
-    np.testing.assert_array_equal(layouts.from_sp_meta(meta), words)
+    np.testing.assert_array_equal(from_sp_meta(meta), words)
 
 
 def test_layouts_can_be_jitted_and_stacked():
     packed = hand_made(np.random.default_rng(4), 2, 16, 6, 9, 64)
-    alone = jax.jit(layouts.tiles)(packed)
+    alone = tiles(packed)
     stack = jax.tree.map(lambda x: jnp.stack([x, x]), packed)
     for name, value in jax.jit(jax.vmap(layouts.tiles))(stack).items():
         np.testing.assert_array_equal(value[1], alone[name])

@@ -1,6 +1,7 @@
 """Every program of a product against the dense matrix, under every transformation."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -22,14 +23,21 @@ ALL = {
 } | {"16:32": fh.NM(16, 32)}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def plan_of(method, w, sparsity):
+    state = method.solve(jax.random.key(1), w, None, sparsity=sparsity)
+    return method.decide(state, w)
+
+
+@functools.cache
 def pack(pattern, shape=(16, 32), dtype=jnp.float32, sparsity=None, seed=0):
-    w = jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+    w = normal(*shape, seed=seed, dtype=dtype)
     sparsity = targets(pattern)[1] if sparsity is None else sparsity
-    method = fh.Magnitude(pattern)
-    plan = method.decide(method.solve(jax.random.key(1), w, None, sparsity=sparsity), w)
+    plan = plan_of(fh.Magnitude(pattern), w, sparsity)
     return kernels.pack(plan), plan.weight
 
 
+@functools.cache
 def normal(*shape, seed=3, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
