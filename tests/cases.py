@@ -1,5 +1,7 @@
 """Cases that the conformance suite and the property tests share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -34,10 +36,12 @@ MORE_PATTERNS = {
 """Other patterns, parameters and searched orders: the slow part of the suite."""
 
 
+@functools.cache
 def weight(seed: int = 0, shape: tuple[int, ...] = SHAPE, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
+@functools.cache
 def stats(seed: int = 0, inputs: int = SHAPE[1], outputs: int = SHAPE[0]) -> Stats:
     """Statistics of correlated inputs with skewed channel scales."""
     keys = jax.random.split(jax.random.key(100 + seed), 3)
