@@ -407,6 +407,8 @@ class PackedWeight:
       n: kept of each group of m.
       m: group size.
       layout: how the matrix goes back into its leaf; None for a plain `[o, i]` leaf.
+      scale: [t, v] in the dtype of the weight, what the stored values of each storage
+        row are multiplied with; None for values that are the weights themselves.
       layouts: backend -> arrays in the order of that backend, derived from the fields
         above by `kernels.prepare`; whatever changes those must empty it.
 
@@ -435,6 +437,7 @@ class PackedWeight:
     n: int = static()
     m: int = static()
     layout: Layout | None = static(default=None, repr=False)
+    scale: Array | None = None
     layouts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     __repr__ = brief
@@ -447,7 +450,12 @@ class PackedWeight:
 
     @property
     def dtype(self) -> Any:
-        """Dtype of the values."""
+        """Dtype of the weights: of the scale where there is one, else of the values."""
+        return self.values_dtype if self.scale is None else self.scale.dtype
+
+    @property
+    def values_dtype(self) -> Any:
+        """Dtype of the stored values."""
         values: Any = self.dense_values if self.nm_values is None else self.nm_values
         return values.dtype
 
@@ -476,12 +484,17 @@ class PackedWeight:
         arrays: dict[str, Any] = {}
         if self.dense_index is None:
             arrays["dense_index"] = np.zeros((*tiles, 0), np.int32)
-            arrays["dense_values"] = np.zeros((*rows, 0), self.dtype)
+            arrays["dense_values"] = np.zeros((*rows, 0), self.values_dtype)
         if self.nm_index is None:
             arrays["nm_index"] = np.zeros((*tiles, 0), np.int32)
-            arrays["nm_values"] = np.zeros((*rows, 0), self.dtype)
+            arrays["nm_values"] = np.zeros((*rows, 0), self.values_dtype)
             arrays["nm_positions"] = np.zeros((*rows, 0), np.uint32)
         return dataclasses.replace(self, **arrays) if arrays else self
+
+    @property
+    def core(self) -> "PackedWeight":
+        """The stored values alone, which the kernels multiply, with their layouts."""
+        return dataclasses.replace(self, left=None, right=None, layout=None, scale=None)
 
     def todense(self) -> Array:
         """W as an array: `kernels.unpack`."""

@@ -91,6 +91,8 @@ def ending(out: Path, report: Report, packed_file: str | None = None) -> list[st
     """The last lines that a person reads."""
     kept = f"{len(report.skipped)} leaves not pruned (flexhinm inspect says why)"
     covered = report.coverage_lines
+    if rounding := report.total["rounding"]:
+        kept += f"; packed values are rounded by {rounding:.2%} of their norm"
     if packed_file is None:
         return [*covered, kept, f"wrote {out} with {REPORT}"]
     dense, small = report.tree_dense_bytes, report.tree_packed_bytes

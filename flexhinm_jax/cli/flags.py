@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexhinm_jax import patterns
+from flexhinm_jax.kernels.quantised import DTYPES
 from flexhinm_jax.models.load import PACKED_BLOCKS
 from flexhinm_jax.pruning.allocate import MODES, Mode
 from flexhinm_jax.pruning.owl import OWL
@@ -106,6 +107,16 @@ def add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:
 def add_packed(parser: argparse.ArgumentParser, help: str) -> None:
     """Adds the switch for weights as the sparse kernels read them."""
     parser.add_argument("--packed", action="store_true", help=help)
+
+
+def add_pack_values(parser: argparse.ArgumentParser) -> None:
+    """Adds what packed values are stored in."""
+    parser.add_argument(
+        "--pack-values",
+        choices=DTYPES,
+        help="store the packed values in eight bits, with one scale per row (default:"
+        " the dtype of the checkpoint); a decoder needs --pack",
+    )
 
 
 def add_shown(parser: argparse.ArgumentParser) -> None:
@@ -207,6 +218,8 @@ def check_kind(args: argparse.Namespace, is_decoder: bool) -> None:
     for option, why in ONLY_ENCODERS.items() if is_decoder else ():
         if getattr(args, option, None):
             raise ValueError(f"--{option.replace('_', '-')} is for encoders; {why}")
+    if is_decoder and args.pack_values and not args.pack:
+        raise ValueError("--pack-values says what --pack writes; add --pack")
     for option in () if is_decoder else ONLY_DECODERS:
         if getattr(args, option, None):
             name = option.replace("_", "-")

@@ -105,6 +105,7 @@ def add_parser(commands: Any) -> None:
         help="what a block is to give: what the dense block gives on the same input"
         " (seq, the default), or what the dense model gives there (asym)",
     )
+    flags.add_pack_values(parser)
     flags.add_written(parser)
     parser.set_defaults(run=run)
 
@@ -250,4 +251,6 @@ def _learn(
     with console.step("packing"):
         plans = apply.decide(choices.method, states, params, uses)
         result = prune.applied(plans, params, uses)
+        if args.pack_values:
+            result = prune.with_values(result, args.pack_values)
     return result, history

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
                 config={"method": args.method, "rate": choices.rate},
             ),
             limits=limits(args),
-            output=streaming.Output(args.pack, args.force, texts),
+            output=streaming.Output(args.pack, args.force, texts, args.pack_values),
             progress=tell,
         )
     pairs = [pair for pair in result.values if pair]

@@ -62,6 +62,7 @@ def add_parser(commands: Any) -> None:
         " 'flexhinm eval' does",
     )
     _add_decoders(parser)
+    flags.add_pack_values(parser)
     flags.add_written(parser)
     parser.set_defaults(run=run)
 

@@ -81,6 +81,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
                 args.pack,
                 args.force,
                 lambda made: directory.texts(args, document(made)),
+                args.pack_values,
             ),
             progress=tell,
         )

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
     with console.step("reading the model"):
         model = load(args.model, tokenizer=bool(choices.text))
     result, notes, errors = _pruned(args, choices, model, console)
+    if args.pack_values:
+        result = prune.with_values(result, args.pack_values)
     document = document_of(args, choices) | {
         "sentences": len(choices.text),
         "notes": notes,

@@ -19,7 +19,7 @@ KEYS = (
     *("batch_size", "max_length", "sequential", "target", "share_orders", "seed"),
     *("statistics", "on_mismatch", "reconstruct", "reconstruct_steps"),
     *("reconstruct_rate", "reconstruct_target"),
-    *("length", "samples", "dtype", "pack", "first_last", "memory"),
+    *("length", "samples", "dtype", "pack", "pack_values", "first_last", "memory"),
 )
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False}
 SWITCHES |= {"off": False}

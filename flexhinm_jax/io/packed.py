@@ -10,6 +10,8 @@ is stored as
     P#nm_values           [t, v, H/m*n]    the kept weights of each group of m columns
     P#nm_positions     u32[t, v, words]    positions of the kept weights in their group
     P#out_order        i32[o]              original row at storage row r
+    P#scale               [t, v]           factor of the values of each storage row,
+                                           only where values are rounded to 8 bits
     P#left, P#right       [k, b, b]        block-diagonal factors, only where present
     P#left_order,      i32[k * b]          original channel at each position of such a
     P#right_order                          factor, where it has an order of its own
@@ -27,7 +29,8 @@ first, and each row [t, v] starts a new word. The metadata of the file has four 
     version  "2"; in files of version "1", which are read too, all groups store every
              position
     packed   JSON: path -> {"shape": [o, i], "n": n, "m": m, "dtype": "bfloat16",
-             "stack": [leading axes], "left": bool, "right": bool,
+             "stack": [leading axes], "left": bool, "right": bool, "dtype" that of
+             the values; "scale": dtype of the scale, absent when none;
              "orders": [factors that have an order, absent when none],
              "layout": null or {"shape": [...], "stack": F, "out": F, "inputs": F}}
              where F lists the (axis, stride, size) of `types.AxisFactor`
@@ -36,7 +39,7 @@ first, and each row [t, v] starts a new word. The metadata of the file has four 
 
 A reader needs nothing else: multiply `x[..., dense_index[t]]` by `dense_values[t]`, add
 the same for the N:M columns that the positions select, and put row r of the result at
-`out_order[r]`.
+`out_order[r]`, times its scale where there is one.
 """
 
 import json
@@ -250,6 +253,8 @@ def _device(array: np.ndarray) -> Any:
 def _arrays(leaf: PackedWeight) -> dict[str, np.ndarray]:
     whole = leaf.filled()
     stored = {field: np.asarray(getattr(whole, field)) for field in ARRAYS}
+    if leaf.scale is not None:
+        stored["scale"] = np.asarray(leaf.scale)
     for field in FACTORS:
         factor = getattr(leaf, field)
         if factor is not None:
@@ -264,23 +269,28 @@ def _header(leaf: PackedWeight) -> dict[str, Any]:
     layout = leaf.layout
     factors = {f: getattr(leaf, f) for f in FACTORS}
     orders = [f for f, x in factors.items() if x is not None and x.order is not None]
-    return ({"orders": orders} if orders else {}) | {
-        "shape": list(leaf.shape),
-        "n": leaf.n,
-        "m": leaf.m,
-        "dtype": np.dtype(leaf.dtype).name,
-        "stack": list(leaf.out_order.shape[:-1]),
-        "left": leaf.left is not None,
-        "right": leaf.right is not None,
-        "layout": None
-        if layout is None
-        else {
-            "shape": list(layout.shape),
-            "stack": _factors(layout.stack),
-            "out": _factors(layout.out),
-            "inputs": _factors(layout.inputs),
-        },
-    }
+    scale = {} if leaf.scale is None else {"scale": np.dtype(leaf.scale.dtype).name}
+    return (
+        ({"orders": orders} if orders else {})
+        | scale
+        | {
+            "shape": list(leaf.shape),
+            "n": leaf.n,
+            "m": leaf.m,
+            "dtype": np.dtype(leaf.values_dtype).name,
+            "stack": list(leaf.out_order.shape[:-1]),
+            "left": leaf.left is not None,
+            "right": leaf.right is not None,
+            "layout": None
+            if layout is None
+            else {
+                "shape": list(layout.shape),
+                "stack": _factors(layout.stack),
+                "out": _factors(layout.out),
+                "inputs": _factors(layout.inputs),
+            },
+        }
+    )
 
 
 def _factors(factors: tuple[AxisFactor, ...]) -> list[list[int]]:
@@ -310,6 +320,7 @@ def _packed_weight(
     return PackedWeight(
         **{field: stored[field] for field in ARRAYS},
         **factors,
+        scale=stored.get("scale"),  # pyright: ignore[reportArgumentType]
         shape=tuple(fields["shape"]),
         n=fields["n"],
         m=fields["m"],
@@ -389,7 +400,8 @@ def _field_names(name: str, fields: Any) -> tuple[str, ...]:
             sizes(fields["shape"], 2)
             and ints([fields["n"], fields["m"]])
             and 0 < fields["n"] <= fields["m"] <= MAX_GROUP
-            and fields["dtype"] in {d.name for d in tensors.DTYPES.values()}
+            and fields["dtype"] in (names := {d.name for d in tensors.DTYPES.values()})
+            and (fields.get("scale") is None or fields["scale"] in names)
             and sizes(fields["stack"])
             and all(isinstance(fields[f], bool) for f in FACTORS)
             and isinstance(orders := fields.get("orders", []), list)
@@ -402,6 +414,7 @@ def _field_names(name: str, fields: Any) -> tuple[str, ...]:
         raise ValueError(f"{name}: its description is damaged: {str(fields)[:300]}")
     return (
         *ARRAYS,
+        *(("scale",) if fields.get("scale") else ()),
         *(f for f in FACTORS if fields[f]),
         *(f"{f}_order" for f in dict.fromkeys(orders)),
     )

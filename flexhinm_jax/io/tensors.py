@@ -33,6 +33,8 @@ DTYPES: dict[str, np.dtype] = {
     "I32": np.dtype(np.int32),
     "U64": np.dtype(np.uint64),
     "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
     "F32": np.dtype(np.float32),
@@ -147,10 +149,15 @@ def read(
     """
     header = read_header(path)
     keys = list(header.shapes) if keys is None else list(keys)
-    for key in keys:
-        _dtype(path, header, key)
+    dtypes = {key: _dtype(path, header, key) for key in keys}
     with _opened(path) as f:
-        return {key: f.get_tensor(key) for key in keys}
+        return {
+            # The package asks NumPy itself for names of dtypes with eight bits.
+            key: np.array(mapped(path, header, key))
+            if dtype.name.startswith("float8")
+            else f.get_tensor(key)
+            for key, dtype in dtypes.items()
+        }
 
 
 def write(

@@ -17,6 +17,7 @@ from flexhinm_jax.kernels.packing import (
 )
 from flexhinm_jax.kernels.preparing import prepare, strip
 from flexhinm_jax.kernels.product import sparse_dot
+from flexhinm_jax.kernels.quantised import quantise
 from flexhinm_jax.kernels.validation import verify_packed
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "pack",
     "pack_to",
     "prepare",
+    "quantise",
     "sizes",
     "sparse_dot",
     "strip",

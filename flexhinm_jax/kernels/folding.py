@@ -223,16 +223,18 @@ def _rows_in_order(packed: PackedWeight) -> PackedWeight:
     at = jnp.argsort(packed.out_order, axis=-1)
     identity = jnp.arange(at.shape[-1], dtype=jnp.int32)
 
+    def rows(x: Array) -> Array:
+        return jnp.take_along_axis(x, at[..., None, :, None], axis=-2)
+
     def take(x: Array | None) -> Array | None:
-        return (
-            x if x is None else jnp.take_along_axis(x, at[..., None, :, None], axis=-2)
-        )
+        return None if x is None else rows(x)
 
     return dataclasses.replace(
         packed,
         dense_values=take(packed.dense_values),
         nm_values=take(packed.nm_values),
         nm_positions=take(packed.nm_positions),
+        scale=None if packed.scale is None else rows(packed.scale[..., None])[..., 0],
         out_order=jnp.broadcast_to(identity, packed.out_order.shape),
         layouts={},
     )

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments, checks
 from flexhinm_jax.kernels import positions
+from flexhinm_jax.kernels.quantised import quantise
 from flexhinm_jax.kernels.validation import (
     DENSE,
     GROUPS,
@@ -46,19 +47,23 @@ def sizes(regions: Regions) -> tuple[int, int]:
     return int(dense.max()), int((nm - dense).max())
 
 
-def pack(plan: Plan, layout: Layout | None = None) -> PackedWeight:
+def pack(
+    plan: Plan, layout: Layout | None = None, values: DTypeLike | None = None
+) -> PackedWeight:
     """Packs the plan of one matrix, or of a stack with leading axes on every array.
 
     Args:
       plan: concrete plan with regions.
       layout: how the matrix goes back into its leaf, kept for `sparsify`.
+      values: "int8", "float8_e4m3fn" or "float8_e5m2" stores values rounded to that,
+        with one scale per row; None as they are.
 
     Returns:
       The packed weight, with the dtype of the plan's weight.
 
     Raises:
       ValueError: an unstructured support, which has nothing to pack, or regions that
-        are no permutations or do not fit the weight.
+        are no permutations or do not fit the weight; `values` of another kind.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -83,7 +88,8 @@ def pack(plan: Plan, layout: Layout | None = None) -> PackedWeight:
     dense, nm = sizes(regions)
     verify_plan(plan)
     one = functools.partial(pack_to, dense=dense, nm=nm, layout=layout)
-    return over_stack(one, plan.weight.ndim - 2)(plan)
+    packed = over_stack(one, plan.weight.ndim - 2)(plan)
+    return packed if values is None else quantise(packed, values)
 
 
 @functools.partial(jax.jit, static_argnames=("dense", "nm", "layout"))
@@ -157,7 +163,8 @@ def canonical(packed: PackedWeight) -> PackedWeight:
     if len(empty) == 2:
         *stack, t, _ = packed.dense_index.shape
         index = jnp.zeros((*stack, t, 1), jnp.int32)
-        values = jnp.zeros((*packed.dense_values.shape[:-1], 1), packed.dtype)
+        shape = (*packed.dense_values.shape[:-1], 1)
+        values = jnp.zeros(shape, packed.values_dtype)
         packed = dataclasses.replace(packed, dense_index=index, dense_values=values)
         empty = [GROUPS]
     none = {name: None for names in empty for name in names}
@@ -171,16 +178,16 @@ def block_columns(packed: PackedWeight) -> Array:
       packed: one packed matrix.
 
     Returns:
-      [t, v, H] in the dtype of the packed weight, columns in packed order.
+      [t, v, H] in the dtype of the stored values, columns in packed order.
     """
     packed = packed.filled()
     groups = packed.nm_values.shape[-1] // packed.n
     shape = (*packed.nm_values.shape[:-1], groups, packed.n, 1)
     slot = jnp.arange(packed.m, dtype=jnp.uint32)
     here = _positions(packed).reshape(shape) == slot
-    zero = jnp.zeros((), packed.dtype)
+    zero = jnp.zeros((), packed.values_dtype)
     spread = jnp.where(here, packed.nm_values.reshape(shape), zero)
-    columns = jnp.sum(spread, axis=-2, dtype=packed.dtype)
+    columns = jnp.sum(spread, axis=-2, dtype=packed.values_dtype)
     return columns.reshape(*packed.nm_values.shape[:-1], packed.nm_index.shape[-1])
 
 
@@ -204,6 +211,13 @@ def spread_nan(x: Array, y: Array) -> Array:
     """
     unknown = jnp.isnan(x).any(axis=1, keepdims=True)
     return jnp.where(unknown, jnp.full((), jnp.nan, y.dtype), y)
+
+
+def scales(packed: PackedWeight) -> Array:
+    """The scale of every output of one scaled matrix, [o] in the accumulator."""
+    assert packed.scale is not None
+    stored = packed.scale.reshape(-1)[jnp.argsort(packed.out_order)]
+    return stored.astype(accumulator(packed.dtype))
 
 
 def accumulator(dtype: DTypeLike) -> jnp.dtype:
@@ -247,7 +261,8 @@ def unpack(packed: PackedWeight) -> Array:
       packed: one matrix or a stack.
 
     Returns:
-      [*stack, o, i] in the dtype of the values, block wrappers multiplied in.
+      [*stack, o, i] in the dtype of the weight, scales and block wrappers multiplied
+      in.
 
     Raises:
       ValueError: outside of a trace, arrays that break a promise of `PackedWeight`.
@@ -268,7 +283,7 @@ def _unpack(packed: PackedWeight) -> Array:
         return jax.vmap(_unpack)(packed)
     packed, (o, i) = packed.filled(), packed.shape
     t = packed.dense_index.shape[0]
-    tiles = jnp.zeros((t, i, o // t), packed.dtype)
+    tiles = jnp.zeros((t, i, o // t), packed.values_dtype)
     tile = jnp.arange(t, dtype=jnp.int32)[:, None]
     tiles = tiles.at[tile, packed.nm_index].add(
         jnp.swapaxes(block_columns(packed), 1, 2)
@@ -277,11 +292,13 @@ def _unpack(packed: PackedWeight) -> Array:
         jnp.swapaxes(packed.dense_values, 1, 2)
     )
     rows = jnp.swapaxes(tiles, 1, 2).reshape(o, i)
-    weight = jnp.zeros((o, i), packed.dtype).at[packed.out_order].set(rows)
-    if packed.left is None and packed.right is None:
+    weight = jnp.zeros((o, i), rows.dtype).at[packed.out_order].set(rows)
+    if packed.scale is None and packed.left is None and packed.right is None:
         return weight
     # S @ right = (right^T @ S^T)^T
     right = None if packed.right is None else packed.right.T
     weight = weight.astype(accumulator(packed.dtype))
+    if packed.scale is not None:
+        weight = weight * scales(packed)[:, None]
     weight = block_product(weight, right, axis=1)
     return block_product(weight, packed.left, axis=0).astype(packed.dtype)

@@ -78,7 +78,7 @@ def strip(tree: Any) -> Any:
 
 
 def _prepared(packed: PackedWeight, backend: str) -> PackedWeight:
-    bare = dataclasses.replace(packed, layouts={}, left=None, right=None, layout=None)
+    bare = strip(packed.core)
     known, layouts = dispatch.known(), dict(packed.layouts)
     for name in _names(bare, backend):
         derive = over_stack(known[name].prepare, packed.out_order.ndim - 1)

@@ -28,7 +28,7 @@ from flexhinm_jax import arguments, jax_versions
 from flexhinm_jax.gpu import support
 from flexhinm_jax.kernels import dense, dispatch, reference, xla
 from flexhinm_jax.kernels.dispatch import Choice
-from flexhinm_jax.kernels.packing import accumulator, block_product
+from flexhinm_jax.kernels.packing import accumulator, block_product, scales
 from flexhinm_jax.types import PackedWeight
 
 
@@ -50,7 +50,7 @@ def sparse_dot(
         Integers and booleans are cast to the dtype of the result.
       packed: one packed matrix.
       transposed: multiply with W instead of its transpose; plain XLA everywhere.
-      dtype: dtype of the result; None for what x and the values promote to.
+      dtype: dtype of the result; None for what x and the weight promote to.
       backend: "auto" takes a GPU kernel where one can serve and plain XLA elsewhere;
         "reference", "xla" and "dense" force those; "gpu" or the name of a kernel forces it.
 
@@ -77,7 +77,7 @@ def sparse_dot(
     dtype = jnp.dtype(dtype or jnp.result_type(x.dtype, packed.dtype))
     x = x.astype(_compute_dtype(x.dtype, packed.dtype, dtype))
     rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-    choice = dispatch.choose(backend, rows, packed, transposed=transposed)
+    choice = dispatch.choose(backend, rows, packed.core, transposed=transposed)
     return sparse_product(x, packed, transposed=transposed, dtype=dtype, choice=choice)
 
 
@@ -128,11 +128,14 @@ def sparse_product(
     if transposed:
         first = packed.left and packed.left.T
         last = packed.right and packed.right.T
-    lead = x.shape[:-1]
-    x = block_product(x, first).astype(compute)
+    lead, scale = x.shape[:-1], None if packed.scale is None else scales(packed)
+    x = block_product(x, first)
+    if transposed and scale is not None:
+        x, scale = x * scale, None
+    x = x.astype(compute)
     x = jnp.reshape(x, (math.prod(lead), x.shape[-1]))
-    inner = dtype if last is None else accumulator(compute)
-    bare = dataclasses.replace(packed, left=None, right=None, layout=None)
+    scaled = last is not None or scale is not None
+    inner, bare = accumulator(compute) if scaled else dtype, packed.core
     side = packed.shape[1] if transposed else packed.shape[0]
     if x.shape[0] == 0:
         y = jnp.zeros((0, side), inner)
@@ -145,6 +148,7 @@ def sparse_product(
         # An interpreted kernel has effects, which a primitive would hide.
         run = _run_packed if choice.cuda and support.interpreting() else _bind
         y = run(x, bare, **how)
+    y = y if scale is None else y * scale
     return block_product(y.reshape(*lead, side), last).astype(dtype)
 
 

@@ -43,7 +43,7 @@ def verify_packed(
     stack = tuple(packed.out_order.shape[:-1]) if stack is None else stack
     _regions(packed, stack, path)
     packed = packed.filled()
-    _shapes(packed, stack, packed.dtype if dtype is None else dtype, path)
+    _shapes(packed, stack, packed.values_dtype if dtype is None else dtype, path)
     o, i = packed.shape
     for field in ("dense_index", "nm_index"):
         index = np.asarray(getattr(packed, field))
@@ -194,6 +194,10 @@ def _shapes(
         "nm_positions": (np.uint32, (tiles, rows, words)),
         "out_order": (np.int32, (o,)),
     }
+    if packed.scale is not None:
+        wanted["scale"] = (_floating(packed.scale.dtype, path), (tiles, rows))
+        if not np.isfinite(np.asarray(packed.scale, np.float32)).all():
+            raise ValueError(f"{path}: scale has NaN or infinity")
     for field, (dtype, shape) in wanted.items():
         array = getattr(packed, field)
         if array.shape != (*stack, *shape) or array.dtype != np.dtype(dtype):
@@ -203,6 +207,12 @@ def _shapes(
             )
     for field, side in (("left", o), ("right", i)):
         _blocks(getattr(packed, field), stack, side, f"{path}: {field}")
+
+
+def _floating(dtype: Any, path: str) -> Any:
+    if not np.issubdtype(dtype, np.floating) and np.dtype(dtype).name != "bfloat16":
+        raise ValueError(f"{path}: scale is {dtype}; need a floating dtype")
+    return dtype
 
 
 def _blocks(

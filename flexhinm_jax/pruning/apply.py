@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments, checks, kernels
 from flexhinm_jax.methods import Method
@@ -210,7 +211,12 @@ def densify(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
 
 
 @meshes.under_automatic_axes
-def pack(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
+def pack(
+    plans: Mapping[str, Plan],
+    params: Any,
+    uses: Uses,
+    values: DTypeLike | None = None,
+) -> Any:
     """The same tree with `PackedWeight` leaves, for `sparsify`.
 
     A plan without regions (unstructured) stays dense; `report` says so.
@@ -219,15 +225,21 @@ def pack(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
       plans: concrete plans from `decide`.
       params: the parameter tree.
       uses: from `discover`.
+      values: "int8", "float8_e4m3fn" or "float8_e5m2" stores the packed values in eight
+        bits with one scale per row, which `report` shows in bytes and in error; None
+        stores them as they are.
 
     Returns:
       A tree with the same paths.
+
+    Raises:
+      ValueError: plans that do not belong to the leaves, or `values` of another kind.
     """
 
     def weight(plan: Plan, use: Use) -> Any:
         if plan.support.regions is None:
             return to_leaf(dense_weight(plan), use.layout)
-        return kernels.pack(plan, use.layout)
+        return kernels.pack(plan, use.layout, values)
 
     return _replaced(params, plans, uses, weight)
 

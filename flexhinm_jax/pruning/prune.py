@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.typing import DTypeLike
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, kernels
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.pruning.apply import decide, densify, pack
@@ -178,6 +179,19 @@ def applied(
         uses=uses,
         report=told,
     )
+
+
+def with_values(result: Pruned, values: DTypeLike) -> Pruned:
+    """The result with its packed values in eight bits, and a report that says so.
+
+    Args:
+      result: of any pruning.
+      values: as in `pack`.
+    """
+    packed = kernels.quantise(result.packed, values)
+    unseen = {row.path: row.unseen for row in result.report.rows}
+    told = report(result.plans, packed, result.uses, unseen)
+    return dataclasses.replace(result, packed=packed, report=told)
 
 
 def _beside(new: Any, old: Any) -> Any:

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax import arguments
+from flexhinm_jax.kernels import unpack
 from flexhinm_jax.methods import Method
 from flexhinm_jax.paths import is_packed
+from flexhinm_jax.pruning.apply import dense_weight
 from flexhinm_jax.pruning.solve import method_for
 from flexhinm_jax.tracing.discover import aligned, coverage_lines, html_table
 from flexhinm_jax.tracing.program import is_array
@@ -46,6 +48,8 @@ class Row:
       packed_bytes: bytes of the packed leaf; equal to dense_bytes when it stays dense.
       note: why the leaf is not packed, or "".
       unseen: matrices that no calibration input reached, pruned by their weights alone.
+      rounding: || packed - pruned || / || pruned || where the packed values are rounded
+        to eight bits, else 0.
     """
 
     path: str
@@ -63,6 +67,7 @@ class Row:
     packed_bytes: int
     note: str
     unseen: int = 0
+    rounding: float = 0.0
 
     @property
     def weights(self) -> int:
@@ -119,6 +124,7 @@ class Report:
             "natural_24": mean("natural_24"),
             "retained": mean("retained"),
             "overhead": mean("overhead"),
+            "rounding": mean("rounding"),
             "unseen": sum(r.unseen for r in self.rows),
             "dense_bytes": dense,
             "packed_bytes": packed,
@@ -200,7 +206,8 @@ class Report:
                 f"{t['packed_ratio']:.4f}",
             ]
         )
-        for title, name in (("unseen", "unseen"), ("factors", "overhead")):
+        more = ("unseen", "unseen"), ("factors", "overhead"), ("rounding", "rounding")
+        for title, name in more:
             if t[name] > 0:
                 header.insert(6, title)
                 for r, line in zip(self.rows, body, strict=False):
@@ -313,10 +320,20 @@ def _row(path: str, plan: Plan, leaf: Any) -> Row:
         pruned_columns=columns[2],
         retained=float(np.mean(np.asarray(plan.retained))),
         overhead=_factors(plan) / weight.size,
-        dense_bytes=weight.size * plan.weight.dtype.itemsize,
+        dense_bytes=weight.size * leaf.dtype.itemsize,
         packed_bytes=_nbytes(leaf),
         note="" if is_packed(leaf) else "stays dense: no regions to pack",
+        rounding=_rounding(plan, leaf),
     )
+
+
+def _rounding(plan: Plan, leaf: Any) -> float:
+    """How far packed values are from those of the plan; 0 where they are the same."""
+    if not is_packed(leaf) or leaf.scale is None:
+        return 0.0
+    pruned = np.asarray(dense_weight(plan), np.float32)
+    lost = np.asarray(unpack(leaf), np.float32) - pruned
+    return float(np.linalg.norm(lost) / max(np.linalg.norm(pruned), 1e-30))
 
 
 def _factors(plan: Plan) -> int:

@@ -283,7 +283,7 @@ class _Task:
         rows, leaves, prefix = [], {}, decoder.block_prefix(layer)
         for path, plan in plans.items():
             layout = block.uses.leaves[path].layout
-            row, leaf = streaming.described(prefix + path, plan, layout, setting.pack)
+            row, leaf = streaming.described(prefix + path, plan, layout, setting)
             rows.append(row)
             leaves[prefix + path] = leaf
         sparse = apply.densify(plans, params, block.uses)

@@ -81,11 +81,13 @@ class Output:
       pack: the packed form too, one file per block in the folder `packed`.
       overwrite: replaces an earlier model directory.
       extra: file name -> text to write beside the model, given the result; or None.
+      values: dtype of the packed values, as in `fh.pack`; None for that of the weights.
     """
 
     pack: bool = False
     overwrite: bool = False
     extra: "Callable[[Streamed], Mapping[str, str]] | None" = None
+    values: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +230,7 @@ def opened(
         Spread(),
         output.pack,
         Programs(Ahead()),
+        values=output.values,
     )
 
 
@@ -367,7 +370,7 @@ def prune_block(
     leaves: dict[str, Any] = {}
 
     def taken(path: str, plan: Plan) -> None:
-        row, leaf = described(path, plan, uses.leaves[path].layout, setting.pack)
+        row, leaf = described(path, plan, uses.leaves[path].layout, setting)
         rows.append(row)
         if setting.pack:
             leaves[path] = leaf
@@ -411,13 +414,13 @@ def write_block(
         packed.write_packed(path, {**others, **leaves}, overwrite=True)
 
 
-def described(path: str, plan: Plan, layout: Any, pack: bool) -> tuple[Row, Any]:
+def described(path: str, plan: Plan, layout: Any, setting: Setting) -> tuple[Row, Any]:
     """(row of the report, packed leaf or None) of a finished leaf."""
     leaf: Any = plan.weight
-    if pack and plan.support.regions is not None:
-        leaf = kernels.pack(plan, layout)
+    if setting.pack and plan.support.regions is not None:
+        leaf = kernels.pack(plan, layout, setting.values)
     row = report({path: plan}, {path: leaf}).rows[0]
-    if not pack:
+    if not setting.pack:
         row = dataclasses.replace(row, note="not packed: streamed without pack")
     return row, leaf
 

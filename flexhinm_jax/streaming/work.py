@@ -61,6 +61,7 @@ class Setting:
       targets: sparsity of every leaf, or one for all: what the sparsity of the request
         and the spread come to.
       more: what else decides about the result, by name.
+      values: dtype of the packed values; None for that of the weights.
     """
 
     blocks: Blocks
@@ -72,6 +73,7 @@ class Setting:
     programs: Programs
     targets: float | Mapping[str, float] | None = None
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    values: str | None = None
 
     def job(self, layer: int, params: Mapping[str, Any], hidden: Sequence[Any]) -> Job:
         """Checks a block and says how to prune it.
@@ -210,7 +212,7 @@ def record(setting: Setting) -> dict[str, str]:
         block=request.block,
         reconstruct=repr(request.reconstruct),
         dtype=blocks.dtype,
-        pack=setting.pack,
+        pack=setting.values or setting.pack,
         **setting.more,
     )
 

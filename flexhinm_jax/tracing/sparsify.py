@@ -108,12 +108,15 @@ def changed(packed: PackedWeight, changes: tuple[Change, ...]) -> PackedWeight:
     def factor(given: BlockDiagonal | None) -> BlockDiagonal | None:
         return given and dataclasses.replace(given, blocks=outer(given.blocks))
 
+    factors = {"left": factor(packed.left), "right": factor(packed.right)}
+    if packed.scale is not None:
+        # All changes are linear or roundings: the scale takes them over.
+        return dataclasses.replace(packed, scale=whole(packed.scale), **factors)
     return dataclasses.replace(
         packed,
         dense_values=jax.tree.map(whole, packed.dense_values),
         nm_values=jax.tree.map(whole, packed.nm_values),
-        left=factor(packed.left),
-        right=factor(packed.right),
+        **factors,
         layouts=jax.tree.map(
             lambda x: whole(x) if jnp.issubdtype(x.dtype, jnp.floating) else x,
             packed.layouts,

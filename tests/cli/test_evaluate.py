@@ -210,6 +210,23 @@ def test_packed_weights_run_beside_dense_ones(folders, packed, capsys):
     assert "dense holds no packed weights" in told and "with --pack" in told
 
 
+def test_packed_values_in_eight_bits_run(folders, packed, capsys):
+    out = folders / "int8"
+    arguments = ["--method", "magnitude", "--length", 8, "--out", out, "-q"]
+    arguments += ["--calibration", folders / "text.txt", "--pack-values", "int8"]
+    base = ["prune", folders / "dense", *arguments]
+    assert main([str(a) for a in base]) == 2
+    assert "--pack-values says what --pack writes" in capsys.readouterr().err
+    assert main([str(a) for a in (*base, "--pack")]) == 0
+    text = ["--text", folders / "text.txt", "--packed"]
+    rows = run(capsys, "eval", out, *text)["models"]
+    assert rows[1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=0.01)
+    wide = run(capsys, "eval", packed, *text)["models"]
+    assert rows[1]["stored_bytes"] < wide[1]["stored_bytes"]
+    found = run(capsys, "generate", out, "--prompt", "h", "--tokens", "4", "--packed")
+    assert found["packed"]
+
+
 def test_packed_weights_generate_what_dense_ones_do(packed, capsys):
     prompt = ["--prompt", "hé", "--tokens", "4", "--packed"]
     found = run(capsys, "generate", packed, *prompt)

@@ -36,6 +36,23 @@ def error_line(capsys):
     return err
 
 
+def test_packed_values_in_eight_bits_are_written_and_told(prune, tmp_path, capsys):
+    assert prune("--pack-values", "int8") == 0
+    assert "packed values are rounded by" in capsys.readouterr().out
+    params = huggingface.read(tmp_path / "out").params
+    twin = packed.read_packed(tmp_path / "out" / "packed.safetensors")
+    for path, leaf in twin.items():
+        if isinstance(leaf, PackedWeight):
+            assert leaf.values_dtype == np.int8 and leaf.dtype == params[path].dtype
+            top = np.abs(params[path]).max(1, keepdims=True)
+            lost = np.abs(np.asarray(unpack(leaf), np.float32) - params[path])
+            assert (lost <= top / 254 * 1.01).all()
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert all(0 < row["rounding"] < 0.02 for row in document["weights"])
+    recipe = (tmp_path / "out" / "recipe.yaml").read_text()
+    assert "pack_values: int8" in recipe
+
+
 def test_the_output_is_the_same_model_with_zeros_and_a_packed_twin(
     prune, model_dir, tmp_path
 ):
