@@ -1,19 +1,16 @@
 """All batches from cut to cut: statistics are taken, matrices solved, and on they go.
 
-Only one cut's Gram matrices exist at a time. Cuts that are solved on the same weights
-are a span: every cut is one of its own, or all cuts of a block are, or of the model.
-Within a span the batches look ahead with its dense weights; with the pruned ones they
-walk the same way again.
+Only one cut's Gram matrices exist at a time. Within a span (`spans`) the batches look
+ahead with its dense weights; with the pruned ones they walk the same way again.
 """
 
 import dataclasses
 import functools
-import itertools
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,14 +21,14 @@ from flexhinm_jax import arguments, jax_versions
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.report import worst
 from flexhinm_jax.pruning.statistics import booleans, calibrate, unseen_note
-from flexhinm_jax.sequential import segments, solver, targets, windows
+from flexhinm_jax.sequential import segments, solver, spans, targets, windows
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.straight import Cut, Line, straighten
 from flexhinm_jax.sequential.trained import Training
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.finder import Traced
 from flexhinm_jax.tracing.program import is_array, split
-from flexhinm_jax.types import Plan, Uses
+from flexhinm_jax.types import Layout, Plan, Uses
 
 logger = logging.getLogger("flexhinm_jax")
 
@@ -92,6 +89,7 @@ class Walk:
       masks: per batch, which tokens count; None for all.
       lines: per shape of a batch, the program and its segments.
       cuts: those of the first shape.
+      spans: the cuts at which values wait until the weights up to the next are pruned.
       windows: names of what is trained together.
       unseen: path -> matrices that no input reached.
     """
@@ -121,15 +119,10 @@ class Walk:
         self.reached = -1
         self.rows = windows.Rows()
         self.unseen: Counter[str] = Counter()
-        layouts = {path: use.layout for path, use in job.uses.leaves.items()}
-        moved = {*layouts, *job.bias.values()}
-        names = [p for p in job.paths if is_array(job.leaves[p])]
-        if job.request.reconstruct is not None:
-            moved.update(names)
-        lines: dict[Any, tuple] = {}
+        shapes: dict[Any, Shape] = {}
         self.runners: list[segments.Runner] = []
         self.masks: list[Any] = []
-        params, traced = job.tree(job.leaves), Traced.of(job.apply_fn)
+        traced = Traced.of(job.apply_fn)
         for n, batch in enumerate(job.batches):
             arrays, skeleton = split(batch)
             mask = None
@@ -137,23 +130,11 @@ class Walk:
                 mask = booleans(job.token_mask, batch)
             masked = [] if mask is None else [mask]
             self.masks.append(mask)
-            shapes = tuple((x.shape, str(x.dtype)) for x in [*arrays, *masked])
-            if (shapes, skeleton) not in lines:
-                program = traced.program(params, batch)
-                line = straighten(program, params, layouts, mask)
-                pairs = zip(names, line.params, strict=True)
-                sources = [v for name, v in pairs if name in moved]
-                if twins is not None:
-                    given = zip(line.inputs, twins[n], strict=mask is None)
-                    sources += [v for v, x in given if x is not None]
-                changing = segments.changing(line, sources)
-                # A window may end where the function does.
-                to_end = to_end or job.request.reconstruct is not None
-                outputs = results(line) if to_end else []
-                self.windows = self.divide(line, outputs, names)
-                parts = segments.cut(line, outputs)
-                lines[shapes, skeleton] = line, parts, changing
-            line, parts, changing = lines[shapes, skeleton]
+            twin = None if twins is None else [*twins[n], *(None for _ in masked)]
+            key = tuple((x.shape, str(x.dtype)) for x in [*arrays, *masked]), skeleton
+            if key not in shapes:
+                shapes[key] = self.shape(traced, batch, mask, twin)
+            line, parts, changing = shapes[key]
             self.runners.append(
                 segments.Runner(
                     line,
@@ -162,14 +143,43 @@ class Walk:
                     changing if job.request.beside else None,
                     shelf,
                     self.compiler,
-                    None if twins is None else [*twins[n], *(None for _ in masked)],
+                    twin,
                 )
             )
-        self.lines = [(line, parts) for line, parts, _ in lines.values()]
+        self.lines = [(shape.line, shape.parts) for shape in shapes.values()]
         self.cuts = self.lines[0][0].cuts
-        self.check(layouts)
+        self.spans = spans.spans(job.request, self.cuts)
+        self.check()
 
-    def check(self, layouts: Mapping[str, Any]) -> None:
+    def shape(self, traced: Traced, batch: Any, mask: Any, twin: Any) -> "Shape":
+        """The line of all batches of one shape, cut; names the windows.
+
+        Args:
+          traced: the function.
+          batch: one of them.
+          mask: which of its tokens count, or None.
+          twin: its inputs as the dense model has them, where they differ, or None.
+        """
+        job, request = self.job, self.job.request
+        params, layouts = job.tree(job.leaves), layouts_of(job)
+        line = straighten(traced.program(params, batch), params, layouts, mask)
+        names = [p for p in job.paths if is_array(job.leaves[p])]
+        moved = {*layouts, *job.bias.values()}
+        if request.reconstruct is not None:
+            moved.update(names)
+        pairs = zip(names, line.params, strict=True)
+        sources = [v for name, v in pairs if name in moved]
+        if twin is not None:
+            inputs = zip(line.inputs, twin, strict=True)
+            sources += [v for v, x in inputs if x is not None]
+        changing = segments.changing(line, sources)
+        # A window may end where the function does.
+        to_end = self.to_end or request.reconstruct is not None
+        outputs = results(line) if to_end else []
+        self.windows = spans.borders(request, line, outputs, names)
+        return Shape(line, segments.cut(line, outputs), changing)
+
+    def check(self) -> None:
         """Raises ValueError where the shapes of batches disagree about the cuts."""
         names = [[cut.names for cut in line.cuts] for line, _ in self.lines]
         if any(other != names[0] for other in names):
@@ -179,7 +189,7 @@ class Walk:
             )
         found = {m.path for cut in self.cuts for m in cut.members}
         found.update(path for cut in self.cuts for path in cut.plain)
-        missing = [path for path in layouts if path not in found]
+        missing = [path for path in layouts_of(self.job) if path not in found]
         if missing:
             raise ValueError(
                 f"{missing[0]}: its products read it in different ways; exclude it "
@@ -202,8 +212,8 @@ class Walk:
         total = sum(len(cut.members) + len(cut.plain) for cut in self.cuts)
         tell = functools.partial(self.tell, progress, Clock(total))
         try:
-            trainers, spans = self.trainers(), self.spans()
-            for number, span in enumerate(spans):
+            trainers = self.trainers()
+            for number, span in enumerate(self.spans):
                 self.advance(span[0])
                 trainer = trainers[number] if trainers else None
                 if trainer is not None:
@@ -214,11 +224,12 @@ class Walk:
                     if progress is not None and told is not None:
                         progress(told)
                 self.hand_over(plans, taken)
-                if not self.dense_only:
+                if not self.job.request.dense_only:
                     for k in span[1:]:
                         self.advance(k)
-            if self.to_end and not self.dense_only:
-                for k in range(spans[-1][-1] + 1 if spans else 0, len(self.cuts) + 1):
+            if self.to_end and not self.job.request.dense_only:
+                reached = self.spans[-1][-1] + 1 if self.spans else 0
+                for k in range(reached, len(self.cuts) + 1):
                     self.advance(k)
         except BaseException:
             self.close()
@@ -227,53 +238,17 @@ class Walk:
             self.close()
         return {path: self.job.assembled(path) for path in self.job.plans}
 
-    @property
-    def dense_only(self) -> bool:
-        """Whether nothing is run with pruned weights."""
-        request = self.job.request
-        return request.judged_dense and request.reconstruct is None
-
-    def divide(self, line: Line, outputs: list[Any], names: list[str]) -> list[str]:
-        """Marks where windows begin; their names."""
-        request = self.job.request
-        if request.reconstruct is None:
-            return []
-        window = request.reconstruct.window
-        count = window if isinstance(window, int) else 1
-        name = functools.partial(named, request.window_of)
-        return windows.divide(line, outputs, names, name, count)
-
-    def spans(self) -> list[range]:
-        """The cuts at which values wait until the weights up to the next are pruned."""
-        if self.job.request.reconstruct is None:
-            return self.groups(range(len(self.cuts)))
-        borders = [k for k, cut in enumerate(self.cuts) if windows.is_border(cut)]
-        return [range(a, b) for a, b in itertools.pairwise(borders)]
-
-    def groups(self, span: range) -> list[range]:
-        """The cuts that are solved on the same weights, in order."""
-        request = self.job.request
-        if request.statistics == "sequential":
-            return [range(k, k + 1) for k in span]
-        if request.judged_dense:
-            return [span]
-        name = functools.partial(named, request.block_of)
-        solved = [k for k in span if not windows.is_border(self.cuts[k])]
-        groups = itertools.groupby(solved, lambda k: name(self.cuts[k]))
-        found = [list(same) for _, same in groups]
-        starts = [span[0], *(same[0] for same in found[1:])]
-        return [range(a, same[-1] + 1) for a, same in zip(starts, found, strict=True)]
-
     def solve(self, span: range, tell: Callable[..., None]) -> list[tuple]:
         """Solves the cuts of a span; the (path, at) of what was."""
         names: list[tuple] = []
-        for group in self.groups(span):
+        dense_only = self.job.request.dense_only
+        for group in spans.groups(self.job.request, self.cuts, span):
             found: dict[tuple, Plan] = {}
             if names and len(group) > 1:
                 self.look_again(span, group[0])
             for k in group:
                 if k > span[0]:
-                    self.advance(k, look=not self.dense_only)
+                    self.advance(k, look=not dense_only)
                 cut = self.cuts[k]
                 solved = self.members(k) if cut.members else {}
                 solved |= self.plain(cut) if cut.plain else {}
@@ -281,7 +256,7 @@ class Walk:
                     result = solved.pop((path, at))
                     found[path, at] = result.plan
                     tell(cut, path, at, result)
-            if self.to_end and self.dense_only:
+            if self.to_end and dense_only:
                 self.advance(len(self.cuts))
             for (path, at), plan in found.items():
                 with meshes.automatic():
@@ -313,8 +288,8 @@ class Walk:
         """What trains the weights of the spans; empty where nothing does."""
         if self.job.request.reconstruct is None:
             return []
-        spans = enumerate(self.spans())
-        return [Training(self, number, span) for number, span in spans]
+        numbered = enumerate(self.spans)
+        return [Training(self, number, span) for number, span in numbered]
 
     def tell(
         self,
@@ -427,7 +402,8 @@ class Walk:
     def add(self, k: int, sums: Any, runner: segments.Runner) -> Any:
         """Adds the tokens of one batch to the sums of cut `k`."""
         cut = runner.line.cuts[k]
-        judged_dense = self.job.request.judged_dense and not self.dense_only
+        request = self.job.request
+        judged_dense = request.judged_dense and not request.dense_only
         inputs = targets.inputs(
             cut,
             self.differs(runner),
@@ -481,10 +457,23 @@ class Walk:
         return solved
 
 
-def named(name_of: Callable[..., Any], cut: Cut) -> Any:
-    """What a cut is a part of."""
-    members, plain = cut.names
-    return name_of(*(members or [(path,) for path in plain])[0])
+class Shape(NamedTuple):
+    """What batches of one shape share.
+
+    Attributes:
+      line: the program.
+      parts: its segments, one before every cut and one behind the last.
+      changing: the variables that pruning changes.
+    """
+
+    line: Line
+    parts: list[segments.Segment]
+    changing: Any
+
+
+def layouts_of(job: Job) -> dict[str, Layout]:
+    """Leaf path -> layout of what is pruned."""
+    return {path: use.layout for path, use in job.uses.leaves.items()}
 
 
 def results(line: Line) -> list[Any]:

@@ -66,6 +66,11 @@ class Request:
         """Whether weights are judged by the dense model."""
         return self.statistics == "dense"
 
+    @property
+    def dense_only(self) -> bool:
+        """Whether nothing is run with pruned weights."""
+        return self.judged_dense and self.reconstruct is None
+
     def check(self) -> None:
         """Refuses what no run can do.
 

@@ -296,7 +296,7 @@ def stages(walk: Walk, ahead: Ahead) -> list[Stage]:
     runner, count = walk.runners[0], len(walk.runners)
     dense = 2 if walk.job.request.beside else 1
     # The values at the first cut of a span wait for the pruned weights.
-    spans = [] if walk.dense_only else walk.spans()
+    spans = [] if walk.job.request.dense_only else walk.spans
     start = {k: span[0] for span in spans for k in span[1:]}
     found = []
     for k, segment in enumerate(parts):
@@ -317,7 +317,7 @@ def stages(walk: Walk, ahead: Ahead) -> list[Stage]:
 def waiting(walk: Walk) -> int:
     """Bytes of the plans that wait while others are solved on the same weights."""
     sizes = [0]
-    for span in walk.spans():
+    for span in walk.spans:
         names = (name for k in span if span[1:] for name in walk.cuts[k].names[0])
         shapes = [walk.job.like(*name) for name in names]
         # The weight and its support.
