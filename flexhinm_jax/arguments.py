@@ -265,6 +265,19 @@ def batches(value: Any) -> None:
         )
 
 
+def listed(value: Any) -> list[tuple[Any, ...]]:
+    """All batches as tuples; one that is no tuple is a single argument.
+
+    Raises:
+      ValueError: one batch in place of an iterable of batches, or none at all.
+    """
+    batches(value)
+    every = [one if isinstance(one, tuple) else (one,) for one in value]
+    if not every:
+        raise ValueError("batches is empty: give at least one batch to run")
+    return every
+
+
 def batch(value: Any, name: str) -> None:
     """Raises ValueError unless a batch is a tuple (or list) of arguments."""
     if not isinstance(value, tuple | list):

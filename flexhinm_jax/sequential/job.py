@@ -1,10 +1,12 @@
 """What `prune_sequential` has to do, checked before it begins, and the plans so far."""
 
+import contextlib
 import copy
 import dataclasses
 import math
+import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
+from flexhinm_jax import atomic
 from flexhinm_jax.io import fingerprint
 from flexhinm_jax.pruning.apply import dense_weight
 from flexhinm_jax.pruning.solve import method_for, target_for
@@ -212,6 +215,34 @@ def own_biases(uses: Uses) -> dict[str, str]:
         for name in biases
         if name is not None and len(biases) == len(owners[name]) == 1
     }
+
+
+@contextlib.contextmanager
+def keeping(
+    job: Job, folder: str | os.PathLike[str] | None, **more: Any
+) -> Iterator[None]:
+    """Keeps what a job has finished in a folder, which is locked while the block runs.
+
+    Args:
+      job: what to do.
+      folder: of this run or an equal one; None keeps nothing.
+      **more: trees that decide about the result besides the job.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      InUse: another process writes the folder.
+      ValueError: the folder is of a run with another configuration.
+    """
+    if folder is None:
+        yield
+        return
+    alone = jax.process_count() == 1
+    with atomic.locked(folder) if alone else contextlib.nullcontext():
+        others = {name: fingerprint.digest(tree) for name, tree in more.items()}
+        job.finished = Finished(folder, record(job) | others)
+        yield
 
 
 def record(job: Job) -> dict[str, str]:

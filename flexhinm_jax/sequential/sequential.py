@@ -25,22 +25,19 @@ Whose inputs a matrix is judged by are the `statistics`:
 - "dense": those of the dense model.
 """
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 from jax import Array
 
-from flexhinm_jax import arguments, atomic
+from flexhinm_jax import arguments
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning import prune
 from flexhinm_jax.pruning.solve import check_targets, fitting
 from flexhinm_jax.sequential.cuts import Walk
-from flexhinm_jax.sequential.finished import Finished
-from flexhinm_jax.sequential.job import Job, record
+from flexhinm_jax.sequential.job import Job, keeping
 from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.tracing.finder import Traced
@@ -113,32 +110,25 @@ def prune_sequential(
     request = Request(method=method, key=key, **options)
     request.check()
     arguments.key(key)
-    arguments.batches(batches)
+    every = arguments.listed(batches)
     arguments.concrete(params)
-    for given, name in (
+    for function, name in (
         (token_mask, "token_mask(*batch)"),
         (progress, "progress(layer)"),
     ):
-        if given is not None:
-            arguments.function(given, name.partition("(")[0], name)
+        if function is not None:
+            arguments.function(function, name.partition("(")[0], name)
     if memory_limit is not None:
         arguments.count(memory_limit, "memory_limit", 0)
-    given = [b if isinstance(b, tuple) else (b,) for b in batches]
-    if not given:
-        raise ValueError("batches is empty: give at least one batch to run")
     apply_fn = Traced.of(apply_fn)
     rules: Any = request.rules
-    found = discover(apply_fn, params, *given[0], rules=rules)
+    found = discover(apply_fn, params, *every[0], rules=rules)
     uses = fitting(method, found, request.on_mismatch)
     if not uses.leaves:
         return prune.untouched(found, uses, rules, params)
     check_targets(request.sparsity, uses)
-    job = Job(apply_fn, params, given, uses, request, token_mask)
-    with contextlib.ExitStack() as stack:
-        if resume is not None:
-            if jax.process_count() == 1:
-                stack.enter_context(atomic.locked(resume))
-            job.finished = Finished(resume, record(job))
+    job = Job(apply_fn, params, every, uses, request, token_mask)
+    with keeping(job, resume):
         walk = Walk(job, Shelf(memory_limit))
         plans = walk.run(progress)
         walk.close()

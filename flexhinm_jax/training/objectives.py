@@ -55,10 +55,8 @@ def taught(
       Batches for `fit` that end in a `Teacher`; all outputs stay in memory.
     """
     arguments.apply_function(apply_fn)
-    arguments.batches(batches)
-    run = jax.jit(apply_fn)
-    given = [b if isinstance(b, tuple) else (b,) for b in batches]
-    return [(*batch, Teacher(run(params, *batch))) for batch in given]
+    run, every = jax.jit(apply_fn), arguments.listed(batches)
+    return [(*batch, Teacher(run(params, *batch))) for batch in every]
 
 
 def layer_task(params: Any, uses: Uses, stats: Mapping[str, Stats]) -> Task:

@@ -11,7 +11,6 @@ arXiv:2510.14444. There the model is pruned first, and then reconstructed; here 
 is trained as soon as it is pruned, so what follows is pruned on what it gives.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -25,15 +24,14 @@ import optax
 from jax import Array
 from jax import numpy as jnp
 
-from flexhinm_jax import arguments, atomic
+from flexhinm_jax import arguments
 from flexhinm_jax.io import fingerprint
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Magnitude
 from flexhinm_jax.patterns import Unstructured
 from flexhinm_jax.pruning.prune import untouched
 from flexhinm_jax.sequential.cuts import Walk
-from flexhinm_jax.sequential.finished import Finished
-from flexhinm_jax.sequential.job import Job, on_device, record
+from flexhinm_jax.sequential.job import Job, keeping, on_device
 from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.sequential.windows import Batch, Fit, Problem
 from flexhinm_jax.tracing.discover import discover
@@ -240,7 +238,7 @@ def reconstruct(
       16
     """
     arguments.key(key)
-    arguments.batches(batches)
+    every = arguments.listed(batches)
     if not isinstance(how, Reconstruct):
         raise ValueError(f"how={how!r}: need a Reconstruct(window, steps, rate)")
     if jax.tree.structure(params) != jax.tree.structure(dense):
@@ -248,28 +246,20 @@ def reconstruct(
             "params and dense are trees of different structure; give the parameters"
             " after and before pruning"
         )
-    given = [b if isinstance(b, tuple) else (b,) for b in batches]
-    if not given:
-        raise ValueError("batches is empty: give at least one batch to run")
     apply_fn = Traced.of(apply_fn)
-    uses = discover(apply_fn, dense, *given[0])
+    uses = discover(apply_fn, dense, *every[0])
     if not uses.leaves:
         return untouched(uses, uses, None, params).params
     leaves = Leaves.of(params).dense(uses)
     method = Magnitude(Unstructured())  # nothing is solved
     request = Request(method=method, key=key, sparsity=0.5, reconstruct=how)
     request.check()
-    job = Job(apply_fn, dense, given, uses, request, token_mask)
+    job = Job(apply_fn, dense, every, uses, request, token_mask)
     job.current = {path: on_device(leaf) for path, leaf in leaves.items()}
     keep = keep_from_zeros(params, uses)
     supports = zip(leaves, jax.tree.leaves(keep, is_leaf=_is_none), strict=True)
     job.supports = {path: x for path, x in supports if x is not None}
-    with contextlib.ExitStack() as stack:
-        if resume is not None:
-            if jax.process_count() == 1:
-                stack.enter_context(atomic.locked(resume))
-            start = {"pruned": fingerprint.digest(params)}
-            job.finished = Finished(resume, record(job) | start)
+    with keeping(job, resume, pruned=params):
         walk = Retrain(job, Shelf(memory_limit))
         walk.run(progress)
         walk.close()
