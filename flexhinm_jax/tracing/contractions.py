@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -392,6 +392,36 @@ class Chunk:
 
 #: Primitives that read the same elements in the same order under another shape.
 RESHAPES = frozenset(("reshape", "squeeze"))
+
+
+class Sides(NamedTuple):
+    """A dot_general with one Tracked operand, seen from there.
+
+    Attributes:
+      weight: the Tracked operand.
+      contracted: its axes that are summed over.
+      batch: its batch axes.
+      operand: the other operand.
+      other_contracted: the axes of that which are summed over.
+      other_batch: the batch axes of that.
+      right: whether the weight is the second operand.
+    """
+
+    weight: Tracked
+    contracted: tuple[int, ...]
+    batch: tuple[int, ...]
+    operand: Any
+    other_contracted: tuple[int, ...]
+    other_batch: tuple[int, ...]
+    right: bool
+
+
+def sides(eqn: Any, operands: Sequence[Any]) -> Sides:
+    """The two sides of a dot_general with one Tracked operand."""
+    contracted, batch = eqn.params["dimension_numbers"]
+    k = int(isinstance(operands[1], Tracked))
+    own, other = ((operands[j], contracted[j], batch[j]) for j in (k, 1 - k))
+    return Sides(*own, *other, right=bool(k))
 
 
 def plain(values: Sequence[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from jax import numpy as jnp
 
 from flexhinm_jax import jax_versions
 from flexhinm_jax.tracing import views
-from flexhinm_jax.tracing.contractions import Product, Tracked
+from flexhinm_jax.tracing.contractions import Product, Tracked, sides
 from flexhinm_jax.tracing.stops import LOOKUP, Kind, Stop
 from flexhinm_jax.tracing.views import Atom, Dims, View
 
@@ -98,12 +98,7 @@ def is_routed(dim: tuple[Atom, ...]) -> bool:
 
 def match_routed(eqn: Any, operands: list) -> Product | Stop:
     """The product of a dot_general with matrices that a lookup has read."""
-    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
-    right = isinstance(operands[1], Tracked)
-    if right:
-        w, x, wc, wb, xc, xb = operands[1], operands[0], rc, rb, lc, lb
-    else:
-        w, x, wc, wb, xc, xb = operands[0], operands[1], lc, lb, rc, rb
+    w, wc, wb, x, xc, xb, right = sides(eqn, operands)
     dims, shape = w.view.dims, views.sizes(w.view.dims)
     own = [d for d in range(len(dims)) if d not in (*wc, *wb)]
     routed = [d for d in own if is_routed(dims[d])]

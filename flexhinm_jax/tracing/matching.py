@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flexhinm_jax.tracing import views
-from flexhinm_jax.tracing.contractions import Followed, Product, Tracked
+from flexhinm_jax.tracing.contractions import Followed, Product, Tracked, sides
 from flexhinm_jax.tracing.convolutions import match_conv
 from flexhinm_jax.tracing.experts import lookup, match_ragged, match_routed
 from flexhinm_jax.tracing.stops import LOOKUP, Kind, Stop
@@ -55,12 +55,7 @@ def is_vector(eqn: Any, operands: list) -> bool:
 
 def match_dot(eqn: Any, operands: list) -> Product:
     """The product of a dot_general with one Tracked operand."""
-    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
-    right = isinstance(operands[1], Tracked)
-    if right:
-        w, x, wc, wb, xc, xb = operands[1], operands[0], rc, rb, lc, lb
-    else:
-        w, x, wc, wb, xc, xb = operands[0], operands[1], lc, lb, rc, rb
+    w, wc, wb, x, xc, xb, right = sides(eqn, operands)
     tokens = [d for d in range(x.ndim) if d not in (*xc, *xb)]
     dims = w.view.dims
     out = tuple(dims[d] for d in range(len(dims)) if d not in (*wc, *wb))
