@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import flexhinm_jax as fh
 from flexhinm_jax import atomic
@@ -228,19 +227,17 @@ def main() -> None:
     args = parser.parse_args()
     started, console = time.perf_counter(), Console()
     atomic.check_directory(args.out, overwrite=True)
-    progress = Progress(
-        TextColumn("{task.description:<44}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with progress:
-        task = progress.add_task("reading the model and the text", total=len(RUNS) + 3)
+    with results.bars(console) as progress:
+        done = ""
 
         def step(text: str) -> None:
-            progress.update(task, description=text, advance=1)
+            nonlocal done
+            if done:
+                progress(done, 1, 1)
+            done = text
+            progress(text, 0, 1)
 
+        step("reading the model and the text")
         dense = models.load(evaluation=args.evaluation)
         step("calibrating")
         uses = fh.discover(dense.embed, dense.params, *dense.model.sample())
@@ -266,7 +263,7 @@ def main() -> None:
         more = {"corpus": text.digest(), "sentences": counts}
         with atomic.directory(args.out, overwrite=True) as folder:
             write(folder, dense, runs, more | {"packed_minus_densified": gap})
-        progress.update(task, completed=len(RUNS) + 3, description="done")
+        progress(done, 1, 1)
     show(runs)
     console.print(
         f"{args.calibration} calibration and {dense.count} evaluation sentences"

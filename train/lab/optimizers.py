@@ -1,5 +1,6 @@
 """Optimisers of what chooses masks, gates and logits, and of several lanes at once."""
 
+import math
 from typing import Any, Literal, get_args
 
 import jax
@@ -79,6 +80,23 @@ def clip_lanes(limit: float) -> optax.GradientTransformation:
         return jax.tree.map(scaled, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def warm_cosine(
+    progress: float, peak: float, warmup: float, last: float = 0.0
+) -> float:
+    """A linear warm-up, then a cosine.
+
+    Args:
+      progress: spent fraction of a run; from 1 on the rate stays.
+      peak: the highest rate.
+      warmup: fraction in which it is reached, in [0, 1).
+      last: the last rate, as a fraction of the peak.
+    """
+    if progress < warmup:
+        return peak * (progress / warmup)
+    part = min(1.0, (progress - warmup) / (1 - warmup))
+    return peak * (last + (1 - last) * (0.5 * (1 + math.cos(math.pi * part))))
 
 
 def at_rate(opt_state: Any, rate: float) -> Any:

@@ -87,6 +87,23 @@ def _bar(title: str, total: int, start: int) -> Iterator[Callable[[dict], None]]
         yield show
 
 
+@contextlib.contextmanager
+def bars(console: Console) -> Iterator[Callable[[str, float, float], None]]:
+    """A bar for every task, by its name; off a terminal a line for each."""
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn())
+    known: dict[str, Any] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
+
+        def show(name: str, done: float, total: float) -> None:
+            if name not in known:
+                known[name] = shown.add_task(name, total=total)
+                if not console.is_terminal:
+                    console.print(name, highlight=False)
+            shown.update(known[name], completed=done, total=total)
+
+        yield show
+
+
 def _write(path: Path | None, records: Sequence[dict[str, Any]], mode: str) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,14 +6,16 @@ masks and optimisers treat the lanes independently and nothing is compiled per s
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from flexhinm_jax.paths import leaf_paths
+from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.types import AxisFactor, Layout, Use, Uses
 
 
@@ -64,6 +66,29 @@ def lift(uses: Uses, lanes: int) -> Uses:
         return dataclasses.replace(use, layout=layout, at=(None, *use.at))
 
     return Uses(tuple(map(lifted, uses.prunable)), uses.skipped)
+
+
+def started(
+    init: Callable[[Array], Any],
+    apply_fn: Callable[..., Any],
+    example: Any,
+    rules: Sequence[tuple[str, Any]],
+    seeds: Sequence[int],
+) -> tuple[Any, Uses]:
+    """The parameters of a model, one lane per seed, and their uses.
+
+    Args:
+      init: key -> parameters of one lane.
+      apply_fn: (parameters of one lane, input) -> output.
+      example: an input, may be abstract.
+      rules: as in `fh.discover`.
+      seeds: of the lanes.
+    """
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    params = jax.jit(jax.vmap(init))(keys)
+    one = jax.tree.map(lambda x: x[0], params)
+    uses = discover(apply_fn, one, example, rules=dict(rules))
+    return params, lift(uses, len(seeds))
 
 
 def over_lanes(

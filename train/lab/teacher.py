@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from flexhinm_jax.models.encoder import EncoderConfig
-from train.lab import packing
+from train.lab import optimizers, packing
 from train.lab.packing import Precision, Rows
 
 
@@ -73,10 +73,7 @@ class Recipe:
 
     def rate(self, progress: float) -> float:
         """The learning rate when a fraction `progress` of the budget is spent."""
-        if progress < self.warmup:
-            return self.learning_rate * progress / self.warmup
-        part = min(1.0, (progress - self.warmup) / (1 - self.warmup))
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * part))
+        return optimizers.warm_cosine(progress, self.learning_rate, self.warmup)
 
 
 class Targets(NamedTuple):

@@ -65,11 +65,7 @@ class Learner:
 
     def rate_at(self, progress: float) -> float:
         """The learning rate when a fraction `progress` of the budget is spent."""
-        if progress < self.warmup:
-            return self.rate * (progress / self.warmup)
-        part = min(1.0, (progress - self.warmup) / (1 - self.warmup))
-        wave = 0.5 * (1 + math.cos(math.pi * part))
-        return self.rate * (self.last + (1 - self.last) * wave)
+        return optimizers.warm_cosine(progress, self.rate, self.warmup, self.last)
 
 
 def learning(
