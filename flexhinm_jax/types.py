@@ -304,6 +304,19 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChannelScale:
+    """A leaf that a program multiplies another one with, element by element.
+
+    Attributes:
+      path: leaf path of the scale.
+      factors: (factor of the scaled leaf, factor of the scale), for all of the scale.
+    """
+
+    path: str
+    factors: tuple[tuple[AxisFactor, AxisFactor], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Use:
     """One contraction in which a parameter leaf takes part.
 
@@ -316,6 +329,7 @@ class Use:
       source: uses with the same number contract the same input: they share statistics.
       bias: path of the parameter that is added to the output of this use, or None.
       pattern: a pattern that a rule asks for instead of the method's own, or None.
+      scale: what a leaf of eight bits is multiplied with before this use, or None.
     """
 
     path: str
@@ -325,6 +339,7 @@ class Use:
     source: int = 0
     bias: str | None = None
     pattern: Any = None
+    scale: ChannelScale | None = dataclasses.field(default=None, repr=False)
 
     @property
     def key(self) -> tuple[str, int]:
@@ -346,6 +361,13 @@ class Uses:
     prunable: tuple[Use, ...]
     skipped: dict[str, str]
     dense: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def without(self, reasons: dict[str, str]) -> "Uses":
+        """The same uses with some leaves skipped: leaf path -> reason."""
+        leaves = self.leaves
+        sizes = {path: math.prod(leaves[path].layout.shape) for path in reasons}
+        kept = tuple(use for use in self if use.path not in reasons)
+        return Uses(kept, self.skipped | reasons, self.dense | sizes)
 
     def __iter__(self) -> Iterator[Use]:
         """Iterates over the prunable uses in order of execution."""

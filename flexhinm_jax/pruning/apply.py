@@ -4,7 +4,9 @@
 """
 
 import contextlib
+import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,9 +29,13 @@ from flexhinm_jax.pruning.solve import (
     split,
 )
 from flexhinm_jax.tracing import meshes
+from flexhinm_jax.tracing.scales import on_grid
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.views import leaf as to_leaf
+from flexhinm_jax.tracing.views import matrix
 from flexhinm_jax.types import BlockDiagonal, Plan, State, Use, Uses
+
+logger = logging.getLogger("flexhinm_jax")
 
 
 @meshes.under_automatic_axes
@@ -54,7 +60,8 @@ def decide(
 
     Raises:
       ValueError: states of another method; outside of a trace, a plan with NaN or
-        infinity, by leaf and method.
+        infinity, by leaf and method; a leaf of eight bits with block-diagonal factors,
+        or with states that are being learned.
     """
     check_method(method)
     leaves = Leaves.of(params).dense(uses)
@@ -64,6 +71,13 @@ def decide(
     tasks, around = {}, {}
     for path, state in states.items():
         use = uses.leaves[path]
+        learning = not all(map(checks.is_concrete, jax.tree.leaves(state.learned)))
+        if learning and on_grid(leaves[path]):
+            raise ValueError(
+                f"{path}: is stored in eight bits, whose steps have no derivative, so "
+                "nothing can be learned through it; learn on the dequantised weights, "
+                f"or exclude the leaf with {arguments.say('skip')}"
+            )
         keys = None if key is None else keys_for(key, use)
         state, around[path] = split(state)
         load = functools.partial(leaves.matrix, use)
@@ -83,7 +97,39 @@ def decide(
         for path in tasks
     }
     check_finite(plans, {path: task.method for path, task in tasks.items()})
-    return plans
+    return rounded(plans, leaves, uses)
+
+
+def rounded(plans: dict[str, Plan], leaves: Leaves, uses: Uses) -> dict[str, Plan]:
+    """The plans with the weights of leaves of eight bits on their grids.
+
+    Raises:
+      ValueError: a plan with block-diagonal factors for such a leaf.
+    """
+    moved: list[str] = []
+    out = dict(plans)
+    for path, plan in plans.items():
+        if not on_grid(leaves[path]):
+            continue
+        if plan.left is not None or plan.right is not None:
+            raise ValueError(
+                f"{path}: is stored in eight bits, and its plan has block-diagonal "
+                "factors, whose product has no grid; choose a method without factors"
+            )
+        use = uses.leaves[path]
+        steps = leaves.stored(plan.weight, use)
+        weight = Leaves([*leaves.items(), (path, steps)], None).matrix(use)
+        if checks.is_concrete(weight) and bool((weight != plan.weight).any()):
+            moved.append(path)
+        out[path] = dataclasses.replace(plan, weight=weight)
+    if moved:
+        logger.warning(
+            "%s (%d leaves in eight bits): the method moved weights, which were "
+            "rounded to the steps of their scales",
+            moved[0],
+            len(moved),
+        )
+    return out
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -166,15 +212,15 @@ def _replaced(
     params: Any,
     plans: Mapping[str, Plan],
     uses: Uses,
-    weight: Callable[[Plan, Use], Any],
+    weight: Callable[[Leaves, Plan, Use], Any],
 ) -> Any:
-    """The tree with `weight(plan, use)` on planned leaves and refitted biases."""
+    """The tree with `weight(leaves, plan, use)` on planned leaves; refitted biases."""
     check_plans(plans, uses)
     leaves = Leaves.of(params).dense(uses)
     changed = {}
     for path, plan in plans.items():
         use = uses.leaves[path]
-        changed[path] = weight(plan, use)
+        changed[path] = weight(leaves, plan, use)
         if plan.bias is None:
             continue
         if use.bias is None:
@@ -204,8 +250,8 @@ def densify(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
       too; give it `jax.tree.map(jnp.copy, tree)`.
     """
 
-    def weight(plan: Plan, use: Use) -> Array:
-        return to_leaf(dense_weight(plan), use.layout)
+    def weight(leaves: Leaves, plan: Plan, use: Use) -> Array:
+        return leaves.stored(dense_weight(plan), use)
 
     return _replaced(params, plans, uses, weight)
 
@@ -236,10 +282,13 @@ def pack(
       ValueError: plans that do not belong to the leaves, or `values` of another kind.
     """
 
-    def weight(plan: Plan, use: Use) -> Any:
+    def weight(leaves: Leaves, plan: Plan, use: Use) -> Any:
         if plan.support.regions is None:
-            return to_leaf(dense_weight(plan), use.layout)
-        return kernels.pack(plan, use.layout, values)
+            return leaves.stored(dense_weight(plan), use)
+        if not on_grid(leaves[use.path]):
+            return kernels.pack(plan, use.layout, values)
+        steps = matrix(leaves.stored(plan.weight, use), use.layout)
+        return kernels.pack(dataclasses.replace(plan, weight=steps), use.layout)
 
     return _replaced(params, plans, uses, weight)
 

@@ -108,9 +108,7 @@ def fitting(method: Method, uses: Uses, on_mismatch: OnMismatch) -> Uses:
             reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
             reasons[path] = f"does not fit {pattern}: {reason}"
             logger.warning("%s: skipped, it %s", path, reasons[path])
-    sizes = {path: math.prod(uses.leaves[path].layout.shape) for path in reasons}
-    kept = tuple(use for use in uses if use.path not in reasons)
-    return Uses(kept, uses.skipped | reasons, uses.dense | sizes)
+    return uses.without(reasons)
 
 
 def keys_for(key: Array, use: Use) -> Array:

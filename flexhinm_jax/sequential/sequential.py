@@ -41,6 +41,8 @@ from flexhinm_jax.sequential.job import Job, keeping
 from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.tracing.finder import Traced
+from flexhinm_jax.tracing.scales import on_grid
+from flexhinm_jax.tracing.tree import Leaves
 
 
 def prune_sequential(
@@ -123,6 +125,9 @@ def prune_sequential(
     apply_fn = Traced.of(apply_fn)
     rules: Any = request.rules
     found = discover(apply_fn, params, *every[0], rules=rules)
+    stored = [p for p, leaf in Leaves.of(params).items() if on_grid(leaf)]
+    reason = "in eight bits with a scale: prune() and solve() take it"
+    found = found.without({p: reason for p in stored if p in found.leaves})
     uses = fitting(method, found, request.on_mismatch)
     if not uses.leaves:
         return prune.untouched(found, uses, rules, params)

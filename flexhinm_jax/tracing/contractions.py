@@ -45,6 +45,7 @@ class Tracked(Followed):
       dense: computes the current value; called only where a dense value is needed.
       packed: the packed leaf, or None when the leaf is dense.
       left: the stack factors that the arrays of `packed` still have, in order.
+      on_grid: whether it has eight bits, so that a scale may be multiplied on.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Tracked(Followed):
     dense: Callable[[], Any]
     packed: PackedWeight | None = None
     left: tuple[AxisFactor, ...] = ()
+    on_grid: bool = False
 
     @property
     def tracked(self) -> "tuple[Tracked, ...]":

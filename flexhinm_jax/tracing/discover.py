@@ -19,6 +19,7 @@ from flexhinm_jax import arguments
 from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.tracing.finder import Traced
 from flexhinm_jax.tracing.program import is_array
+from flexhinm_jax.tracing.scales import on_grid
 from flexhinm_jax.tracing.stops import Kind, Stop
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import AxisFactor, Layout, Use, Uses
@@ -92,9 +93,9 @@ def discover(
 
 
 def is_weight(leaf: Any) -> bool:
-    """Whether a leaf is floating and has two or more axes."""
+    """Whether a leaf is floating, or of eight bits, and has two or more axes."""
     floating = is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return floating and len(leaf.shape) > 1
+    return (floating or (is_array(leaf) and on_grid(leaf))) and len(leaf.shape) > 1
 
 
 def tied(hindrance: Stop | None) -> bool:

@@ -22,6 +22,7 @@ from flexhinm_jax.tracing.contractions import (
     transposed,
 )
 from flexhinm_jax.tracing.program import Program, is_array, run, trace
+from flexhinm_jax.tracing.scales import on_grid
 from flexhinm_jax.tracing.stops import Kind, Part, Stop, Where
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.values import (
@@ -31,7 +32,7 @@ from flexhinm_jax.tracing.values import (
     dependence,
 )
 from flexhinm_jax.tracing.walker import Visitor
-from flexhinm_jax.types import Layout, Use
+from flexhinm_jax.types import ChannelScale, Layout, Use
 
 SCALED = Stop("scaled by a value of the batch", Kind.PRIMITIVE)
 TIED = Stop(
@@ -128,12 +129,14 @@ class Contraction:
       where: position of the equation.
       readings: the ways to see it as a product with a matrix.
       auxiliary: no batch can change what the weight is multiplied with.
+      scale: the leaf that scales this one first, or None.
     """
 
     path: str
     where: Where
     readings: list["Reading"]
     auxiliary: bool
+    scale: ChannelScale | None = None
 
 
 @dataclasses.dataclass
@@ -182,9 +185,14 @@ class Finder(Visitor):
         if any(any(self.dependence[at]) for at in scales):
             self.stop(where, product.weight, SCALED)
             return None, state
+        applied = [step.scale for step in changes if step.scale is not None]
+        if len(applied) > 1:
+            self.stop(where, product.weight, Stop("multiplied with several scales"))
+            return None, state
         readings = [self.reading(p, where) for p in product.readings]
         auxiliary = not any(self.dependence[stops.equation(where)])
-        self.found[path, where] = Contraction(path, where, readings, auxiliary)
+        scale = applied[0] if applied else None
+        self.found[path, where] = Contraction(path, where, readings, auxiliary, scale)
         self.products[where] = product
         return None, state
 
@@ -308,6 +316,7 @@ class Finder(Visitor):
                 best.at,
                 best.source,
                 self.bias(c.path, best),
+                scale=c.scale,
             )
             out.append((c.where, use))
         return out
@@ -327,6 +336,8 @@ class Finder(Visitor):
         ]
         if in_layout(contractions, layout) < len(contractions):
             texts.append("contracted in different layouts")
+        if len({c.scale for c in contractions}) > 1:
+            texts.append("multiplied with different scales")
         if mixes(contractions, layout):
             texts.append("parts of its outputs read different inputs")
         if texts:
@@ -340,7 +351,8 @@ class Finder(Visitor):
         """Why a leaf without a contraction cannot be pruned."""
         if not is_array(leaf):
             return f"not an array ({type(leaf).__name__})"
-        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+        floating = jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
+        if not floating and not on_grid(leaf):
             return f"not floating point ({leaf.dtype})"
         owners = sorted(set(self.added.get(path, {}).values()))
         if owners:

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from flexhinm_jax import arguments, jax_versions
 from flexhinm_jax.kernels import unpack
 from flexhinm_jax.paths import is_packed
-from flexhinm_jax.tracing import views
+from flexhinm_jax.tracing import scales, views
 from flexhinm_jax.tracing.contractions import Tracked, plain
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.walker import Visitor, walk
@@ -106,7 +106,7 @@ def run(
     state: Any,
     arrays: Sequence[Any] | None = None,
 ) -> tuple[list[Any], Any]:
-    """Walks a traced program with its floating-point parameters tracked.
+    """Walks a traced program with its weights tracked: floating, or of eight bits.
 
     Args:
       program: the program.
@@ -130,12 +130,19 @@ def run(
                 lambda leaf=leaf: dense_leaf(leaf),
                 leaf,
                 layout.stack,
+                scales.on_grid(abstract(leaf)),
             )
         elif is_array(leaf):
             k = next(inputs)
-            if jnp.issubdtype(leaf.dtype, jnp.floating):
+            grid = scales.on_grid(leaf)
+            if grid or jnp.issubdtype(leaf.dtype, jnp.floating):
                 value, shape = operands[k], tuple(leaf.shape)
-                view = views.whole(shape)
-                operands[k] = Tracked(path, shape, view, lambda value=value: value)
+                operands[k] = Tracked(
+                    path,
+                    shape,
+                    views.whole(shape),
+                    lambda value=value: value,
+                    on_grid=grid,
+                )
     outs, state = walk(program.jaxpr, operands, visitor, state)
     return plain(outs), state

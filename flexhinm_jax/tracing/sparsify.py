@@ -12,12 +12,14 @@ from jax import Array, lax
 from flexhinm_jax import jax_versions
 from flexhinm_jax.kernels import sparse_dot
 from flexhinm_jax.paths import over_stack
+from flexhinm_jax.tracing import scales
 from flexhinm_jax.tracing.contractions import Product
 from flexhinm_jax.tracing.program import layout_of, run, trace
 from flexhinm_jax.tracing.stops import Where
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.views import Change, Reach
 from flexhinm_jax.tracing.walker import Visitor
-from flexhinm_jax.types import BlockDiagonal, PackedWeight
+from flexhinm_jax.types import BlockDiagonal, Layout, PackedWeight
 
 
 def sparsify(apply_fn: Callable) -> Callable:
@@ -40,7 +42,7 @@ def sparsify(apply_fn: Callable) -> Callable:
     @functools.wraps(apply_fn)
     def sparse_apply(params: Any, *args: Any, **kwargs: Any) -> Any:
         program = trace(apply_fn, params, args, kwargs)
-        outs, _ = run(program, params, RunSparse(), ())
+        outs, _ = run(program, params, RunSparse(Leaves.of(params)), ())
         return program.out.unflatten(outs)
 
     return sparse_apply
@@ -48,6 +50,10 @@ def sparsify(apply_fn: Callable) -> Callable:
 
 class RunSparse(Visitor):
     """Replaces the products with packed leaves."""
+
+    def __init__(self, leaves: Leaves):
+        """Takes the leaves, among which are the scales of those in eight bits."""
+        self.leaves = leaves
 
     def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
         """Runs one product sparse if the layout of the packed leaf allows it."""
@@ -78,11 +84,37 @@ class RunSparse(Visitor):
             return fitted.restore(f(fitted.tokens(x), packed))
 
         packed = product.weight.packed
+        if product.weight.on_grid:
+            rows = scales.rows(self.leaves, changes, layout)
+            whole = not jnp.issubdtype(product.operand.dtype, jnp.inexact)
+            if rows is None or whole:  # sums of whole numbers are exact in the program
+                return None, state
+            packed = with_rows(packed, rows, fitted, layout)
         sharding = getattr(product.result, "sharding", None)
         y = jax_versions.automatic(
             multiply, sharding, product.operand, packed, positions
         )
         return y, state
+
+
+def with_rows(
+    packed: PackedWeight, rows: Array, product: Product, layout: Layout
+) -> PackedWeight:
+    """Packed steps with the scale of every output.
+
+    Args:
+      packed: of the leaf, without a scale; a loop has taken entries of its stack.
+      rows: f32[*stack, o], of the whole stack.
+      product: what the weight takes part in.
+      layout: of the leaf.
+    """
+    for k, f in reversed(list(enumerate(layout.stack))):
+        if f not in product.weight.left:
+            at = jnp.clip(product.index[f], 0, f.size - 1)
+            rows = lax.dynamic_index_in_dim(rows, at, k, keepdims=False)
+    stored = jnp.take_along_axis(rows, packed.out_order, axis=-1)
+    scale = stored.reshape(*rows.shape[:-1], packed.tiles, -1)
+    return dataclasses.replace(packed, scale=scale)
 
 
 def at_position(packed: PackedWeight, k: Any, axis: int) -> PackedWeight:

@@ -12,7 +12,7 @@ import numpy as np
 
 from flexhinm_jax import arguments
 from flexhinm_jax.paths import is_packed, named_leaves
-from flexhinm_jax.tracing.views import matrix
+from flexhinm_jax.tracing import scales, views
 from flexhinm_jax.types import Use, Uses
 
 
@@ -82,13 +82,26 @@ class Leaves(dict[str, Any]):
         return self
 
     def matrix(self, use: Use) -> Any:
-        """The leaf of a use as its matrices, [*stack, o, i]."""
-        return matrix(self[use.path], use.layout)
+        """The leaf of a use as its matrices, [*stack, o, i]; of eight bits, scaled."""
+        on_grid = scales.on_grid(self[use.path])
+        leaf = scales.dequantised(self, use) if on_grid else self[use.path]
+        return views.matrix(leaf, use.layout)
 
     def like(self, use: Use) -> jax.ShapeDtypeStruct:
         """Shape and dtype of `matrix`."""
         shape = *use.layout.stack_shape, *use.layout.matrix_shape
-        return jax.ShapeDtypeStruct(shape, self[use.path].dtype)
+        leaf = self[use.path]
+        dtype = np.float32 if scales.on_grid(leaf) else leaf.dtype
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def stored(self, matrix: Any, use: Use) -> Any:
+        """Matrices as the leaf of a use stores them, inverse of `matrix`.
+
+        A leaf of eight bits gets the nearest steps of its scale.
+        """
+        leaf = views.leaf(matrix, use.layout)
+        on_grid = scales.on_grid(self[use.path])
+        return scales.quantised(leaf, self, use) if on_grid else leaf
 
     def tree(self, changed: dict[str, Any] | None = None) -> Any:
         """The tree, with other leaves at some paths."""

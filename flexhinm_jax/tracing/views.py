@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from flexhinm_jax.tracing.stops import Where
-from flexhinm_jax.types import AxisFactor, Layout
+from flexhinm_jax.types import AxisFactor, ChannelScale, Layout
 
 REPEAT = -1
 ROUTED = -2
@@ -73,11 +73,13 @@ class Change(NamedTuple):
       apply: the change, for an array of any shape.
       reach: how it passes through a product of factors.
       scaled_at: position of the equation that scales by a value of the program.
+      scale: the leaf that it multiplies a leaf of eight bits with; see `scales`.
     """
 
     apply: Callable[[Array], Array]
     reach: Reach = Reach.EVERY_FACTOR
     scaled_at: Where | None = None
+    scale: ChannelScale | None = None
 
 
 Dims = tuple[tuple[Atom, ...], ...]

@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from flexhinm_jax import jax_versions
-from flexhinm_jax.tracing import control_flow, experts, joined, views
+from flexhinm_jax.tracing import control_flow, experts, joined, scales, views
 from flexhinm_jax.tracing.contractions import Followed, Product, Tracked, plain
 from flexhinm_jax.tracing.joined import Joined
 from flexhinm_jax.tracing.masks import Masks, has_program
@@ -268,6 +268,8 @@ def changed(
     """The output of an equation that keeps the zeros of a leaf, None for any other."""
     followed = [k for k, v in enumerate(operands) if isinstance(v, Followed)]
     matrices = [k for k in followed if eqn.invars[k].aval.shape] or followed
+    if eqn.primitive.name == "mul" and len(matrices) == 2:
+        return scaled(eqn, operands, visitor, where)
     if len(matrices) != 1:
         return None
     (k,) = matrices
@@ -289,6 +291,26 @@ def changed(
         return [joined.changed(weight, step, dense)]
     view = weight.view._replace(changes=(*weight.view.changes, step))
     return [dataclasses.replace(weight, view=view, dense=dense)]
+
+
+def scaled(
+    eqn: Any, operands: list, visitor: Visitor, where: Where
+) -> Sequence[Followed] | None:
+    """A leaf of eight bits times the leaf of its scale, None for any other product."""
+    for weight, scale in (operands, operands[::-1]):
+        if not (isinstance(weight, Tracked) and isinstance(scale, Tracked)):
+            return None
+        step = scales.multiplied(weight, scale)
+        if step is None:
+            continue
+        visitor.stop(where, scale, Stop(f"the scale of {weight.path!r}"))
+        view = weight.view._replace(changes=(*weight.view.changes, step))
+
+        def dense() -> Any:
+            return jax_versions.bind(eqn, plain(operands))[0]
+
+        return [dataclasses.replace(weight, view=view, dense=dense)]
+    return None
 
 
 def literal(x: Any) -> Any:
