@@ -26,6 +26,7 @@ ONLY_ENCODERS = {
     "share_orders": "it is not for --sequential",
 }
 ONLY_DECODERS = ("memory", "length", "samples", "dtype", "pack", "first_last")
+ONLY_DECODERS += ("coordinator",)
 
 LENGTH, SAMPLES, BATCH_SAMPLES = 512, 128, 4
 """Of a decoder where nothing is said: tokens of a sample, the most samples, a batch."""

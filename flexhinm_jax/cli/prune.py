@@ -5,12 +5,20 @@ bounded memory, by `streaming`.
 """
 
 import argparse
+import contextlib
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from flexhinm_jax import atomic, methods, patterns
-from flexhinm_jax.cli import choices, directory, flags, prune_decoder, prune_encoder
+from flexhinm_jax.cli import (
+    choices,
+    directory,
+    flags,
+    hosts,
+    prune_decoder,
+    prune_encoder,
+)
 from flexhinm_jax.cli.console import Console
 from flexhinm_jax.cli.directory import REPORT
 from flexhinm_jax.cli.recipe import RECIPE
@@ -63,6 +71,7 @@ def add_parser(commands: Any) -> None:
     )
     _add_decoders(parser)
     flags.add_pack_values(parser)
+    hosts.add(parser)
     flags.add_written(parser)
     parser.set_defaults(run=run)
 
@@ -201,6 +210,8 @@ examples:
       --rule 'layer\\.0\\.=skip' --rule 'output=1:4' --out pruned
   flexhinm prune Llama-2-7b --method sparsegpt --memory 8GiB --out pruned \\
       --calibration hf:Salesforce/wikitext:wikitext-2-raw-v1:train:text
+  flexhinm prune Llama-2-7b --method sparsegpt --out /shared/pruned \\
+      --calibration text.txt --coordinator host0:4567 --processes 4 --process 0
   flexhinm prune Llama-2-7b --pattern flexhinm:v=32 --sparsity 0.7 --allocate owl \\
       --first-last dense --rule 'o_proj=0.5' --calibration text.txt --out pruned
 """
@@ -233,8 +244,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
     decoder = args.model.is_dir() and is_decoder(args.model)
     args.sequential = args.sequential or decoder
     asked = choices.check(args, decoder)
+    hosts.join(args)
+    if not hosts.first():
+        console = Console(quiet=True)
     if decoder or asked.text:
         directory.note_builtin(args, console)
-    with atomic.locked(args.out):
+    with atomic.locked(args.out) if hosts.first() else contextlib.nullcontext():
         command = prune_decoder if decoder else prune_encoder
         command.run(args, asked, console)

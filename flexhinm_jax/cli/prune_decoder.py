@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from flexhinm_jax.cli import directory, flags, progress
+from flexhinm_jax.cli import directory, flags, hosts, progress
 from flexhinm_jax.cli.choices import Choices
 from flexhinm_jax.cli.choices import document as document_of
 from flexhinm_jax.cli.console import Console, report_table
@@ -85,6 +85,9 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
             ),
             progress=tell,
         )
+    hosts.part()
+    if not hosts.first():
+        return
     shown, more = evaluated(args, document(result), console)
     console.result(
         shown,

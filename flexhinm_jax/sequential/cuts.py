@@ -23,6 +23,7 @@ from flexhinm_jax.pruning.report import worst
 from flexhinm_jax.pruning.statistics import booleans, calibrate, unseen_note
 from flexhinm_jax.sequential import segments, solver, spans, targets, windows
 from flexhinm_jax.sequential.job import Job
+from flexhinm_jax.sequential.share import Share
 from flexhinm_jax.sequential.straight import Cut, Line, straighten
 from flexhinm_jax.sequential.trained import Training
 from flexhinm_jax.tracing import meshes
@@ -87,6 +88,7 @@ class Walk:
     Attributes:
       runners: one per batch.
       masks: per batch, which tokens count; None for all.
+      share: which batches of all processes these are.
       lines: per shape of a batch, the program and its segments.
       cuts: those of the first shape.
       spans: the cuts at which values wait until the weights up to the next are pruned.
@@ -101,6 +103,7 @@ class Walk:
         *,
         twins: Sequence[Sequence[Any]] | None = None,
         programs: Programs | None = None,
+        share: Share | None = None,
         to_end: bool = False,
     ):
         """Traces the function once per shape of a batch.
@@ -110,10 +113,12 @@ class Walk:
           shelf: where values of the batches are kept.
           twins: per batch its arrays as the dense model has them, where they differ.
           programs: compiled before, in a walk of an equal function.
+          share: which batches of all processes those of the job are; None for all.
           to_end: goes on behind the last cut, for `outputs`.
         """
         self.job, self.target, self.shelf = job, job.request.target, shelf
         self.programs = programs or Programs()
+        self.share = share or Share(len(job.batches))
         self.compiler = segments.Compiler(self.programs.compiler)
         self.to_end = to_end
         self.reached = -1
@@ -382,12 +387,10 @@ class Walk:
         """Solves the members of cut `k`."""
         names = list(self.cuts[k].names[0])
         known = solver.restore(self.job, names)
-        if known is not None:
+        seen = self.share.said(known is not None)
+        if known is not None and all(seen):
             return known
-        sums: Any = None
-        for runner in self.runners:
-            sums = self.add(k, sums, runner)
-        sums, job = meshes.released(sums), self.job.released()
+        sums, job = meshes.released(self.sums(k)), self.job.released()
         with meshes.automatic():
             stats = targets.finish(job, self.cuts[k], sums)
             del sums
@@ -398,6 +401,10 @@ class Walk:
                     n: targets.with_targets(job.weight(*n), s) for n, s in stats.items()
                 }
             return solver.solve(job, stats, self.programs.solver)
+
+    def sums(self, k: int) -> Any:
+        """The sums over the tokens of all batches at cut `k`."""
+        return self.share.sums(functools.partial(self.add, k), self.runners)
 
     def add(self, k: int, sums: Any, runner: segments.Runner) -> Any:
         """Adds the tokens of one batch to the sums of cut `k`."""

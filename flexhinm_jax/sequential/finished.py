@@ -22,19 +22,27 @@ CONFIG = "job.json"
 class Finished:
     """What a run has finished, in a folder."""
 
-    def __init__(self, folder: str | os.PathLike[str], config: Mapping[str, str]):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        config: Mapping[str, str],
+        *,
+        writes: bool = True,
+    ):
         """Opens or begins a folder.
 
         Args:
           folder: created if missing.
           config: what decides about the result, from `fingerprint.record`.
+          writes: False for a process that only reads what another one writes.
 
         Raises:
           ValueError: the folder is of a run with another configuration, or holds
             something else.
         """
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.writes = Path(folder), writes
+        if writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / CONFIG
         if path.exists():
             try:
@@ -46,7 +54,7 @@ class Finished:
             raise ValueError(
                 f"resume: {self.folder} holds arrays but no {CONFIG}; give another"
             )
-        else:
+        elif writes:
             records.write(path, config)
 
     def path(self, name: str) -> Path:
@@ -54,7 +62,9 @@ class Finished:
         return self.folder / f"{zlib.crc32(name.encode()):08x}.npz"
 
     def save(self, name: str, tree: Any) -> None:
-        """Keeps the arrays of a tree."""
+        """Keeps the arrays of a tree, if this process is the one that writes."""
+        if not self.writes:
+            return
         arrays = {
             f"{k:03d}": np.asarray(x) for k, x in enumerate(jax.tree.leaves(tree))
         }

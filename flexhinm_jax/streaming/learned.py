@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from flexhinm_jax import arguments, atomic
+from flexhinm_jax import arguments
 from flexhinm_jax.io import records
 from flexhinm_jax.io.checkpoints import Checkpoints
 from flexhinm_jax.io.shelf import Shelf
@@ -167,6 +167,7 @@ def learn_blocks(
             " the same input) or 'asym' (the dense model)"
         )
     setting = streaming.opened(directory, out, tokens, request, limits, output)
+    setting.share.alone("learning masks")
     how = {f.name: getattr(learning, f.name) for f in dataclasses.fields(learning)}
     setting = dataclasses.replace(
         setting,
@@ -179,12 +180,12 @@ def learn_blocks(
     plan.check()
     work = Work(Path(out), setting)
     task = _Task(setting, learning, work, plan, tell)
-    with atomic.locked(out), work.kept(setting.blocks.index.size + plan.on_disk):
+    with work.kept(plan.on_disk):
         rows, errors = streaming.prune_blocks(setting, work, plan, tell, task.block)
         values = tuple(task.values(n) for n in range(setting.blocks.count))
         report = streaming.total(setting, rows)
         result = Learned(report, errors, values=values)
-        work.finish({} if output.extra is None else output.extra(result))
+        work.finish(output.extra, result)
     return result
 
 

@@ -25,6 +25,7 @@ from flexhinm_jax.pruning.statistics import blank
 from flexhinm_jax.sequential import segments, targets
 from flexhinm_jax.sequential.cuts import Walk
 from flexhinm_jax.sequential.job import Job
+from flexhinm_jax.sequential.share import COPIES
 from flexhinm_jax.sequential.solver import solve_stack, solved
 from flexhinm_jax.sequential.trained import Training
 from flexhinm_jax.sequential.windows import size
@@ -144,7 +145,7 @@ def budget(setting: Setting, limit: int | None) -> Budget:
 def _block_budget(setting: Setting, layer: int, limit: int | None) -> Budget:
     """What pruning one block takes."""
     blocks, beside, programs = setting.blocks, setting.request.beside, setting.programs
-    count, (samples, length) = len(setting.batches), setting.batches[0].shape
+    count, (samples, length) = len(setting.own), setting.batches[0].shape
     width, dtype = blocks.config.hidden_size, blocks.computed(TABLE)
     h = jax.ShapeDtypeStruct((samples, length, width), dtype)
     states = count * samples * length * width * dtype.itemsize
@@ -156,6 +157,7 @@ def _block_budget(setting: Setting, layer: int, limit: int | None) -> Budget:
         ledger,
         twins=[(h,)] * count if beside else None,
         programs=programs,
+        share=setting.share,
         to_end=True,
     )
     ahead: Any = programs.solver
@@ -378,6 +380,8 @@ def solving(walk: Walk, k: int, ahead: Ahead) -> tuple[int, int, int]:
         known[name] = program.memory_analysis()
     memory = known[name]
     gram = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    if walk.share.processes > 1:
+        gram += COPIES * sum(4 * math.prod(x.shape) for x in jax.tree.leaves(sums))
     o_i = [job.like(m.path, m.at) for m in cut.members]
     shared = blank(o_i[0].shape[-1], o_i[0].shape[:-2])
     assert shared.gram is not None

@@ -1,7 +1,7 @@
 """Hidden states of the calibration text between two blocks, in memory and on disk."""
 
-import shutil
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,27 @@ class States:
     """What the next block reads: of the pruned model, and of the dense one.
 
     All are on disk before a block is called done, so that a killed run finds them; up
-    to a limit they are in memory too.
+    to a limit they are in memory too. Files are named by the number of the batch, so
+    that several processes share a folder, and as many others go on from it.
     """
 
-    def __init__(self, folder: Path, limit: int | None, durable: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        limit: int | None,
+        numbers: Sequence[int],
+        durable: bool = True,
+    ):
         """Starts with none.
 
         Args:
           folder: where to keep them; made when needed.
           limit: bytes in memory; None for all.
+          numbers: of the batches of this process.
           durable: False keeps on disk only what does not fit in memory.
         """
         self.folder, self.limit, self.durable = folder, limit, durable
+        self.numbers = numbers
         self.shelf = Shelf(limit)
         self.now: list[Any] = []
         self.dense: list[Any] | None = None
@@ -36,7 +45,8 @@ class States:
         """Takes the states before the first block; both models have the same."""
         self.forget(0)
         self.now = [
-            self.shelf.put(x, self.path(0, "now", n)) for n, x in enumerate(made)
+            self.shelf.put(x, self.path(0, "now", n))
+            for n, x in zip(self.numbers, made, strict=True)
         ]
 
     def next(
@@ -48,7 +58,7 @@ class States:
         """Takes the states before block `layer`, batch by batch."""
         self.forget(layer)
         self.now, self.dense = [], [] if beside else None
-        for n, (now, dense) in enumerate(made):
+        for n, (now, dense) in zip(self.numbers, made, strict=True):
             pairs = (("now", self.now, now), ("dense", self.dense, dense))
             for name, kept, arrays in pairs:
                 if kept is not None and arrays is not None:
@@ -61,14 +71,16 @@ class States:
 
     def load(self, layer: int) -> None:
         """Finds the states before block `layer` on disk."""
-        folder = self.folder / f"{layer:05d}"
-        self.now = [Stored(p) for p in sorted(folder.glob("now-*"))]
-        self.dense = [Stored(p) for p in sorted(folder.glob("dense-*"))] or None
-        if not self.now:
+        paths = [self.path(layer, "now", n) for n in self.numbers]
+        twins = [self.path(layer, "dense", n) for n in self.numbers]
+        missing = [p for p in paths if not p.exists()]
+        if missing:
             raise ValueError(
-                f"{folder} is empty: the run cannot go on; remove"
+                f"{missing[0]} is missing: the run cannot go on; remove"
                 f" {self.folder.parent} and begin again"
             )
+        self.now = [Stored(p) for p in paths]
+        self.dense = [Stored(p) for p in twins if p.exists()] or None
 
     def take(self) -> tuple[Arrays, Arrays | None]:
         """(pruned, dense or None where they are the same), and forgets them."""
@@ -82,4 +94,8 @@ class States:
 
     def forget(self, layer: int) -> None:
         """Removes the states before block `layer` from disk."""
-        shutil.rmtree(self.folder / f"{layer:05d}", ignore_errors=True)
+        for n in self.numbers:
+            for name in ("now", "dense"):
+                self.path(layer, name, n).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds those of other processes
+            (self.folder / f"{layer:05d}").rmdir()

@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax import atomic, kernels
-from flexhinm_jax.io import fingerprint, huggingface, packed, shards
+from flexhinm_jax.io import huggingface, packed, shards
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.allocate import check_mode
 from flexhinm_jax.pruning.report import Report, Row, report
 from flexhinm_jax.pruning.solve import fitting
 from flexhinm_jax.sequential.cuts import Layer, Programs, Walk
-from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.request import Request
+from flexhinm_jax.sequential.share import Share
 from flexhinm_jax.sequential.trained import Trained
 from flexhinm_jax.streaming import memory
 from flexhinm_jax.streaming.blocks import Blocks, Dtype, open_blocks
@@ -184,7 +184,7 @@ def stream(
     tell(plan)
     plan.check()
     work = Work(Path(out), setting)
-    with atomic.locked(out), work.kept(setting.blocks.index.size + plan.on_disk):
+    with work.kept(plan.on_disk):
         if spread.mode != "uniform":
             targets = survey(setting, work, plan.shelf, tell)
             setting = dataclasses.replace(setting, targets=targets)
@@ -193,7 +193,7 @@ def stream(
             tell(Allocated(allocated))
         rows, errors = prune_blocks(setting, work, plan, tell)
         result = Streamed(total(setting, rows), errors, allocated)
-        work.finish({} if output.extra is None else output.extra(result))
+        work.finish(output.extra, result)
     return result
 
 
@@ -219,13 +219,15 @@ def opened(
     huggingface.check_copy(Path(directory), Path(out))
     blocks = open_blocks(Path(directory), limits.dtype)
     shards.check_space(Path(out), blocks.index.size - Work.taken(Path(out)))
+    batches = split(tokens, limits.batch, blocks)
     return Setting(
         blocks,
         blocks.uses(
             request.rules,
             lambda uses: fitting(request.method, uses, request.on_mismatch),
         ),
-        split(tokens, limits.batch, blocks),
+        batches,
+        Share.here(len(batches)),
         request,
         Spread(),
         output.pack,
@@ -244,6 +246,7 @@ def check_blocks(setting: Setting) -> None:
     if request.statistics == "block":
         named["block", request.block] = request.block_of
     if request.reconstruct is not None:
+        setting.share.alone("reconstruct")
         window = request.reconstruct.window
         if isinstance(window, int) and window > 1:
             raise ValueError(
@@ -284,7 +287,8 @@ def prune_blocks(
         prune = functools.partial(
             prune_block, setting=setting, work=work, plan=plan, tell=tell
         )
-    blocks, states = setting.blocks, States(work.states, plan.shelf)
+    blocks, numbers = setting.blocks, setting.share.numbers
+    states = States(work.states, plan.shelf, numbers)
     rows: list[Row] = []
     errors: dict[str, float] = {}
     first = work.resumed()
@@ -295,7 +299,7 @@ def prune_blocks(
         if first:
             states.load(first)
         else:
-            states.begin(blocks.embedded(setting.batches))
+            states.begin(blocks.embedded(setting.own))
     began = time.perf_counter()
     for layer in range(first, blocks.count):
         memory.reset_peak()
@@ -355,12 +359,13 @@ def prune_block(
     blocks, uses = setting.blocks, setting.uses.of(layer)
     now, twins = states.take()
     job = setting.job(layer, blocks.load(layer), now)
-    job.finished = Finished(work.solved(layer), fingerprint.record(layer=layer))
+    job.finished = work.finished(layer)
     walk = Walk(
         job,
         Shelf(plan.shelf, work.folder),
         twins=None if twins is None else [(h,) for h in twins],
         programs=setting.programs,
+        share=setting.share,
         to_end=True,
     )
     job.batches.clear()
@@ -403,6 +408,8 @@ def write_block(
       arrays: key -> array with zeros in place, all of the block.
       leaves: key -> packed leaf; not read without packing.
     """
+    if not setting.share.writes:
+        return
     for key, leaf in arrays.items():
         stored = setting.blocks.index.read(key).dtype
         work.writer.put(key, np.asarray(leaf).astype(stored, copy=False))

@@ -93,7 +93,7 @@ def survey(
       shelf: bytes of hidden states in memory; None for all.
       tell: called after every block.
     """
-    if work.budgets.exists():
+    if setting.share.agreed(work.budgets.exists()):
         return records.read(work.budgets)
     mode, total = setting.spread.mode, setting.blocks.count
     method, sparsity = setting.request.method, setting.request.sparsity
@@ -102,8 +102,9 @@ def survey(
         setting.request, target="seq", statistics="sequential", reconstruct=None
     )
     dense = dataclasses.replace(setting, request=seq)
-    states = States(work.folder / "survey", shelf, durable=False)
-    states.begin(setting.blocks.embedded(setting.batches))
+    numbers = setting.share.numbers
+    states = States(work.folder / "survey", shelf, numbers, durable=False)
+    states.begin(setting.blocks.embedded(setting.own))
     layers: dict[str, gains.Increments] = {}
     shares: dict[str, float] = {}
     for layer in range(total):
@@ -114,6 +115,7 @@ def survey(
             job,
             Shelf(shelf, work.folder),
             programs=setting.programs,
+            share=setting.share,
             to_end=True,
         )
         job.batches.clear()
@@ -136,7 +138,8 @@ def survey(
         exceptions=setting.spread.exceptions,
         outliers=shares,
     )
-    records.write(work.budgets, found)
+    if setting.share.writes:
+        records.write(work.budgets, found)
     return found
 
 
@@ -154,10 +157,7 @@ class Look(Walk):
 
     def members(self, k: int) -> dict[tuple, Solved]:
         """Takes the norms at cut `k`."""
-        sums = None
-        for runner in self.runners:
-            sums = self.add(k, sums, runner)
-        assert sums is not None
+        sums = self.sums(k)
         squares = jnp.diagonal(sums["gram"], axis1=-2, axis2=-1)
         checks.finite(squares, "norms of its inputs", self.cuts[k].members[0].path)
         found = Stats(

@@ -7,11 +7,13 @@ block), `solved` (finished matrices of that block) and one `block-NNNNN.json` pe
 finished block, which is written last.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from flexhinm_jax.sequential.cuts import Programs
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.request import Request
+from flexhinm_jax.sequential.share import Share
 from flexhinm_jax.streaming.blocks import Blocks, BlockUses
 
 PARTIAL = ".partial"
@@ -54,6 +57,7 @@ class Setting:
       blocks: the opened directory.
       uses: what is prunable in it.
       batches: i32[batch, length] each, the calibration text.
+      share: which of them this process has.
       request: method, sparsity, rules, target and key.
       spread: how one sparsity is spread over the matrices.
       pack: whether the packed form is written too.
@@ -67,6 +71,7 @@ class Setting:
     blocks: Blocks
     uses: BlockUses
     batches: list[np.ndarray]
+    share: Share
     request: Request
     spread: Spread
     pack: bool
@@ -75,13 +80,19 @@ class Setting:
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     values: str | None = None
 
+    @property
+    def own(self) -> list[np.ndarray]:
+        """The batches of this process."""
+        return [self.batches[n] for n in self.share.numbers]
+
     def job(self, layer: int, params: Mapping[str, Any], hidden: Sequence[Any]) -> Job:
         """Checks a block and says how to prune it.
 
         Args:
           layer: which.
           params: its parameters; may be abstract.
-          hidden: hidden states before it, one array per batch; may be abstract.
+          hidden: hidden states before it, one array per batch of this process; may be
+            abstract.
         """
         return Job(
             self.blocks.apply(layer),
@@ -95,6 +106,9 @@ class Setting:
 class Work:
     """The folder of a run that is not finished.
 
+    One process writes; others have a share of the batches and read what it wrote,
+    after it said so: the folder is on a file system of all of them.
+
     Attributes:
       folder: `OUT.partial`.
       model: what becomes OUT.
@@ -107,7 +121,7 @@ class Work:
 
     def __init__(self, out: Path, setting: Setting):
         """Names the folder; nothing is touched."""
-        self.setting = setting
+        self.setting, self.share = setting, setting.share
         self.out = Path(os.path.realpath(out))
         self.folder = self.out.with_name(self.out.name + PARTIAL)
         self.model = self.folder / "model"
@@ -120,30 +134,50 @@ class Work:
         folder = out.with_name(out.name + PARTIAL)
         return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
-    def kept(self, needed: int) -> "Work":
-        """Opens the folder, or begins it; to be used as a context."""
-        shards.check_space(self.folder, needed - self.taken(self.out))
+    @contextlib.contextmanager
+    def kept(self, states: int) -> Iterator[None]:
+        """Opens the folder, or begins it.
+
+        That of a run that fails is kept if it holds anything of value.
+
+        Args:
+          states: bytes of the hidden states of this process that go to disk.
+
+        Raises:
+          InUse: another run writes OUT.
+          ValueError: the folder is of another run.
+          OSError: no space.
+        """
+        writes = self.share.writes
+        with atomic.locked(self.out) if writes else contextlib.nullcontext():
+            if writes:
+                self._begin(self.share.processes * states)
+            try:
+                self.share.agreed(0)
+                Finished(self.folder, record(self.setting), writes=writes)
+                yield
+            except BaseException:
+                self._leave()
+                raise
+
+    def _begin(self, states: int) -> None:
+        index = self.setting.blocks.index
+        shards.check_space(self.folder, index.size + states - self.taken(self.out))
         if self.record(0).exists() and not self.model.exists():
             shutil.rmtree(self.folder)  # killed when OUT was there and this was left
         Finished(self.folder, record(self.setting))
         self.model.mkdir(exist_ok=True)
         try:
-            self.writer = shards.Writer(self.model, self.setting.blocks.index)
+            self.writer = shards.Writer(self.model, index)
         except OSError:
-            self.__exit__(OSError)
+            self._leave()
             raise
-        return self
 
-    def __enter__(self) -> "Work":
-        """The folder."""
-        return self
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        """Keeps the folder of a run that failed, if it holds anything of value."""
-        del rest
+    def _leave(self) -> None:
+        """Removes the folder of a run that failed, unless it holds what is of value."""
         worth = [*self.folder.glob("block-*.json"), *self.folder.rglob("*.npz")]
         worth += [self.budgets] if self.budgets.exists() else []
-        if kind is not None and not worth:
+        if self.share.writes and not worth:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def resumed(self) -> int:
@@ -151,7 +185,7 @@ class Work:
         count = 0
         while self.record(count).exists():
             count += 1
-        return count
+        return self.share.agreed(count)
 
     def record(self, layer: int) -> Path:
         """The file that says that a block is done."""
@@ -167,15 +201,45 @@ class Work:
         """Where the finished matrices of a block are kept."""
         return self.folder / "solved" / f"{layer:05d}"
 
-    def done(self, layer: int, rows: list[Row], errors: dict[str, float]) -> None:
-        """A block is written, and its hidden states too."""
-        self.writer.flush()
-        found = {"rows": [dataclasses.asdict(row) for row in rows], "errors": errors}
-        records.write(self.record(layer), found)
-        shutil.rmtree(self.solved(layer))
+    def finished(self, layer: int) -> Finished:
+        """The finished matrices of a block."""
+        config = fingerprint.record(layer=layer)
+        return Finished(self.solved(layer), config, writes=self.share.writes)
 
-    def finish(self, extra: Mapping[str, str]) -> None:
-        """Copies what is left, and makes the folder OUT."""
+    def done(self, layer: int, rows: list[Row], errors: dict[str, float]) -> None:
+        """A block is written, and its hidden states too.
+
+        Raises:
+          ValueError: the processes have made different weights of equal sums.
+        """
+        found = {"rows": [dataclasses.asdict(row) for row in rows], "errors": errors}
+        digest = zlib.crc32(json.dumps(found).encode()) >> 1
+        if len(set(self.share.said(digest))) > 1:
+            raise ValueError(
+                f"block {layer} is not the same in all processes: their machines"
+                " compute differently; start them on machines of one kind"
+            )
+        if self.share.writes:
+            self.writer.flush()
+            records.write(self.record(layer), found)
+            shutil.rmtree(self.solved(layer))
+        self.share.agreed(0)  # only now its states may be forgotten
+
+    def finish(
+        self, extra: Callable[[Any], Mapping[str, str]] | None, result: Any
+    ) -> None:
+        """Makes the folder OUT.
+
+        Args:
+          extra: result -> {file name: text} to write beside the model; or None.
+          result: of the run.
+        """
+        if self.share.writes:
+            self._write({} if extra is None else extra(result))
+        self.share.agreed(0)
+
+    def _write(self, extra: Mapping[str, str]) -> None:
+        """Copies what is left, and gives the folder its name."""
         blocks = self.setting.blocks
         pruned = {key for layer in range(blocks.count) for key in blocks.keys(layer)}
         for key in blocks.index.files:
