@@ -20,7 +20,8 @@ The form follows from the number of rows of x and the size of the weight (`form_
                       nothing is expanded, each value is read once; up to 4 rows where
                       the stored values stay in cache
     64 ..    terms    listed anew in every product, where they stay in cache while they
-                      are listed: of a larger weight that takes longer than it saves
+                      are listed: of a larger weight that takes longer than it saves;
+                      any number of rows where groups have too many selections
     else     tiles    the expanded tile is joined and multiplied with chunks of rows
 """
 
@@ -126,10 +127,11 @@ def form_of(rows: int, packed: PackedWeight) -> str:
         return "tiles"
     whole = packed.filled()
     cached = whole.dense_values.size + whole.nm_values.size <= CACHED_VALUES
-    if cached and rows >= MANY:
+    selects = packed.n * packed.m <= MOST
+    if cached and (rows >= MANY or not selects):
         return "terms"
     few = FEW_CACHED if cached else FEW
-    return "select" if rows <= few and packed.n * packed.m <= MOST else "tiles"
+    return "select" if rows <= few and selects else "tiles"
 
 
 def _terms(x: Array, packed: PackedWeight) -> Array:

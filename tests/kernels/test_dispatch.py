@@ -319,6 +319,8 @@ def test_the_form_follows_from_the_rows_and_the_size_of_the_weight(monkeypatch):
         *["tiles"] * 2,
         *["terms"] * 2,
     ]
+    wide, _ = pack(fh.NM(6, 8))
+    assert [xla.form_of(n, wide) for n in (1, 5, 64)] == ["terms"] * 3
     monkeypatch.setattr(xla, "CACHED_VALUES", 0)
     assert form(2, 3, 512) == ["select", "tiles", "tiles"]
 
