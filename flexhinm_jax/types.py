@@ -329,7 +329,7 @@ class Use:
       source: uses with the same number contract the same input: they share statistics.
       bias: path of the parameter that is added to the output of this use, or None.
       pattern: a pattern that a rule asks for instead of the method's own, or None.
-      scale: what a leaf of eight bits is multiplied with before this use, or None.
+      scale: what a leaf of eight bits, or its product, is multiplied with, or None.
     """
 
     path: str

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from flexhinm_jax.paths import is_packed
-from flexhinm_jax.tracing import meshes, stops, views
+from flexhinm_jax.tracing import meshes, scales, stops, views
 from flexhinm_jax.tracing.contractions import (
     Followed,
     Product,
@@ -129,7 +129,7 @@ class Contraction:
       where: position of the equation.
       readings: the ways to see it as a product with a matrix.
       auxiliary: no batch can change what the weight is multiplied with.
-      scale: the leaf that scales this one first, or None.
+      scale: the leaf that scales this one, or its product, or None.
     """
 
     path: str
@@ -180,9 +180,9 @@ class Finder(Visitor):
     def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
         """Records the product; it runs dense."""
         path, changes = product.weight.path, product.weight.view.changes
-        scales = [step.scaled_at for step in changes if step.scaled_at is not None]
+        scaled = [step.scaled_at for step in changes if step.scaled_at is not None]
         # The sums would be those of unscaled inputs, another scale for every batch.
-        if any(any(self.dependence[at]) for at in scales):
+        if any(any(self.dependence[at]) for at in scaled):
             self.stop(where, product.weight, SCALED)
             return None, state
         applied = [step.scale for step in changes if step.scale is not None]
@@ -232,13 +232,19 @@ class Finder(Visitor):
                 products, moves = self.results.get(id(operands[0]), ((), ()))
                 if products:
                     self.remember(results[0], products, (*moves, eqn))
-        elif name == "add" and len(followed) == 1:
+        elif name in ("add", "mul") and len(followed) == 1:
             (k,) = followed
             products, moves = self.results.get(id(operands[1 - k]), ((), ()))
             leaves = operands[k].tracked
-            if len(leaves) == len(products):
-                for leaf, at in zip(leaves, products, strict=True):
-                    self.add(leaf, where, at, moves)
+            if len(leaves) != len(products):
+                return
+            for leaf, at in zip(leaves, products, strict=True):
+                note = self.add if name == "add" else self.scale
+                note(leaf, where, at, moves)
+            if name == "mul" and all(
+                self.products[at].weight.on_grid for at in products
+            ):
+                self.remember(results[0], products, moves)
 
     def products_at(self, where: Where) -> tuple[Where, ...]:
         """The products of one equation; of joined leaves only if all parts are one."""
@@ -257,9 +263,22 @@ class Finder(Visitor):
         contraction = self.found[product.weight.path, at]
         seen = zip(product.readings, contraction.readings, strict=True)
         for p, reading in seen:
-            if is_bias(p, leaf, moves):
+            if along_outputs(p, leaf, moves):
                 reading.bias = leaf.path
                 self.added.setdefault(leaf.path, {})[where] = contraction.path
+
+    def scale(
+        self, leaf: Tracked, where: Where, at: Where, moves: tuple[Any, ...]
+    ) -> None:
+        """Notes that the result at `at` of steps is multiplied with their scale."""
+        del where
+        product = self.products[at]
+        contraction = self.found[product.weight.path, at]
+        fitting = [p for p in product.readings if along_outputs(p, leaf, moves)]
+        if product.weight.on_grid and contraction.scale is None and fitting:
+            contraction.scale = scales.of_outputs(leaf.path, fitting[0].layout)
+            reason = Stop(f"the scale of {product.weight.path!r}")
+            self.reasons.setdefault(leaf.path, {})[reason] = None
 
     def bias(self, path: str, reading: Reading) -> str | None:
         """The bias of a reading, unless that leaf is also used for something else."""
@@ -402,13 +421,13 @@ def mixes(contractions: list[Contraction], layout: Layout) -> bool:
     )
 
 
-def is_bias(product: Product, leaf: Tracked, moves: tuple[Any, ...]) -> bool:
+def along_outputs(product: Product, leaf: Tracked, moves: tuple[Any, ...]) -> bool:
     """Whether a leaf is `[*stack, o]` of the product in this very order.
 
     Args:
       product: a product.
-      leaf: what is added to its result.
-      moves: equations that move the result around before the leaf is added.
+      leaf: what is added to its result, or multiplied with it.
+      moves: equations that move the result around before that.
     """
     layout = product.layout
     shape = (*layout.stack_shape, layout.matrix_shape[0])

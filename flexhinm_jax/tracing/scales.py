@@ -6,7 +6,9 @@ The values of such a leaf lie on a grid: what stands for a weight is a step time
 scale. Whoever judges the leaf reads it with its scale (`dequantised`), whoever writes
 it rounds to the grid (`quantised`), and a product with packed steps scales its outputs.
 A scale may vary along any axes of the leaf, also in blocks; along the outputs and the
-stack alone it is a factor of every output.
+stack alone it is a factor of every output, and a program may as well multiply these:
+
+    y = (x @ q.astype(jnp.float32)) * scale
 """
 
 import functools
@@ -83,6 +85,16 @@ def _plain(a: Atom) -> bool:
 
 def _same(at: Any, there: Any) -> bool:
     return at == there if isinstance(at, int) else at is there
+
+
+def of_outputs(path: str, layout: Layout) -> ChannelScale:
+    """A scale [*stack, o] that multiplies the outputs of a product."""
+    factors = layout.stack + layout.out
+    flat, stride = [], 1
+    for f in reversed(factors):
+        flat.append(AxisFactor(0, stride, f.size))
+        stride *= f.size
+    return ChannelScale(path, tuple(zip(factors, flat[::-1], strict=True)))
 
 
 def spread(values: Any, scale: ChannelScale, shape: tuple[int, ...]) -> Array:

@@ -102,7 +102,8 @@ def test_products_run_on_the_steps(monkeypatch):
     assert packed.values_dtype == jnp.int8 and packed.scale is not None
 
 
-def test_rows_are_judged_by_what_their_steps_stand_for():
+@pytest.mark.parametrize("layer", LAYERS)
+def test_rows_are_judged_by_what_their_steps_stand_for(layer):
     """Whole vectors of rows compete: the steps alone would keep others."""
     params = params_of()
     pattern = fh.Unstructured()
@@ -110,7 +111,7 @@ def test_rows_are_judged_by_what_their_steps_stand_for():
     scored = {"kernel": plain["kernel"] * params["scale"]}
     method = fh.Magnitude(pattern)
     prune = lambda f, p: fh.prune(f, p, [X], method, sparsity=0.5, key=KEY)  # noqa: E731
-    keep = prune(dense_layer, params).plans["kernel"].support.keep
+    keep = prune(layer, params).plans["kernel"].support.keep
     product = lambda p, x: x @ p["kernel"]  # noqa: E731
     want = prune(product, scored).plans["kernel"].support.keep
     other = prune(product, plain).plans["kernel"].support.keep
@@ -137,7 +138,7 @@ def test_moved_weights_are_rounded_to_the_grid_and_it_is_said(caplog):
     assert (lost[np.abs(got) < 127] <= 0.5 + 1e-3).all()
 
 
-@pytest.mark.parametrize("loop", ["scan", "slices", "batch"])
+@pytest.mark.parametrize("loop", ["scan", "slices", "batch", "after"])
 def test_a_stack_has_the_scales_of_its_layers(loop):
     w = normal(3, 16, 16)
     kernel, scale = on_grid(w, 1)  # scale [3, 16]
@@ -148,8 +149,12 @@ def test_a_stack_has_the_scales_of_its_layers(loop):
             w = one["kernel"].astype(jnp.float32) * one["scale"]
             return jnp.tanh(x @ w), None
 
-        if loop == "scan":
-            return jax.lax.scan(layer, x, p)[0]
+        def after(x, one):
+            y = x @ one["kernel"].astype(jnp.float32)
+            return jnp.tanh(y * one["scale"]), None
+
+        if loop in ("scan", "after"):
+            return jax.lax.scan(layer if loop == "scan" else after, x, p)[0]
         if loop == "slices":
             for k in range(3):
                 x, _ = layer(x, {name: leaf[k] for name, leaf in p.items()})
@@ -196,7 +201,11 @@ def test_what_cannot_be_pruned_says_why():
     uses = fh.discover(shifted, params, X)
     assert "kernel" in uses.skipped and "sub" in uses.skipped["kernel"]
     uses = fh.discover(dense_layer, params, X)
-    assert "the scale of 'kernel'" in uses.skipped["scale"]
+    assert uses.skipped["scale"] == "1-D; the scale of 'kernel'"
+    later = lambda p, x: after_layer(p, x) + p["zero"]  # noqa: E731
+    uses = fh.discover(later, params, X)
+    assert uses.skipped["scale"] == "1-D; the scale of 'kernel'"
+    assert uses.leaves["kernel"].bias == "zero"
     found = fh.prune_sequential(
         lambda p, x: dense_layer(p, x) @ p["head"],
         params | {"head": normal(32, 8)},
