@@ -40,24 +40,35 @@ FIGURES = ("peak GB", "packed / dense bytes", "zeros")
 """Columns of rows that were pruned."""
 
 GYRO, HINM = "flexhinm:v=32", "hinm:v=32"
+WRITTEN = {"reorder": "reordered", "rotate": "rotated"}
+"""Verb before a prune -> the directory it writes."""
+
 SPENSE = ",regions=dense+nm,boundary=matrix"
 """Of arXiv:2606.10445: no pruned region and one boundary in a matrix."""
 
 
 class Recipe(NamedTuple):
-    """A row: a table, the options of `flexhinm prune`, and of `reorder` before it."""
+    """A row: a table, the options of `flexhinm prune`, and the commands before it.
+
+    Attributes:
+      table: its name.
+      options: of `flexhinm prune`; none for the dense model.
+      before: verbs whose directories are pruned.
+      samples: to calibrate on, None for what --samples says.
+    """
 
     table: str
     options: str
-    reorder: str | None = None
+    before: tuple[str, ...] = ()
+    samples: int | None = None
 
 
 def recipes() -> dict[str, Recipe]:
     """Name of a row -> what is run."""
     rows: dict[str, Recipe] = {}
 
-    def add(table: str, name: str, options: str, reorder: str | None = None) -> None:
-        rows[name] = Recipe(table, options, reorder)
+    def add(table: str, name: str, options: str, *before: str) -> None:
+        rows[name] = Recipe(table, options, before)
 
     for method in ("magnitude", "wanda", "ria", "sparsegpt", "alps", "nowag", "armor"):
         add(FIFTY, f"2:4 {method}", f"--method {method} --pattern 2:4")
@@ -78,9 +89,15 @@ def recipes() -> dict[str, Recipe]:
         options = f"--method {method} --pattern 2:4 --batch-size 1 {trained}"
         add(FIFTY, f"2:4 {method} reconstructed", options)
         plain = f"--method {method} --pattern 2:4"
-        add(FIFTY, f"2:4 {method} reordered", plain, reorder="--pattern 2:4")
+        add(FIFTY, f"2:4 {method} reordered", plain, "reorder")
         both = f"2:4 {method} reordered and reconstructed"
-        add(FIFTY, both, options, reorder="--pattern 2:4")
+        add(FIFTY, both, options, "reorder")
+        add(FIFTY, f"2:4 {method} rotated", plain, "rotate")
+        add(FIFTY, f"2:4 {method} rotated and reordered", plain, "rotate", "reorder")
+        every = f"2:4 {method} rotated, reordered and reconstructed".replace(
+            ",", " and"
+        )
+        add(FIFTY, every, options, "rotate", "reorder")
     for n, m in ((2, 4), (4, 8), (16, 32)):
         for method in ("wanda", "sparsegpt", "alps"):
             for kind in ("nm", "transposable"):
@@ -140,14 +157,16 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
     names = [name for name in chosen(["dense", *known], flags) if name not in done]
     for name in names:
         recipe = known.get(name, Recipe(FIFTY, ""))
+        samples = recipe.samples or flags.samples
+        own = argparse.Namespace(**vars(flags) | {"samples": samples})
         with tempfile.TemporaryDirectory(prefix="flexhinm-") as folder:
-            source, out, cost = flags.model, flags.model, {}
-            if recipe.reorder is not None:
-                source = Path(folder) / "ordered"
-                cost, _ = run("reorder", flags.model, source, recipe.reorder, flags)
+            source, out, cost, before = flags.model, flags.model, {}, 0.0
+            for verb in recipe.before:
+                cost, _ = run(verb, source, Path(folder) / verb, "", own)
+                source, before = Path(folder) / verb, before + cost["seconds"]
             if recipe.options:
-                out, before = Path(folder) / "pruned", cost.get("seconds", 0.0)
-                cost = prune(source, out, recipe.options, flags)
+                out = Path(folder) / "pruned"
+                cost = prune(source, out, recipe.options, own)
                 cost["seconds"] += before
             judged = alone(
                 judge,
@@ -168,10 +187,10 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
             {
                 "tokens": flags.tokens,
                 "window": WINDOW,
-                "samples": flags.samples,
+                "samples": samples,
                 "text": flags.evaluation.name,
             },
-            command(recipe, flags),
+            command(recipe, own),
         )
 
 
@@ -189,12 +208,12 @@ def command(recipe: Recipe, flags: argparse.Namespace) -> str:
         return f"flexhinm eval {model} --text {flags.evaluation.name} {read}"
     text = f"--calibration {flags.calibration.name}"
     text += f" --samples {flags.samples} --length {flags.length}"
-    before = ""
-    if recipe.reorder is not None:
-        before = f"flexhinm reorder {model} {recipe.reorder} {text} --out ordered; "
-        model = "ordered"
-    line = f"flexhinm prune {model} {recipe.options} {text} --pack --out pruned"
-    return before + line
+    lines = []
+    for verb in recipe.before:
+        lines.append(f"flexhinm {verb} {model} {text} --out {WRITTEN[verb]}")
+        model = WRITTEN[verb]
+    lines.append(f"flexhinm prune {model} {recipe.options} {text} --pack --out pruned")
+    return "; ".join(lines)
 
 
 def prune(

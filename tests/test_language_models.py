@@ -25,9 +25,9 @@ def test_every_row_is_a_command_that_is_accepted(name, tmp_path):
     sparsity = checked.sparsity
     low, high = checked.method.pattern.sparsity_range()
     assert low == high if sparsity is None else low <= sparsity <= high
-    if recipe.reorder is not None:
-        first = ["reorder", "model", "--out", out, *shlex.split(recipe.reorder)]
-        assert parser().parse_args(first).pattern == "2:4"
+    for verb in recipe.before:
+        first = [verb, "model", "--out", str(tmp_path / language_models.WRITTEN[verb])]
+        assert parser().parse_args(first).pattern == "2:4" in recipe.options
 
 
 def test_a_model_beside_itself_and_beside_another(tmp_path):

@@ -26,12 +26,13 @@ from flexhinm_jax.cli import (
     prune,
     recipe,
     reorder,
+    rotate,
 )
 from flexhinm_jax.cli.console import Console
 from flexhinm_jax.io import sources
 from flexhinm_jax.training.run import NotFinite
 
-COMMANDS = (inspect, prune, learn, evaluate, generate, importer, reorder)
+COMMANDS = (inspect, prune, learn, evaluate, generate, importer, reorder, rotate)
 
 # What the library warns of is part of the results: without this it came out twice.
 logging.getLogger("flexhinm_jax").addHandler(logging.NullHandler())

@@ -41,27 +41,20 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    form = patterns.parse(args.pattern).form
-    if form is None:
-        raise ValueError(
-            f"--pattern {args.pattern}: orders are searched for groups; give N:M, such"
-            " as 2:4"
-        )
+    n, m = form_of(args.pattern)
     tokens = prune_decoder.samples(args, open_blocks(args.model))
 
-    def tell(done: int, total: int) -> None:
-        console.progress(f"block {done}/{total}: orders searched")
-
-    result = reorder(
-        args.model,
-        args.out,
-        tokens,
-        jax.random.key(args.seed),
-        n=form[0],
-        m=form[1],
-        overwrite=args.force,
-        progress=tell,
-    )
+    with console.step("searching orders of blocks", long=True) as tell:
+        result = reorder(
+            args.model,
+            args.out,
+            tokens,
+            jax.random.key(args.seed),
+            n=n,
+            m=m,
+            overwrite=args.force,
+            progress=tell,
+        )
     rows = [(name, *result.mean(name)) for name in ("stream", "heads", "inner")]
     document = {
         "model": str(args.model),
@@ -77,3 +70,14 @@ def run(args: argparse.Namespace, console: Console) -> None:
         ),
         f"{args.out}: the same function; prune it with --pattern {args.pattern}",
     )
+
+
+def form_of(pattern: str) -> tuple[int, int]:
+    """N and M of what --pattern says."""
+    form = patterns.parse(pattern).form
+    if form is None:
+        raise ValueError(
+            f"--pattern {pattern}: channels are arranged for groups; give N:M, such as"
+            " 2:4"
+        )
+    return form

@@ -62,6 +62,24 @@ class Index:
         """Bytes of all arrays."""
         return sum(map(self.nbytes, self.files))
 
+    def with_array(self, key: str, like: str) -> "Index":
+        """The index with one more array, of the file, shape and dtype of another one.
+
+        It is what a `Writer` shall make; `read` knows nothing of the new array.
+        """
+        file = self.files[like]
+        header = self.headers[file]
+        header = dataclasses.replace(
+            header,
+            shapes=header.shapes | {key: header.shapes[like]},
+            dtypes=header.dtypes | {key: header.dtypes[like]},
+            places=header.places | {key: header.places[like]},
+        )
+        headers = self.headers | {file: header}
+        return dataclasses.replace(
+            self, files=self.files | {key: file}, headers=headers
+        )
+
     def read(self, key: str) -> np.ndarray:
         """One array, read-only and mapped: its pages are read when looked at.
 
@@ -234,8 +252,17 @@ class Writer:
                 atomic.swap(path, self.folder / file)
         source = self.index.directory / INDEX
         if SINGLE not in self.index.headers and source.is_file():
+            text = read_json(source)
+            new = {
+                k: x for k, x in self.index.files.items() if k not in text["weight_map"]
+            }
             with atomic.file(self.folder / INDEX, overwrite=True) as temporary:
-                shutil.copyfile(source, temporary)
+                if new:
+                    text["weight_map"] |= new
+                    text["metadata"] = {"total_size": self.index.size}
+                    temporary.write_text(json.dumps(text, indent=2) + "\n")
+                else:
+                    shutil.copyfile(source, temporary)
 
 
 def layout(index: Index, file: str) -> tuple[bytes, dict[str, int], int]:

@@ -92,19 +92,13 @@ def change(
       True
     """
     check(config, basis)
-    params = select(params, shapes(config))
-    if basis.turns_stream:
-        params, config = fold_norms(params, config)
-    stream = basis.stream
-    for name in (TABLE, HEAD):
-        if name in params:
-            params[name] = turned(params[name], stream, 1)
-    if not basis.turns_stream:
-        params[NORM] = turned(params[NORM], stream, 0)
+    params = turned_ends(select(params, shapes(config)), config, basis)
     for layer in range(config.num_hidden_layers):
         at, own = block_prefix(layer), block_params(params, layer)
         block = turned_block(own, config, layer, basis)
         params |= {at + name: leaf for name, leaf in block.items()}
+    if basis.turns_stream:
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     return params, config
 
 
@@ -124,31 +118,51 @@ def fold_norms(
     Raises:
       ValueError: norms that are not read by products alone.
     """
+    refuse_sandwiches(config)
+    params = folded_ends(params, config)
+    for layer in range(config.num_hidden_layers):
+        at, own = block_prefix(layer), block_params(params, layer)
+        block = folded_block(own, config, layer)
+        params |= {at + name: leaf for name, leaf in block.items()}
+    return params, dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def refuse_sandwiches(config: DecoderConfig) -> None:
+    """Raises ValueError if norms are not read by products alone."""
     if config.sandwich_norms:
         raise ValueError(
             "the norms of this model scale what is written to the residual stream, so"
             " a rotation cannot be absorbed; give an order of the stream, or None"
         )
+
+
+def folded_ends(params: Mapping[str, Array], config: DecoderConfig) -> dict[str, Array]:
+    """The last norm folded into the head, a copy of the table if they are tied."""
     params = dict(params)
     if config.tie_word_embeddings:
         params[HEAD] = params[TABLE]
-        config = dataclasses.replace(config, tie_word_embeddings=False)
-    one = 0.0 if config.norm_offset else 1.0
+    return _folded(params, NORM, [HEAD], config)
 
-    def fold(norm: str, readers: list[str]) -> None:
-        scale = params[norm].astype(jnp.float32) + (1.0 - one)
-        for name in readers:
-            weight = params[name]
-            params[name] = (weight.astype(jnp.float32) * scale).astype(weight.dtype)
-        params[norm] = jnp.full_like(params[norm], one)
 
-    fold(NORM, [HEAD])
-    for layer in range(config.num_hidden_layers):
-        at = block_prefix(layer)
-        names = [at + name for name in readers(config, layer)]
-        fold(f"{at}input_layernorm.weight", names[:3])
-        fold(f"{at}post_attention_layernorm.weight", names[3:])
-    return params, config
+def folded_block(
+    own: Mapping[str, Array], config: DecoderConfig, layer: int
+) -> dict[str, Array]:
+    """The parameters of a block, short keys, with its norms in what reads them."""
+    names = readers(config, layer)
+    own = _folded(own, "input_layernorm.weight", names[:3], config)
+    return _folded(own, "post_attention_layernorm.weight", names[3:], config)
+
+
+def _folded(
+    params: Mapping[str, Array], norm: str, names: list[str], config: DecoderConfig
+) -> dict[str, Array]:
+    params, one = dict(params), 0.0 if config.norm_offset else 1.0
+    scale = params[norm].astype(jnp.float32) + (1.0 - one)
+    for name in names:
+        weight = params[name]
+        params[name] = (weight.astype(jnp.float32) * scale).astype(weight.dtype)
+    params[norm] = jnp.full_like(params[norm], one)
+    return params
 
 
 def readers(config: DecoderConfig, layer: int) -> list[str]:
@@ -170,11 +184,29 @@ def writers(config: DecoderConfig, layer: int) -> list[str]:
     return [*names, *(experts.key(k, "down") for k in range(experts.count))]
 
 
+def turned_ends(
+    params: Mapping[str, Array], config: DecoderConfig, basis: Basis
+) -> dict[str, Array]:
+    """The table, the last norm and the head in a basis, the rest as it is."""
+    params = dict(params)
+    if basis.turns_stream:
+        refuse_sandwiches(config)
+        params = folded_ends(params, config)
+    else:
+        params[NORM] = turned(params[NORM], basis.stream, 0)
+    for name in (TABLE, HEAD):
+        if name in params:
+            params[name] = turned(params[name], basis.stream, 1)
+    return params
+
+
 def turned_block(
     own: Mapping[str, Array], config: DecoderConfig, layer: int, basis: Basis
 ) -> dict[str, Array]:
     """The parameters of one block, under their short keys, in a basis."""
     own, stream = dict(own), basis.stream
+    if basis.turns_stream:
+        own = folded_block(own, config, layer)
     norms = [name for name in own if name.endswith("layernorm.weight")]
     for name in readers(config, layer):
         own[name] = turned(own[name], stream, 1)

@@ -12,6 +12,7 @@ on a sample of the rows that read it, and a second pass writes.
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,9 +24,9 @@ import numpy as np
 from jax import Array
 
 from flexhinm_jax import arguments, atomic
-from flexhinm_jax.io import huggingface, shards
+from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.models import decoder
-from flexhinm_jax.models.basis import Basis, readers, turned, turned_block
+from flexhinm_jax.models.basis import Basis, readers, turned_block, turned_ends
 from flexhinm_jax.models.decoder_parameters import HEAD, NORM, TABLE
 from flexhinm_jax.ops import regions
 from flexhinm_jax.patterns import ChannelSearch
@@ -241,30 +242,38 @@ def write(
     basis: Basis,
     overwrite: bool,
 ) -> None:
-    """Writes the directory, one array after the other."""
+    """Writes the directory in a basis, one array after the other."""
+    config, index = blocks.config, blocks.index
+    untied = basis.turns_stream and config.tie_word_embeddings
+    if untied and HEAD not in index.files:
+        index = index.with_array(HEAD, TABLE)
     with atomic.directory(out, overwrite=overwrite) as folder:
         huggingface.copy_others(source, folder)
-        writer = shards.Writer(folder, blocks.index)
+        if untied:
+            text = blocks.given | {"tie_word_embeddings": False}
+            (folder / huggingface.CONFIG).write_text(json.dumps(text, indent=2) + "\n")
+        writer = shards.Writer(folder, index)
+        written = set()
 
         def put(key: str, leaf: Array) -> None:
-            writer.put(key, np.asarray(leaf))
+            writer.put(key, np.asarray(leaf).astype(tensors.DTYPES[index.dtype(key)]))
+            written.add(key)
 
-        inside = set()
         for layer in range(blocks.count):
             at, keys = decoder.block_prefix(layer), blocks.keys(layer)
-            stored = short({key: read(blocks, key) for key in keys}, layer)
-            block = turned_block(stored, blocks.config, layer, basis)
+            own = short({key: read(blocks, key) for key in keys}, layer)
+            block = turned_block(own, config, layer, basis)
             for name, leaf in block.items():
                 put(at + name, leaf)
-            inside |= set(keys)
-        for key in blocks.index.files:
-            if key in (TABLE, NORM, HEAD):
-                put(key, turned(read(blocks, key), basis.stream, -1))
-            elif key not in inside:
-                writer.copy(key)
+        ends = (key for key in (TABLE, NORM, HEAD) if key in blocks.index.files)
+        stored = {key: read(blocks, key) for key in ends}
+        for key, leaf in turned_ends(stored, config, basis).items():
+            put(key, leaf)
+        for key in set(index.files) - written:
+            writer.copy(key)
         writer.finish()
 
 
 def read(blocks: Blocks, key: str) -> Array:
-    """One array as it is stored."""
-    return jnp.asarray(blocks.index.read(key))
+    """One array in float32, which holds what is stored and is rounded once."""
+    return jnp.asarray(blocks.index.read(key).astype(np.float32))

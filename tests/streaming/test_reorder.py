@@ -102,4 +102,4 @@ def test_the_command_writes_a_directory_and_says_what_it_gained(tmp_path, capsys
     assert kept["inner"]["after"] >= kept["inner"]["before"]
     assert load(out).config == load(dense).config
     assert main([*line, "--force", "--pattern", "vector:v=8"]) == 2
-    assert "orders are searched for groups" in capsys.readouterr().err
+    assert "channels are arranged for groups" in capsys.readouterr().err

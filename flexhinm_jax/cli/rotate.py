@@ -1,0 +1,89 @@
+"""`flexhinm rotate`: the channels of a decoder turned so that N:M loses less."""
+
+import argparse
+from typing import Any
+
+import jax
+
+from flexhinm_jax.cli import flags, prune_decoder
+from flexhinm_jax.cli.console import Console, table
+from flexhinm_jax.cli.reorder import form_of
+from flexhinm_jax.streaming.blocks import open_blocks
+from flexhinm_jax.streaming.rotate import Learning, rotate
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the parser."""
+    first = Learning()
+    parser = flags.command(
+        commands,
+        "rotate",
+        help="turn the channels of a decoder so that 2:4 loses less, before pruning",
+        description="""\
+            Writes DIR: the same function with the residual stream and the values of
+            every head in rotated channels, absorbed into the weights on both sides.
+            The rotations are learned so that N:M takes as little as it can from the
+            outputs; nothing is left to do at run time. Tied embeddings are written
+            twice, since the scale of the last norm moves into the output layer.
+            """,
+        epilog="""\
+            examples:
+              flexhinm rotate SmolLM2-135M --out rotated --calibration text.txt
+              flexhinm prune rotated --method sparsegpt --pattern 2:4 --out pruned
+            """,
+    )
+    flags.add_model(parser)
+    add = parser.add_argument
+    add("--pattern", default="2:4", metavar="N:M", help="the groups (default: 2:4)")
+    add(
+        "--steps",
+        type=flags.positive,
+        metavar="N",
+        default=first.steps,
+        help=f"of learning, {first.blocks} blocks each (default: {first.steps})",
+    )
+    add(
+        "--rate",
+        type=float,
+        metavar="RATE",
+        default=first.rate,
+        help=f"learning rate at the start (default: {first.rate})",
+    )
+    flags.add_calibration(parser)
+    flags.add_samples(add)
+    flags.add_written(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Runs the command."""
+    n, m = form_of(args.pattern)
+    tokens = prune_decoder.samples(args, open_blocks(args.model))
+
+    with console.step("turning channels", long=True) as tell:
+        result = rotate(
+            args.model,
+            args.out,
+            tokens,
+            jax.random.key(args.seed),
+            n=n,
+            m=m,
+            learning=Learning(args.steps, args.rate),
+            overwrite=args.force,
+            progress=tell,
+        )
+    rows = [(name, result.before[name], result.after[name]) for name in result.before]
+    document = {
+        "model": str(args.model),
+        "out": str(args.out),
+        "pattern": args.pattern,
+        "kept": {name: {"before": a, "after": b} for name, a, b in rows},
+    }
+    console.result(
+        document,
+        table(
+            ("weights", ">kept before", ">after"),
+            [(name, f"{a:.4f}", f"{b:.4f}") for name, a, b in rows],
+        ),
+        f"{args.out}: the same function; prune it with --pattern {args.pattern}",
+    )
