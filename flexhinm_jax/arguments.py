@@ -167,8 +167,8 @@ def calling(form: str, arguments: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        given = ", ".join(shown(x) for x in arguments) or "nothing"
-        note = f"raised by {form} with batch: {given}"
+        shapes = ", ".join(shown(x) for x in arguments) or "nothing"
+        note = f"raised by {form} with batch: {shapes}"
         if note not in getattr(error, "__notes__", ()):
             error.add_note(
                 f"{note}\n(a batch is the tuple of the arguments after params)"
@@ -215,27 +215,27 @@ def found(value: Any) -> None:
 
 
 def by_path(
-    given: Any,
+    values: Any,
     kind: type,
     name: str,
     source: str,
     leaves: Collection[str] | None = None,
 ) -> None:
-    """Raises ValueError unless `given` maps leaf paths to values of one kind.
+    """Raises ValueError unless `values` maps leaf paths to values of one kind.
 
     Args:
-      given: what was given.
+      values: what was given.
       kind: `State`, `Plan` or `Stats`.
       name: of the argument.
       source: the call that returns such a mapping, such as "solve()".
       leaves: the prunable leaves, if others are an error.
     """
-    if not isinstance(given, Mapping):
+    if not isinstance(values, Mapping):
         raise ValueError(
-            f"{name} is {shown(given)}: need {{leaf path: {kind.__name__}}}, as "
+            f"{name} is {shown(values)}: need {{leaf path: {kind.__name__}}}, as "
             f"{source} returns it"
         )
-    for path, value in given.items():
+    for path, value in values.items():
         if not isinstance(value, kind):
             raise ValueError(
                 f"{name}[{path!r}] is {shown(value)}, not a {kind.__name__}; pass what "

@@ -133,12 +133,12 @@ def finite(x: Any, what: str, path: str = "weight") -> None:
 
 
 def stats(
-    given: Stats | None, shape: tuple[int, ...], needs: str, path: str = "weight"
+    value: Stats | None, shape: tuple[int, ...], needs: str, path: str = "weight"
 ) -> None:
     """Raises ValueError when a method lacks its statistics or they do not fit.
 
     Args:
-      given: statistics of the inputs of this weight, or None.
+      value: statistics of the inputs of this weight, or None.
       shape: (o, i) of the matrix.
       needs: "nothing", "norms", "gram" or "gradients": what the method reads.
       path: leaf path for the message.
@@ -146,47 +146,47 @@ def stats(
     Raises:
       ValueError: missing statistics, a wrong size, no token, NaN or infinities.
     """
-    if needs == "nothing" and given is None:
+    if needs == "nothing" and value is None:
         return
-    if given is None:
+    if value is None:
         raise ValueError(
             f"{path}: this method needs input statistics ({needs}); pass "
             "stats=calibrate(apply_fn, params, uses, batches)"
         )
-    if not isinstance(given, Stats):
+    if not isinstance(value, Stats):
         raise ValueError(
-            f"{path}: stats is {arguments.shown(given)}: need the Stats of this "
+            f"{path}: stats is {arguments.shown(value)}: need the Stats of this "
             "weight, as calibrate(...)[path]"
         )
-    if needs == "gram" and given.gram is None:
+    if needs == "gram" and value.gram is None:
         raise ValueError(
             f"{path}: this method needs the Gram matrix, but the statistics hold only "
             "norms; calibrate with gram=True"
         )
-    if needs == "gradients" and given.sq_grad is None:
+    if needs == "gradients" and value.sq_grad is None:
         raise ValueError(
             f"{path}: this method needs squared gradients of the loss, but the "
             "statistics hold none; add them with accumulate_gradients(stats, grad)"
         )
-    if given.sq_norm.shape[-1] != shape[1]:
+    if value.sq_norm.shape[-1] != shape[1]:
         raise ValueError(
-            f"{path}: statistics of {given.sq_norm.shape[-1]} inputs for a weight with "
+            f"{path}: statistics of {value.sq_norm.shape[-1]} inputs for a weight with "
             f"in={shape[1]}; they belong to another weight"
         )
-    if given.gram is not None and given.gram.shape[-2:] != (shape[1], shape[1]):
+    if value.gram is not None and value.gram.shape[-2:] != (shape[1], shape[1]):
         raise ValueError(
-            f"{path}: Gram of shape {given.gram.shape[-2:]} for in={shape[1]}; "
+            f"{path}: Gram of shape {value.gram.shape[-2:]} for in={shape[1]}; "
             f"expected {(shape[1], shape[1])}"
         )
-    if is_concrete(given.count) and (np.asarray(given.count) <= 0).any():
+    if is_concrete(value.count) and (np.asarray(value.count) <= 0).any():
         raise ValueError(
             f"{path}: no calibration token reached this weight; pass batches that run "
             f"it or exclude the leaf with {arguments.say('skip')}"
         )
-    finite(given.sq_norm, "input norms", path)
-    finite(given.gram, "gram", path)
+    finite(value.sq_norm, "input norms", path)
+    finite(value.gram, "gram", path)
     for name in ("cross", "target_mean", "sq_grad"):
-        finite(getattr(given, name), name, path)
+        finite(getattr(value, name), name, path)
 
 
 def _permutation(order: np.ndarray, what: str, path: str) -> None:
@@ -197,11 +197,11 @@ def _permutation(order: np.ndarray, what: str, path: str) -> None:
         )
 
 
-def regions(given: Regions, keep: Any, path: str = "weight") -> None:
+def regions(value: Regions, keep: Any, path: str = "weight") -> None:
     """Raises ValueError unless `keep` has exactly the structure the regions promise.
 
     Args:
-      given: concrete regions.
+      value: concrete regions.
       keep: bool[o, i] in original order.
       path: leaf path for the message.
 
@@ -210,7 +210,7 @@ def regions(given: Regions, keep: Any, path: str = "weight") -> None:
         group with the wrong number of kept weights.
     """
     keep = np.asarray(keep)
-    out_order, in_order = np.asarray(given.out_order), np.asarray(given.in_order)
+    out_order, in_order = np.asarray(value.out_order), np.asarray(value.in_order)
     _permutation(out_order, "out_order", path)
     _permutation(in_order, "in_order", path)
     rows = keep.shape[0] // in_order.shape[0]
@@ -219,11 +219,11 @@ def regions(given: Regions, keep: Any, path: str = "weight") -> None:
             f"{path}: {in_order.shape[0]} tiles do not divide out={keep.shape[0]}"
         )
     for t, order in enumerate(in_order):
-        dense, nm = int(given.dense_end[t]), int(given.nm_end[t])
-        if not 0 <= dense <= nm <= keep.shape[1] or (nm - dense) % given.m:
+        dense, nm = int(value.dense_end[t]), int(value.nm_end[t])
+        if not 0 <= dense <= nm <= keep.shape[1] or (nm - dense) % value.m:
             raise ValueError(
                 f"{path}: tile {t} has dense_end={dense}, nm_end={nm} of "
-                f"{keep.shape[1]} columns; they must be ordered and {given.m} must "
+                f"{keep.shape[1]} columns; they must be ordered and {value.m} must "
                 "divide the N:M columns"
             )
         tile = keep[out_order[t * rows : (t + 1) * rows]][:, order]
@@ -231,12 +231,12 @@ def regions(given: Regions, keep: Any, path: str = "weight") -> None:
             raise ValueError(f"{path}: tile {t} removes weights of a dense column")
         if tile[:, nm:].any():
             raise ValueError(f"{path}: tile {t} keeps weights of a pruned column")
-        kept = tile[:, dense:nm].reshape(rows, -1, given.m).sum(-1)
-        if (kept != given.n).any():
-            row, group = (int(p) for p in np.argwhere(kept != given.n)[0])
+        kept = tile[:, dense:nm].reshape(rows, -1, value.m).sum(-1)
+        if (kept != value.n).any():
+            row, group = (int(p) for p in np.argwhere(kept != value.n)[0])
             raise ValueError(
                 f"{path}: tile {t}, row {row}, group {group} keeps "
-                f"{int(kept[row, group])} of {given.m}, not {given.n}"
+                f"{int(kept[row, group])} of {value.m}, not {value.n}"
             )
 
 

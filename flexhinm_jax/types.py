@@ -59,12 +59,12 @@ def brief(self: Any) -> str:
         return _Text(f"{x.dtype}{list(x.shape)}") if array else x
 
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr}
-    given = [
+    shown = [
         f"{k}={jax.tree.map(named, x)!r}"
         for k, x in fields.items()
         if jax.tree.leaves(x)
     ]
-    return f"{type(self).__name__}({', '.join(given)})"
+    return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def exportable(cls: Any) -> Any:
@@ -389,10 +389,10 @@ class Uses:
     @functools.cached_property
     def leaves(self) -> dict[str, Use]:
         """Leaf path -> first use, for every prunable leaf in order of execution."""
-        found: dict[str, Use] = {}
+        first: dict[str, Use] = {}
         for use in self.prunable:
-            found.setdefault(use.path, use)
-        return found
+            first.setdefault(use.path, use)
+        return first
 
 
 def _kernels() -> Any:

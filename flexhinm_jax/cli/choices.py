@@ -62,16 +62,16 @@ def check(args: argparse.Namespace, is_decoder: bool) -> Choices:
 def reconstruct(args: argparse.Namespace) -> Reconstruct | None:
     """How what is left is trained, or None."""
     names = ("steps", "rate", "target")
-    given = {name: getattr(args, f"reconstruct_{name}") for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {name: getattr(args, f"reconstruct_{name}") for name in names}
+    options = {name: value for name, value in options.items() if value is not None}
     window = args.reconstruct
     if window is None:
-        if given:
+        if options:
             raise ValueError(
-                f"--reconstruct-{next(iter(given))} is for --reconstruct; add that"
+                f"--reconstruct-{next(iter(options))} is for --reconstruct; add that"
             )
         return None
-    return Reconstruct(int(window) if window.isdecimal() else window, **given)
+    return Reconstruct(int(window) if window.isdecimal() else window, **options)
 
 
 def best(pattern: patterns.Pattern) -> str:

@@ -134,20 +134,20 @@ def table(
     """
     rows = list(rows)
     used = [k for k in range(len(columns)) if any(row[k] for row in rows)]
-    made = Table(box=None, pad_edge=False)
+    shown = Table(box=None, pad_edge=False)
     for k in used:
         right = columns[k].startswith(">")
-        made.add_column(
+        shown.add_column(
             columns[k].removeprefix(">"),
             justify="right" if right else "left",
             overflow="fold",
         )
     for row in rows:
-        made.add_row(*(row[k] for k in used))
+        shown.add_row(*(row[k] for k in used))
     if total is not None:
-        made.add_section()
-        made.add_row(*(total[k] for k in used))
-    return made
+        shown.add_section()
+        shown.add_row(*(total[k] for k in used))
+    return shown
 
 
 def report_table(
@@ -218,13 +218,13 @@ def groups(
       >>> groups({"h.0.q": 1, "h.1.q": 1, "h.0.k": 1, "w": 1}, False)
       [('h.*.q x2', ['h.0.q', 'h.1.q'], 1), ('h.0.k', ['h.0.k'], 1), ('w', ['w'], 1)]
     """
-    found: dict[Any, list[str]] = {}
+    members: dict[Any, list[str]] = {}
     for path, kind in kinds.items():
         name = path if every else NUMBER.sub("*", path)
-        found.setdefault((name, kind), []).append(path)
+        members.setdefault((name, kind), []).append(path)
     return [
         (f"{name} x{len(paths)}" if len(paths) > 1 else paths[0], paths, kind)
-        for (name, kind), paths in found.items()
+        for (name, kind), paths in members.items()
     ]
 
 
@@ -245,7 +245,7 @@ class _Rich(rich.console.Console):
 
 
 def _console(file: Any) -> rich.console.Console:
-    made = _Rich(file=file, highlight=False, markup=False, emoji=False)
-    if not made.is_terminal:
-        made.width = PIPE_WIDTH
-    return made
+    console = _Rich(file=file, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console

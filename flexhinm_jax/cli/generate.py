@@ -71,7 +71,7 @@ def _continued(
     """The document and the lines of one form of the model."""
     model, size = evaluate.read(args.model, packed, console)
     with console.step("generating"):
-        made = generation.continue_text(
+        continued = generation.continue_text(
             model,
             args.prompt,
             steps=args.tokens,
@@ -83,13 +83,13 @@ def _continued(
     document = {
         "model": str(args.model),
         "prompt": args.prompt,
-        "text": made.text,
-        "tokens": made.tokens,
-        "ended": made.ended,
+        "text": continued.text,
+        "tokens": continued.tokens,
+        "ended": continued.ended,
     }
-    if made.seconds is None:
-        return document, [made.text]
-    speed = len(made.tokens) / made.seconds
+    if continued.seconds is None:
+        return document, [continued.text]
+    speed = len(continued.tokens) / continued.seconds
     document |= {"packed": packed, "stored_bytes": size, "tokens_per_second": speed}
     told = f"{'packed' if packed else 'dense'}: {bytes_text(size)}, {speed:,.1f} tokens"
-    return document, [made.text, f"({told} per second)"]
+    return document, [continued.text, f"({told} per second)"]

@@ -63,11 +63,11 @@ def _decoder_leaves(path: Path) -> list[dict[str, Any]]:
     uses = blocks.uses(None)
     every: list[Uses] = [uses.of(layer) for layer in range(blocks.count)]
     skipped = dict.fromkeys(blocks.index.files, "outside the blocks: never pruned")
-    found = Uses(
+    every_use = Uses(
         tuple(use for one in every for use in one),
         skipped | {path: why for one in every for path, why in one.skipped.items()},
     )
-    leaves = found.leaves
+    leaves = every_use.leaves
     rows = []
     for key in blocks.index.files:
         name = blocks.index.dtype(key)
@@ -78,7 +78,7 @@ def _decoder_leaves(path: Path) -> list[dict[str, Any]]:
             "bytes": blocks.index.nbytes(key),
             "zeros": None,
         }
-        rows.append(known | _use(leaves.get(key), found.skipped[key]))
+        rows.append(known | _use(leaves.get(key), every_use.skipped[key]))
     return rows
 
 

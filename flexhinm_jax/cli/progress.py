@@ -19,14 +19,14 @@ def plan_text(plan: Budget, shape: tuple[int, ...]) -> str:
     return "\n".join(lines)
 
 
-def budgets_text(made: streaming.Allocated, blocks: Blocks) -> str:
+def budgets_text(allocated: streaming.Allocated, blocks: Blocks) -> str:
     """The sparsity of every block, in one paragraph."""
     shown = []
     for layer in range(blocks.count):
-        keys = [key for key in blocks.keys(layer) if key in made.sparsity]
+        keys = [key for key in blocks.keys(layer) if key in allocated.sparsity]
         sizes = [math.prod(blocks.index.shape(key)) for key in keys]
         pairs = zip(keys, sizes, strict=True)
-        removed = sum(made.sparsity[key] * size for key, size in pairs)
+        removed = sum(allocated.sparsity[key] * size for key, size in pairs)
         shown.append(f"{removed / sum(sizes):.3f}" if keys else "dense")
     return f"sparsity of the blocks: {' '.join(shown)}"
 

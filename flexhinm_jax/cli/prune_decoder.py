@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
             output=streaming.Output(
                 args.pack,
                 args.force,
-                lambda made: directory.texts(args, document(made)),
+                lambda result: directory.texts(args, document(result)),
                 args.pack_values,
             ),
             progress=tell,

@@ -48,13 +48,13 @@ def options(path: Path) -> tuple[list[str], list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a recipe")
     try:
-        given = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a valid recipe: {error}") from error
-    if not isinstance(given, dict):
+    if not isinstance(recipe, dict):
         raise ValueError(f"{path} is not a valid recipe: need KEY: VALUE lines")
-    found: list[str] = []
-    for key, value in given.items():
+    words: list[str] = []
+    for key, value in recipe.items():
         if key not in KEYS:
             near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.0)
             raise ValueError(f"{path}: unknown key {key!r}; the nearest is {near[0]!r}")
@@ -64,12 +64,12 @@ def options(path: Path) -> tuple[list[str], list[str]]:
             raise ValueError(f"{path}: {key} needs one value, got {value!r}")
         option = f"--{key.replace('_', '-')}"
         if key not in SWITCH_KEYS:
-            found.append(f"{option}={value}")
+            words.append(f"{option}={value}")
         elif value.lower() not in SWITCHES:
             raise ValueError(f"{path}: {key}: write true or false, not {value!r}")
         elif SWITCHES[value.lower()]:
-            found.append(option)
-    return found, _rules(path, given.get("rules", []))
+            words.append(option)
+    return words, _rules(path, recipe.get("rules", []))
 
 
 def _rules(path: Path, rules: Any) -> list[str]:
@@ -84,20 +84,20 @@ def merged(
     parser: argparse.ArgumentParser, argv: list[str], path: Path
 ) -> argparse.Namespace:
     """What the command line asks for, completed by a recipe."""
-    given, rules = options(path)
+    words, rules = options(path)
     command, *rest = argv
-    args = parser.parse_args([command, *given, *rest])
+    args = parser.parse_args([command, *words, *rest])
     args.rule = [*args.rule, *rules]  # the first match wins
     return args
 
 
 def text(args: argparse.Namespace) -> str:
     """The recipe that repeats a run; `options` reads it."""
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key in KEYS:
         value = args.rule if key == "rules" else getattr(args, key)
         if isinstance(value, bool):
             value = "true" if value else None
         if value is not None and value != []:
-            found[key] = value if key == "rules" else str(value)
-    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+            entries[key] = value if key == "rules" else str(value)
+    return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)

@@ -305,7 +305,7 @@ def restore(directory: str | os.PathLike, like: Any, config: Any = None) -> Any:
         wanted = ocp.args.StandardRestore(jax.tree.map(_target, like))
         with _checkpointer() as checkpointer:
             arrays = Path(os.path.realpath(directory)) / ARRAYS
-            found = checkpointer.restore(arrays, args=wanted)
+            restored = checkpointer.restore(arrays, args=wanted)
     # Orbax has no error class of its own: damage surfaces as whatever failed inside.
     except Exception as error:
         raise Damaged(
@@ -313,7 +313,7 @@ def restore(directory: str | os.PathLike, like: Any, config: Any = None) -> Any:
             f" ({type(error).__name__}: {str(error)[:300]}); restore an earlier"
             " checkpoint"
         ) from error
-    return jax.tree.map(_with_empty, like, found)
+    return jax.tree.map(_with_empty, like, restored)
 
 
 def read_config(directory: str | os.PathLike) -> Any:
@@ -385,7 +385,7 @@ def _directory(directory: str | os.PathLike, *, overwrite: bool) -> Iterator[Pat
 
 def _static_fields(tree: Any, path: tuple = ()) -> dict[str, Any]:
     """Leaf path -> the static fields of every registered dataclass in the tree."""
-    found = {}
+    fields = {}
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         static = {
             f.name: describe(getattr(tree, f.name))
@@ -393,14 +393,14 @@ def _static_fields(tree: Any, path: tuple = ()) -> dict[str, Any]:
             if f.metadata.get("static") or f.metadata.get("pytree_node") is False
         }
         if static:
-            found[_name(path)] = {"name": type(tree).__name__} | static
+            fields[_name(path)] = {"name": type(tree).__name__} | static
     children = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: node is not tree
     )[0]
     for key, child in children:
         if child is not tree:
-            found |= _static_fields(child, (*path, *key))
-    return found
+            fields |= _static_fields(child, (*path, *key))
+    return fields
 
 
 def _leaves(tree: Any) -> dict[str, str]:
@@ -456,9 +456,9 @@ def _without_empty(leaf: Any) -> Any:
     return np.zeros((), np.int8) if _is_empty(leaf) else leaf
 
 
-def _with_empty(like: Any, found: Any) -> Any:
+def _with_empty(like: Any, restored: Any) -> Any:
     if not _is_empty(like):
-        return found
+        return restored
     zeros = np.zeros if isinstance(like, np.ndarray) else jnp.zeros
     return zeros(like.shape, like.dtype)
 

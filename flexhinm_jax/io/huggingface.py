@@ -284,12 +284,12 @@ def _others(source: Path) -> Iterator[Path]:
 
 def _check_written(directory: Path, wanted: shards.Index) -> None:
     """Reads back the headers of what was written."""
-    found = shards.read_index(directory)
+    index = shards.read_index(directory)
     for key, file in wanted.files.items():
         if (
-            found.files.get(key) != file
-            or found.shape(key) != wanted.shape(key)
-            or found.dtype(key) != wanted.dtype(key)
+            index.files.get(key) != file
+            or index.shape(key) != wanted.shape(key)
+            or index.dtype(key) != wanted.dtype(key)
         ):
             raise ValueError(f"{key} was not written to {file} as in the source")
 

@@ -116,10 +116,10 @@ def _header(text: str | None) -> dict[str, Any]:
     if not closed:
         return {}
     try:
-        found = yaml.safe_load(head)
+        entries = yaml.safe_load(head)
     except yaml.YAMLError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return entries if isinstance(entries, dict) else {}
 
 
 def _tags(header: Mapping[str, Any]) -> list[str]:

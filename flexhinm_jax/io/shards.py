@@ -271,12 +271,12 @@ def layout(index: Index, file: str) -> tuple[bytes, dict[str, int], int]:
     Arrays keep the order of the source, without gaps; the text depends on nothing else.
     """
     header = index.headers[file]
-    mine = set(index.keys_of(file))
+    own = set(index.keys_of(file))
     # transformers refuses a file whose metadata does not name its framework.
     metadata = dict(sorted({**header.metadata, "format": "pt"}.items()))
     fields: dict[str, Any] = {"__metadata__": metadata}
     offsets, at = {}, 0
-    for key in (key for key in header.shapes if key in mine):
+    for key in (key for key in header.shapes if key in own):
         size = index.nbytes(key)
         fields[key] = {
             "dtype": header.dtypes[key],

@@ -79,13 +79,13 @@ class Shelf:
         elif not isinstance(kept, np.memmap):
             self.held -= kept.nbytes
 
-    def wait(self, made: Any) -> None:
+    def wait(self, arrays: Any) -> None:
         """Lets a step end before the next begins, where memory is limited.
 
         A step that is only dispatched holds its scratch already, one per batch.
         """
         if self.limit is not None:
-            jax.block_until_ready(made)
+            jax.block_until_ready(arrays)
 
     def trim(self) -> None:
         """Gives what the C library keeps of freed memory back, where it is limited."""

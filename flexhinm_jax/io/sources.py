@@ -44,7 +44,7 @@ def find(name: str | Path, cache: Path | None = None, offline: bool = False) -> 
         ) from error
     others = [s for s in huggingface.WEIGHT_SUFFIXES if s != ".safetensors"]
     try:
-        found = huggingface_hub.snapshot_download(
+        folder = huggingface_hub.snapshot_download(
             remote["repo"],
             revision=remote["revision"],
             cache_dir=cache,
@@ -58,7 +58,7 @@ def find(name: str | Path, cache: Path | None = None, offline: bool = False) -> 
             f"{name} is no folder here, and not to be had from the Hugging Face Hub:"
             f" {type(error).__name__}: {why}"
         ) from error
-    return Path(found)
+    return Path(folder)
 
 
 def read_text(source: str | Path, limit: int | None = None) -> str:

@@ -78,11 +78,11 @@ def assume(major: int, minor: int) -> Iterator[None]:
 
 def capability() -> Capability | None:
     """Compute capability (major, minor) of the chip to trace for, or None."""
-    if (given := _assumed.get()) is not None:
-        return given
+    if (chip := _assumed.get()) is not None:
+        return chip
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    given = getattr(device, "compute_capability", None)
-    return _numbers(given) if given else _first_device()
+    chip = getattr(device, "compute_capability", None)
+    return _numbers(chip) if chip else _first_device()
 
 
 @functools.cache

@@ -220,11 +220,11 @@ def _blocks(
 ) -> None:
     if factor is None:
         return
-    found: Any = tuple(factor.blocks.shape)
-    side_of = (found[-3] * found[-2], found[-1]) if len(found) > 2 else ()
-    if found[:-3] != stack or side_of != (side, found[-2]):
+    shape: Any = tuple(factor.blocks.shape)
+    side_of = (shape[-3] * shape[-2], shape[-1]) if len(shape) > 2 else ()
+    if shape[:-3] != stack or side_of != (side, shape[-2]):
         raise ValueError(
-            f"{what} has blocks {list(found)}, which do not tile {side} channels"
+            f"{what} has blocks {list(shape)}, which do not tile {side} channels"
         )
     if factor.order is None:
         return

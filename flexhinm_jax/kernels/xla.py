@@ -287,8 +287,8 @@ def gradient_of_values(x: Array, g: Array, packed: PackedWeight) -> tuple[Array,
     t, v, d = packed.dense_values.shape
     columns, rows = x.T, g.T[packed.out_order].reshape(t, v, g.shape[0])
 
-    def tile(given: tuple) -> tuple[Array, Array]:
-        dense_index, nm_index, at, rows = given
+    def tile(part: tuple) -> tuple[Array, Array]:
+        dense_index, nm_index, at, rows = part
         gathered = columns[jnp.concatenate([dense_index, nm_index])]
         full = jnp.einsum(
             "vn,cn->vc",

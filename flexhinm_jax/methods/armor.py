@@ -191,8 +191,8 @@ class ARMOR(LayerFit):
         first = factorised.start(
             jnp.where(keep, into(core), 0), keep, self.sides(w.shape)
         )
-        found, trace = self._fit(key, first, into(target), h, prev is not None)
-        a, s, b, keep = found
+        factors, trace = self._fit(key, first, into(target), h, prev is not None)
+        a, s, b, keep = factors
         a = a * r.reshape(a.shape[0], -1, 1)
         b = b * into(c).reshape(b.shape[0], 1, -1)
         a, s, b = blocks.balance(a, s, b)

@@ -133,15 +133,15 @@ class HardConcrete(Gated):
 
     def metrics(self, state: State) -> dict[str, Array]:
         """Also the sparsity expected of sampled gates."""
-        found = super().metrics(state)
+        figures = super().metrics(state)
         if state.fixed["support"].regions is None:
-            return found | {"expected_sparsity": found["sparsity"]}
+            return figures | {"expected_sparsity": figures["sparsity"]}
         density = gates.expected_l0(
             state.learned["log_alpha"], state.fixed["temperature"]
         )
         keep = state.fixed["support"].keep
         density = jnp.where(state.fixed["open"], density, keep)
-        return found | {"expected_sparsity": 1 - jnp.mean(density, dtype=jnp.float32)}
+        return figures | {"expected_sparsity": 1 - jnp.mean(density, dtype=jnp.float32)}
 
     def _n_best(self, logits: Array, support: Support) -> Array:
         """bool[o, i]: the n largest of every group."""

@@ -171,12 +171,12 @@ class HyperPrune(Nested):
         assert support.regions is not None
         keep = hypernet.original(keep, support.regions)
         prior = jnp.where(support.keep, task.weight, 0)
-        found = Solved(
+        solved = Solved(
             jnp.where(keep, task.weight, 0),
             Support(keep, support.regions),
             {"prior_error": gram.error(prior, task).astype(jnp.float32)},
         )
-        state = self.state(w, stats, task, found)
+        state = self.state(w, stats, task, solved)
         return State((), state.fixed | {"inner": inner}), theta, cache
 
     def learn(
@@ -236,8 +236,8 @@ class HyperPrune(Nested):
 
         def update(carry, at):
             theta, opt, key = carry
-            key, mine = jax.random.split(key)
-            grads = jax.grad(loss)(theta, mine, at)
+            key, own = jax.random.split(key)
+            grads = jax.grad(loss)(theta, own, at)
             updates, opt = tx.update(grads, opt, theta)
             return (optax.apply_updates(theta, updates), opt, key), None
 

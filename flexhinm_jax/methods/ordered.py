@@ -95,9 +95,9 @@ class Ordered(Method):
         elif order is None:
             order = jnp.arange(w.shape[1], dtype=jnp.int32)
         before = None if prev is None else prev.fixed["inner"]
-        given = permuted(stats, order)
+        ordered = permuted(stats, order)
         state = self.natural.solve(
-            key, w[:, order], given, sparsity=sparsity, prev=before
+            key, w[:, order], ordered, sparsity=sparsity, prev=before
         )
         return State(learned=(), fixed={"order": order, "inner": state})
 

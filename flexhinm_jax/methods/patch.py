@@ -221,8 +221,8 @@ class Patch(LearnedMethod):
         total = jnp.minimum(jnp.round(total).astype(jnp.int32), may)
         dense, start, settled = masks.top_k(flat, total), 0, {}
         for (path, state), x in zip(states.items(), ranked, strict=True):
-            mine = dense[start : start + x.size].reshape(x.shape)
-            count = jnp.sum(mine, axis=(-2, -1), dtype=jnp.int32)
+            own = dense[start : start + x.size].reshape(x.shape)
+            count = jnp.sum(own, axis=(-2, -1), dtype=jnp.int32)
             fixed = state.fixed | {"dense_tiles": count}
             settled[path] = dataclasses.replace(state, fixed=fixed)
             start += x.size

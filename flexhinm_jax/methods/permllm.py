@@ -143,8 +143,8 @@ class PermLLM(LearnedMethod):
         """Importance of every weight, f32[o, i]."""
         if self.scores == "ria":
             return saliency.relative_importance(w, stats.sq_norm, 0.5)
-        found = saliency.wanda(w, stats.sq_norm)
-        return jnp.square(found) if self.scores == "squared" else found
+        scores = saliency.wanda(w, stats.sq_norm)
+        return jnp.square(scores) if self.scores == "squared" else scores
 
     def order_scores(self, w: Array, stats: Stats | None) -> Array:
         """The score."""
@@ -173,9 +173,9 @@ class PermLLM(LearnedMethod):
         scores = self.score(w, stats)
         order = stats.order
         if order is None:
-            found = self.pattern.project(key, scores).regions
-            assert found is not None
-            order = found.in_order[0]
+            regions = self.pattern.project(key, scores).regions
+            assert regions is not None
+            order = regions.in_order[0]
         k, b = self.sides(w.shape[1])
         fixed = {
             "order": order,

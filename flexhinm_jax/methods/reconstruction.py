@@ -142,12 +142,12 @@ class LayerFit(Method):
         w: Array,
         stats: Stats,
         task: gram.Problem,
-        found: Solved,
+        result: Solved,
     ) -> State:
         """Packs a solution, with its diagnostics."""
-        solved, support = found.weight, found.support
+        solved, support = result.weight, result.support
         # Other targets have a least-squares weight that is not the dense one.
-        lost = None if task.has_targets else found.lost
+        lost = None if task.has_targets else result.lost
         scores = jnp.square(saliency.wanda(w, stats.sq_norm))
         fixed = {
             "support": support,
@@ -155,7 +155,7 @@ class LayerFit(Method):
             "retained": masks.retained(scores, support.keep),
             "error": gram.error(solved, task, lost).astype(jnp.float32),
             "damping": task.damping.astype(jnp.float32),
-            **found.diagnostics,
+            **result.diagnostics,
         }
         if self.center:
             b = gram.bias(w.astype(solved.dtype), solved, stats)

@@ -93,11 +93,11 @@ class RefineMask(Wrapper):
     def _sweep(self, task, b, support, within):
         """One visit of every group of every tile; new weights and support."""
         solve = self.weights == "solve"
-        given = support.regions
-        if given is None:
+        old = support.regions
+        if old is None:
             matrices = b, support.keep, within, task.weight, task.gram, task.cross
             return descent.swap_rows(descent.Fit(*matrices), solve=solve)
-        n, m = given.n, given.m
+        n, m = old.n, old.m
         if m == n:
             return b, support.keep
         if not self.pattern.free_rows:
@@ -106,7 +106,7 @@ class RefineMask(Wrapper):
             step = descent.best_pattern(n, m, solve)
         else:
             step = descent.best_swap(solve)
-        order, kind = elimination.column_order(given)
+        order, kind = elimination.column_order(old)
 
         def one(part):
             b, keep, within, dense, g, order, kind = part
@@ -119,9 +119,9 @@ class RefineMask(Wrapper):
             back = jnp.argsort(order)
             return b[:, back], keep[:, back]
 
-        rows = b.shape[0] // given.in_order.shape[0]
-        cut = lambda x: regions.tile(x, given.out_order, rows)  # noqa: E731
+        rows = b.shape[0] // old.in_order.shape[0]
+        cut = lambda x: regions.tile(x, old.out_order, rows)  # noqa: E731
         matrices = b, support.keep, within, task.weight, task.cross
         b, keep = lax.map(one, (*map(cut, matrices), order, kind))
-        fold = lambda x: masks.fold_tiles(x, given.out_order)  # noqa: E731
+        fold = lambda x: masks.fold_tiles(x, old.out_order)  # noqa: E731
         return fold(b), fold(keep)

@@ -99,11 +99,11 @@ class SparseGPT(Reconstruction):
 
     def _sweep_tiles(self, start, task, support, within):
         """Tiles with regions: every one along its own columns."""
-        given = support.regions
-        n, m = given.n, given.m
-        tiles = given.in_order.shape[0]
+        old = support.regions
+        n, m = old.n, old.m
+        tiles = old.in_order.shape[0]
         rows = start.shape[0] // tiles
-        order, kind = elimination.column_order(given)
+        order, kind = elimination.column_order(old)
         unit = m if m > 1 else math.gcd(start.shape[1], UNIT)
         block = unit * max(1, BLOCK // unit)
         fixed = within is support.keep or m == 1
@@ -122,9 +122,9 @@ class SparseGPT(Reconstruction):
                 if within is None:
                     chosen = self.pattern.choose(scores, n, m)
                 else:
-                    mine = lax.dynamic_slice_in_dim(allowed, first, unit, axis=1)
-                    scores = jnp.where(mine, scores, -1.0)
-                    chosen = self.pattern.choose(scores, n, m) & mine
+                    own = lax.dynamic_slice_in_dim(allowed, first, unit, axis=1)
+                    scores = jnp.where(own, scores, -1.0)
+                    chosen = self.pattern.choose(scores, n, m) & own
                 return jnp.where(
                     here == elimination.CHOSEN, chosen, here == elimination.DENSE
                 )
@@ -136,7 +136,7 @@ class SparseGPT(Reconstruction):
             back = jnp.argsort(order)
             return solved[:, back], keep[:, back], jnp.sum(lost)
 
-        cut = lambda x: regions.tile(x, given.out_order, rows)  # noqa: E731
+        cut = lambda x: regions.tile(x, old.out_order, rows)  # noqa: E731
         parts = start, support.keep, support.keep if within is None else within
         parts = *map(cut, parts), order, kind
         if tiles == 1:
@@ -144,9 +144,9 @@ class SparseGPT(Reconstruction):
         else:
             each = lax.map(one, parts)
         solved, keep, lost = each
-        fold = lambda x: masks.fold_tiles(x, given.out_order)  # noqa: E731
+        fold = lambda x: masks.fold_tiles(x, old.out_order)  # noqa: E731
         lost = jnp.sum(lost)
-        return Solved(fold(solved), Support(fold(keep), given), lost=lost)
+        return Solved(fold(solved), Support(fold(keep), old), lost=lost)
 
 
 def _first(x: Array) -> Array:

@@ -61,11 +61,11 @@ def best_columns(support: Support, scores: Array) -> Support:
 
     Orders inside a tile mean nothing here.
     """
-    given = support.regions
-    assert given is not None
-    rows = scores.shape[0] // given.in_order.shape[0]
-    tiles = regions.tile(scores, given.out_order, rows)
+    old = support.regions
+    assert old is not None
+    rows = scores.shape[0] // old.in_order.shape[0]
+    tiles = regions.tile(scores, old.out_order, rows)
     order = regions.ranked(jnp.sum(tiles, axis=1, dtype=jnp.float32))
     rank = jnp.argsort(order, axis=1)
-    keep = jnp.broadcast_to((rank < given.nm_end[:, None])[:, None], tiles.shape)
-    return Support(masks.fold_tiles(keep, given.out_order), given)
+    keep = jnp.broadcast_to((rank < old.nm_end[:, None])[:, None], tiles.shape)
+    return Support(masks.fold_tiles(keep, old.out_order), old)

@@ -140,5 +140,5 @@ def pieces(tokens: np.ndarray, length: int, count: int | None, most: int) -> np.
             f" {length} need {wanted * length}; give more text,"
             f" {arguments.say('samples')} or {arguments.say('length')}"
         )
-    found = min(count or most, len(tokens) // length)
-    return tokens[: found * length].reshape(found, length)
+    number = min(count or most, len(tokens) // length)
+    return tokens[: number * length].reshape(number, length)

@@ -209,15 +209,15 @@ def continue_text(
     sampling = {"ends": model.ends} | sampling
     go_on = functools.partial(generate, config=model.config, steps=steps, **sampling)
     run = jax.jit(sparsify(go_on) if model.packed else go_on)
-    made = run(model.params, jnp.asarray(tokens[None]), key=key)
+    generated = run(model.params, jnp.asarray(tokens[None]), key=key)
     seconds = None
     if timed:
-        jax.block_until_ready(made)
+        jax.block_until_ready(generated)
         began = time.perf_counter()
-        made = run(model.params, jnp.asarray(tokens[None]), key=key)
-        jax.block_until_ready(made)
+        generated = run(model.params, jnp.asarray(tokens[None]), key=key)
+        jax.block_until_ready(generated)
         seconds = time.perf_counter() - began
-    new = made.tokens[0, : int(made.lengths[0])].tolist()
+    new = generated.tokens[0, : int(generated.lengths[0])].tolist()
     # The text behind the prompt: a token decoded alone may lack its leading space.
     whole = model.tokenizer.decode([*tokens.tolist(), *new])
     before = model.tokenizer.decode(tokens.tolist())

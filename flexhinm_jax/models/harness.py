@@ -127,7 +127,7 @@ def likelihoods(
         whole = [*context, *text][-(longest + 1) :]
         lists.append(whole)
         counts.append(min(len(text), len(whole) - 1))
-    found: dict[int, tuple[float, bool]] = {}
+    scores: dict[int, tuple[float, bool]] = {}
     score = _scorer(model.config, model.packed)
     # One more than the model reads: the last token is only a target.
     for part in batches.batches(lists, batch, longest + 1, model.pad):
@@ -135,8 +135,8 @@ def likelihoods(
         for k, row in enumerate(part.rows):
             last = len(lists[row]) - 1
             own = slice(last - counts[row], last)
-            found[int(row)] = float(nats[k, own].sum()), bool(best[k, own].all())
-    return [found[row] for row in range(len(lists))]
+            scores[int(row)] = float(nats[k, own].sum()), bool(best[k, own].all())
+    return [scores[row] for row in range(len(lists))]
 
 
 def continuations(
@@ -173,8 +173,8 @@ def continuations(
     prompt = np.full((1, length), model.pad, np.int32)
     prompt[0, length - len(kept) :] = kept
     run = _generator(model.config, model.packed, steps, model.ends)
-    made = run(model.params, prompt, jnp.asarray([len(kept)], jnp.int32))
-    new = [int(x) for x in made.tokens[0, : int(made.lengths[0])]]
+    generated = run(model.params, prompt, jnp.asarray([len(kept)], jnp.int32))
+    new = [int(x) for x in generated.tokens[0, : int(generated.lengths[0])]]
     if new and new[-1] in model.ends:
         new.pop()
     whole, before = model.tokenizer.decode([*kept, *new]), model.tokenizer.decode(kept)

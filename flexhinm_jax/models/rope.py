@@ -205,18 +205,18 @@ def from_dict(
       ValueError: an unknown kind, a missing number, or a setting not supported.
     """
     where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    given = config.get(where) or {}
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{where}={given!r} must be an object or null")
-    given = {name: value for name, value in given.items() if value is not None}
+    entry = config.get(where) or {}
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}={entry!r} must be an object or null")
+    entry = {name: value for name, value in entry.items() if value is not None}
     local = config.get("rope_local_base_freq")
-    if any(isinstance(value, Mapping) for value in given.values()):
-        inner = given.get("sliding_attention", {})
-        if set(given) != {"full_attention", "sliding_attention"} or not isinstance(
+    if any(isinstance(value, Mapping) for value in entry.values()):
+        inner = entry.get("sliding_attention", {})
+        if set(entry) != {"full_attention", "sliding_attention"} or not isinstance(
             inner, Mapping
         ):
             raise ValueError(
-                f"{where} differs between layers ({', '.join(given)}); supported is one"
+                f"{where} differs between layers ({', '.join(entry)}); supported is one"
                 " for all, or full_attention and sliding_attention"
             )
         if inner.get("rope_type", "default") != "default":
@@ -225,22 +225,22 @@ def from_dict(
                 " supported; supported there is default"
             )
         local = inner.get("rope_theta", local)
-        given = {k: v for k, v in given["full_attention"].items() if v is not None}
-    theta = given.pop("rope_theta", config.get("rope_theta"))
+        entry = {k: v for k, v in entry["full_attention"].items() if v is not None}
+    theta = entry.pop("rope_theta", config.get("rope_theta"))
     theta = 10_000.0 if theta is None else theta
-    kind = given.get("rope_type", given.get("type", "default"))
+    kind = entry.get("rope_type", entry.get("type", "default"))
     if kind not in list(KINDS):
         raise ValueError(
             f"{where}: rope_type={kind!r} is not supported; supported are"
             f" {', '.join(KINDS)}"
         )
-    part = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    part = entry.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if part not in (None, 1):
         raise ValueError(
             f"partial_rotary_factor={part!r} is not supported; supported is 1"
         )
     try:
-        return theta, _scaling(kind, given, config, limit), local
+        return theta, _scaling(kind, entry, config, limit), local
     except KeyError as error:
         raise ValueError(f"{where}: {error.args[0]} is missing for {kind}") from error
     except ValueError as error:
@@ -248,36 +248,36 @@ def from_dict(
 
 
 def _scaling(
-    kind: str, given: Mapping[str, Any], config: Mapping[str, Any], limit: int
+    kind: str, entry: Mapping[str, Any], config: Mapping[str, Any], limit: int
 ) -> Scaling | None:
     if kind == "default":
         return None
     if kind == "linear":
-        return Linear(factor=given["factor"])
+        return Linear(factor=entry["factor"])
     if kind == "dynamic":
-        return Dynamic(factor=given["factor"], trained=limit)
-    inner = given.get("original_max_position_embeddings")
+        return Dynamic(factor=entry["factor"], trained=limit)
+    inner = entry.get("original_max_position_embeddings")
     # The readers of these files let the outer value win.
     trained = config.get("original_max_position_embeddings") or inner or limit
     if kind == "llama3":
         return Llama3(
-            factor=given["factor"],
-            low_freq_factor=given["low_freq_factor"],
-            high_freq_factor=given["high_freq_factor"],
+            factor=entry["factor"],
+            low_freq_factor=entry["low_freq_factor"],
+            high_freq_factor=entry["high_freq_factor"],
             trained=trained,
         )
-    factor = given["factor"] if "factor" in given else limit / trained
-    attention = given.get("attention_factor")
-    one, all_dims = given.get("mscale"), given.get("mscale_all_dim")
+    factor = entry["factor"] if "factor" in entry else limit / trained
+    attention = entry.get("attention_factor")
+    one, all_dims = entry.get("mscale"), entry.get("mscale_all_dim")
     if attention is None and one and all_dims:
         attention = _sharpening(factor, one) / _sharpening(factor, all_dims)
     return Yarn(
         factor=factor,
         trained=trained,
         attention_factor=attention,
-        beta_fast=given.get("beta_fast") or 32.0,
-        beta_slow=given.get("beta_slow") or 1.0,
-        truncate=given.get("truncate", True),
+        beta_fast=entry.get("beta_fast") or 32.0,
+        beta_slow=entry.get("beta_slow") or 1.0,
+        truncate=entry.get("truncate", True),
     )
 
 

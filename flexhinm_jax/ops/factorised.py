@@ -187,8 +187,8 @@ def fit_adam(
         if groups.picks > 0:
             s, keep = redraw(key, Factors(a, jnp.where(keep, s, 0), b, keep))
         now = lost((a, s, b), keep)
-        found = Factors(a, jnp.where(keep, s, 0), b, keep)
-        best = jax.tree.map(lambda x, y: jnp.where(now < least, x, y), found, best)
+        factors = Factors(a, jnp.where(keep, s, 0), b, keep)
+        best = jax.tree.map(lambda x, y: jnp.where(now < least, x, y), factors, best)
         return ((a, s, b), keep, moments, best, jnp.minimum(now, least)), now
 
     def redraw(key, x):
@@ -301,9 +301,9 @@ def solve_right(a: Array, s: Array, b: Array, w: Array, h: Array) -> Array:
     def one(pull, part):
         """`pull` is (W - A S B) H, the error as the normal equations see it."""
         u, normal, now, here, inner, start = part
-        mine = lax.dynamic_slice_in_dim(pull, start, q, axis=1)
+        own = lax.dynamic_slice_in_dim(pull, start, q, axis=1)
         # Equation (3'), solved from the left and then from the right.
-        cross = einsum("ox,oy->xy", u, mine)
+        cross = einsum("ox,oy->xy", u, own)
         change = _solve(normal, cross, jnp.zeros_like(now))
         change = _solve(inner, change.T, jnp.zeros_like(now)).T
         return pull - blocks.einsum("ox,xy->oy", u, change @ here), now + change

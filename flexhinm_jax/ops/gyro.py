@@ -201,8 +201,8 @@ def exchange(drawn, state, scores, whole, counts):
     teams = jnp.arange(t * movable, dtype=jnp.int32).reshape(t, movable)
     delta, slot = assignment.exchanges(fits(whole[rows], c, level), teams)
     # Pairs with a negative bound are tried as well: the exact f decides.
-    found = jnp.isfinite(delta)
-    delta = jnp.where(found, delta - jnp.min(jnp.where(found, delta, 0)) + 1, -1)
+    legal = jnp.isfinite(delta)
+    delta = jnp.where(legal, delta - jnp.min(jnp.where(legal, delta, 0)) + 1, -1)
     partner = assignment.partners(delta)
     at = drawn[tile, slot[tile, partner]]
     row = table[tile, at]
@@ -256,9 +256,9 @@ def divide(drawn, state, scores, counts):
         at /= jnp.where(norm > 0, norm, 1)
         return jnp.einsum("pri,pr->pi", x, at, precision="highest")
 
-    def cut(_, found):
+    def cut(_, carry):
         """The upper halves of all pairs, then the lower halves, and their sums."""
-        order = jnp.argsort(-along(found[0]), axis=1, stable=True)
+        order = jnp.argsort(-along(carry[0]), axis=1, stable=True)
         new = jnp.take_along_axis(rows, order, axis=1).reshape(pairs, 2, v)
         new = new.swapaxes(0, 1).reshape(2 * pairs, v)
         new_c = tile_sums(scores, new)

@@ -166,12 +166,12 @@ def remember(
     fresh = jnp.where(live, jax.random.uniform(key, live.shape, jnp.float32), -1)
     priority, at = jax.lax.top_k(jnp.concatenate([cache.priority, fresh]), size)
     new, old = at >= size, jnp.minimum(at, size - 1)
-    found = x(jnp.maximum(at - size, 0))
+    past = x(jnp.maximum(at - size, 0))
     kept = jax.tree.map(lambda y: y[old], cache)
-    mine = Place(*(jnp.zeros((), jnp.int32),) * 2) if place is None else place
+    own = Place(*(jnp.zeros((), jnp.int32),) * 2) if place is None else place
     return Cache(
-        jnp.where(new[:, None], found, kept.features),
-        Place(*(jnp.where(new, a, b) for a, b in zip(mine, kept.place, strict=True))),
+        jnp.where(new[:, None], past, kept.features),
+        Place(*(jnp.where(new, a, b) for a, b in zip(own, kept.place, strict=True))),
         priority,
     )
 

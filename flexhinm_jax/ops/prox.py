@@ -52,10 +52,10 @@ def prox24(groups: Array, lam: Array | float, *, sweeps: int = 20) -> Array:
     lam = jnp.asarray(lam, dtype)
     columns = [z[..., j] for j in range(4)]
     ranked = _solve(_sorted(columns), lam, sweeps)
-    found = [
+    candidates = [
         jnp.select([rank == r for r in range(4)], ranked) for rank in _ranks(columns)
     ]
-    return (jnp.sign(groups) * jnp.stack(found, axis=-1)).astype(groups.dtype)
+    return (jnp.sign(groups) * jnp.stack(candidates, axis=-1)).astype(groups.dtype)
 
 
 def regularizer24(groups: Array) -> Array:
@@ -125,9 +125,9 @@ def _solve(z: list[Array], lam: Array, sweeps: int) -> list[Array]:
     best = [z[0], z[1], zero, zero]
     lowest = _objective(best, z, lam)
     for sweep in (three, four):
-        found = list(jax.lax.fori_loop(0, sweeps, sweep, start))
-        reached = _objective(found, z, lam)
+        solved = list(jax.lax.fori_loop(0, sweeps, sweep, start))
+        reached = _objective(solved, z, lam)
         better = reached < lowest
-        best = [jnp.where(better, x, y) for x, y in zip(found, best, strict=True)]
+        best = [jnp.where(better, x, y) for x, y in zip(solved, best, strict=True)]
         lowest = jnp.where(better, reached, lowest)
     return best

@@ -400,13 +400,13 @@ def shrink(scores: Array, prev: Support, k: Array, steps: Steps) -> Support:
     Returns:
       The support, nested in the previous one.
     """
-    given = prev.regions
-    assert given is not None
-    t, i = given.in_order.shape
-    n, m = given.n, given.m
-    keep = tile(prev.keep, given.out_order, scores.shape[0] // t)
-    tiles = tile(scores, given.out_order, scores.shape[0] // t)
-    order, dense_end, nm_end = given.in_order, given.dense_end, given.nm_end
+    before = prev.regions
+    assert before is not None
+    t, i = before.in_order.shape
+    n, m = before.n, before.m
+    keep = tile(prev.keep, before.out_order, scores.shape[0] // t)
+    tiles = tile(scores, before.out_order, scores.shape[0] // t)
+    order, dense_end, nm_end = before.in_order, before.dense_end, before.nm_end
     size = i // m
     dense, old = dense_end[0], (nm_end[0] - dense_end[0]) // m
     tiles = jnp.where(keep, tiles, 0).astype(jnp.float32)
@@ -464,9 +464,9 @@ def shrink(scores: Array, prev: Support, k: Array, steps: Steps) -> Support:
     new_order = jnp.take_along_axis(
         fresh_order, jnp.argsort(section, axis=1, stable=True), axis=1
     )
-    new = Columns(new_order, d, h, n, m).regions(given.out_order)
+    new = Columns(new_order, d, h, n, m).regions(before.out_order)
     fresh = kept(tiles, new.in_order, new.dense_end, new.nm_end, n, m) & keep
-    return Support(masks.fold_tiles(fresh, given.out_order), new)
+    return Support(masks.fold_tiles(fresh, before.out_order), new)
 
 
 def natural_order(tiles: int, columns: int) -> Array:

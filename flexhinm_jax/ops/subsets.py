@@ -74,8 +74,8 @@ def group_inverse(inverse: Array, regions: Regions) -> Array:
     columns = order.reshape(tiles, 1, -1, regions.m)
     rows = regions.out_order.reshape(tiles, -1, 1, 1, 1)
     block, place = columns // b, columns % b
-    found = inverse[rows, block[..., None], place[..., None], place[..., None, :]]
-    return jnp.where(block[..., None] == block[..., None, :], found, 0)
+    blocks = inverse[rows, block[..., None], place[..., None], place[..., None, :]]
+    return jnp.where(block[..., None] == block[..., None, :], blocks, 0)
 
 
 def best_removal(
@@ -96,9 +96,9 @@ def best_removal(
     Raises:
       ValueError: groups with more than `descent.MAX_PATTERNS` patterns.
     """
-    given = support.regions
-    assert given is not None
-    n, m = given.n, given.m
+    before = support.regions
+    assert before is not None
+    n, m = before.n, before.m
     if n == m:
         return support
     if math.comb(m, n) > descent.MAX_PATTERNS:
@@ -108,11 +108,11 @@ def best_removal(
         )
     table = descent.patterns(n, m)
     removed = jnp.asarray(np.stack([np.flatnonzero(~row) for row in table]), jnp.int32)
-    x = groups.to_groups(w.astype(jnp.float32), given)
-    f = group_inverse(inverse, given)
+    x = groups.to_groups(w.astype(jnp.float32), before)
+    f = group_inverse(inverse, before)
     allowed = jnp.ones(x.shape, bool)
     if within is not None:
-        allowed = groups.to_groups(within, given)
+        allowed = groups.to_groups(within, before)
     kept = jnp.asarray(table)
 
     def better(p, best):
@@ -124,7 +124,7 @@ def best_removal(
     worst = jnp.full(x.shape[:-1], jnp.inf, jnp.float32)
     start = worst, jnp.zeros(worst.shape, jnp.int32)
     _, index = lax.fori_loop(0, len(table), better, start)
-    live = groups.live_groups(given)[:, None, :, None]
-    old = groups.to_groups(support.keep, given)
-    keep = groups.from_groups(jnp.where(live, kept[index], old), given)
-    return Support(keep, given)
+    live = groups.live_groups(before)[:, None, :, None]
+    old = groups.to_groups(support.keep, before)
+    keep = groups.from_groups(jnp.where(live, kept[index], old), before)
+    return Support(keep, before)

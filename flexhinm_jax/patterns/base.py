@@ -137,18 +137,18 @@ class Pattern(abc.ABC):
         Returns:
           A support with the same regions, scoring no less than the given one.
         """
-        given = support.regions
-        assert given is not None
-        rows = scores.shape[0] // given.in_order.shape[0]
+        old = support.regions
+        assert old is not None
+        rows = scores.shape[0] // old.in_order.shape[0]
         keep = regions.kept(
-            regions.tile(scores, given.out_order, rows),
-            given.in_order,
-            given.dense_end,
-            given.nm_end,
-            given.n,
-            given.m,
+            regions.tile(scores, old.out_order, rows),
+            old.in_order,
+            old.dense_end,
+            old.nm_end,
+            old.n,
+            old.m,
         )
-        return Support(masks.fold_tiles(keep, given.out_order), given)
+        return Support(masks.fold_tiles(keep, old.out_order), old)
 
     def choose(self, scores: Array, n: int, m: int) -> Array:
         """The best support of one group of m columns.

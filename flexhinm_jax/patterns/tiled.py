@@ -94,18 +94,18 @@ class Tiled(Pattern):
 
     def regroup(self, key: Array, support: Support, scores: Array) -> Support:
         """The best columns by score, dealt to groups and searched."""
-        given = support.regions
-        assert given is not None
-        n, m = given.n, given.m
-        tiles = regions.tile(scores, given.out_order, self.tile_rows(len(scores)))
-        dense = given.dense_end[0]
-        groups = (given.nm_end[0] - dense) // m
+        old = support.regions
+        assert old is not None
+        n, m = old.n, old.m
+        tiles = regions.tile(scores, old.out_order, self.tile_rows(len(scores)))
+        dense = old.dense_end[0]
+        groups = (old.nm_end[0] - dense) // m
         columns = self.strongest(tiles, dense, groups)
         if self.permute is not None:
             columns = self.permute.columns(key, tiles, columns)
-        keep = regions.kept(tiles, columns.order, given.dense_end, given.nm_end, n, m)
-        chosen = dataclasses.replace(given, in_order=columns.order)
-        return Support(masks.fold_tiles(keep, given.out_order), chosen)
+        keep = regions.kept(tiles, columns.order, old.dense_end, old.nm_end, n, m)
+        chosen = dataclasses.replace(old, in_order=columns.order)
+        return Support(masks.fold_tiles(keep, old.out_order), chosen)
 
     @property
     @abc.abstractmethod
@@ -231,8 +231,8 @@ class Tiled(Pattern):
         permute = self.permute
         assert permute is not None
 
-        def worth(found):
-            out_order, columns = found
+        def worth(ordered):
+            out_order, columns = ordered
             tiles = regions.tile(scores, out_order, self.vector_size)
             return regions.value(tiles, columns)
 

@@ -94,17 +94,17 @@ def allocate(
     fixed = sum(layers[path].size * chosen[path] for path in chosen)
     removed = _reachable(sparsity * total, fixed, total, rest, spans)
     if mode == "uniform":
-        found = _filled(dict.fromkeys(rest, 0.0), rest, spans, removed)
+        shared = _filled(dict.fromkeys(rest, 0.0), rest, spans, removed)
     elif mode == "global":
-        found = _global(rest, spans, removed, normalise)
+        shared = _global(rest, spans, removed, normalise)
     else:
         if outliers is None:
             raise ValueError("owl needs outliers=, from outlier_shares()")
         free = {p: outliers[p] for p in rest if spans[p][0] < spans[p][1]}
         dense = densities(mode if isinstance(mode, OWL) else OWL(), free)
         wish = {path: -dense.get(path, 0.0) for path in rest}
-        found = _filled(wish, rest, spans, removed)
-    return {path: chosen[path] if path in chosen else found[path] for path in layers}
+        shared = _filled(wish, rest, spans, removed)
+    return {path: chosen[path] if path in chosen else shared[path] for path in layers}
 
 
 def budgets(
@@ -273,12 +273,12 @@ def _global(layers, spans, removed, normalise):
 
     def kept(threshold, side):
         """Weights that stay in every layer: the increments above the threshold."""
-        found = {}
+        weights = {}
         for path, rate in rates.items():
             count = np.searchsorted(-rate, -threshold, side=side)
             least = (1 - spans[path][1]) * size[path]
-            found[path] = float(np.clip(costs[path][count], least, full[path]))
-        return found
+            weights[path] = float(np.clip(costs[path][count], least, full[path]))
+        return weights
 
     pooled = np.unique(np.concatenate([np.zeros(1), *rates.values()]))
     first, last = 0, len(pooled) - 1  # the largest threshold that keeps enough

@@ -76,25 +76,25 @@ def check(pattern: Pattern) -> None:
 @functools.partial(jax.jit, static_argnums=1)
 def levels(flat: Array, pattern: Pattern) -> Levels:
     """`Pattern.levels`, or a ValueError where they are not known."""
-    found = pattern.levels(flat)
-    if found is None:
+    known = pattern.levels(flat)
+    if known is None:
         raise ValueError(
             f"increments of {pattern} are not known; allocate by 'uniform' or 'owl', "
             "or choose Vector, HiNM, FlexHiNM or Unstructured"
         )
-    return found
+    return known
 
 
-def made(found: Levels, size: int, pattern: Pattern) -> Increments:
+def made(host: Levels, size: int, pattern: Pattern) -> Increments:
     """The increments from level to level, at most `MOST` of them.
 
     Args:
-      found: on the host.
+      host: on the host.
       size: weights of the layer.
       pattern: what it may have.
     """
-    gain = np.diff(np.asarray(found.scores, np.float64), axis=0, prepend=0)
-    kept = np.diff(np.asarray(found.kept, np.float64), prepend=0)
+    gain = np.diff(np.asarray(host.scores, np.float64), axis=0, prepend=0)
+    kept = np.diff(np.asarray(host.kept, np.float64), prepend=0)
     cost = np.repeat(kept[:, None], gain.shape[1], axis=1)
     cost[-1, -1] -= max(cost.sum() - size, 0)
     span = pattern.sparsity_range()
@@ -113,11 +113,11 @@ def condensed(layer: Increments) -> Increments:
 
 def plain(method: Method, uses: Uses) -> dict[str, Increments]:
     """Path -> size and span of every prunable leaf, without increments."""
-    found = {}
+    layers = {}
     for path, use in uses.leaves.items():
         size, pattern = int(np.prod(use.layout.shape)), method_for(method, use).pattern
-        found[path] = Increments(NOTHING, NOTHING, size, pattern.sparsity_range())
-    return found
+        layers[path] = Increments(NOTHING, NOTHING, size, pattern.sparsity_range())
+    return layers
 
 
 def offered(
@@ -137,13 +137,13 @@ def offered(
       ValueError: a pattern whose increments are not known; NaN.
     """
     leaves = Leaves.of(params).dense(uses)
-    found = plain(method, uses)
+    layers = plain(method, uses)
     for path, use in uses.leaves.items():
-        mine = method_for(method, use)
-        low, high = found[path].span
+        own = method_for(method, use)
+        low, high = layers[path].span
         if low == high:
             continue
-        check(mine.pattern)
+        check(own.pattern)
         w = leaves.matrix(use)
         checks.finite(w, "weight", path)
         known = (stats or {}).get(path)
@@ -152,9 +152,9 @@ def offered(
                 known, unseen(known), functools.partial(leaves.matrix, use)
             )
         pair = _flat(use, (w, known))
-        result = jax.device_get(_scored(mine, *pair))
-        found[path] = made(result, found[path].size, mine.pattern)
-    return found
+        result = jax.device_get(_scored(own, *pair))
+        layers[path] = made(result, layers[path].size, own.pattern)
+    return layers
 
 
 def scoring_program(method: Method, use: Use, dtype: Any) -> Any:

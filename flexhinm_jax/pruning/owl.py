@@ -70,8 +70,8 @@ class OWL:
 
     def name(self, path: str) -> str:
         """The block of a leaf."""
-        found = re.search(self.block, path)
-        return path if found is None else found[0]
+        block = re.search(self.block, path)
+        return path if block is None else block[0]
 
 
 def outlier_shares(
@@ -92,18 +92,18 @@ def outlier_shares(
     blocks = defaultdict(list)
     for path in uses.leaves:
         blocks[owl.name(path)].append(path)
-    found = {}
+    shares = {}
     for paths in blocks.values():
         pairs = []
         for path in paths:
-            w, given = leaves.matrix(uses.leaves[path]), None
+            w, energy = leaves.matrix(uses.leaves[path]), None
             if stats is not None:
                 one = stats[path]
                 count = jnp.maximum(one.count, 1.0)[..., None]
-                given = one.sq_norm / count
-            pairs.append((w, given))
-        found |= dict.fromkeys(paths, share(pairs, owl.multiple))
-    return {path: found[path] for path in uses.leaves}
+                energy = one.sq_norm / count
+            pairs.append((w, energy))
+        shares |= dict.fromkeys(paths, share(pairs, owl.multiple))
+    return {path: shares[path] for path in uses.leaves}
 
 
 def share(pairs: Iterable[tuple[Array, Array | None]], multiple: float) -> float:

@@ -119,10 +119,10 @@ def prune(
         ) from None
     example = first if isinstance(first, tuple) else (first,)
     apply_fn, leaves = Traced.of(apply_fn), Leaves.of(params)
-    found = discover(apply_fn, params, *example, rules=rules)
-    uses = fitting(method, found, on_mismatch)
+    every_use = discover(apply_fn, params, *example, rules=rules)
+    uses = fitting(method, every_use, on_mismatch)
     if not uses.leaves:
-        return untouched(found, uses, rules, leaves)
+        return untouched(every_use, uses, rules, leaves)
     stats = None
     if method.needs != "nothing":
         calibration.setdefault("gram", method.needs == "gram")
@@ -138,13 +138,13 @@ def prune(
 
 
 def untouched(
-    found: Uses, uses: Uses, rules: Mapping[str, Any] | None, params: Any
+    every_use: Uses, uses: Uses, rules: Mapping[str, Any] | None, params: Any
 ) -> Pruned:
     """A model without a leaf to prune, as it is; a warning says why.
 
     Args:
-      found: what `discover` found.
-      uses: what the pattern fits of it: nothing.
+      every_use: from `discover`.
+      uses: those that the pattern fits: none.
       rules: as in `prune`.
       params: the parameter tree.
 
@@ -153,7 +153,7 @@ def untouched(
     """
     first = "; ".join(f"{p}: {why}" for p, why in list(uses.skipped.items())[:3])
     text = f"none of the {len(uses.skipped)} leaves can be pruned ({first})"
-    if found.leaves or "skip" in list((rules or {}).values()):
+    if every_use.leaves or "skip" in list((rules or {}).values()):
         raise ValueError(f"{text}; discover() and describe() show all")
     logger.warning("%s: params come back as they are", text)
     return applied({}, params, uses)

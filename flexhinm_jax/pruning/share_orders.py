@@ -100,14 +100,14 @@ def share_orders(
     orders = shared_orders(
         method, key, params, uses, stats, search=search, within=within
     )
-    found = dict(stats or {})
+    with_orders = dict(stats or {})
     for path, order in orders.items():
-        given = found.get(path)
-        if given is None:  # a method that looks at no input still carries the order
+        one = with_orders.get(path)
+        if one is None:  # a method that looks at no input still carries the order
             ones = jnp.ones(order.shape, jnp.float32)
-            given = Stats(ones, jnp.zeros_like(ones), ones[..., 0])
-        found[path] = dataclasses.replace(given, order=order)
-    return ordered, found
+            one = Stats(ones, jnp.zeros_like(ones), ones[..., 0])
+        with_orders[path] = dataclasses.replace(one, order=order)
+    return ordered, with_orders
 
 
 def shared_orders(
@@ -133,7 +133,7 @@ def shared_orders(
             "along one order of all rows"
         )
     blocks = _blocks(within or {}, list(uses.leaves))
-    found = {}
+    orders = {}
     for group in groups(uses):
         for pattern in dict.fromkeys(patterns.get(p) for p in group):
             paths = [p for p in group if patterns.get(p) == pattern]
@@ -157,17 +157,17 @@ def shared_orders(
             rows = []
             for p in paths:
                 w = leaves.matrix(uses.leaves[p])
-                given = (stats or {}).get(p)
-                if given is not None:
+                one = (stats or {}).get(p)
+                if one is not None:
                     load = functools.partial(leaves.matrix, uses.leaves[p])
-                    given = informed(given, unseen(given), load)
-                mine = method.with_pattern(pattern)
-                mine.check(jax.eval_shape(_last, w), given, None, p)
-                rows.append(_scores(mine, w, given, w.ndim - 2))
-            mine = jax.random.fold_in(key, zlib.crc32(paths[0].encode()) & 0x7FFFFFFF)
-            order = _search(searched, block, mine, jnp.concatenate(rows, axis=-2))
-            found |= dict.fromkeys(paths, order)
-    return found
+                    one = informed(one, unseen(one), load)
+                own = method.with_pattern(pattern)
+                own.check(jax.eval_shape(_last, w), one, None, p)
+                rows.append(_scores(own, w, one, w.ndim - 2))
+            own = jax.random.fold_in(key, zlib.crc32(paths[0].encode()) & 0x7FFFFFFF)
+            order = _search(searched, block, own, jnp.concatenate(rows, axis=-2))
+            orders |= dict.fromkeys(paths, order)
+    return orders
 
 
 def groups(uses: Uses) -> list[list[str]]:
@@ -189,11 +189,11 @@ def groups(uses: Uses) -> list[list[str]]:
             joined = set().union(*(members[u.path] for u in sharing))
             for path in joined:
                 members[path] = joined
-    found: list[list[str]] = []
+    together: list[list[str]] = []
     for path in uses.leaves:
-        if not any(path in group for group in found):
-            found.append([p for p in uses.leaves if p in members[path]])
-    return found
+        if not any(path in group for group in together):
+            together.append([p for p in uses.leaves if p in members[path]])
+    return together
 
 
 def ties(uses: Uses) -> dict[str, str]:
@@ -202,7 +202,7 @@ def ties(uses: Uses) -> dict[str, str]:
 
 
 def _blocks(within: Mapping[str, int], paths: list[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for regex, size in within.items():
         hits = [p for p in paths if re.search(regex, p)]
         arguments.count(size, f"share_orders: within[{regex!r}]", 1)
@@ -211,8 +211,8 @@ def _blocks(within: Mapping[str, int], paths: list[str]) -> dict[str, int]:
                 f"share_orders: within={{{regex!r}: {size}}} matches no leaf; "
                 f"{arguments.nearest(regex, paths)}"
             )
-        found = dict.fromkeys(hits, size) | found
-    return found
+        sizes = dict.fromkeys(hits, size) | sizes
+    return sizes
 
 
 def _last(w: Array) -> Array:

@@ -118,8 +118,8 @@ def calibrate(
     for batch in batches:
         batch = batch if isinstance(batch, tuple) else (batch,)
         arrays, skeleton = split((params, batch))
-        found = traced.find(params, batch)
-        sums, empty = step(sums, arrays, skeleton, found), False
+        finder = traced.find(params, batch)
+        sums, empty = step(sums, arrays, skeleton, finder), False
     if empty:
         raise ValueError("batches is empty: give at least one batch to run")
     done = {}
@@ -170,12 +170,12 @@ def bytes_of(uses: Uses, owners: Mapping[str, str], gram: bool) -> int:
 
 def blank(size: int, stack: tuple[int, ...] = ()) -> Stats:
     """Shapes of the statistics that every product gets."""
-    made: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    f32: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     return Stats(
-        sq_norm=made((*stack, size)),
-        mean=made((*stack, size)),
-        count=made(stack),
-        gram=made((*stack, size, size)),
+        sq_norm=f32((*stack, size)),
+        mean=f32((*stack, size)),
+        count=f32(stack),
+        gram=f32((*stack, size, size)),
     )
 
 
@@ -234,7 +234,7 @@ def make_step(
     token_mask: Callable[..., Array] | None,
     chunk_bytes: int,
 ) -> Callable[..., Sums]:
-    """A jitted (sums, arrays, skeleton, found) -> sums that adds one batch.
+    """A jitted (sums, arrays, skeleton, finder) -> sums that adds one batch.
 
     Args:
       wanted: the uses whose inputs are added up.
@@ -243,28 +243,28 @@ def make_step(
     """
 
     @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
-    def step(sums: Sums, arrays: list[Any], skeleton: Skeleton, found: Finder) -> Sums:
+    def step(sums: Sums, arrays: list[Any], skeleton: Skeleton, finder: Finder) -> Sums:
         params, batch = skeleton.fill(arrays)
         mesh = jax_versions.explicit_mesh(arrays)
         if mesh is not None:
             sums = jax_versions.replicated(sums, mesh)
         own = len(split(params)[0])
         masks = token_masks(token_mask, batch, arrays[own:])
-        visitor = Accumulate(places(found, wanted), found, chunk_bytes, masks)
-        sums = run(found.program, params, visitor, sums, arrays)[1]
+        visitor = Accumulate(places(finder, wanted), finder, chunk_bytes, masks)
+        sums = run(finder.program, params, visitor, sums, arrays)[1]
         warn_missed(masks, dict.fromkeys(use.path for use in wanted))
         return sums
 
     return step
 
 
-def places(found: Finder, wanted: list[Use]) -> dict[tuple[str, Where], Use]:
+def places(finder: Finder, wanted: list[Use]) -> dict[tuple[str, Where], Use]:
     """(leaf path, position in the program of a batch) -> wanted use.
 
     Raises:
       ValueError: the program lacks one of them.
     """
-    here = {use.key: (where, use) for where, use in found.uses}
+    here = {use.key: (where, use) for where, use in finder.uses}
     for use in wanted:
         if use.key not in here or here[use.key][1].layout != use.layout:
             raise ValueError(
@@ -280,13 +280,13 @@ class Accumulate(Visitor):
 
     Attributes:
       places: (leaf path, position of the equation) -> use.
-      found: what the program was found to do.
+      finder: what the program does.
       chunk_bytes: what patches of a convolution may take at a time.
       masks: the token masks of the values, or None.
     """
 
     places: dict[tuple[str, Where], Use]
-    found: Finder
+    finder: Finder
     chunk_bytes: int
     masks: Masks | None = None
 
@@ -296,7 +296,7 @@ class Accumulate(Visitor):
         fitted = None if use is None else product.fit(use.layout)
         valid = None
         if self.masks is not None:
-            varies = any(self.found.dependence[equation(where)])
+            varies = any(self.finder.dependence[equation(where)])
             valid = self.masks.tokens(where, fitted or product, varies)
         if use is None:
             return None, state

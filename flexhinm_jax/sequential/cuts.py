@@ -192,9 +192,9 @@ class Walk:
                 "batches of different shapes use different weights, or in another "
                 "order; give batches that take the same way through the function"
             )
-        found = {m.path for cut in self.cuts for m in cut.members}
-        found.update(path for cut in self.cuts for path in cut.plain)
-        missing = [path for path in layouts_of(self.job) if path not in found]
+        solved = {m.path for cut in self.cuts for m in cut.members}
+        solved.update(path for cut in self.cuts for path in cut.plain)
+        missing = [path for path in layouts_of(self.job) if path not in solved]
         if missing:
             raise ValueError(
                 f"{missing[0]}: its products read it in different ways; exclude it "
@@ -248,7 +248,7 @@ class Walk:
         names: list[tuple] = []
         dense_only = self.job.request.dense_only
         for group in spans.groups(self.job.request, self.cuts, span):
-            found: dict[tuple, Plan] = {}
+            plans: dict[tuple, Plan] = {}
             if names and len(group) > 1:
                 self.look_again(span, group[0])
             for k in group:
@@ -259,14 +259,14 @@ class Walk:
                 solved |= self.plain(cut) if cut.plain else {}
                 for path, at in list(solved):
                     result = solved.pop((path, at))
-                    found[path, at] = result.plan
+                    plans[path, at] = result.plan
                     tell(cut, path, at, result)
             if self.to_end and dense_only:
                 self.advance(len(self.cuts))
-            for (path, at), plan in found.items():
+            for (path, at), plan in plans.items():
                 with meshes.automatic():
                     self.job.apply(path, at, plan)
-            names += found
+            names += plans
         return names
 
     def look_again(self, span: range, stop: int) -> None:
@@ -420,9 +420,9 @@ class Walk:
             self.job.weight,
         )
         tokens = functools.partial(targets.tokens_of, cut)
-        made = functools.partial(jax_versions.automatic, tokens, None)
+        sums_of = functools.partial(jax_versions.automatic, tokens, None)
         if sums is None:
-            like = jax.eval_shape(made, inputs)
+            like = jax.eval_shape(sums_of, inputs)
             sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
         count = len(jax.tree.leaves(sums))
         leaves, structure = jax.tree.flatten((sums, inputs))
@@ -430,7 +430,7 @@ class Walk:
 
         def flat(*leaves: Any) -> list[Any]:
             sums, inputs = jax.tree.unflatten(structure, leaves)
-            return jax.tree.leaves(jax.tree.map(jnp.add, sums, made(inputs)))
+            return jax.tree.leaves(jax.tree.map(jnp.add, sums, sums_of(inputs)))
 
         outs = self.compiler.memo(memo, flat, *leaves, donate=count)
         self.shelf.wait(outs)
@@ -459,8 +459,8 @@ class Walk:
         stats, free = meshes.released(stats), job.released()
         with meshes.automatic():
             for path in cut.plain:
-                given = {(path, at[path]): stats[path]}
-                solved |= solver.solve(free, given, self.programs.solver)
+                own = {(path, at[path]): stats[path]}
+                solved |= solver.solve(free, own, self.programs.solver)
         return solved
 
 

@@ -93,16 +93,16 @@ class Finished:
             return None
         shapes, structure = jax.tree.flatten(like)
         with np.load(path) as raw:
-            found = [raw[k] for k in sorted(raw.files) if k != "name"]
+            stored = [raw[k] for k in sorted(raw.files) if k != "name"]
             owner = raw["name"].tobytes().decode()
         sizes = [s.size * np.dtype(s.dtype).itemsize for s in shapes]
-        if owner != name or [x.size for x in found] != sizes:
+        if owner != name or [x.size for x in stored] != sizes:
             raise ValueError(
                 f"resume: {path} holds {owner!r}, or another form of it, not {name!r}; "
                 "delete it"
             )
         arrays = [
             np.frombuffer(x.tobytes(), s.dtype).reshape(s.shape)
-            for x, s in zip(found, shapes, strict=True)
+            for x, s in zip(stored, shapes, strict=True)
         ]
         return jax.tree.unflatten(structure, arrays)

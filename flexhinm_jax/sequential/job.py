@@ -98,9 +98,9 @@ class Job:
 
     def released(self) -> "Job":
         """The same job with weights under automatic axes, for solving."""
-        made = copy.copy(self)
-        made.leaves, made.key = meshes.released((self.leaves, self.key))
-        return made
+        free = copy.copy(self)
+        free.leaves, free.key = meshes.released((self.leaves, self.key))
+        return free
 
     def weight(self, path: str, at: tuple) -> Array:
         """The dense matrices of a leaf, [*rest of the stack, o, i]."""
@@ -204,14 +204,14 @@ def select(at: tuple[int | None, ...]) -> tuple:
 
 def own_biases(uses: Uses) -> dict[str, str]:
     """Leaf -> its bias, where all uses have the same and no other leaf has it."""
-    found: dict[str, set[str | None]] = defaultdict(set)
+    biases_of: dict[str, set[str | None]] = defaultdict(set)
     owners: dict[str | None, set[str]] = defaultdict(set)
     for use in uses:
-        found[use.path].add(use.bias)
+        biases_of[use.path].add(use.bias)
         owners[use.bias].add(use.path)
     return {
         path: name
-        for path, biases in found.items()
+        for path, biases in biases_of.items()
         for name in biases
         if name is not None and len(biases) == len(owners[name]) == 1
     }

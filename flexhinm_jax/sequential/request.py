@@ -135,6 +135,6 @@ def block_of(regex: str, path: str, at: tuple[int | None, ...] = ()) -> Any:
       >>> block_of(BLOCK, "layers.3.mlp.up"), block_of(BLOCK, "up", (3,))
       ('layers.3', (3,))
     """
-    found = re.search(regex, path)
+    match = re.search(regex, path)
     steps = tuple(i for i in at if i is not None)
-    return found[0] if found else steps or path
+    return match[0] if match else steps or path

@@ -52,9 +52,9 @@ def cut(line: Line, outputs: Iterable[Any] = ()) -> list[Segment]:
       outputs: variables of the batch that are wanted at the end.
     """
     maker = {v: eqn for eqn in line.eqns if eqn is not None for v in eqn.outvars}
-    given = {*line.params, *line.consts}
+    known = {*line.params, *line.consts}
     starts = [0, *(c.position for c in line.cuts), len(line.eqns)]
-    found: list[Segment] = []
+    parts: list[Segment] = []
     later: set[Any] = set()
     for k in reversed(range(len(starts) - 1)):
         alive = later | (read_at(line.cuts[k]) if k < len(line.cuts) else {*outputs})
@@ -67,15 +67,15 @@ def cut(line: Line, outputs: Iterable[Any] = ()) -> list[Segment]:
             eqns.insert(0, eqn)
             wanted.difference_update(eqn.outvars)
             wanted.update(v for v in variables(eqn) if v in line.data)
-        made = {v for eqn in eqns for v in eqn.outvars}
-        static = static_part(eqns, line.data, maker, given)
+        own = {v for eqn in eqns for v in eqn.outvars}
+        static = static_part(eqns, line.data, maker, known)
         read = ordered(v for eqn in eqns for v in variables(eqn))
-        inputs = [v for v in read if v in line.data and v not in made]
+        inputs = [v for v in read if v in line.data and v not in own]
         statics = [v for v in read if v not in line.data]
         outputs = ordered(v for eqn in eqns for v in eqn.outvars if v in alive)
-        found.insert(0, Segment(static, eqns, statics, inputs, outputs, alive))
+        parts.insert(0, Segment(static, eqns, statics, inputs, outputs, alive))
         later = wanted
-    return found
+    return parts
 
 
 def read_at(cut: Cut) -> set[Any]:
@@ -86,31 +86,31 @@ def read_at(cut: Cut) -> set[Any]:
 
 
 def static_part(
-    eqns: Sequence[Any], data: set[Any], maker: Mapping[Any, Any], given: set[Any]
+    eqns: Sequence[Any], data: set[Any], maker: Mapping[Any, Any], known: set[Any]
 ) -> list[Any]:
     """The equations of the parameters alone that `eqns` depend on, in order."""
-    found: dict[int, Any] = {}
+    needed: dict[int, Any] = {}
 
     def need(v: Any) -> None:
-        if v in data or v in given or id(maker[v]) in found:
+        if v in data or v in known or id(maker[v]) in needed:
             return
         eqn = maker[v]
         for w in variables(eqn):
             need(w)
-        found[id(eqn)] = eqn
+        needed[id(eqn)] = eqn
 
     for eqn in eqns:
         for v in variables(eqn):
             need(v)
-    return list(found.values())
+    return list(needed.values())
 
 
 def fixed(line: Line, segment: Segment, params: Sequence[Any]) -> list[Any]:
     """The values of `segment.statics` for these arrays of the parameters."""
     env = {**dict(zip(line.params, params, strict=True)), **line.consts}
     for eqn in segment.fixed:
-        given = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-        env.update(zip(eqn.outvars, jax_versions.bind(eqn, given), strict=True))
+        values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        env.update(zip(eqn.outvars, jax_versions.bind(eqn, values), strict=True))
     return [env[v] for v in segment.statics]
 
 
@@ -155,8 +155,8 @@ class Compiler:
         if name not in self.traced:
             body, consts = jax_versions.opened(jax.make_jaxpr(f)(*args))
             inputs = [*body.constvars, *body.invars]
-            given = range(len(consts), len(consts) + donate)
-            run = self.function(body.eqns, inputs, body.outvars, tuple(given))
+            donated = range(len(consts), len(consts) + donate)
+            run = self.function(body.eqns, inputs, body.outvars, tuple(donated))
             self.traced[name] = run, consts
         run, consts = self.traced[name]
         return run(*consts, *args)
@@ -203,10 +203,10 @@ def signature(eqns: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple
 
     rows = []
     for eqn in eqns:
-        given = tuple(map(name, eqn.invars))
+        inputs_of = tuple(map(name, eqn.invars))
         names.update((v, next(number)) for v in eqn.outvars)
         out = tuple(str(v.aval) for v in eqn.outvars)
-        rows.append((eqn.primitive.name, given, described(eqn.params), out))
+        rows.append((eqn.primitive.name, inputs_of, described(eqn.params), out))
     avals = tuple(str(v.aval) for v in inputs)
     return avals, tuple(rows), tuple(map(name, outputs))
 
@@ -282,14 +282,14 @@ class Runner:
           now: what `fixed` gives for the parameters now.
         """
         self.back()
-        made = self.run(self.segments[k], now, self.value)
-        self.values.update((v, self.shelf.put(x)) for v, x in made.items())
+        outputs = self.run(self.segments[k], now, self.value)
+        self.values.update((v, self.shelf.put(x)) for v, x in outputs.items())
         self.free(self.values, self.segments[k].alive)
 
     def look(self, k: int, now: Sequence[Any]) -> None:
         """As `advance`, but the values of the pruned model stay where they are."""
-        made = self.run(self.segments[k], now, self.value)
-        self.ahead.update((v, self.shelf.put(x)) for v, x in made.items())
+        outputs = self.run(self.segments[k], now, self.value)
+        self.ahead.update((v, self.shelf.put(x)) for v, x in outputs.items())
         self.free(self.ahead, self.segments[k].alive)
 
     def back(self) -> None:

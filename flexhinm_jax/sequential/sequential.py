@@ -124,13 +124,13 @@ def prune_sequential(
         arguments.count(memory_limit, "memory_limit", 0)
     apply_fn = Traced.of(apply_fn)
     rules: Any = request.rules
-    found = discover(apply_fn, params, *every[0], rules=rules)
+    every_use = discover(apply_fn, params, *every[0], rules=rules)
     stored = [p for p, leaf in Leaves.of(params).items() if on_grid(leaf)]
     reason = "in eight bits with a scale: prune() and solve() take it"
-    found = found.without({p: reason for p in stored if p in found.leaves})
-    uses = fitting(method, found, request.on_mismatch)
+    every_use = every_use.without({p: reason for p in stored if p in every_use.leaves})
+    uses = fitting(method, every_use, request.on_mismatch)
     if not uses.leaves:
-        return prune.untouched(found, uses, rules, params)
+        return prune.untouched(every_use, uses, rules, params)
     check_targets(request.sparsity, uses)
     job = Job(apply_fn, params, every, uses, request, token_mask)
     with keeping(job, resume):

@@ -104,7 +104,7 @@ class Line:
       inputs: variables of the batch, one per array.
       consts: variable -> value of the constants.
       data: variables that depend on the batch.
-      made: variable -> position of its equation, -1 for the batch.
+      place: variable -> position of its equation, -1 for the batch.
       users: variable -> the equations that read it.
       cuts: where to cut, in order.
       outputs: what the program returns, one variable (or literal) per array.
@@ -115,7 +115,7 @@ class Line:
     inputs: list[Any]
     consts: dict[Any, Any]
     data: set[Any]
-    made: dict[Any, int]
+    place: dict[Any, int]
     users: dict[Any, list[Any]]
     cuts: list[Cut]
     outputs: list[Any]
@@ -156,10 +156,10 @@ def straighten(
             key = eqn.params["role"], eqn.params["index"]
             places.setdefault(key, (k, list(eqn.invars)))
     users: dict[Any, list[Any]] = defaultdict(list)
-    made: dict[Any, int] = dict.fromkeys(body.invars[count:], -1)
+    place: dict[Any, int] = dict.fromkeys(body.invars[count:], -1)
     for k, eqn in enumerate(eqns):
         if eqn is not None:
-            made.update(dict.fromkeys(eqn.outvars, k))
+            place.update(dict.fromkeys(eqn.outvars, k))
             for v in variables(eqn):
                 users[v].append(eqn)
     line = Line(
@@ -168,7 +168,7 @@ def straighten(
         list(body.invars[count:]),
         dict(zip(body.constvars, consts, strict=True)),
         dependent(eqns, body.invars[count:]),
-        made,
+        place,
         users,
         [],
         list(body.outvars),
@@ -179,11 +179,11 @@ def straighten(
 
 def dependent(eqns: Sequence[Any], sources: Sequence[Any]) -> set[Any]:
     """The variables that depend on `sources`, which are among them."""
-    found = set(sources)
+    reached = set(sources)
     for eqn in eqns:
-        if eqn is not None and any(v in found for v in variables(eqn)):
-            found.update(eqn.outvars)
-    return found
+        if eqn is not None and any(v in reached for v in variables(eqn)):
+            reached.update(eqn.outvars)
+    return reached
 
 
 def variables(eqn: Any) -> list[Any]:
@@ -471,7 +471,7 @@ def stream(line: Line, result: Any, product: Product, before: int) -> Stream | N
         elif name in ("add", "add_any"):
             other = eqn.invars[1] if eqn.invars[0] is result else eqn.invars[0]
             known = not isinstance(other, Literal) and other in line.data
-            if known and line.made[other] < before:
+            if known and line.place[other] < before:
                 return Stream(other, reverse(product, moves))
         else:
             return None

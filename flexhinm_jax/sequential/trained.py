@@ -56,8 +56,8 @@ class Training:
         for line, parts in walk.lines:
             needed = {id(eqn) for part in parts for eqn in part.eqns}
             own = parts[span[0] + 1 : self.end + 1]
-            found = windows.window(self.name, line, own, self.names, needed, walk.rows)
-            self.windows[id(line)] = found
+            window = windows.window(self.name, line, own, self.names, needed, walk.rows)
+            self.windows[id(line)] = window
         self.first = self.windows[id(walk.lines[0][0])]
         self.goals: list[dict[Any, Any]] = []
 

@@ -170,8 +170,8 @@ def divide(
 
     def narrowest(first: int, last: int, late: int) -> Cut:
         # Before the batch becomes numbers, as by a table of words, nothing is fitted.
-        found = [p for p in range(first, last + 1) if alive[p].floating] or [last]
-        place = min(found, key=lambda p: (alive[p].size, -late * p))
+        floating = [p for p in range(first, last + 1) if alive[p].floating] or [last]
+        place = min(floating, key=lambda p: (alive[p].size, -late * p))
         return Cut(place, None, None, None, (), {})
 
     def behind(last: int) -> int:
@@ -223,7 +223,7 @@ class Alive(NamedTuple):
 
 def alive_bytes(line: Line, outputs: Sequence[Any]) -> list[Alive]:
     """The values of the batch that are alive before every equation, and at the end."""
-    alive, found = set(outputs), []
+    alive, counted = set(outputs), []
     read: dict[int, set[Any]] = {}
     for cut in line.cuts:
         read.setdefault(cut.position, set()).update(segments.read_at(cut))
@@ -234,8 +234,8 @@ def alive_bytes(line: Line, outputs: Sequence[Any]) -> list[Alive]:
             alive.update(v for v in variables(eqn) if v in line.data)
         alive |= read.get(k, set())
         floating = any(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in alive)
-        found.append(Alive(sum(map(size, alive)), floating))
-    return found[::-1]
+        counted.append(Alive(sum(map(size, alive)), floating))
+    return counted[::-1]
 
 
 def size(v: Any) -> int:
@@ -271,29 +271,29 @@ def window(
         if not jnp.issubdtype(v.aval.dtype, jnp.floating):
             continue
         reached = [(eqn, reach(line, eqn) & needed) for eqn in line.users[v]]
-        there = [eqn for eqn, found in reached if found - inside]
+        there = [eqn for eqn, ids in reached if ids - inside]
         if not there:
             read[path_of[v], None] = [v]
             continue
-        here = [eqn for eqn, found in reached if found & inside]
+        here = [eqn for eqn, ids in reached if ids & inside]
         taken = {rows.of(eqn, v) for eqn in there}
-        mine = [rows.of(eqn, v) for eqn in here]
+        own_rows = [rows.of(eqn, v) for eqn in here]
         shapes = {eqn.outvars[0].aval.shape for eqn in here}
         if (
             len(shapes) > 1
             or None in taken
-            or any(m is None or m in taken for m in mine)
+            or any(m is None or m in taken for m in own_rows)
         ):
             continue  # it is not this window's alone
-        for row, eqn in zip(mine, here, strict=True):
+        for row, eqn in zip(own_rows, here, strict=True):
             read.setdefault((path_of[v], row), []).extend(eqn.outvars)
             skipped.add(id(eqn))
     eqns = [eqn for eqn in own if id(eqn) not in skipped]
     sources = [Source(*key, tuple(read[key])) for key in sorted(read, key=str)]
     moving = [v for source in sources for v in source.read]
-    made = {v for eqn in eqns for v in eqn.outvars} | set(moving)
+    inner = {v for eqn in eqns for v in eqn.outvars} | set(moving)
     outside = segments.ordered(
-        v for eqn in eqns for v in variables(eqn) if v not in made
+        v for eqn in eqns for v in variables(eqn) if v not in inner
     )
     decided = dependent(eqns, moving)
     outputs = [
@@ -319,14 +319,14 @@ def reach(line: Line, eqn: Any) -> set[int]:
 
     That of an equation of the batch is its own.
     """
-    found, left = set(), [eqn]
+    reached, left = set(), [eqn]
     while left:
         one = left.pop()
         if any(v in line.data for v in one.outvars):
-            found.add(id(one))
+            reached.add(id(one))
         else:
             left += [user for v in one.outvars for user in line.users.get(v, ())]
-    return found
+    return reached
 
 
 class Rows:
@@ -356,15 +356,15 @@ class Rows:
         if first.size == 0 or (first != first.flat[0]).any():
             return None
         for digits in (numbers % row % 251, numbers % row // 251 % 251):
-            found = self._run(eqn, digits, v)
-            if (found.reshape(-1) != digits[int(first.flat[0])].reshape(-1)).any():
+            row_of = self._run(eqn, digits, v)
+            if (row_of.reshape(-1) != digits[int(first.flat[0])].reshape(-1)).any():
                 return None
         return int(first.flat[0])
 
     def _run(self, eqn: Any, numbers: np.ndarray, v: Any) -> np.ndarray:
         x = jnp.asarray(numbers, v.aval.dtype)
-        given = [a.val if isinstance(a, Constant) else x for a in eqn.invars]
-        return np.asarray(jax_versions.bind(eqn, given)[0]).astype(np.int64)
+        values = [a.val if isinstance(a, Constant) else x for a in eqn.invars]
+        return np.asarray(jax_versions.bind(eqn, values)[0]).astype(np.int64)
 
 
 def source_of(leaf: Any, source: Source) -> Any:

@@ -36,13 +36,13 @@ class Blocks:
     Attributes:
       config: sizes.
       index: where every array is.
-      given: contents of `config.json`.
+      contents: of `config.json`.
       dtype: what to compute in: that of the checkpoint, or float32.
     """
 
     config: decoder.DecoderConfig
     index: shards.Index
-    given: dict[str, Any]
+    contents: dict[str, Any]
     dtype: Dtype = "checkpoint"
 
     @property
@@ -184,10 +184,10 @@ class BlockUses:
 
     def kinds(self) -> dict[Any, int]:
         """Kind -> the first block of it."""
-        found: dict[Any, int] = {}
+        kinds: dict[Any, int] = {}
         for layer in range(self.blocks.count):
-            found.setdefault(self.kind(layer), layer)
-        return found
+            kinds.setdefault(self.kind(layer), layer)
+        return kinds
 
     def of(self, layer: int) -> Uses:
         """The uses of a block under the keys of the checkpoint."""
@@ -251,9 +251,9 @@ def open_blocks(directory: Path, dtype: Dtype = "checkpoint") -> Blocks:
     if dtype not in ("checkpoint", "float32"):
         raise ValueError(f"dtype={dtype!r}: choose 'checkpoint' or 'float32'")
     directory = Path(directory)
-    given = huggingface.read_config(directory)
+    contents = huggingface.read_config(directory)
     try:
-        config = decoder.DecoderConfig.from_dict(given)
+        config = decoder.DecoderConfig.from_dict(contents)
     except ValueError as error:
         raise ValueError(f"{directory / huggingface.CONFIG}: {error}") from error
     index = shards.read_index(directory)
@@ -267,4 +267,4 @@ def open_blocks(directory: Path, dtype: Dtype = "checkpoint") -> Blocks:
                 f"{directory}: {key} has dtype {index.dtype(key)}; supported are"
                 f" {', '.join(FLOATS)}: give the directory with float weights"
             )
-    return Blocks(config, index, given, dtype)
+    return Blocks(config, index, contents, dtype)

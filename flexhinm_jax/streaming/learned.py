@@ -321,8 +321,8 @@ class _Task:
             return model_gates.harden(method, training.states, params, uses)
 
         def value(states: dict[str, State]) -> float:
-            found = [programs.value(states, params, *batch(k)) for k in judging]
-            return float(np.mean([float(x) for x in found]))
+            losses = [programs.value(states, params, *batch(k)) for k in judging]
+            return float(np.mean([float(x) for x in losses]))
 
         start = init_training(
             method,

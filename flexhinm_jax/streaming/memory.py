@@ -300,7 +300,7 @@ def stages(walk: Walk, ahead: Ahead) -> list[Stage]:
     # The values at the first cut of a span wait for the pruned weights.
     spans = [] if walk.job.request.dense_only else walk.spans
     start = {k: span[0] for span in spans for k in span[1:]}
-    found = []
+    every = []
     for k, segment in enumerate(parts):
         twice = sum(size(v) for v in segment.alive if runner.changed(v))
         kept = parts[start[k]].alive - segment.alive if k in start else ()
@@ -312,8 +312,8 @@ def stages(walk: Walk, ahead: Ahead) -> list[Stage]:
         paths = (
             tuple(m.path for m in line.cuts[k].members) if k < len(line.cuts) else ()
         )
-        found.append(Stage(paths, held, step, gram, stats, most))
-    return found
+        every.append(Stage(paths, held, step, gram, stats, most))
+    return every
 
 
 def waiting(walk: Walk) -> int:
@@ -348,11 +348,11 @@ def running(walk: Walk, segment: segments.Segment) -> int:
     """Bytes of a segment's data, results and scratch, for one batch."""
     if not segment.eqns:
         return 0
-    given = [*segment.statics, *segment.inputs]
-    run: Any = walk.compiler.function(segment.eqns, given, segment.outputs)
+    read = [*segment.statics, *segment.inputs]
+    run: Any = walk.compiler.function(segment.eqns, read, segment.outputs)
     known = walk.programs.measured
     if run not in known:
-        known[run] = run.lower(*map(like, given)).compile().memory_analysis()
+        known[run] = run.lower(*map(like, read)).compile().memory_analysis()
     return sum(map(size, segment.inputs)) + taken(known[run])
 
 
@@ -368,11 +368,11 @@ def solving(walk: Walk, k: int, ahead: Ahead) -> tuple[int, int, int]:
     inputs = targets.inputs(
         cut, walk.differs(runner), walk.target == "resid", like, like, job.like
     )
-    made = functools.partial(targets.tokens_of, cut)
-    sums = jax.eval_shape(made, inputs)
+    sums_of = functools.partial(targets.tokens_of, cut)
+    sums = jax.eval_shape(sums_of, inputs)
 
     def add(sums: Any, inputs: Any) -> Any:
-        return jax.tree.map(jnp.add, sums, made(inputs))
+        return jax.tree.map(jnp.add, sums, sums_of(inputs))
 
     known, name = walk.programs.measured, str(jax.make_jaxpr(add)(sums, inputs))
     if name not in known:

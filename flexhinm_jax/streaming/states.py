@@ -41,24 +41,24 @@ class States:
         self.now: list[Any] = []
         self.dense: list[Any] | None = None
 
-    def begin(self, made: Iterable[np.ndarray]) -> None:
+    def begin(self, arrays: Iterable[np.ndarray]) -> None:
         """Takes the states before the first block; both models have the same."""
         self.forget(0)
         self.now = [
             self.shelf.put(x, self.path(0, "now", n))
-            for n, x in zip(self.numbers, made, strict=True)
+            for n, x in zip(self.numbers, arrays, strict=True)
         ]
 
     def next(
         self,
         layer: int,
-        made: Iterator[tuple[list[Any], list[Any] | None]],
+        outputs: Iterator[tuple[list[Any], list[Any] | None]],
         beside: bool,
     ) -> None:
         """Takes the states before block `layer`, batch by batch."""
         self.forget(layer)
         self.now, self.dense = [], [] if beside else None
-        for n, (now, dense) in zip(self.numbers, made, strict=True):
+        for n, (now, dense) in zip(self.numbers, outputs, strict=True):
             pairs = (("now", self.now, now), ("dense", self.dense, dense))
             for name, kept, arrays in pairs:
                 if kept is not None and arrays is not None:

@@ -57,14 +57,14 @@ def first_targets(setting: Setting) -> float | Mapping[str, float] | None:
     Raises:
       ValueError: a target out of reach, or that cannot be allocated.
     """
-    given, method = setting.request.sparsity, setting.request.method
+    sparsity, method = setting.request.sparsity, setting.request.method
     if setting.spread.mode == "uniform" and not setting.spread.exceptions:
-        return given
-    if given is None or isinstance(given, Mapping):
+        return sparsity
+    if sparsity is None or isinstance(sparsity, Mapping):
         raise ValueError(
             f"{arguments.say('allocate')} and {arguments.say('exceptions')} need one"
             " sparsity, the fraction of all pruned weights removed; got"
-            f" {arguments.say('sparsity', given)}"
+            f" {arguments.say('sparsity', sparsity)}"
         )
     layers = {
         path: layer
@@ -72,11 +72,11 @@ def first_targets(setting: Setting) -> float | Mapping[str, float] | None:
         for path, layer in gains.plain(method, setting.uses.of(n)).items()
     }
     if not layers:
-        return given  # refused with a better message later
+        return sparsity  # refused with a better message later
     if setting.spread.mode != "uniform":
         allocate.check_free(method, layers)
     rules = setting.spread.exceptions
-    return allocate.allocate("uniform", layers, given, exceptions=rules)
+    return allocate.allocate("uniform", layers, sparsity, exceptions=rules)
 
 
 def survey(
@@ -131,7 +131,7 @@ def survey(
         tell(Surveyed(layer, total, time.perf_counter() - started))
     states.forget(total)
     assert isinstance(sparsity, float | int)
-    found = allocate.allocate(
+    budgets = allocate.allocate(
         mode,
         layers,
         sparsity,
@@ -139,8 +139,8 @@ def survey(
         outliers=shares,
     )
     if setting.share.writes:
-        records.write(work.budgets, found)
-    return found
+        records.write(work.budgets, budgets)
+    return budgets
 
 
 class Look(Walk):
@@ -160,12 +160,12 @@ class Look(Walk):
         sums = self.sums(k)
         squares = jnp.diagonal(sums["gram"], axis1=-2, axis2=-1)
         checks.finite(squares, "norms of its inputs", self.cuts[k].members[0].path)
-        found = Stats(
+        norms = Stats(
             sq_norm=squares,
             mean=sums["total"] / jnp.maximum(sums["count"], 1.0)[..., None],
             count=jnp.broadcast_to(sums["count"], sums["total"].shape[:-1]),
         )
         del sums
         self.shelf.trim()
-        self.norms |= {m.path: found for m in self.cuts[k].members}
+        self.norms |= {m.path: norms for m in self.cuts[k].members}
         return {}

@@ -193,9 +193,9 @@ class Work:
 
     def rows(self, layer: int) -> tuple[list[Row], dict[str, float]]:
         """Rows of the report and errors of a block that is done."""
-        found = records.read(self.record(layer))
-        rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in found["rows"]]
-        return rows, found["errors"]
+        record = records.read(self.record(layer))
+        rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in record["rows"]]
+        return rows, record["errors"]
 
     def solved(self, layer: int) -> Path:
         """Where the finished matrices of a block are kept."""
@@ -212,8 +212,8 @@ class Work:
         Raises:
           ValueError: the processes have made different weights of equal sums.
         """
-        found = {"rows": [dataclasses.asdict(row) for row in rows], "errors": errors}
-        digest = zlib.crc32(json.dumps(found).encode()) >> 1
+        record = {"rows": [dataclasses.asdict(row) for row in rows], "errors": errors}
+        digest = zlib.crc32(json.dumps(record).encode()) >> 1
         if len(set(self.share.said(digest))) > 1:
             raise ValueError(
                 f"block {layer} is not the same in all processes: their machines"
@@ -221,7 +221,7 @@ class Work:
             )
         if self.share.writes:
             self.writer.flush()
-            records.write(self.record(layer), found)
+            records.write(self.record(layer), record)
             shutil.rmtree(self.solved(layer))
         self.share.agreed(0)  # only now its states may be forgotten
 
@@ -262,7 +262,7 @@ def record(setting: Setting) -> dict[str, str]:
     starts = {key: _start(blocks.index.read(key)) for key in blocks.index.files}
     return fingerprint.record(
         version=flexhinm_jax.__version__,
-        model=fingerprint.digest((json.dumps(blocks.given, sort_keys=True), starts)),
+        model=fingerprint.digest((json.dumps(blocks.contents, sort_keys=True), starts)),
         tokens=setting.batches,
         method=request.method,
         sparsity=request.sparsity,

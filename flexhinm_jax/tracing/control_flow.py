@@ -78,8 +78,8 @@ def visit_cond(
     # first, which decides the form.
     branches = [branch(k, jaxpr) for k, jaxpr in enumerate(eqn.params["branches"])]
     if visitor.masks is not None:
-        found = [jax.eval_shape(body, state)[2] for body in branches]
-        like = [masks.join(*keeps) for keeps in zip(*found, strict=True)]
+        forms = [jax.eval_shape(body, state)[2] for body in branches]
+        like = [masks.join(*keeps) for keeps in zip(*forms, strict=True)]
     outs, state, keeps = lax.switch(plain(operands[:1])[0], branches, state)
     attach(visitor, outs, keeps)
     return outs, state

@@ -58,15 +58,15 @@ def discover(
     """
     arguments.parameters(params)
     leaves = Leaves.of(params)
-    paths, found = list(leaves), Traced.of(apply_fn).find(params, batch)
+    paths, finder = list(leaves), Traced.of(apply_fn).find(params, batch)
     chosen = choose(rules or {}, paths)
-    by_leaf = {path: found.of(path) for path in paths}
+    by_leaf = {path: finder.of(path) for path in paths}
     skipped, prunable = {}, set()
     for path, leaf in leaves.items():
-        hindrance = found.hindrance(path) if by_leaf[path] else None
+        hindrance = finder.hindrance(path) if by_leaf[path] else None
         reason = hindrance.text if hindrance else None
         if not by_leaf[path]:
-            reason = found.reason(path, leaf)
+            reason = finder.reason(path, leaf)
         rule, action = chosen.get(path, (None, None))
         if action == "skip":
             reason = f"skipped by rule {rule!r}"
@@ -82,7 +82,7 @@ def discover(
             reasons = "; ".join(f"{path}: {skipped[path]}" for path in hits[:3])
             raise ValueError(f"rule {rule!r} asks to prune what cannot be: {reasons}")
     uses = []
-    for _, use in found.uses:
+    for _, use in finder.uses:
         if use.path in prunable:
             action = chosen.get(use.path, (None, None))[1]
             pattern = action if isinstance(action, Pattern) else None

@@ -169,7 +169,7 @@ class Finder(Visitor):
           dependence: which of its operands depend on the batch.
         """
         self.program, self.dependence = program, dependence
-        self.found: dict[tuple[str, Where], Contraction] = {}
+        self.contractions: dict[tuple[str, Where], Contraction] = {}
         self.reasons: dict[str, dict[Stop, None]] = {}
         self.stops: dict[str, set[Where]] = {}
         self.added: dict[str, dict[Where, str]] = {}
@@ -192,7 +192,9 @@ class Finder(Visitor):
         readings = [self.reading(p, where) for p in product.readings]
         auxiliary = not any(self.dependence[stops.equation(where)])
         scale = applied[0] if applied else None
-        self.found[path, where] = Contraction(path, where, readings, auxiliary, scale)
+        self.contractions[path, where] = Contraction(
+            path, where, readings, auxiliary, scale
+        )
         self.products[where] = product
         return None, state
 
@@ -260,7 +262,7 @@ class Finder(Visitor):
     ) -> None:
         """Notes that `leaf` is added, at `where`, to the moved result at `at`."""
         product = self.products[at]
-        contraction = self.found[product.weight.path, at]
+        contraction = self.contractions[product.weight.path, at]
         seen = zip(product.readings, contraction.readings, strict=True)
         for p, reading in seen:
             if along_outputs(p, leaf, moves):
@@ -273,7 +275,7 @@ class Finder(Visitor):
         """Notes that the result at `at` of steps is multiplied with their scale."""
         del where
         product = self.products[at]
-        contraction = self.found[product.weight.path, at]
+        contraction = self.contractions[product.weight.path, at]
         fitting = [p for p in product.readings if along_outputs(p, leaf, moves)]
         if product.weight.on_grid and contraction.scale is None and fitting:
             contraction.scale = scales.of_outputs(leaf.path, fitting[0].layout)
@@ -302,7 +304,7 @@ class Finder(Visitor):
 
         Auxiliary ones say nothing about a leaf that has others.
         """
-        own = [c for c in self.found.values() if c.path == path]
+        own = [c for c in self.contractions.values() if c.path == path]
         return [c for c in own if not c.auxiliary] or own
 
     @functools.cached_property
@@ -312,12 +314,12 @@ class Finder(Visitor):
         All uses of a leaf have one layout, or its transpose, where they have one in
         common.
         """
-        paths = dict.fromkeys(path for path, _ in self.found)
+        paths = dict.fromkeys(path for path, _ in self.contractions)
         own = {path: self.of(path) for path in paths}
         layouts = {path: common_layout(own[path]) for path in paths}
         count: dict[str, int] = {}
         out = []
-        for c in self.found.values():
+        for c in self.contractions.values():
             if c not in own[c.path]:
                 continue
             want = layouts[c.path]

@@ -323,9 +323,9 @@ def pieces(eqn: Any, operands: list, role: Role) -> list[Piece]:
         like[position] = jax.ShapeDtypeStruct(views.sizes(part.view.dims), dtype)
         like[1 - position] = jax.eval_shape(cut, x)
         own = jax_versions.with_shapes(eqn, like)
-        given: list[Any] = [None, None]
-        given[position], given[1 - position] = part, like[1 - position]
-        product = match(own, given)
+        sides: list[Any] = [None, None]
+        sides[position], sides[1 - position] = part, like[1 - position]
+        product = match(own, sides)
         if isinstance(product, Product):
             product = _read_from(product, x, cut, (role.x_axis, start, size))
 

@@ -109,8 +109,8 @@ class Masks:
             return
         arrays = [None if isinstance(v, Followed) else v for v in operands]
         find = functools.partial(_result, eqn, shapes)
-        found = jax_versions.automatic(find, None, keeps, arrays)
-        for value, keep in zip(results, found, strict=True):
+        masks = jax_versions.automatic(find, None, keeps, arrays)
+        for value, keep in zip(results, masks, strict=True):
             self.put(value, keep)
 
 
@@ -159,8 +159,8 @@ def _result(eqn: Any, shapes: list, keeps: list, operands: list) -> list[Keep]:
     if rule is not None and name not in JOINING and isinstance(keeps[0], Lost):
         return [Lost() for _ in outs]
     if rule is not None:
-        found = rule(eqn, shapes, keeps, operands)
-        return found if isinstance(found, list) else [found]
+        masks = rule(eqn, shapes, keeps, operands)
+        return masks if isinstance(masks, list) else [masks]
     if name not in MIXING and len(outs) == 1 and _is_elementwise(shapes, outs[0]):
         return [both(*keeps)]
     return [Lost() for _ in outs]
@@ -333,7 +333,7 @@ def _sort(eqn: Any, shapes: list, keeps: list, operands: list) -> list[Keep]:
 def _gather(eqn: Any, shapes: list, keeps: list, operands: list) -> Keep:
     """Rows of the operand keep their mask, and those that a token asked for its own."""
     numbers, sizes = eqn.params["dimension_numbers"], list(eqn.params["slice_sizes"])
-    out, found = eqn.outvars[0].aval.ndim, []
+    out, masks = eqn.outvars[0].aval.ndim, []
     keep, ids = keeps[0], keeps[1]
     if keep is not None and not isinstance(keep, Lost):
         whole = [
@@ -341,7 +341,7 @@ def _gather(eqn: Any, shapes: list, keeps: list, operands: list) -> Keep:
             for d, (n, full) in enumerate(zip(keep.shape, shapes[0], strict=True))
         ]
         own = [min(n, full) for n, full in zip(sizes, whole, strict=True)]
-        found.append(
+        masks.append(
             lax.gather(
                 jnp.broadcast_to(keep, whole),
                 operands[1],
@@ -354,8 +354,8 @@ def _gather(eqn: Any, shapes: list, keeps: list, operands: list) -> Keep:
         tokens = ids.any(axis=-1)
         rest = iter(tokens.shape)
         places = [1 if d in numbers.offset_dims else next(rest) for d in range(out)]
-        found.append(tokens.reshape(places))
-    return both(*found, *(k for k in (keep, ids) if isinstance(k, Lost)))
+        masks.append(tokens.reshape(places))
+    return both(*masks, *(k for k in (keep, ids) if isinstance(k, Lost)))
 
 
 def _scatter(eqn: Any, shapes: list, keeps: list, operands: list) -> Keep:
@@ -400,7 +400,7 @@ def _dot(eqn: Any, shapes: list, keeps: list, operands: list) -> Keep:
     stays = any(k.shape[d] != 1 for k, _, _, f in known for d in f)
     if mixed and not stays and all(v is not None for v in operands):
         return _contributes(eqn, shapes, keeps, operands)
-    found, ones = [], [len(side[3]) for side in sides]
+    masks, ones = [], [len(side[3]) for side in sides]
     for keep, c, b, f in known:
         piece = keep.transpose([*b, *f, *c]).any(
             axis=tuple(range(len(b) + len(f), keep.ndim))
@@ -409,8 +409,8 @@ def _dot(eqn: Any, shapes: list, keeps: list, operands: list) -> Keep:
         left = (1,) * ones[0]
         right = (1,) * ones[1]
         tail = (*own, *right) if f is sides[0][3] else (*left, *own)
-        found.append(piece.reshape(*piece.shape[: len(b)], *tail))
-    return both(*found)
+        masks.append(piece.reshape(*piece.shape[: len(b)], *tail))
+    return both(*masks)
 
 
 def _contributes(eqn: Any, shapes: list, keeps: list, operands: list) -> Array:

@@ -36,8 +36,8 @@ def bound(tree: Any, mesh: Mesh) -> Any:
 
     def one(x: Any) -> Any:
         sharding = getattr(x, "sharding", None)
-        mine = isinstance(sharding, NamedSharding) and sharding.mesh == auto
-        return relabelled(x, mesh) if mine else x
+        on_twin = isinstance(sharding, NamedSharding) and sharding.mesh == auto
+        return relabelled(x, mesh) if on_twin else x
 
     return mapped(one, tree)
 
@@ -89,7 +89,7 @@ def under_automatic_axes(f: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(f)
     def run(*args: Any, **options: Any) -> Any:
         meshes = map(explicit, jax.tree.leaves((args, options)))
-        mesh = next((found for found in meshes if found is not None), None)
+        mesh = next((m for m in meshes if m is not None), None)
         if mesh is None:
             return f(*args, **options)
         args, options = released((args, options))

@@ -137,8 +137,8 @@ def changed(packed: PackedWeight, changes: tuple[Change, ...]) -> PackedWeight:
         steps = [step for step in changes if step.reach is Reach.EVERY_FACTOR]
         return functools.reduce(lambda x, step: step.apply(x), steps, x)
 
-    def factor(given: BlockDiagonal | None) -> BlockDiagonal | None:
-        return given and dataclasses.replace(given, blocks=outer(given.blocks))
+    def factor(block: BlockDiagonal | None) -> BlockDiagonal | None:
+        return block and dataclasses.replace(block, blocks=outer(block.blocks))
 
     factors = {"left": factor(packed.left), "right": factor(packed.right)}
     if packed.scale is not None:

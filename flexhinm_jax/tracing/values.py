@@ -102,49 +102,49 @@ def _body(jaxpr: Any, inputs: Sequence[bool], where: Where, at: Dependence) -> l
         return False if isinstance(v, Literal) else env[v]
 
     for k, eqn in enumerate(body.eqns):
-        here, given = (*where, k), [read(v) for v in eqn.invars]
-        at[here] = given
+        here, depends = (*where, k), [read(v) for v in eqn.invars]
+        at[here] = depends
         rule = RULES.get(eqn.primitive.name, _any)
-        env.update(zip(eqn.outvars, rule(eqn, given, here, at), strict=True))
+        env.update(zip(eqn.outvars, rule(eqn, depends, here, at), strict=True))
     return [read(v) for v in body.outvars]
 
 
-def _any(eqn: Any, given: list[bool], where: Where, at: Dependence) -> list[bool]:
+def _any(eqn: Any, depends: list[bool], where: Where, at: Dependence) -> list[bool]:
     del where, at
-    return [any(given)] * len(eqn.outvars)
+    return [any(depends)] * len(eqn.outvars)
 
 
-def _call(eqn: Any, given: list[bool], where: Where, at: Dependence) -> list[bool]:
-    return _body(jax_versions.called_jaxpr(eqn.params), given, where, at)
+def _call(eqn: Any, depends: list[bool], where: Where, at: Dependence) -> list[bool]:
+    return _body(jax_versions.called_jaxpr(eqn.params), depends, where, at)
 
 
-def _cond(eqn: Any, given: list[bool], where: Where, at: Dependence) -> list[bool]:
+def _cond(eqn: Any, depends: list[bool], where: Where, at: Dependence) -> list[bool]:
     # A branch that the batch chooses makes results of the batch, whatever it computes.
-    outs = [given[0]] * len(eqn.outvars)
+    outs = [depends[0]] * len(eqn.outvars)
     for k, branch in enumerate(eqn.params["branches"]):
-        more = _body(branch, given[1:], (*where, Body("branch", k)), at)
+        more = _body(branch, depends[1:], (*where, Body("branch", k)), at)
         outs = [a or b for a, b in zip(outs, more, strict=True)]
     return outs
 
 
-def _while(eqn: Any, given: list[bool], where: Where, at: Dependence) -> list[bool]:
+def _while(eqn: Any, depends: list[bool], where: Where, at: Dependence) -> list[bool]:
     p = eqn.params
     first, last = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
-    carry = given[last:]
+    carry = depends[last:]
     while True:  # ends: a value that depends on the batch never stops to
         test = _body(
-            p["cond_jaxpr"], given[:first] + carry, (*where, Body("condition")), at
+            p["cond_jaxpr"], depends[:first] + carry, (*where, Body("condition")), at
         )
         turn = (*where, Body("turn"))
-        moved = _body(p["body_jaxpr"], given[first:last] + carry, turn, at)
+        moved = _body(p["body_jaxpr"], depends[first:last] + carry, turn, at)
         grown = [a or b or test[0] for a, b in zip(carry, moved, strict=True)]
         if grown == carry:
             return carry
         carry = grown
 
 
-def _scan(eqn: Any, given: list[bool], where: Where, at: Dependence) -> list[bool]:
-    consts, carry, xs = jax_versions.scan_operands(eqn.params, given)
+def _scan(eqn: Any, depends: list[bool], where: Where, at: Dependence) -> list[bool]:
+    consts, carry, xs = jax_versions.scan_operands(eqn.params, depends)
     while True:  # ends, as in `_while`
         inside = (*where, Body("step"))
         outs = _body(eqn.params["jaxpr"], [*consts, *carry, *xs], inside, at)

@@ -132,8 +132,8 @@ def factors(
 ) -> tuple[AxisFactor, ...]:
     """The factors of `atoms`; `sort` into leaf order, `merge` those that adjoin."""
     out: list[AxisFactor] = []
-    given = [atom.factor for atom in atoms]
-    for f in sorted(given, key=leaf_order) if sort else given:
+    own = [atom.factor for atom in atoms]
+    for f in sorted(own, key=leaf_order) if sort else own:
         if merge and out and out[-1].axis == f.axis:
             if out[-1].stride == f.stride * f.size:
                 f = AxisFactor(f.axis, f.stride, f.size * out.pop().size)

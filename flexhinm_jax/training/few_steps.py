@@ -60,8 +60,8 @@ def method(name: str, pattern: Pattern) -> Method:
     Raises:
       ValueError: the method does not work with the pattern.
     """
-    found: Any = methods.parse(name, pattern)
-    return dataclasses.replace(found, **SETTINGS.get(name, {}))
+    parsed: Any = methods.parse(name, pattern)
+    return dataclasses.replace(parsed, **SETTINGS.get(name, {}))
 
 
 def optimiser(name: str, rate: float, steps: int) -> optax.GradientTransformation:
@@ -100,10 +100,10 @@ def start(name: str | None, method: Method) -> Method | None:
         return None
     if name == "own" or (name is None and not RefineMask.fits(method.pattern)):
         return None
-    found = methods.parse(name or "refine_mask", method.pattern).for_fixed_weights()
-    if isinstance(found, LearnedMethod) or found.needs == "gradients":
+    first = methods.parse(name or "refine_mask", method.pattern).for_fixed_weights()
+    if isinstance(first, LearnedMethod) or first.needs == "gradients":
         raise ValueError(f"start {name}: need a method that 'flexhinm prune' runs")
-    return found
+    return first
 
 
 def first_states(

@@ -128,8 +128,8 @@ def fit(
       Stopped: loss or gradient is NaN or infinite; it names the step and holds the
         best states. Noticed at the next evaluation or checkpoint.
     """
-    given = (method, states, loss_fn, params, uses, batches)
-    run = learn(*given, key=key, tx=tx, steps=steps, evaluate=evaluate, **options)
+    parts = (method, states, loss_fn, params, uses, batches)
+    run = learn(*parts, key=key, tx=tx, steps=steps, evaluate=evaluate, **options)
     progress = options.get("progress")
     try:
         for row in run:
@@ -288,10 +288,10 @@ class Learn(Run):
 
     def entry(self, row: Row) -> dict[str, float]:
         """A row as an entry of the history."""
-        found = {"step": row["step"], "loss": row.get("loss", float("nan"))}
+        figures = {"step": row["step"], "loss": row.get("loss", float("nan"))}
         if "value" in row:
-            found["value"] = row["value"]
-        return found | {name: row.get(name, float("nan")) for name in self._names}
+            figures["value"] = row["value"]
+        return figures | {name: row.get(name, float("nan")) for name in self._names}
 
 
 @dataclasses.dataclass
@@ -346,12 +346,12 @@ class _Task:
             sparse = densified(states, self.params)
             if evaluate is None:
                 return float(np.mean([value_of(sparse, *batch) for batch in batches]))
-            found = evaluate(sparse)
-            if np.shape(found) != () or found is None:
+            figure = evaluate(sparse)
+            if np.shape(figure) != () or figure is None:
                 raise ValueError(
-                    f"fit: evaluate returned {arguments.shown(found)}: need one number"
+                    f"fit: evaluate returned {arguments.shown(figure)}: need one number"
                 )
-            return float(found)
+            return float(figure)
 
         return value
 

@@ -297,20 +297,20 @@ class _Stages:
           loss_fn: of the model.
           hard: whether masks are fixed, so that states are no business of the step.
         """
-        made: list[Step] = []
+        steps: list[Step] = []
 
         def step(training: Training, *batch: Any) -> Any:
-            given, kept = training, {}
+            moving, kept = training, {}
             if hard:
                 kept = {"states": training.states, "learned_opt": training.learned_opt}
-                given = dataclasses.replace(training, states={}, learned_opt=())
-            if not made:
-                where = sharding.places(given)
+                moving = dataclasses.replace(training, states={}, learned_opt=())
+            if not steps:
+                where = sharding.places(moving)
                 parts = (None, loss_fn, self.tx, None)
                 if not hard:
                     parts = (self.method, loss_fn, self.tx, self.uses)
-                made.append(make(*parts, mask_tx=self.mask_tx, shardings=where))
-            after, metrics = made[0](given, *batch)
+                steps.append(make(*parts, mask_tx=self.mask_tx, shardings=where))
+            after, metrics = steps[0](moving, *batch)
             return dataclasses.replace(after, **kept), metrics
 
         return step
@@ -333,8 +333,8 @@ class _Stages:
 
     def _solved(self) -> dict[str, State]:
         key, sparsity = jax.random.fold_in(self._solve_key, 0), self.stages[0].sparsity
-        given = self.uses, self._stats, sparsity
-        return solve.solve(self.method, key, sharding.gather(self.params), *given)
+        rest = self.uses, self._stats, sparsity
+        return solve.solve(self.method, key, sharding.gather(self.params), *rest)
 
     def _begun(self, states: dict[str, State]) -> Training:
         return init_training(

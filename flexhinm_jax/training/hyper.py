@@ -69,11 +69,11 @@ def name(path: str, at: tuple[int, ...]) -> Name:
       >>> name("blocks/attention/query", (5,))
       ((5,), 'blocks/attention/query')
     """
-    found = re.search(r"\d+", path)
-    if found is None:
+    number = re.search(r"\d+", path)
+    if number is None:
         return at, path
-    rest = path[: found.start()] + "*" + path[found.end() :]
-    return (int(found[0]), *at), rest
+    rest = path[: number.start()] + "*" + path[number.end() :]
+    return (int(number[0]), *at), rest
 
 
 def hyper_prune(
@@ -156,7 +156,7 @@ def hyper_prune(
         )
     theta = method.net(net_key, len(layers), len(components))
     cache = hypernet.empty(method.cache, method.form["m"])
-    found: dict[str, list[State]] = {path: [] for path in uses.leaves}
+    solved: dict[str, list[State]] = {path: [] for path in uses.leaves}
     rows: list[Row] = []
     for (path, at), (layer, component) in zip(items, names, strict=True):
         place = hypernet.Place(
@@ -168,7 +168,7 @@ def hyper_prune(
         w, *rest = jax.tree.map(lambda x: x[at], arrays)  # noqa: B023
         state, theta, cache = _one(task.method, theta, cache, place, w, *rest)
         _check(theta, path)
-        found[path].append(state)
+        solved[path].append(state)
         row = {"path": path, "at": at, "layer": layer, "component": component}
         row["prior"] = float(state.fixed["prior_error"])
         row["error"] = float(state.fixed["error"])
@@ -177,7 +177,7 @@ def hyper_prune(
             progress(row)
     states = {
         path: solve.with_around(_stacked(x, uses, path), around[path])
-        for path, x in found.items()
+        for path, x in solved.items()
     }
     return Hyper(states, theta, cache, layers, components, rows)
 
@@ -189,12 +189,12 @@ def _one(method, theta, cache, place, w, key, stats, sparsity):
 
 def _items(uses: Uses) -> list[tuple[str, tuple[int, ...]]]:
     """(path, place in the stack) of every matrix; the layers of stacks in turn."""
-    found = [
+    items = [
         (path, at)
         for path, use in uses.leaves.items()
         for at in np.ndindex(*use.layout.stack_shape)
     ]
-    return sorted(found, key=lambda item: item[1])
+    return sorted(items, key=lambda item: item[1])
 
 
 def _stacked(states: list[State], uses: Uses, path: str) -> State:

@@ -57,11 +57,11 @@ def sample(
     def run(states: States, params: Any, key: Array) -> tuple[Any, dict[str, Array]]:
         plans: dict[str, Plan] = {}
         terms: list[tuple[int, dict[str, Array]]] = []
-        for path, mine, state, w in _matrices(method, states, params, uses):
+        for path, own, state, w in _matrices(method, states, params, uses):
             use = uses.leaves[path]
             keys = solve.keys_for(key, use)
-            plans[path], found = _over(draw, use, mine)(state, w, keys)
-            terms.append((int(np.prod(use.layout.shape)), found))
+            plans[path], own_terms = _over(draw, use, own)(state, w, keys)
+            terms.append((int(np.prod(use.layout.shape)), own_terms))
         return apply.densify(plans, params, uses), method.combine(_means(terms))
 
     out = _shardings(params), P()
@@ -73,8 +73,8 @@ def baseline(method: Any, states: States, params: Any, uses: Uses) -> Any:
 
     def run(states: States, params: Any) -> Any:
         plans = {
-            path: _over(_baseline, uses.leaves[path], mine)(state, w)
-            for path, mine, state, w in _matrices(method, states, params, uses)
+            path: _over(_baseline, uses.leaves[path], own)(state, w)
+            for path, own, state, w in _matrices(method, states, params, uses)
         }
         return apply.densify(plans, params, uses)
 
@@ -83,14 +83,14 @@ def baseline(method: Any, states: States, params: Any, uses: Uses) -> Any:
 
 def log_prob(method: Any, states: States, uses: Uses, key: Array) -> Array:
     """Log-probability of the whole sample that `sample` draws with this key, f32[]."""
-    one = lambda mine, state, key: mine.log_prob(state, key=key)  # noqa: E731
+    one = lambda own, state, key: own.log_prob(state, key=key)  # noqa: E731
 
     def run(states: States, key: Array) -> Array:
         total = jnp.zeros((), jnp.float32)
         for path, state in states.items():
             use = uses.leaves[path]
-            mine: Any = solve.method_for(method, use)
-            total += jnp.sum(_over(one, use, mine)(state, solve.keys_for(key, use)))
+            own: Any = solve.method_for(method, use)
+            total += jnp.sum(_over(one, use, own)(state, solve.keys_for(key, use)))
         return total
 
     return _automatic(run, states, P())(states, key)
@@ -101,7 +101,7 @@ def anneal(
 ) -> dict[str, State]:
     """Every state with its schedules at `progress` in [0, 1] of the stage."""
     progress = jnp.asarray(progress, jnp.float32)
-    run = lambda mine, state: mine.anneal(state, progress)  # noqa: E731
+    run = lambda own, state: own.anneal(state, progress)  # noqa: E731
     return _map(run, method, states, uses)
 
 
@@ -109,7 +109,7 @@ def constrain(method: LearnedMethod, states: States, uses: Uses) -> dict[str, St
     """Every state with what was learned back in its range."""
 
     def run(states: States) -> dict[str, State]:
-        return _map(lambda mine, state: mine.constrain(state), method, states, uses)
+        return _map(lambda own, state: own.constrain(state), method, states, uses)
 
     return _automatic(run, states, _shardings(dict(states)))(dict(states))
 
@@ -124,23 +124,23 @@ def harden(
     shared = {p: s for p, s in states.items() if uses.leaves[p].pattern is None}
     states = dict(states) | method.settle(shared)
     return {
-        path: _over(_harden, uses.leaves[path], mine)(state, w)
-        for path, mine, state, w in _matrices(method, states, params, uses)
+        path: _over(_harden, uses.leaves[path], own)(state, w)
+        for path, own, state, w in _matrices(method, states, params, uses)
     }
 
 
 def metrics(method: LearnedMethod, states: States, uses: Uses) -> dict[str, Array]:
     """The figures of all states, means weighted by the size of the matrices."""
-    one = lambda mine, state: mine.metrics(state)  # noqa: E731
+    one = lambda own, state: own.metrics(state)  # noqa: E731
 
     def run(states: States) -> dict[str, Array]:
-        found = []
+        figures = []
         for path, state in states.items():
             use = uses.leaves[path]
-            mine: Any = solve.method_for(method, use)
+            own: Any = solve.method_for(method, use)
             size = int(np.prod(use.layout.shape))
-            found.append((size, _over(one, use, mine)(state)))
-        return _means(found)
+            figures.append((size, _over(one, use, own)(state)))
+        return _means(figures)
 
     return _automatic(run, states, P())(states)
 
@@ -184,15 +184,15 @@ def _matrices(method: LearnedMethod, states: States, params: Any, uses: Uses):
     leaves = Leaves.of(params)
     for path, state in states.items():
         use = uses.leaves[path]
-        mine: Any = solve.method_for(method, use)
-        yield path, mine, state, leaves.matrix(use)
+        own: Any = solve.method_for(method, use)
+        yield path, own, state, leaves.matrix(use)
 
 
-def _means(found: list[tuple[int, dict[str, Array]]]) -> dict[str, Array]:
+def _means(parts: list[tuple[int, dict[str, Array]]]) -> dict[str, Array]:
     """Weighted means by name; stack axes are averaged first."""
     totals: dict[str, Array] = {}
     weights: dict[str, int] = {}
-    for size, terms in found:
+    for size, terms in parts:
         for name, term in terms.items():
             value = size * jnp.mean(term, dtype=jnp.float32)
             totals[name] = totals[name] + value if name in totals else value
@@ -200,13 +200,13 @@ def _means(found: list[tuple[int, dict[str, Array]]]) -> dict[str, Array]:
     return {name: total / weights[name] for name, total in totals.items()}
 
 
-def _automatic(run: Callable[..., Any], given: Any, out: Any) -> Callable[..., Any]:
+def _automatic(run: Callable[..., Any], arrays: Any, out: Any) -> Callable[..., Any]:
     """`run` with the compiler choosing shardings, where the mesh has explicit axes.
 
     Gates gather through orders of channels; with explicit axes jax asks for the
     sharding of each such step. `out` says where the results live.
     """
-    leaves = jax.tree.leaves(given)
+    leaves = jax.tree.leaves(arrays)
     meshes = [m for x in leaves if not (m := jax.typeof(x).sharding.mesh).empty]
     names = [
         name

@@ -74,15 +74,15 @@ def layer_task(params: Any, uses: Uses, stats: Mapping[str, Stats]) -> Task:
     arguments.by_path(stats, Stats, "stats", "calibrate()")
     task: Task = {}
     for path, use in uses.leaves.items():
-        given = stats.get(path)
-        if given is None or given.gram is None:
+        one = stats.get(path)
+        if one is None or one.gram is None:
             raise ValueError(
                 f"{path}: the layer error needs its Gram; calibrate these parameters "
                 "with gram=True"
             )
         w = leaves.matrix(use).astype(jnp.float32)
-        total = _energy(w, given.gram)
-        task[path] = {"weight": w, "gram": given.gram, "total": total}
+        total = _energy(w, one.gram)
+        task[path] = {"weight": w, "gram": one.gram, "total": total}
     return task
 
 
@@ -157,8 +157,10 @@ def output_error(
 
     def loss_fn(now: Any, *batch: Any) -> Array:
         batch, wanted = _wanted(apply_fn, params, batch)
-        found = apply_fn(now, *batch)
-        pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True))
+        outputs = apply_fn(now, *batch)
+        pairs = list(
+            zip(jax.tree.leaves(outputs), jax.tree.leaves(wanted), strict=True)
+        )
         lost = sum((_squares(_f32(a) - _f32(b)) for a, b in pairs), _zero())
         return _share(lost, sum((_squares(_f32(b)) for _, b in pairs), _zero()))
 
@@ -213,12 +215,12 @@ def distillation(
                 "distillation: apply_fn returns a tree; let it return the one array "
                 "to compare, or use output_error"
             )
-        found, wanted = _f32(apply_fn(now, *batch)), _f32(wanted)
+        outputs, wanted = _f32(apply_fn(now, *batch)), _f32(wanted)
         if kind == "cosine":
-            each = 1 - _cosine(found, wanted)
+            each = 1 - _cosine(outputs, wanted)
         else:
             log_p = jax.nn.log_softmax(wanted / temperature, axis=-1)
-            log_q = jax.nn.log_softmax(found / temperature, axis=-1)
+            log_q = jax.nn.log_softmax(outputs / temperature, axis=-1)
             each = temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
         if token_mask is None:
             return jnp.mean(each, dtype=jnp.float32)

@@ -275,9 +275,9 @@ class Run:
         if self.training is not None:
             return
         saves = self.options.saves
-        found = None if saves is None else saves.load(self._like, self.options.config)
-        if found is not None:
-            self._restore(*found)
+        saved = None if saves is None else saves.load(self._like, self.options.config)
+        if saved is not None:
+            self._restore(*saved)
         else:
             self.training = self._start() if self._lazy() else self._start
             if saves is not None:
@@ -286,7 +286,7 @@ class Run:
                 self._save()
         self._began = self._clock() - self.spent
         self._since = time.perf_counter()
-        if self._judge is not None and found is None:
+        if self._judge is not None and saved is None:
             value = self._look()
             if not np.isfinite(value):
                 raise ValueError(

@@ -196,12 +196,12 @@ def flexhinm_gp(
 
 
 def check_stages(
-    given: Sequence[Stage], method: Method, params: Any, uses: Uses
+    stages: Sequence[Stage], method: Method, params: Any, uses: Uses
 ) -> None:
     """Raises ValueError when some stage cannot be met, before any work.
 
     Args:
-      given: the stages.
+      stages: the stages.
       method: the method, for its pattern.
       params: the parameter tree.
       uses: from `discover`.
@@ -211,27 +211,27 @@ def check_stages(
         express; the message names the stage and the leaf.
     """
     check_method(method)
-    if not isinstance(given, Sequence) or isinstance(given, str):
+    if not isinstance(stages, Sequence) or isinstance(stages, str):
         raise ValueError(
-            f"stages is {arguments.shown(given)}: need a list of Stage(sparsity, "
+            f"stages is {arguments.shown(stages)}: need a list of Stage(sparsity, "
             "steps); a recipe has it as recipe.stages"
         )
-    for number, stage in enumerate(given):
+    for number, stage in enumerate(stages):
         if not isinstance(stage, Stage):
             raise ValueError(
                 f"stages[{number}] is {arguments.shown(stage)}: need "
                 "Stage(sparsity, steps), such as Stage(0.5, 1000)"
             )
-    if not given:
+    if not stages:
         raise ValueError("stages is empty: give at least one Stage(sparsity, steps)")
     Leaves.of(params).dense(uses)
     before: dict[str, float] = {}
-    for number, stage in enumerate(given):
+    for number, stage in enumerate(stages):
         for path, use in uses.leaves.items():
-            mine = solve.method_for(method, use)
-            target = solve.target_for(mine, use, stage.sparsity)
+            own = solve.method_for(method, use)
+            target = solve.target_for(own, use, stage.sparsity)
             name = f"stage {number}, {path}"
-            mine.pattern.check(use.layout.matrix_shape, target, name)
+            own.pattern.check(use.layout.matrix_shape, target, name)
             if target is None:
                 continue
             if target < before.get(path, 0.0) - 1e-6:

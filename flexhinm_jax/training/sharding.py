@@ -112,10 +112,10 @@ def check_sharding(params: Any, uses: Uses, method: Method) -> None:
     check_method(method)
     leaves = Leaves.of(params).dense(uses)
     for path, use in uses.leaves.items():
-        found = getattr(leaves[path], "sharding", None)
-        if isinstance(found, NamedSharding):
+        where = getattr(leaves[path], "sharding", None)
+        if isinstance(where, NamedSharding):
             pattern = solve.method_for(method, use).pattern
-            _check_leaf(path, use, found, pattern)
+            _check_leaf(path, use, where, pattern)
 
 
 def gather(x: Any) -> Any:
@@ -180,15 +180,15 @@ def learned_spec(shape: tuple[int, ...], tiles: int | None, use: Use, spec: P) -
     n = len(use.layout.stack)
     o, i = use.layout.matrix_shape
     stack, rows, columns = spec[:n], spec[n], spec[n + 1]
-    mine = list(shape[n:])
+    own = list(shape[n:])
     if shape == (*use.layout.stack_shape, o, i):
         return spec
-    if tiles is not None and mine[:2] == [tiles, o // tiles] and len(mine) > 2:
+    if tiles is not None and own[:2] == [tiles, o // tiles] and len(own) > 2:
         # a single tile is not cut, its rows are
         lead = (None, rows) if tiles == 1 else (rows, None)
-        return P(*stack, *lead, columns if i % mine[2] == 0 else None)
-    fits = len(mine) > 1 and o % mine[0] == 0 and i % mine[1] == 0
-    if fits and (mine[0] == o or len(mine) == 2):
+        return P(*stack, *lead, columns if i % own[2] == 0 else None)
+    fits = len(own) > 1 and o % own[0] == 0 and i % own[1] == 0
+    if fits and (own[0] == o or len(own) == 2):
         return P(*stack, rows, columns)
     return P()
 
@@ -244,7 +244,7 @@ def _run(
     use: Use, sharding: NamedSharding, factors: Sequence[AxisFactor]
 ) -> int | None:
     """Consecutive channels that one shard holds; None when the side is whole."""
-    minor, found = 1, None
+    minor, consecutive = 1, None
     for factor in reversed(factors):
         spec = sharding.spec
         names = spec[factor.axis] if factor.axis < len(spec) else None
@@ -252,10 +252,10 @@ def _run(
         shards = math.prod(sharding.mesh.shape[name] for name in names)
         length = use.layout.shape[factor.axis] // shards  # of the leaf axis, per shard
         inside = max(1, min(factor.size, length // factor.stride))
-        if inside < factor.size and found is None:
-            found = inside * minor
+        if inside < factor.size and consecutive is None:
+            consecutive = inside * minor
         minor *= factor.size
-    return found
+    return consecutive
 
 
 def _reason(pattern: Pattern, side: str, unit: int | None, run: int) -> tuple[str, str]:

@@ -234,15 +234,15 @@ def next_stage(
     check_training(training)
     like = training.params
     whole, before = sharding.gather(like), sharding.gather(training.states)
-    found = solve.solve(method, key, whole, uses, stats, sparsity, before)
-    states = {path: owned(state) for path, state in found.items()}
+    solved = solve.solve(method, key, whole, uses, stats, sparsity, before)
+    states = {path: owned(state) for path, state in solved.items()}
     states = _as_weights(states, like, uses)
     training = dataclasses.replace(training, states=states).at(0.0)
     if isinstance(method, LearnedMethod):
         learned_opt = mask_tx.init(learned_trees(states))
         learned_opt = _on_mesh(learned_opt, sharding.mesh_of(like))
         return dataclasses.replace(training, learned_opt=learned_opt)
-    params, keep = _pruned(method, found, whole, uses)
+    params, keep = _pruned(method, solved, whole, uses)
     return dataclasses.replace(
         training,
         params=_as_params(params, like),
@@ -328,8 +328,8 @@ def _as_weights(states: dict[str, State], params: Any, uses: Uses) -> dict[str, 
         tiles = None if regions is None else regions.in_order.shape[-2]
 
         def where(x: Array, tiles=tiles, use=use, spec=spec) -> P:
-            found = sharding.learned_spec(x.shape, tiles, use, spec)
-            return sharding.divided(found, x.shape, mesh)
+            own = sharding.learned_spec(x.shape, tiles, use, spec)
+            return sharding.divided(own, x.shape, mesh)
 
         learned = jax.tree.map(where, state.learned)
         specs = dataclasses.replace(specs, learned=learned)
@@ -340,8 +340,8 @@ def _as_weights(states: dict[str, State], params: Any, uses: Uses) -> dict[str, 
 def _regions(state: State) -> Regions | None:
     """The regions of a state, if it has any."""
     is_regions = lambda x: isinstance(x, Regions)  # noqa: E731
-    found = jax.tree.leaves(state.fixed, is_leaf=is_regions)
-    return next((x for x in found if is_regions(x)), None)
+    parts = jax.tree.leaves(state.fixed, is_leaf=is_regions)
+    return next((x for x in parts if is_regions(x)), None)
 
 
 def _on_mesh(x: Any, mesh: Any) -> Any:

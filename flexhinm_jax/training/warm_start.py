@@ -55,9 +55,9 @@ def adopt(
                 f"{path}: the plan has block-diagonal factors, which gates do not "
                 "train; adopt plans without them"
             )
-        mine: Any = solve.method_for(method, use)
-        _check_groups(path, mine, plan, use)
-        begin = over_stack(mine.begin, len(use.layout.stack))
+        own: Any = solve.method_for(method, use)
+        _check_groups(path, own, plan, use)
+        begin = over_stack(own.begin, len(use.layout.stack))
         states[path] = begin(plan.support)
         w: Array = leaves.matrix(use)
         weight = jnp.where(plan.support.keep, plan.weight.astype(w.dtype), w)

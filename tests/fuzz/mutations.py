@@ -121,7 +121,9 @@ MUTATIONS: dict[str, Mutation] = {
             patch.object(
                 Finder,
                 "of",
-                lambda self, path: [c for c in self.found.values() if c.path == path],
+                lambda self, path: [
+                    c for c in self.contractions.values() if c.path == path
+                ],
             )
         ],
     ),
