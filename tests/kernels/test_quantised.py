@@ -9,6 +9,8 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
+from flexhinm_jax.gpu import registry
+from flexhinm_jax.gpu.kernel import Kernel
 from flexhinm_jax.io import packed as files
 from flexhinm_jax.kernels import packing
 from flexhinm_jax.types import BlockDiagonal
@@ -190,6 +192,22 @@ def test_a_scale_that_does_not_fit_is_named(plan, tmp_path, scale, message):
     bad = dataclasses.replace(packed, scale=scale(packed.scale))
     with pytest.raises(ValueError, match=f"w: {message}"):
         files.write_packed(tmp_path / "p", {"w": bad})
+
+
+def test_kernels_for_sparse_tensor_cores_refuse_eight_bits(monkeypatch):
+    """By the dtype of the stored values, not by that of the weight."""
+    fake = Kernel("fake", lambda packed: {}, lambda *_: None, (9,), since=(0, 1))  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(registry, "KERNELS", {"fake": fake})
+    plan = plan_of(fh.NM(2, 4), dtype=jnp.bfloat16)
+    x = normal(3, 32).astype(jnp.bfloat16)
+    with kernels.assume(9, 0):
+        for values, why in (
+            (None, "its layout is missing"),
+            ("int8", "int8 has no 2:4"),
+        ):
+            packed = kernels.pack(plan, values=values)
+            with pytest.raises(NotImplementedError, match=why):
+                fh.sparse_dot(x, packed, backend="fake")
 
 
 def test_another_dtype_is_refused(plan):
