@@ -132,8 +132,9 @@ $(PARITY_STAMP): pyproject.toml
 	$(PARITY_PY) -m pip install --quiet -e ".[parity]"
 	@touch $@
 
-parity: $(PARITY_STAMP) ## Decoders beside transformers on PyTorch (.venv-parity)
+parity: $(PARITY_STAMP) ## All models beside transformers on PyTorch (.venv-parity)
 	JAX_PLATFORMS=cpu $(PARITY_PY) -m tests.models.parity $(ARGS)
+	JAX_PLATFORMS=cpu $(PARITY_PY) -m tests.models.parity_encoders $(ARGS)
 
 # The GPU kernels need jax >= 0.11.2, so Python >= 3.12, and to compile them offline the
 # matching CUDA plugin and NVIDIA's assembler: an environment of its own, 1.5 GB.

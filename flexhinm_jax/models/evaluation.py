@@ -1,4 +1,4 @@
-"""How good a model is on a text: perplexity of decoders, embeddings of encoders.
+"""How good a model is on data: perplexity of decoders, outputs of encoders.
 
 Perplexity is over windows of `length` tokens that begin every `stride` tokens. Every
 token of the text but the first is scored once, in the first window that holds it: with
@@ -21,6 +21,7 @@ from jax import Array
 
 from flexhinm_jax.models import decoder, encoder
 from flexhinm_jax.models.load import Model
+from flexhinm_jax.models.pooling import Pooling
 from flexhinm_jax.tracing.sparsify import sparsify
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Perplexity",
     "divergence",
     "embeddings",
+    "logits",
     "perplexity",
     "windows",
 ]
@@ -312,15 +314,37 @@ def embeddings(
       max_length: see `Model.tokenize`.
 
     Returns:
-      Unit rows, f64[sentences, width].
+      f64[sentences, width], pooled as the directory says; of unit length unless it says
+      otherwise.
     """
-    embed = _embedder(model.config, model.packed)
+    embed = _embedder(model.config, model.packed, model.pooling)
     rows: dict[int, np.ndarray] = {}
     for part in model.tokenize(text, batch, max_length):
         values = np.asarray(embed(model.params, part.tokens, part.mask), np.float64)
         rows |= dict(zip(part.rows.tolist(), values, strict=False))
     stacked = np.stack([rows[row] for row in sorted(rows)])
+    if not model.pooling.unit:
+        return stacked
     return stacked / np.linalg.norm(stacked, axis=-1, keepdims=True)
+
+
+def logits(model: Model, pixels: np.ndarray, batch: int = 32) -> np.ndarray:
+    """Logits of images by a classifier.
+
+    Args:
+      model: a classifier, dense or packed.
+      pixels: f32[images, channels, height, width].
+      batch: images in one step.
+
+    Returns:
+      f64[images, classes].
+    """
+    classify = jax.jit(model.apply)
+    rows = [
+        np.asarray(classify(model.params, *step), np.float64)
+        for step in model.steps(pixels, batch)
+    ]
+    return np.concatenate(rows)
 
 
 def _logits(config: Any, packed: bool) -> Callable[..., Array]:
@@ -374,7 +398,7 @@ def _comparer(
 
 
 @functools.cache
-def _embedder(config: Any, packed: bool) -> Callable[..., Array]:
+def _embedder(config: Any, packed: bool, pooling: Pooling) -> Callable[..., Array]:
     """The embeddings of a batch; compiled once for models of equal sizes."""
-    embed = functools.partial(encoder.embed, config=config)
+    embed = functools.partial(encoder.embed, config=config, pooling=pooling)
     return jax.jit(sparsify(embed) if packed else embed)

@@ -1,8 +1,9 @@
-"""Types and ranges of the fields of a model's configuration."""
+"""The fields of a model's configuration: read from a file, their types and ranges."""
 
 import dataclasses
 import math
 import typing
+from collections.abc import Collection, Mapping
 from typing import Any
 
 NEEDS = {bool: "true or false", int: "an integer > 0", float: "a number > 0"}
@@ -13,7 +14,7 @@ def check(config: Any) -> None:
 
     Args:
       config: a dataclass; fields of type bool, int and float are looked at, also where
-        they may be None.
+        they may be None, and every one of a tuple of them.
 
     Raises:
       ValueError: names the field and its value.
@@ -24,17 +25,82 @@ def check(config: Any) -> None:
         if value is None and type(None) in kinds:
             continue
         kind = next((k for k in NEEDS if k in kinds), None)
-        if kind is bool:
-            fine = type(value) is bool
-        elif kind is int:
-            fine = type(value) is int and value > 0
-        elif kind is float:
-            fine = (
-                isinstance(value, int | float)
-                and type(value) is not bool
-                and 0 < value < math.inf
-            )
-        else:
+        if kind is None:
             continue
+        if typing.get_origin(field.type) is tuple:
+            fine = isinstance(value, tuple) and all(_is(kind, x) for x in value)
+        else:
+            fine = _is(kind, value)
         if not fine:
             raise ValueError(f"{field.name} must be {NEEDS[kind]}, got {value!r}")
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Whether a value is of a kind, and in its range."""
+    if kind is float:
+        number = isinstance(value, int | float) and type(value) is not bool
+        return number and 0 < value < math.inf
+    return type(value) is kind and (kind is bool or value > 0)
+
+
+def read(
+    config: type,
+    given: Mapping[str, Any],
+    known: Mapping[str, Any],
+    names: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The arguments of a configuration, from the contents of a `config.json`.
+
+    Args:
+      config: a dataclass.
+      given: contents of the file; fields that are null or not known are passed over.
+      known: field -> value, whatever the file says.
+      names: field -> its name in the file, where that is another.
+
+    Returns:
+      Field -> value; what is neither known nor in the file and has a default is left
+      out.
+
+    Raises:
+      ValueError: a field without a default is missing.
+    """
+    values = dict(known)
+    for field in dataclasses.fields(config):
+        name = (names or {}).get(field.name, field.name)
+        if field.name in values:
+            continue
+        if given.get(name) is not None:
+            value = given[name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(f"{name} is missing from the configuration")
+    return values
+
+
+def chosen(name: str, value: Any, known: Collection[Any]) -> Any:
+    """The value, one that is known.
+
+    Raises:
+      ValueError: it is none of them; names the field and what is supported.
+    """
+    if value not in list(known):
+        raise ValueError(
+            f"{name}={value!r} is not supported; supported are"
+            f" {', '.join(map(str, known))}"
+        )
+    return value
+
+
+def label_count(given: Mapping[str, Any]) -> int:
+    """Classes of a classifier: those of `id2label`, else `num_labels`, else 2."""
+    return len(given.get("id2label") or ()) or given.get("num_labels", 2)
+
+
+def architecture(given: Mapping[str, Any], known: Collection[str]) -> str:
+    """Name of the class that `transformers` would make; the first where none is said.
+
+    Raises:
+      ValueError: it is none of those known.
+    """
+    names = given.get("architectures") or [next(iter(known))]
+    return chosen("architectures", names[0], known)

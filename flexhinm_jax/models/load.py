@@ -1,15 +1,18 @@
 """A Hugging Face directory as a model: a pure function, its parameters, its tokenizer.
 
-One door for encoders and decoders, dense directories and packed ones, so that programs
-and the command line read models in one way. What is read is checked: an architecture
-that is not known, a tensor too many or of another shape is named.
+One door for encoders, decoders and image classifiers, dense directories and packed
+ones, so that programs and the command line read models in one way. What is read is
+checked: an architecture that is not known, a tensor too many or of another shape is
+named.
 """
 
 import dataclasses
+import enum
 import functools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,21 +23,32 @@ import numpy as np
 
 from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.io import packed as packed_files
-from flexhinm_jax.models import batches, decoder, decoder_config, encoder
+from flexhinm_jax.models import (
+    batches,
+    decoder,
+    decoder_config,
+    encoder,
+    encoder_config,
+    resnet,
+    vit,
+)
+from flexhinm_jax.models.pooling import Pooling
+from flexhinm_jax.models.pooling import read as read_pooling
 from flexhinm_jax.tracing.sparsify import sparsify
 from flexhinm_jax.types import PackedWeight
 
 __all__ = [
-    "ENCODERS",
+    "Kind",
     "Model",
+    "Reads",
     "is_decoder",
+    "kind_of",
+    "kinds",
     "load",
+    "load_config",
     "load_tokenizer",
     "token_ids",
 ]
-
-ENCODERS = ("bert",)
-"""Supported values of `model_type`, besides those of decoders."""
 
 PACKED = "packed.safetensors"
 """The whole packed model, as an encoder is written."""
@@ -42,8 +56,79 @@ PACKED = "packed.safetensors"
 PACKED_BLOCKS = "packed"
 """Folder with one packed file per block, as a decoder is written."""
 
+SAMPLE_TOKENS = 8
 TOKENIZER = "tokenizer.json"
 GENERATION = "generation_config.json"
+
+
+Examples = Sequence[str] | np.ndarray
+"""Sentences, or pixels [images, channels, height, width]."""
+
+
+class Reads(enum.Enum):
+    """What a model is made for."""
+
+    TEXT = "a text, which it continues"
+    SENTENCES = "sentences, which it embeds"
+    IMAGES = "images, which it classifies"
+
+
+def _no_rules(config: Any) -> dict[str, str]:
+    """Nothing is left alone."""
+    del config
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What the families of one module have in common.
+
+    Attributes:
+      config: sizes; its `from_dict` reads a `config.json`.
+      apply: (parameters, *inputs, config=sizes) -> outputs.
+      reads: what the inputs are.
+      layers: regular expression on the keys of the repeated layers.
+      rules: sizes -> rules for `fh.prune` that any pruning of the model should have.
+    """
+
+    config: type
+    apply: Callable[..., jax.Array]
+    reads: Reads
+    layers: str
+    rules: Callable[[Any], dict[str, str]] = _no_rules
+
+
+DECODER = Kind(
+    decoder.DecoderConfig,
+    decoder.apply,
+    Reads.TEXT,
+    r"^model\.layers\.",
+    decoder.rules,
+)
+ENCODER = Kind(
+    encoder.EncoderConfig,
+    encoder.encode,
+    Reads.SENTENCES,
+    r"\b(encoder|transformer)\.layer\.",
+)
+VIT = Kind(vit.ViTConfig, vit.classify, Reads.IMAGES, r"\.encoder\.layer\.", vit.rules)
+RESNET = Kind(
+    resnet.ResNetConfig,
+    resnet.classify,
+    Reads.IMAGES,
+    r"\.encoder\.stages\.",
+    resnet.rules,
+)
+
+
+def kinds() -> dict[str, Kind]:
+    """Supported values of `model_type`, and what they are."""
+    return {
+        **dict.fromkeys(encoder_config.FAMILIES, ENCODER),
+        **dict.fromkeys(vit.FAMILIES, VIT),
+        **dict.fromkeys(resnet.FAMILIES, RESNET),
+        **dict.fromkeys(decoder_config.FAMILIES, DECODER),
+    }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,10 +137,13 @@ class Model:
 
     Attributes:
       directory: where.
-      config: sizes; a `DecoderConfig` or an `EncoderConfig`.
+      kind: what it reads, and how its families are read.
+      config: sizes; of the type `kind.config`.
       apply: pure function. A decoder: `apply(params, tokens)`, i32[batch, length] ->
         logits [batch, length, vocabulary]. An encoder: `apply(params, tokens, mask)`,
-        mask 1 for real tokens -> hidden states [batch, length, width].
+        mask 1 for real tokens -> hidden states [batch, length, width]. A classifier:
+        `apply(params, pixels)`, f32[batch, channels, height, width] -> logits
+        [batch, classes].
       params: key of the checkpoint -> array; packed weights where `packed`.
       tokenizer: of the `tokenizers` package, neither cutting nor padding; None where
         the directory has none.
@@ -65,7 +153,8 @@ class Model:
     """
 
     directory: Path
-    config: Any  # one of two, which callers know
+    kind: Kind
+    config: Any  # of the type kind.config, which callers know
     apply: Callable[..., jax.Array]
     params: dict[str, Any]
     tokenizer: Any
@@ -76,12 +165,26 @@ class Model:
     @property
     def is_decoder(self) -> bool:
         """Whether it continues texts; else it reads them."""
-        return isinstance(self.config, decoder.DecoderConfig)
+        return self.kind.reads is Reads.TEXT
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it classifies images; else it reads text."""
+        return self.kind.reads is Reads.IMAGES
 
     @property
     def rules(self) -> dict[str, Any]:
         """Rules for `fh.prune` that any pruning of this model should have."""
-        return dict(decoder.rules(self.config)) if self.is_decoder else {}
+        return dict(self.kind.rules(self.config))
+
+    @functools.cached_property
+    def pooling(self) -> Pooling:
+        """How an encoder's hidden states become one embedding.
+
+        Raises:
+          ValueError: the directory asks for something that is not supported.
+        """
+        return read_pooling(self.directory)
 
     @property
     def nbytes(self) -> int:
@@ -91,9 +194,9 @@ class Model:
     @functools.cached_property
     def zeros(self) -> float:
         """Share of zeros in the matrices of the layers."""
-        blocks = "model.layers." if self.is_decoder else "encoder.layer."
-        layers = [x for name, x in self.params.items() if name.startswith(blocks)]
-        matrices = [x for x in layers if len(_shape(x)) == 2]
+        inside = re.compile(self.kind.layers)
+        layers = [x for name, x in self.params.items() if inside.search(name)]
+        matrices = [x for x in layers if len(_shape(x)) > 1]
         nonzero = sum(
             np.count_nonzero(values)
             for x in matrices
@@ -106,9 +209,38 @@ class Model:
 
     def sample(self) -> tuple[np.ndarray, ...]:
         """A batch of the right form, for tracing; its values mean nothing."""
-        length = min(8, self.config.max_position_embeddings or 8)
-        tokens = np.zeros((1, length), np.int32)
-        return (tokens,) if self.is_decoder else (tokens, np.ones_like(tokens))
+        if self.reads_images:
+            return (np.zeros((1, *self.config.image_shape), np.float32),)
+        if self.is_decoder:
+            longest = self.config.max_position_embeddings or SAMPLE_TOKENS
+            return (np.zeros((1, min(SAMPLE_TOKENS, longest)), np.int32),)
+        tokens = np.zeros((1, min(SAMPLE_TOKENS, self.config.longest)), np.int32)
+        return tokens, np.ones_like(tokens)
+
+    def steps(
+        self, examples: Examples, batch_size: int, max_length: int | None = None
+    ) -> list[tuple[np.ndarray, ...]]:
+        """What `apply` takes besides the parameters, batch by batch.
+
+        Args:
+          examples: sentences for an encoder, pixels [images, channels, height, width]
+            for a classifier.
+          batch_size: examples of a batch; the last batch of images may have fewer.
+          max_length: see `tokenize`.
+
+        Raises:
+          ValueError: see `tokenize`.
+        """
+        if not self.reads_images:
+            rows = self.tokenize(list(examples), batch_size, max_length)
+            return [(batch.tokens, batch.mask) for batch in rows]
+        starts = range(0, len(examples), batch_size)
+        return [(np.asarray(examples[k : k + batch_size]),) for k in starts]
+
+    @property
+    def token_mask(self) -> Callable[..., jax.Array] | None:
+        """(inputs of `apply`) -> which tokens count; None where all do."""
+        return real_tokens if self.kind.reads is Reads.SENTENCES else None
 
     def encode(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """Tokens of a text, and where in it each begins and ends, in characters.
@@ -133,12 +265,13 @@ class Model:
           ValueError: the model cannot read so many tokens, or the tokenizer belongs to
             another model.
         """
-        longest: int | None = self.config.max_position_embeddings
-        cut = max_length or min(128, longest or 128)
-        if longest is not None and cut > longest:
+        longest: int = self.config.longest
+        cut = max_length or min(128, longest)
+        if cut > longest:
+            allowed = self.config.max_position_embeddings
             raise ValueError(
-                f"sentences of {cut} tokens are more than this model reads:"
-                f" max_position_embeddings={longest}; cut them shorter"
+                f"sentences of {cut} tokens are more than the {longest} that this model"
+                f" reads: max_position_embeddings={allowed}; cut them shorter"
             )
         self.tokenizer.enable_truncation(cut)
         try:
@@ -185,12 +318,12 @@ def load(
     """Reads a model directory.
 
     Args:
-      directory: Hugging Face directory of a family in `ENCODERS` or of
-        `decoder_config.FAMILIES`.
+      directory: Hugging Face directory of a family in `kinds()`.
       packed: read what `flexhinm prune` packed instead of the weights with zeros in
         place: `packed.safetensors`, or for a decoder the folder `packed`, which
         --pack writes.
-      tokenizer: read `tokenizer.json`; without it a directory may lack one.
+      tokenizer: read `tokenizer.json`; without it a directory may lack one. One of a
+        classifier of images has none.
 
     Returns:
       The model; floating arrays on the default device, in the stored dtype.
@@ -209,21 +342,21 @@ def load(
     """
     directory = Path(directory)
     given = huggingface.read_config(directory)
-    config = read_config(directory, given)
+    kind, config = _kind(directory, given), read_config(directory, given)
+    tokenizer = tokenizer and kind.reads is not Reads.IMAGES
     # The tokenizer first: a missing one should not cost the time to read the weights.
     read = load_tokenizer(directory / TOKENIZER) if tokenizer else None
     params = _packed(directory) if packed else huggingface.read(directory).params
-    if isinstance(config, decoder.DecoderConfig):
+    if kind.reads is Reads.TEXT:
         shapes = {name: tuple(_shape(leaf)) for name, leaf in params.items()}
         try:
             decoder.check(shapes, config)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
-        apply = functools.partial(decoder.apply, config=config)
-    else:
-        apply = functools.partial(encoder.encode, config=config)
+    apply = functools.partial(kind.apply, config=config)
     return Model(
         directory=directory,
+        kind=kind,
         config=config,
         apply=sparsify(apply) if packed else apply,
         params={name: _placed(leaf) for name, leaf in params.items()},
@@ -241,13 +374,30 @@ def is_decoder(directory: str | os.PathLike) -> bool:
       FileNotFoundError: the directory or its config is missing.
       ValueError: another architecture.
     """
-    kind = _kind(Path(directory), huggingface.read_config(directory))
-    return kind in decoder_config.FAMILIES
+    return kind_of(directory).reads is Reads.TEXT
 
 
-def read_config(
-    directory: Path, given: Mapping[str, Any]
-) -> decoder.DecoderConfig | encoder.EncoderConfig:
+def kind_of(directory: str | os.PathLike) -> Kind:
+    """What the model of a directory is.
+
+    Raises:
+      FileNotFoundError: the directory or its config is missing.
+      ValueError: another architecture.
+    """
+    return _kind(Path(directory), huggingface.read_config(directory))
+
+
+def load_config(directory: str | os.PathLike) -> Any:
+    """The sizes of the model of a directory, of the type `kind_of(directory).config`.
+
+    Raises:
+      FileNotFoundError: the directory or its config is missing.
+      ValueError: another architecture, or a setting not supported.
+    """
+    return read_config(Path(directory), huggingface.read_config(directory))
+
+
+def read_config(directory: Path, given: Mapping[str, Any]) -> Any:
     """The sizes that a `config.json` gives.
 
     Args:
@@ -257,9 +407,7 @@ def read_config(
     Raises:
       ValueError: another architecture, or a setting not supported.
     """
-    kind = _kind(directory, given)
-    decodes = kind in decoder_config.FAMILIES
-    config = decoder.DecoderConfig if decodes else encoder.EncoderConfig
+    config: Any = _kind(directory, given).config
     try:
         return config.from_dict(given)
     except ValueError as error:
@@ -323,17 +471,22 @@ def _check_known(largest: int, vocab_size: int) -> None:
         )
 
 
-def _kind(directory: Path, given: Mapping[str, Any]) -> str:
-    """The `model_type`, one that is supported."""
-    kind = given.get("model_type")
-    known = (*ENCODERS, *decoder_config.FAMILIES)
-    if kind not in known:
+def real_tokens(tokens: Any, mask: Any) -> Any:
+    """Which tokens of a batch of sentences count."""
+    del tokens
+    return mask != 0
+
+
+def _kind(directory: Path, given: Mapping[str, Any]) -> Kind:
+    """What the `model_type` is, one that is supported."""
+    name, known = given.get("model_type"), kinds()
+    if name not in list(known):
         raise ValueError(
-            f"{directory}: model_type={kind!r} is not supported; supported are"
+            f"{directory}: model_type={name!r} is not supported; supported are"
             f" {', '.join(known)}. The library prunes any pure function:"
             " see flexhinm_jax.prune"
         )
-    return kind
+    return known[name]
 
 
 def _packed(directory: Path) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def test_two_batches_of_one_shape_compile_once():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "roberta"}, "model_type='roberta'.*'bert'"),
+        ({"model_type": "electra"}, "model_type='electra'.*bert, roberta"),
         ({"model_type": None}, "model_type=None"),
         ({"position_embedding_type": "relative_key"}, "supported is 'absolute'"),
         ({"is_decoder": True}, "is_decoder=True"),

@@ -87,7 +87,7 @@ class Encoder:
 
     def tokenize(self, sentences: Sequence[str]) -> list[list[int]]:
         """Token ids of sentences, cut at `LONGEST` tokens."""
-        longest = min(LONGEST, self.model.config.max_position_embeddings)
+        longest = min(LONGEST, self.model.config.longest)
         return [
             row[mask != 0].tolist()
             for b in self.model.tokenize(list(sentences), 128, longest)
@@ -114,6 +114,11 @@ def load(folder: Path | None = None, evaluation: int = 512) -> Encoder:
       evaluation: number of evaluation sentences.
     """
     model = load_model(folder or model_directory())
+    if model.config.model_type != "bert":
+        raise ValueError(
+            f"{folder}: model_type={model.config.model_type!r} is not supported here;"
+            " supported is 'bert'"
+        )
     params = jax.tree.map(jnp.asarray, dict(model.params))
     held_out = text.sentences("evaluation", evaluation)
     return Encoder(model, params, model.tokenize(held_out, 32, None), len(held_out))

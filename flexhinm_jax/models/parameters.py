@@ -1,0 +1,75 @@
+"""Parameters of a model by key: those that a configuration asks for, random ones."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+__all__ = ["init", "select"]
+
+
+def select(
+    params: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], prefix: str = ""
+) -> dict[str, Array]:
+    """The wanted parameters of a dict that may hold others, as JAX arrays.
+
+    Args:
+      params: key -> array.
+      wanted: key -> shape.
+      prefix: what the keys of `params` begin with besides those of `wanted`.
+
+    Returns:
+      Key of `wanted` -> array.
+
+    Raises:
+      ValueError: one is missing or has another shape.
+    """
+    chosen = {}
+    for name, shape in wanted.items():
+        if prefix + name not in params:
+            raise ValueError(
+                f"{prefix}{name} is missing from the parameters; they belong to "
+                "another configuration"
+            )
+        chosen[name] = jnp.asarray(params[prefix + name])
+        if chosen[name].shape != shape:
+            raise ValueError(
+                f"{prefix}{name} has shape {chosen[name].shape}, the configuration"
+                f" gives {shape}"
+            )
+    return chosen
+
+
+def init(
+    key: Array,
+    wanted: Mapping[str, tuple[int, ...]],
+    scale: float | None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> dict[str, Array]:
+    """Random parameters: normal weights, zero biases and means, unit norms.
+
+    Args:
+      key: PRNG key, consumed.
+      wanted: key -> shape.
+      scale: standard deviation of the weights; None for the square root of 2 over the
+        inputs of one output (He et al. 2015, arXiv:1502.01852).
+      dtype: dtype of all parameters.
+
+    Returns:
+      Key -> array.
+    """
+    keys = jax.random.split(key, len(wanted))
+    params = {}
+    for k, (name, shape) in zip(keys, wanted.items(), strict=True):
+        if name.endswith(("bias", "running_mean")):
+            params[name] = jnp.zeros(shape, dtype)
+        elif len(shape) == 1:
+            params[name] = jnp.ones(shape, dtype)
+        else:
+            deviation = math.sqrt(2 / math.prod(shape[1:])) if scale is None else scale
+            draw = jax.random.normal(k, shape, jnp.float32) * deviation
+            params[name] = draw.astype(dtype)
+    return params

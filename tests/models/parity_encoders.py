@@ -1,0 +1,183 @@
+"""Compares encoders of text and images with `transformers` on PyTorch, both ways.
+
+    make parity                    # compares, in an environment of its own
+    make parity ARGS=--write       # and writes tests/models/family_golden.json
+
+For every case of `encoder_cases`: the hidden states of all real tokens, or the logits,
+of our function against those of `transformers` with the same weights, in a directory
+that `save_pretrained` wrote; that directory pruned and written by us, loaded by
+`transformers`. A difference above 1e-4 is a failure.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+import flexhinm_jax as fh
+from flexhinm_jax import models
+from flexhinm_jax.io import huggingface
+from flexhinm_jax.models import images
+from tests.models import encoder_cases
+
+TOLERANCE = 1e-4
+
+
+def loaded(folder: Path) -> transformers.PreTrainedModel:
+    """A directory as `transformers` reads it; what is missing there is an error."""
+    config = json.loads((folder / "config.json").read_text())
+    names = config.get("architectures") or ["AutoModel"]
+    model, told = getattr(transformers, names[0]).from_pretrained(
+        folder,
+        attn_implementation="eager",
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    wrong = {name: keys for name, keys in told.items() if keys}
+    assert not wrong, f"{folder}: {wrong}"
+    return model.eval()
+
+
+def reference(case: dict[str, Any], folder: Path) -> transformers.PreTrainedModel:
+    """A model of `transformers` with our random weights, saved and read again."""
+    kinds = type(transformers.AutoConfig.for_model(case["model_type"]))
+    config = kinds.from_dict(dict(case))
+    names = case.get("architectures")
+    maker = getattr(transformers, names[0]) if names else None
+    model = maker(config) if maker else transformers.AutoModel.from_config(config)
+    state = model.state_dict()
+    model.save_pretrained(folder)
+    shapes = {
+        name: leaf.shape for name, leaf in huggingface.read(folder).params.items()
+    }
+    values = encoder_cases.values(
+        {name: shape for name, shape in shapes.items() if shape}
+    )
+    counts = {name: np.int64(7) for name, shape in shapes.items() if not shape}
+    huggingface.write(folder.with_name("ours"), values | counts, source=folder)
+    assert len(state) == len(shapes)
+    return loaded(folder.with_name("ours"))
+
+
+def theirs(model: transformers.PreTrainedModel, case: dict[str, Any]) -> np.ndarray:
+    with torch.no_grad():
+        if encoder_cases.reads_images(case):
+            pixels = torch.from_numpy(encoder_cases.pixels(case))
+            return model(pixel_values=pixels).logits.numpy()
+        tokens, mask = map(torch.from_numpy, encoder_cases.tokens(case))
+        found = model(input_ids=tokens.long(), attention_mask=mask.long())
+        return found.last_hidden_state.numpy()
+
+
+def pruned(model: models.Model, inputs: tuple[np.ndarray, ...]) -> fh.Pruned:
+    """Half of every prunable weight is zero, in 2:4 groups."""
+    return fh.prune(
+        model.apply,
+        model.params,
+        [inputs],
+        fh.Magnitude(fh.NM(2, 4)),
+        rules=model.rules,
+        on_mismatch="skip",
+        key=jax.random.key(0),
+    )
+
+
+def compare(case: dict[str, Any], folder: Path) -> tuple[dict[str, float], Any]:
+    """Differences of a case, and what is kept of what `transformers` computed."""
+    model = reference(case, folder / "saved")
+    want = theirs(model, case)
+    ours = models.load(folder / "ours", tokenizer=False)
+    inputs = encoder_cases.inputs(case)
+    real = encoder_cases.real(case)
+
+    def apart(a: Any, b: Any) -> float:
+        return float(np.abs(np.asarray(a) - np.asarray(b))[real].max())
+
+    got = ours.apply(ours.params, *inputs)
+    result = pruned(ours, inputs)
+    sparse = ours.apply(result.params, *inputs)
+    huggingface.write(folder / "pruned", result.params, source=ours.directory)
+    found = {
+        "outputs": apart(got, want),
+        "pruned by us": apart(sparse, theirs(loaded(folder / "pruned"), case)),
+        "pruning moved": apart(sparse, want),
+    }
+    return found, encoder_cases.summary(case, want).astype(float).round(5).tolist()
+
+
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "ViT": {"image_processor_type": "ViTImageProcessor", "size": 12},
+    "DeiT": {
+        "feature_extractor_type": "DeiTFeatureExtractor",
+        "size": 16,
+        "crop_size": 12,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    },
+    "ConvNext": {
+        "feature_extractor_type": "ConvNextFeatureExtractor",
+        "size": 14,
+        "crop_pct": 0.875,
+    },
+    "ConvNext, stretched": {
+        "image_processor_type": "ConvNextImageProcessorFast",
+        "size": {"shortest_edge": 384},
+    },
+}
+
+
+def prepared_apart(config: dict[str, Any], folder: Path) -> float:
+    """Largest difference of an image prepared by us and by `transformers`."""
+    kind = config.get("image_processor_type") or config["feature_extractor_type"]
+    kind = next(name for name in images.PROCESSORS if kind.startswith(name))
+    (folder / images.CONFIG).write_text(json.dumps(config))
+    maker = getattr(transformers, f"{kind}ImageProcessorPil")
+    image = np.random.RandomState(0).randint(0, 256, (30, 21, 3), np.uint8)
+    want = maker.from_pretrained(folder)(image, return_tensors="np").pixel_values
+    np.save(folder / "images.npy", image[None])
+    return float(np.abs(images.read(folder / "images.npy", folder, 3) - want).max())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write the golden file")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    golden, failed = {}, []
+    for name, case in encoder_cases.CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found, golden[name] = compare(case, Path(folder))
+        print(name, *(f"{what} {value:.1e}" for what, value in found.items()), sep="; ")
+        if max(found["outputs"], found["pruned by us"]) > TOLERANCE:
+            failed.append(name)
+    for name, config in PROCESSORS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            apart = prepared_apart(config, Path(folder))
+        print(f"images prepared for {name}; {apart:.1e}")
+        if apart > TOLERANCE:
+            failed.append(name)
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    print(f"{versions}, jax {jax.__version__}; tolerance {TOLERANCE}")
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")
+        return 1
+    if args.write:
+        text = json.dumps(golden, separators=(",", ":"))
+        encoder_cases.GOLDEN.write_text(text + "\n")
+        print(f"wrote {encoder_cases.GOLDEN.name}, {len(text)} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
