@@ -34,7 +34,7 @@ def code(page: Path) -> str:
 PAGES = {str(p.relative_to(DOCS)): p for p in sorted(DOCS.rglob("*.md"))}
 SLOW = {"choose.md"} | {
     f"recipes/{name}.md"
-    for name in ("equinox", "huggingface", "steps", "trackers", "training")
+    for name in ("encoders", "equinox", "huggingface", "steps", "trackers", "training")
 }
 RUN = [
     pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])

@@ -7,6 +7,8 @@ from typing import Any
 from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.io.sources import read_sentences
+from flexhinm_jax.models import images
+from flexhinm_jax.models.load import Examples, Kind, Reads, load_config
 from flexhinm_jax.training.reconstruct import Reconstruct
 
 ONLY_SEQUENTIAL = ("target", "statistics", "reconstruct", "resume")
@@ -21,7 +23,8 @@ class Choices:
       sparsity: fraction of weights removed, or None.
       rules: regular expression on leaf paths -> pattern or "skip".
       exceptions: regular expression on leaf paths -> sparsity.
-      text: calibration sentences of an encoder; empty for a method that needs none.
+      examples: calibration sentences of an encoder, or pixels of a classifier; empty
+        for a method that needs none.
       reconstruct: how what is left is trained, or None.
     """
 
@@ -29,11 +32,11 @@ class Choices:
     sparsity: float | None
     rules: dict[str, Any]
     exceptions: dict[str, float]
-    text: list[str]
+    examples: Examples
     reconstruct: Reconstruct | None = None
 
 
-def check(args: argparse.Namespace, is_decoder: bool) -> Choices:
+def check(args: argparse.Namespace, kind: Kind) -> Choices:
     """Everything that can be refused before the model is read."""
     pattern = patterns.parse(args.pattern)
     args.method = args.method or best(pattern)
@@ -53,10 +56,11 @@ def check(args: argparse.Namespace, is_decoder: bool) -> Choices:
             f" sparsity, {low:g}, so there is nothing to spread; choose one that can"
             " have several (flexhinm, hinm, vector), or leave --allocate out"
         )
-    flags.check_kind(args, is_decoder)
-    text = [] if is_decoder else _sentences(args, method)
+    flags.check_kind(args, kind.reads)
+    decodes = kind.reads is Reads.TEXT
+    examples = [] if decodes else _examples(args, method, kind)
     trained = reconstruct(args)
-    return Choices(method, args.sparsity, rules, exceptions, text, trained)
+    return Choices(method, args.sparsity, rules, exceptions, examples, trained)
 
 
 def reconstruct(args: argparse.Namespace) -> Reconstruct | None:
@@ -80,8 +84,8 @@ def best(pattern: patterns.Pattern) -> str:
     return "staged_alps" if pattern.form and low < high else "alps"
 
 
-def _sentences(args: argparse.Namespace, method: methods.Method) -> list[str]:
-    """The calibration sentences that an encoder needs."""
+def _examples(args: argparse.Namespace, method: methods.Method, kind: Kind) -> Examples:
+    """The calibration sentences or images that an encoder needs."""
     if args.share_orders and args.sequential:
         raise ValueError("--share-orders is not for --sequential; drop one of them")
     for option in ONLY_SEQUENTIAL:
@@ -90,6 +94,14 @@ def _sentences(args: argparse.Namespace, method: methods.Method) -> list[str]:
     plain = args.allocate in ("uniform", "global")
     if method.needs == "nothing" and not args.sequential and plain:
         return []
+    return examples(args, kind)
+
+
+def examples(args: argparse.Namespace, kind: Kind) -> Examples:
+    """The sentences or images of --calibration."""
+    if kind.reads is Reads.IMAGES:
+        channels = load_config(args.model).num_channels
+        return images.read(args.calibration, args.model, channels, args.limit)
     return read_sentences(args.calibration, args.limit)
 
 

@@ -30,10 +30,9 @@ def note_builtin(args: argparse.Namespace, console: Console) -> None:
         )
 
 
-def real(tokens: Any, mask: Any) -> Any:
-    """Which tokens of a batch count: the token mask of calibration."""
-    del tokens
-    return mask != 0
+def rules(model: Model, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The rules of the command line, then those that the model itself has."""
+    return dict(asked) | {k: v for k, v in model.rules.items() if k not in asked}
 
 
 def check_uses(model: Path, uses: Uses) -> None:

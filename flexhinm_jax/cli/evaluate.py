@@ -1,9 +1,9 @@
-"""`flexhinm eval`: perplexity of decoders, similarity of encoders, side by side."""
+"""`flexhinm eval`: perplexity of decoders, likeness of encoders, side by side."""
 
 import argparse
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from flexhinm_jax import kernels
 from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.cli.console import Console, bytes_text, table
 from flexhinm_jax.io.sources import read_sentences, read_text
-from flexhinm_jax.models import evaluation
+from flexhinm_jax.models import evaluation, images
 from flexhinm_jax.models.evaluation import LENGTH
-from flexhinm_jax.models.load import Model, is_decoder, load
+from flexhinm_jax.models.load import Model, Reads, kind_of, load
 
 
 def add_parser(commands: Any) -> None:
@@ -28,8 +28,10 @@ def add_parser(commands: Any) -> None:
             Decoders (llama, qwen3, gemma3, ...): perplexity and bits per byte of a
             text file, for one directory or two beside each other. Every token but the
             first is scored once. --kl compares the predictions of two as well.
-            Encoders (bert): cosine similarity of the embeddings that two directories
-            give to the lines of the file.
+            Encoders (bert, roberta, mpnet, ...): cosine similarity of the embeddings
+            that two directories give to the lines of the file.
+            Classifiers (vit, deit, resnet): cosine similarity of the logits that two
+            directories give to images, and how often both say the same class.
             """,
         epilog="""\
             examples:
@@ -38,12 +40,20 @@ def add_parser(commands: Any) -> None:
               flexhinm eval Qwen2.5-0.5B pruned --text wiki.txt --kl
               flexhinm eval Qwen2.5-0.5B pruned --text wiki.txt --packed
               flexhinm eval all-MiniLM-L6-v2 pruned --text sentences.txt
+              flexhinm eval resnet-50 pruned --images photos
             """,
     )
     flags.add_model(parser)
     add = parser.add_argument
     add("other", nargs="?", metavar="OTHER", help="pruned, for example")
-    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    add(
+        "--text",
+        "--images",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="UTF-8 text; classifiers: a folder of images, or an .npy file of pixels",
+    )
     add(
         "--length",
         type=flags.positive,
@@ -62,13 +72,13 @@ def add_parser(commands: Any) -> None:
         "--limit",
         type=flags.positive,
         metavar="N",
-        help="use the first N tokens (encoders: lines) only",
+        help="use the first N tokens (encoders: lines or images) only",
     )
     add(
         "--batch-size",
         type=flags.positive,
         metavar="N",
-        help="windows or lines in one step (default: 1 window, 32 lines)",
+        help="windows, lines or images in one step (default: 1 window, 32 others)",
     )
     add(
         "--kl",
@@ -101,17 +111,15 @@ def measure(args: argparse.Namespace, paths: list[Path], console: Console) -> li
       paths: directories.
       console: for the progress.
     """
-    kinds = [is_decoder(path) for path in paths]
+    kinds = {kind_of(path).reads for path in paths}
     if args.packed and len(paths) == 1:
         paths = paths * 2
-    if all(kinds):
+    if len(kinds) > 1:
+        what = " and ".join(f"one reads {kind.value}" for kind in kinds)
+        raise ValueError(f"{paths[0]} and {paths[1]}: {what}; give two of a kind")
+    if kinds == {Reads.TEXT}:
         return _perplexities(args, paths, console)
-    if any(kinds):
-        raise ValueError(
-            f"{paths[0]} and {paths[1]} are a decoder and another model; give two of a"
-            " kind"
-        )
-    return _similarity(args, paths, console)
+    return _likeness(args, paths, console)
 
 
 def evaluated(
@@ -256,47 +264,64 @@ def _table(rows: list[dict[str, Any]], timed: bool) -> Any:
     )
 
 
-def _similarity(
+def _likeness(
     args: argparse.Namespace, paths: list[Path], console: Console
 ) -> list[Any]:
     if len(paths) < 2:
         raise ValueError(
-            f"{paths[0]} is no decoder: give OTHER too, to compare the embeddings of"
-            " two encoders"
+            f"{paths[0]} is no decoder: give OTHER too, to compare the outputs of two"
+            " models"
         )
     for flag, value in (("--stride", args.stride), ("--kl", args.kl)):
         if value:
             raise ValueError(f"{flag} has no use for encoders")
     read_both = zip(paths, (False, args.packed), strict=True)
     models, sizes = zip(*(read(p, how, console) for p, how in read_both), strict=True)
-    text = read_sentences(args.text, args.limit)
-    first, second = (
-        evaluation.embeddings(model, text, args.batch_size or 32, args.length)
-        for model in models
-    )
+    document, (first, second) = _outputs(args, models)
     if first.shape != second.shape:
         raise ValueError(
-            f"embeddings of {first.shape[1]} and {second.shape[1]} channels cannot be"
+            f"outputs of {first.shape[1]} and {second.shape[1]} channels cannot be"
             " compared; give two directories of one model"
         )
-    cosines = np.sum(first * second, -1)
-    found = {
+    lengths = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
+    cosines = np.sum(first * second, -1) / lengths
+    likeness = {
         "mean_cosine": float(cosines.mean()),
         "quantile_5": float(np.quantile(cosines, 0.05)),
         "lowest": float(cosines.min()),
     }
-    figures = (f"{value:.4f}" for value in found.values())
-    shown = table(
-        ("model", "other", ">mean cosine", ">5 % quantile", ">lowest", ">lines"),
-        [(*map(name, models), *figures, f"{len(text):,}")],
-    )
-    document = {
-        "text": str(args.text),
-        "kind": "encoder",
-        "models": [*map(str, paths)],
-        "lines": len(text),
-    }
-    if not args.packed:
-        return [document | found, shown]
-    note = f"{bytes_text(sizes[0])} dense, {bytes_text(sizes[1])} packed"
-    return [document | found | {"stored_bytes": list(sizes)}, shown, note]
+    shown = [f"{value:.4f}" for value in likeness.values()]
+    columns = ["model", "other", ">mean cosine", ">5 % quantile", ">lowest"]
+    if models[0].reads_images:
+        same = float(np.mean(first.argmax(-1) == second.argmax(-1)))
+        likeness["same_class"] = same
+        shown.append(f"{same:.1%}")
+        columns.append(">same class")
+    rows = [(*map(name, models), *shown, f"{len(first):,}")]
+    lines: list[Any] = [
+        table((*columns, ">images" if models[0].reads_images else ">lines"), rows)
+    ]
+    document |= {"models": [*map(str, paths)], **likeness}
+    if args.packed:
+        document["stored_bytes"] = list(sizes)
+        lines.append(f"{bytes_text(sizes[0])} dense, {bytes_text(sizes[1])} packed")
+    return [document, *lines]
+
+
+def _outputs(
+    args: argparse.Namespace, models: Sequence[Model]
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """What was read, and what two encoders or classifiers say about it."""
+    size, model = args.batch_size or 32, models[0]
+    if not model.reads_images:
+        text = read_sentences(args.text, args.limit)
+        document = {"text": str(args.text), "kind": "encoder", "lines": len(text)}
+        return document, [
+            evaluation.embeddings(one, text, size, args.length) for one in models
+        ]
+    if args.length:
+        raise ValueError("--length is for text; leave it out")
+    channels = model.config.num_channels
+    pixels = images.read(args.text, model.directory, channels, args.limit)
+    document = {"images": str(args.text), "kind": "classifier", "count": len(pixels)}
+    return document, [evaluation.logits(one, pixels, size) for one in models]

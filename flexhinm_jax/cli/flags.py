@@ -9,7 +9,7 @@ from typing import Any
 
 from flexhinm_jax import patterns
 from flexhinm_jax.kernels.quantised import DTYPES
-from flexhinm_jax.models.load import PACKED_BLOCKS
+from flexhinm_jax.models.load import PACKED_BLOCKS, Reads
 from flexhinm_jax.pruning.allocate import MODES, Mode
 from flexhinm_jax.pruning.owl import OWL
 
@@ -25,6 +25,7 @@ ONLY_ENCODERS = {
     "max_length": "give --length",
     "share_orders": "it is not for --sequential",
 }
+NOT_FOR_IMAGES = ("max_length",)
 ONLY_DECODERS = ("memory", "length", "samples", "dtype", "pack", "first_last")
 ONLY_DECODERS += ("coordinator",)
 
@@ -101,7 +102,8 @@ def add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:
         default="builtin",
         metavar="TEXT",
         help="UTF-8 text file, one sentence a line; hf:DATASET[:CONFIG]:SPLIT:COLUMN"
-        f" of the Hub; or builtin, a short neutral text (default){more}",
+        f" of the Hub; or builtin, a short neutral text (default){more}. For a model of"
+        " images: a folder of images, or an .npy file of pixels",
     )
 
 
@@ -161,7 +163,7 @@ def add_sentences(parser: argparse.ArgumentParser, batch: str) -> None:
         "--limit",
         type=positive,
         metavar="N",
-        help="use the first N sentences only (default: all)",
+        help="use the first N sentences or images only (default: all)",
     )
     add("--batch-size", type=positive, metavar="N", help=batch)
     add(
@@ -214,8 +216,12 @@ def add_decoders(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
-def check_kind(args: argparse.Namespace, is_decoder: bool) -> None:
-    """Raises ValueError for an option that is for the other kind of model."""
+def check_kind(args: argparse.Namespace, reads: Reads) -> None:
+    """Raises ValueError for an option that is for another kind of model."""
+    is_decoder = reads is Reads.TEXT
+    for option in NOT_FOR_IMAGES if reads is Reads.IMAGES else ():
+        if getattr(args, option, None):
+            raise ValueError(f"--{option.replace('_', '-')} is for text; leave it out")
     for option, why in ONLY_ENCODERS.items() if is_decoder else ():
         if getattr(args, option, None):
             raise ValueError(f"--{option.replace('_', '-')} is for encoders; {why}")

@@ -48,7 +48,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
         with console.step("reading the model"):
             model = load(args.model, tokenizer=False)
         with console.step("finding the weights"):
-            uses = discover(model.apply, model.params, *model.sample())
+            uses = discover(
+                model.apply, model.params, *model.sample(), rules=model.rules
+            )
         leaves = [_describe(path, leaf, uses) for path, leaf in model.params.items()]
     console.result(
         _summary(args.model, leaves),

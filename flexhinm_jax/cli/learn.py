@@ -14,12 +14,12 @@ import numpy as np
 
 from flexhinm_jax import atomic, checks, patterns
 from flexhinm_jax.cli import directory, flags, learn_decoder
+from flexhinm_jax.cli.choices import examples
 from flexhinm_jax.cli.console import Console, report_table
 from flexhinm_jax.cli.directory import REPORT
 from flexhinm_jax.cli.learn_decoder import Choices
-from flexhinm_jax.io.sources import read_sentences
 from flexhinm_jax.methods import LearnedMethod
-from flexhinm_jax.models.load import PACKED, Model, is_decoder, load
+from flexhinm_jax.models.load import PACKED, Examples, Kind, Model, Reads, kind_of, load
 from flexhinm_jax.pruning import apply, prune
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.tracing.discover import discover
@@ -121,24 +121,27 @@ examples:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    decoder = args.model.is_dir() and is_decoder(args.model)
-    choices = _check(args, decoder)
+    kind = kind_of(args.model)
+    choices = _check(args, kind)
+    decoder = kind.reads is Reads.TEXT
+    given = [] if decoder else examples(args, kind)
     directory.note_builtin(args, console)
     with atomic.locked(args.out), atomic.locked(args.resume or args.out):
         if decoder:
             learn_decoder.run(args, choices, console)
         else:
-            _run(args, choices, console)
+            _run(args, choices, given, console)
 
 
-def _run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
-    text = read_sentences(args.calibration, args.limit)
+def _run(
+    args: argparse.Namespace, choices: Choices, text: Examples, console: Console
+) -> None:
     with console.step("reading the model"):
         model = load(args.model)
     result, history = _learn(args, choices, text, model, console)
     first, best = history[0]["value"], min(entry["value"] for entry in history)
     document = learn_decoder.document(args, choices) | {
-        "sentences": len(text),
+        "images" if model.reads_images else "sentences": len(text),
         "validation": {"first": first, "best": best},
         "history": [{k: v for k, v in e.items() if v == v} for e in history],
         **result.report.to_dict(),
@@ -150,12 +153,13 @@ def _run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
         report_table(result.report, every=args.rows == "all"),
         "",
         *directory.ending(args.out, result.report, PACKED),
-        f"loss on held-back text: {first:.4f} of the first masks, {best:.4f} now",
+        f"loss on held-back data: {first:.4f} of the first masks, {best:.4f} now",
     )
 
 
-def _check(args: argparse.Namespace, decoder: bool) -> Choices:
+def _check(args: argparse.Namespace, kind: Kind) -> Choices:
     """Everything that can be refused before the model is read."""
+    decoder = kind.reads is Reads.TEXT
     pattern = patterns.parse(args.pattern)
     method = few_steps.method(args.method, pattern)
     checks.sparsity(args.sparsity, *pattern.sparsity_range(), pattern, "--sparsity")
@@ -163,7 +167,7 @@ def _check(args: argparse.Namespace, decoder: bool) -> Choices:
     if not 0 < rate < math.inf:
         raise ValueError(f"--rate {rate}: need a positive number")
     directory.check_out(args)
-    flags.check_kind(args, decoder)
+    flags.check_kind(args, kind.reads)
     if not decoder and args.target:
         raise ValueError("--target is for decoders; leave it out")
     fitted = isinstance(method, LearnedMethod) and method.frozen_weights
@@ -185,23 +189,23 @@ def _check(args: argparse.Namespace, decoder: bool) -> Choices:
 def _learn(
     args: argparse.Namespace,
     choices: Choices,
-    text: list[str],
+    text: Examples,
     model: Model,
     console: Console,
 ) -> tuple[prune.Pruned, list[dict[str, float]]]:
     """The result, and the validations on the way."""
-    params: Any = model.params
-    uses = discover(model.apply, params, *model.sample(), rules=choices.rules)
+    params, rules = model.params, directory.rules(model, choices.rules)
+    uses = discover(model.apply, params, *model.sample(), rules=rules)
     directory.check_uses(args.model, uses)
     size = args.batch_size or BATCH_SENTENCES
-    batches = model.tokenize(text, size, args.max_length)
-    steps = [(jnp.asarray(b.tokens), jnp.asarray(b.mask)) for b in batches]
+    batches = model.steps(text, size, args.max_length)
+    steps = [tuple(map(jnp.asarray, batch)) for batch in batches]
     stats = calibrate(
         model.apply,
         params,
         uses,
         console.track(steps, "calibrating", len(steps)),
-        token_mask=directory.real,
+        token_mask=model.token_mask,
     )
     key, fit_key, mix_key = jax.random.split(jax.random.key(args.seed), 3)
     with console.step(f"solving {len(uses.leaves)} weights", long=True):
@@ -214,7 +218,11 @@ def _learn(
     # every dense output is computed once
     with console.step(f"the dense model reads {len(steps)} batches", long=True):
         learned_from = objectives.taught(model.apply, params, steps)
-    loss_fn = objectives.distillation(model.apply, token_mask=directory.real)
+    loss_fn = objectives.distillation(
+        model.apply,
+        kind="kl" if model.reads_images else "cosine",
+        token_mask=model.token_mask,
+    )
     value = jax.jit(loss_fn)
 
     def evaluate(now: Any) -> float:

@@ -22,7 +22,7 @@ from flexhinm_jax.cli import (
 from flexhinm_jax.cli.console import Console
 from flexhinm_jax.cli.directory import REPORT
 from flexhinm_jax.cli.recipe import RECIPE
-from flexhinm_jax.models.load import PACKED, is_decoder
+from flexhinm_jax.models.load import PACKED, Reads, kind_of
 from flexhinm_jax.sequential.request import STATISTICS, TARGETS
 from flexhinm_jax.training.reconstruct import Reconstruct
 
@@ -38,6 +38,8 @@ def add_parser(commands: Any) -> None:
             place, {PACKED} with the weights as the sparse kernels read them, and
             {REPORT}. DIR appears complete or not at all.
 
+            Encoders of text (bert, roberta, xlm-roberta, mpnet, distilbert) and
+            classifiers of images (vit, deit, resnet) are pruned as a whole.
             A decoder (llama, qwen3, gemma3, ...) is pruned block by block in order
             of execution, which takes the memory of one block: --memory gives a limit.
             A run that is stopped or killed goes on by itself when the same command is
@@ -59,7 +61,7 @@ def add_parser(commands: Any) -> None:
     flags.add_sentences(
         parser,
         "calibration sentences (or samples of a decoder) in one step (default:"
-        f" {prune_encoder.BATCH_SENTENCES}, or {flags.BATCH_SAMPLES})",
+        f" {prune_encoder.BATCH_EXAMPLES}, or {flags.BATCH_SAMPLES})",
     )
     _add_order(parser)
     add(
@@ -241,13 +243,14 @@ def _entry(name: str, described: type) -> list[str]:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    decoder = args.model.is_dir() and is_decoder(args.model)
+    kind = kind_of(args.model)
+    decoder = kind.reads is Reads.TEXT
     args.sequential = args.sequential or decoder
-    asked = choices.check(args, decoder)
+    asked = choices.check(args, kind)
     hosts.join(args)
     if not hosts.first():
         console = Console(quiet=True)
-    if decoder or asked.text:
+    if decoder or len(asked.examples):
         directory.note_builtin(args, console)
     with atomic.locked(args.out) if hosts.first() else contextlib.nullcontext():
         command = prune_decoder if decoder else prune_encoder

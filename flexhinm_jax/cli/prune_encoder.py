@@ -1,6 +1,7 @@
-"""`flexhinm prune` of an encoder: the whole model in memory."""
+"""`flexhinm prune` of an encoder of text or images: the whole model in memory."""
 
 import argparse
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from flexhinm_jax.sequential.sequential import prune_sequential
 from flexhinm_jax.sequential.trained import Trained
 from flexhinm_jax.tracing.discover import discover
 
-BATCH_SENTENCES = 32
+BATCH_EXAMPLES = 32
 
 
 class Pruned(NamedTuple):
@@ -41,12 +42,13 @@ class Pruned(NamedTuple):
 def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
     """Reads the model whole, prunes it and writes it."""
     with console.step("reading the model"):
-        model = load(args.model, tokenizer=bool(choices.text))
+        model = load(args.model, tokenizer=len(choices.examples) > 0)
+    choices = dataclasses.replace(choices, rules=directory.rules(model, choices.rules))
     result, notes, errors = _pruned(args, choices, model, console)
     if args.pack_values:
         result = prune.with_values(result, args.pack_values)
     document = document_of(args, choices) | {
-        "sentences": len(choices.text),
+        "images" if model.reads_images else "sentences": len(choices.examples),
         "notes": notes,
         "errors": errors,
         **result.report.to_dict(),
@@ -76,10 +78,9 @@ def _pruned(
     uses = solve.fitting(method, uses, args.on_mismatch or "error")
     directory.check_uses(args.model, uses)
     steps: list[Any] = []
-    if choices.text:
-        size = args.batch_size or BATCH_SENTENCES
-        batches = model.tokenize(choices.text, size, args.max_length)
-        steps = [(batch.tokens, batch.mask) for batch in batches]
+    if len(choices.examples):
+        size = args.batch_size or BATCH_EXAMPLES
+        steps = model.steps(choices.examples, size, args.max_length)
     stats = None
     if steps and (not args.sequential or args.allocate != "uniform"):
         stats = calibrate(
@@ -88,7 +89,7 @@ def _pruned(
             uses,
             console.track(steps, "calibrating", len(steps)),
             gram=method.needs == "gram" and not args.sequential,
-            token_mask=directory.real,
+            token_mask=model.token_mask,
         )
     sparsity: Any = choices.sparsity
     if args.allocate != "uniform" or choices.exceptions:
@@ -156,7 +157,7 @@ def _in_order(
             reconstruct=choices.reconstruct,
             rules=choices.rules,
             on_mismatch=args.on_mismatch or "error",
-            token_mask=directory.real,
+            token_mask=model.token_mask,
             progress=tell_layer,
             resume=args.resume,
         )

@@ -142,8 +142,15 @@ def _cell(value: Any) -> str:
 
 
 def _figures(evaluation: Mapping[str, Any]) -> list[str]:
-    """Perplexities of decoders, or similarities of encoders."""
-    where = f"on `{Path(str(evaluation['text'])).name}`"
+    """Perplexities of decoders, or similarities of encoders and classifiers."""
+    source = evaluation["images" if "images" in evaluation else "text"]
+    where = f"on `{Path(str(source)).name}`"
+    if evaluation["kind"] == "classifier":
+        return [
+            f"Beside the model before, {where}, {evaluation['count']} images: the same"
+            f" class in {evaluation['same_class']:.1%}, mean cosine similarity of the"
+            f" logits {evaluation['mean_cosine']:.4f}."
+        ]
     if evaluation["kind"] == "encoder":
         return [
             f"Cosine similarity to the embeddings of the model before, {where},"
