@@ -1,5 +1,6 @@
 """Coordinate descent over group patterns against brute force."""
 
+import functools
 import itertools
 
 import jax.numpy as jnp
@@ -8,10 +9,12 @@ import pytest
 
 from flexhinm_jax.ops import descent, gram, masks
 from tests.cases import stats, weight
+from tests.compiled import compiled
 
 LIVE = jnp.ones((32,), bool)
 
 
+@functools.cache
 def problem():
     return gram.problem(weight(), stats(), damp=0.01)
 
@@ -30,7 +33,7 @@ def start(task, n=2, m=4):
 def sweep(task, b, keep, step, unit, live=LIVE, within=None):
     within = jnp.ones(b.shape, bool) if within is None else within
     fit = descent.Fit(b, keep, within, task.weight, task.gram, task.cross)
-    return descent.sweep(fit, live, step, unit)
+    return compiled(descent.sweep)(fit, live, step, unit)
 
 
 @pytest.mark.parametrize("solve", [False, True])

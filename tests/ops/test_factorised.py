@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexhinm_jax.ops import blocks, factorised
+from flexhinm_jax.ops import blocks as eager_blocks
+from flexhinm_jax.ops import factorised as eager_factorised
+from tests.compiled import Compiled
+
+blocks = Compiled(eager_blocks)
+factorised = Compiled(eager_factorised)
 
 OUT, IN, P, Q = 8, 12, 4, 6
 KEYS = jax.random.split(jax.random.key(1), 6)

@@ -4,8 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 
-from flexhinm_jax.ops import blocks, descent, factorised, masks
+from flexhinm_jax.ops import blocks as eager_blocks
+from flexhinm_jax.ops import descent, masks
+from flexhinm_jax.ops import factorised as eager
+from tests.compiled import Compiled
+
+blocks, factorised = Compiled(eager_blocks), Compiled(eager)
 
 OUT, IN, P, Q, N, M = 4, 16, 2, 8, 2, 4
 KEYS = jax.random.split(jax.random.key(2), 4)
@@ -18,7 +24,12 @@ S = jnp.where(KEEP, W, 0)
 
 
 def objective(s):
-    return float(factorised.weighted_square(blocks.right(blocks.left(A, s), B) - W, H))
+    return float(weighted_square(s))
+
+
+@jax.jit
+def weighted_square(s):
+    return eager.weighted_square(eager_blocks.right(eager_blocks.left(A, s), B) - W, H)
 
 
 def parts(s=S, keep=KEEP):
@@ -30,17 +41,19 @@ def parts(s=S, keep=KEEP):
 
 def brute(s, row, group):
     """The least objective over all pairs of one group, values by least squares."""
-    left = jax.scipy.linalg.block_diag(*A)
-    right = jax.scipy.linalg.block_diag(*B) * jnp.sqrt(H)
-    columns = slice(group * M, group * M + M)
-    rest = left @ s.at[row, columns].set(0) @ right - W * jnp.sqrt(H)
+    a, b, w, h = (np.asarray(x, np.float64) for x in (A, B, W, H))
+    left: np.ndarray = np.asarray(scipy.linalg.block_diag(*a))
+    right = np.asarray(scipy.linalg.block_diag(*b)) * h**0.5
+    others = np.array(s, np.float64)
+    others[row, group * M : group * M + M] = 0
+    rest = left @ others @ right - w * h**0.5
     best = np.inf
     for pattern in itertools.combinations(range(M), N):
-        design = jnp.stack(
-            [jnp.outer(left[:, row], right[group * M + j]).ravel() for j in pattern], 1
+        design = np.stack(
+            [np.outer(left[:, row], right[group * M + j]).ravel() for j in pattern], 1
         )
-        values = jnp.linalg.lstsq(design, -rest.ravel())[0]
-        best = min(best, float(jnp.sum(jnp.square(design @ values + rest.ravel()))))
+        values = np.linalg.lstsq(design, -rest.ravel())[0]
+        best = min(best, np.sum(np.square(design @ values + rest.ravel())))
     return best
 
 
@@ -95,19 +108,17 @@ def test_compiled_gains_are_those_of_eager_execution():
     own = jnp.stack([q[:, j : j + M, j : j + M] for j in range(0, 32, M)], axis=1)
     scale = 1 + jax.random.uniform(keys[2], (16, 1, 1))
     given = s, gradient, scale, own, factorised.pattern_inverses(q, N, M)
-    eager = factorised.best_values(*given, N)
-    compiled = jax.jit(factorised.best_values, static_argnums=5)(*given, N)
-    for one, other in zip(eager, compiled, strict=True):
+    one_by_one = eager.best_values(*given, N)
+    for one, other in zip(one_by_one, factorised.best_values(*given, N), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("picks", [1, 2, 5])
 def test_a_sweep_never_raises_the_objective_and_keeps_n_of_m(picks):
     s, keep = S, KEEP
-    run = jax.jit(factorised.sweep_groups, static_argnames=("n", "m", "picks"))
     losses = [objective(s)]
     for _ in range(3):
-        new, kept = run(*parts(s, keep), n=N, m=M, picks=picks)
+        new, kept = factorised.sweep_groups(*parts(s, keep), n=N, m=M, picks=picks)
         s, keep = blocks.join(new), blocks.join(kept)
         losses.append(objective(s))
         assert (keep.reshape(OUT, -1, M).sum(-1) == N).all()

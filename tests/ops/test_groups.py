@@ -3,8 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexhinm_jax.ops import groups
+from flexhinm_jax.ops import groups as eager
 from flexhinm_jax.types import Regions
+from tests.compiled import Compiled
+
+groups = Compiled(eager)
 
 ROWS, COLS, V, M = 12, 16, 4, 4
 

@@ -2,7 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexhinm_jax.ops import hypernet
+from flexhinm_jax.ops import hypernet as eager
+from tests.compiled import Compiled
+
+hypernet = Compiled(eager)
 
 KEY = jax.random.key(0)
 FORM = {"m": 4, "patterns": 6, "hidden": 8}

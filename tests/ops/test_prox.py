@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flexhinm_jax.ops import masks
-from flexhinm_jax.ops.prox import prox24, regularizer24
+from flexhinm_jax.ops import masks, prox
+from tests.compiled import compiled
+
+prox24, regularizer24 = compiled(prox.prox24), compiled(prox.regularizer24)
 
 
 def objective(w, z, lam):

@@ -7,8 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexhinm_jax.ops import masks, regions
+from flexhinm_jax.ops import masks
+from flexhinm_jax.ops import regions as eager
 from flexhinm_jax.types import Support
+from tests.compiled import Compiled
+
+regions = Compiled(eager)
 
 
 def tiles(seed, shape=(2, 4, 16), sigma=0.0):

@@ -2,7 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexhinm_jax.ops import factorised, saliency
+from flexhinm_jax.ops import factorised as eager_factorised
+from flexhinm_jax.ops import saliency as eager_saliency
+from tests.compiled import Compiled
+
+factorised = Compiled(eager_factorised)
+saliency = Compiled(eager_saliency)
 
 W = jax.random.normal(jax.random.key(0), (6, 8))
 X = jax.random.normal(jax.random.key(1), (32, 8)) * jnp.arange(1, 9)

@@ -1,5 +1,6 @@
 """Removing sets of weights of a group, against brute force in float64."""
 
+import functools
 import itertools
 
 import jax
@@ -17,6 +18,12 @@ OUT, IN, B = 4, 16, 8
 DAMP = 0.05
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def solved(method, w, s, sparsity=None, prev=None):
+    return method.solve(KEY, w, s, sparsity=sparsity, prev=prev)
+
+
+@functools.cache
 def setting():
     """A weight and statistics whose blocks are far from diagonal."""
     keys = jax.random.split(KEY, 3)
@@ -24,8 +31,9 @@ def setting():
     mix = jnp.eye(IN) + jax.random.normal(keys[1], (IN, IN))
     s = stats(inputs=IN, outputs=OUT)
     s = fh.Stats(sq_norm=s.sq_norm, mean=s.mean, count=s.count, gram=s.gram)
+    add = jax.jit(functools.partial(accumulate_gradients, block=B))
     for g in jax.random.normal(keys[2], (24, OUT, IN)) @ mix:
-        s = accumulate_gradients(s, g, block=B)
+        s = add(s, g)
     return w, s
 
 
@@ -76,10 +84,10 @@ def test_the_best_set_of_every_group_is_that_of_brute_force(n, m):
     w, s = setting()
     columns = np.broadcast_to(np.arange(IN).reshape(-1, m), (OUT, IN // m, m))
     method = fh.Fisher(fh.NM(n, m), kind="joint", damp=DAMP)
-    keep = np.asarray(method.solve(KEY, w, s).fixed["support"].keep)
+    keep = np.asarray(solved(method, w, s).fixed["support"].keep)
     want = cheapest(w, s, columns, n)
     np.testing.assert_allclose(group_losses(w, s, keep, columns), want, rtol=1e-3)
-    single = fh.Fisher(fh.NM(n, m), kind="block", damp=DAMP).solve(KEY, w, s)
+    single = solved(fh.Fisher(fh.NM(n, m), kind="block", damp=DAMP), w, s)
     single = np.asarray(single.fixed["support"].keep)
     assert group_losses(w, s, single, columns).sum() > 1.02 * want.sum()
 
@@ -88,7 +96,7 @@ def test_groups_in_any_order_and_across_blocks_are_searched_too():
     w, s = setting()
     pattern = fh.FlexHiNM(2, permute=None, regions=(4, 8))
     method = fh.Fisher(pattern, kind="joint", damp=DAMP)
-    plan = method.decide(method.solve(KEY, w, s), w)
+    plan = method.decide(solved(method, w, s), w)
     fh.verify(plan)
     regions = plan.support.regions
     order = np.asarray(groups.group_order(regions)).reshape(OUT // 2, -1, 4)[:, :2]
@@ -98,7 +106,7 @@ def test_groups_in_any_order_and_across_blocks_are_searched_too():
     keep = np.asarray(plan.support.keep)
     want = cheapest(w, s, columns, 2)
     np.testing.assert_allclose(group_losses(w, s, keep, columns), want, rtol=1e-3)
-    first = fh.Fisher(pattern, kind="block", damp=DAMP).solve(KEY, w, s)
+    first = solved(fh.Fisher(pattern, kind="block", damp=DAMP), w, s)
     old = first.fixed["support"]
     np.testing.assert_array_equal(old.regions.in_order, regions.in_order)
     np.testing.assert_array_equal(old.keep.sum(), keep.sum())
@@ -117,8 +125,8 @@ def test_the_inverse_is_that_of_the_damped_blocks():
 def test_with_an_earlier_state_the_kept_set_only_shrinks():
     w, s = setting()
     method = fh.Fisher(fh.FlexHiNM(2, permute=None), kind="joint", damp=DAMP)
-    before = method.solve(KEY, w, s, sparsity=0.25)
-    after = method.solve(KEY, w[::-1], s, sparsity=0.5, prev=before)
+    before = solved(method, w, s, 0.25)
+    after = solved(method, w[::-1], s, 0.5, before)
     fh.verify(method.decide(after, w))
     keep = after.fixed["support"].keep
     assert not (keep & ~before.fixed["support"].keep).any()
