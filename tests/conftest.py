@@ -41,7 +41,7 @@ def owned(tmp_path):
 
 #: Every compiled CPU program takes some memory mappings; Linux allows a process 65530
 #: and XLA dies of a segmentation fault beyond. A worker runs hundreds of tests.
-MAPPINGS = 20_000
+MAPPINGS = 40_000
 
 
 @pytest.fixture(scope="module", autouse=True)
