@@ -6,7 +6,7 @@ A fuzzer that finds nothing has found nothing only if it would have. Every entry
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -161,12 +161,12 @@ MUTATIONS: dict[str, Mutation] = {
 }
 
 
-def first_caught(mutation: Mutation, count: int) -> int | None:
-    """The first of `count` programs that breaks a promise under a mutation."""
+def first_caught(mutation: Mutation, seeds: Iterable[int]) -> int | None:
+    """The first of the programs that breaks a promise under a mutation."""
     with ExitStack() as stack:
         for one in mutation.patches():
             stack.enter_context(one)
-        for seed in range(count):
+        for seed in seeds:
             program = grammar.program(seed)
             text = program.text + " masked" * (program.mask is not None)
             if not any(step in text for step in mutation.steps):
@@ -187,7 +187,7 @@ def main() -> None:
     check.silent()
     for name, mutation in MUTATIONS.items():
         if asked.only in name:
-            seed = first_caught(mutation, asked.count)
+            seed = first_caught(mutation, range(asked.count))
             told = "NOT CAUGHT" if seed is None else f"caught by program {seed}"
             print(f"{name}: {told}", flush=True)
 

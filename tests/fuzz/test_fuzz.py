@@ -7,8 +7,11 @@ import pytest
 from tests.fuzz import check, grammar, mutations
 from tests.fuzz.evaluate import evaluated
 
-QUICK, SLOW, SHARE = 200, 2000, 50
-"""Programs of the default run, of the slow one, and of one slow test."""
+QUICK = [*range(100), 186]
+"""Programs of the default run: they notice all faults of `mutations`, 186 one alone."""
+
+SLOW, SHARE = 2000, 50
+"""Programs of the slow run, and of one slow test."""
 
 COMPILED = 40
 """Programs that the slow run compiles with XLA too."""
@@ -20,13 +23,13 @@ def quiet():
     check.silent()
 
 
-@pytest.mark.parametrize("seed", range(QUICK))
+@pytest.mark.parametrize("seed", QUICK)
 def test_a_program_keeps_every_promise(seed):
     check.check(grammar.program(seed), seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(QUICK, SLOW, SHARE))
+@pytest.mark.parametrize("first", range(100, SLOW, SHARE))
 def test_many_programs_do(first):
     for seed in range(first, min(first + SHARE, SLOW)):
         check.check(grammar.program(seed), seed)
