@@ -31,7 +31,8 @@ ORDER = (
     "gyro",
     "oneshot",
 )
-ORDER += ("peers", "training", "scale", "comparison", "kernels", "gpu", "gpu_compile")
+ORDER += ("peers", "training", "scale", "placement", "comparison", "kernels")
+ORDER += ("gpu", "gpu_compile")
 
 INTRODUCTION = """# Measurements
 
