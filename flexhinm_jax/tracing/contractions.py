@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -396,34 +396,17 @@ class Chunk:
 RESHAPES = frozenset(("reshape", "squeeze"))
 
 
-class Sides(NamedTuple):
-    """A dot_general with one Tracked operand, seen from there.
+def sides(eqn: Any, operands: Sequence[Any]) -> tuple[Any, ...]:
+    """A dot_general, seen from its one Tracked operand.
 
-    Attributes:
-      weight: the Tracked operand.
-      contracted: its axes that are summed over.
-      batch: its batch axes.
-      operand: the other operand.
-      other_contracted: the axes of that which are summed over.
-      other_batch: the batch axes of that.
-      right: whether the weight is the second operand.
+    Returns:
+      The weight, its axes that are summed over and its batch axes; the same of the
+      other operand; whether the weight is the second operand.
     """
-
-    weight: Tracked
-    contracted: tuple[int, ...]
-    batch: tuple[int, ...]
-    operand: Any
-    other_contracted: tuple[int, ...]
-    other_batch: tuple[int, ...]
-    right: bool
-
-
-def sides(eqn: Any, operands: Sequence[Any]) -> Sides:
-    """The two sides of a dot_general with one Tracked operand."""
     contracted, batch = eqn.params["dimension_numbers"]
     k = int(isinstance(operands[1], Tracked))
     own, other = ((operands[j], contracted[j], batch[j]) for j in (k, 1 - k))
-    return Sides(*own, *other, right=bool(k))
+    return *own, *other, bool(k)
 
 
 def plain(values: Sequence[Any]) -> list[Any]:

@@ -32,8 +32,6 @@ History = list[dict[str, float]]
 
 Batches = Sequence[tuple[Any, ...]] | Callable[[int], tuple[Any, ...]]
 
-ENTRY = ("step", "loss", "value")
-
 
 class Stopped(NotFinite):
     """A loss or gradient was not finite, so `fit` ended early.
