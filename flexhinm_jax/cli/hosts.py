@@ -25,8 +25,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds who works together."""
     option = parser.add_argument_group(
         "several processes",
-        "each takes a share of a decoder's samples; the files are those of one process."
-        " All need MODEL, TEXT and the folder of DIR on a file system that they share.",
+        "each takes a share of a decoder's samples; the files are those of one\n"
+        "process. All need MODEL, TEXT and the folder of DIR on a file system that they"
+        "\nshare.",
     ).add_argument
     option(
         "--coordinator",
