@@ -162,11 +162,22 @@ gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline (.venv-gp
 	JAX_PLATFORMS=cpu $(GPU_PY) -m bench.gpu_compile $(ARGS)
 	JAX_PLATFORMS=cpu $(GPU_PY) -m pytest -q tests/gpu/test_machine.py
 
-notebooks: $(STAMP) ## Execute the notebooks of colab/
-	$(PY) -m pytest --nbmake --nbmake-timeout=600 -n 2 colab $(ARGS)
+# Copies run: what they print is kept for the site and never committed.
+NOTEBOOKS := $(wildcard colab/*.ipynb)
+
+notebooks: $(STAMP) ## Execute the notebooks of colab/; the site shows what they print
+	mkdir -p build/notebooks
+	cp $(NOTEBOOKS) build/notebooks
+	$(PY) -m pytest --nbmake --nbmake-timeout=600 --overwrite -n 2 \
+	  $(NOTEBOOKS:colab/%=build/notebooks/%) $(ARGS)
+	@touch build/notebooks/.executed
+
+build/notebooks/.executed: $(NOTEBOOKS)
+	$(MAKE) notebooks
 
 # The site is built from the sources without importing them, so its environment has the
-# tools of the extra `docs` alone, neither jax nor this package.
+# tools of the extra `docs` alone, neither jax nor this package. The notebooks run in the
+# other one, once after each edit; NOTEBOOKS= shows them without what they print.
 DOCS_VENV := .venv-docs
 DOCS_PY   := $(DOCS_VENV)/bin/python
 
@@ -178,7 +189,7 @@ $(DOCS_VENV)/.installed: pyproject.toml
 	  | $(DOCS_PY) -m pip install --quiet -r /dev/stdin
 	@touch $@
 
-docs: $(DOCS_VENV)/.installed ## Build the site into build/site (.venv-docs)
+docs: $(DOCS_VENV)/.installed $(if $(NOTEBOOKS),build/notebooks/.executed) ## Build the site into build/site (.venv-docs)
 	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict $(ARGS)
 
 house: $(STAMP) ## Count files a call passes, twins, long functions, lines

@@ -15,6 +15,7 @@ What is asked for and not found ends the build.
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ ROOMS = {
 }
 BY_MODULE = ("io", "models", "ops", "gpu", "streaming")
 """Rooms of which every module is shown; of the others what the package exports."""
+
+FIRST = ("prune", "Pruned", "discover", "calibrate", "solve", "decide", "densify", "pack")
+"""Names that open their room, in the order in which a model passes them."""
 
 SOURCE = re.compile(r"arXiv:(\d{4}\.\d{4,5})|(?:ICLR|ICML|NeurIPS|MLSys|CVPR) \d{4}")
 
@@ -103,13 +107,20 @@ def reference(package: Any) -> dict[str, str]:
             found = [(m.path, m) for m in modules]
         if not found:
             continue
+        found.sort(key=place)
         pages[f"reference/{room}.md"] = page(title, about, found)
         overview += [f"\n## [{title}]({room}.md)\n", f"{about}\n"]
         overview += ["| name | |", "|---|---|"]
-        for path, thing in sorted(found, key=lambda pair: pair[0].lower()):
+        for path, thing in found:
             short = path.removeprefix(f"{PACKAGE}.")
             overview.append(f"| [`{short}`][{path}] | {cell(first_line(thing))} |")
     return {"reference/index.md": "\n".join(overview) + "\n"} | pages
+
+
+def place(entry: tuple[str, Any]) -> tuple[int, str]:
+    """Sorts the names of a room: those of `FIRST`, then the others by alphabet."""
+    name = entry[0].rpartition(".")[2]
+    return (FIRST.index(name) if name in FIRST else len(FIRST), entry[0].lower())
 
 
 def page(title: str, about: str, found: list[tuple[str, Any]]) -> str:
@@ -267,7 +278,13 @@ def readme(heading: str | None) -> str:
         known = ", ".join(named)
         raise PluginError(f"README.md has no section {heading!r}; it has: {known}")
     found = re.sub(r"\]\(docs/", "](", found)
-    return re.sub(r"\[([^]]+)\]\((?:colab|bench)/[^)]*\)", r"\1", found).strip()
+    found = re.sub(r"\]\(colab/(\w+)\.ipynb\)", r"](notebooks/\1.md)", found)
+    return found.replace("](bench/RESULTS.md)", "](measurements.md)").strip()
+
+
+def project() -> dict[str, Any]:
+    """The table [project] of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def results() -> dict[str, str]:
@@ -283,6 +300,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     global _package
     _package = load()
     pages = reference(_package)
+    # In place of `repo_url`, with which the theme would ask another host for stars.
+    address = project()["urls"]["Repository"]
+    config.extra["social"] = [{"icon": "fontawesome/brands/git-alt", "link": address}]
     config.nav = [*config.nav]
     if results():
         config.nav.append({"Measurements": "measurements.md"})

@@ -15,6 +15,8 @@ BLOCK = re.compile(
     r'^```python(?: title="(?P<title>[^"]+)")?\n(?P<code>.*?)^```', re.M | re.S
 )
 
+MESSAGE = re.compile(r'^```text title="message"\n(.*?)^```', re.M | re.S)
+
 
 def code(page: Path) -> str:
     """The Python of a page in order, every line where it is on the page.
@@ -34,7 +36,10 @@ def code(page: Path) -> str:
 PAGES = {str(p.relative_to(DOCS)): p for p in sorted(DOCS.rglob("*.md"))}
 SLOW = {"choose.md"} | {
     f"recipes/{name}.md"
-    for name in ("encoders", "equinox", "huggingface", "steps", "trackers", "training")
+    for name in (
+        *("encoders", "equinox", "huggingface", "keras", "maxtext", "steps"),
+        *("trackers", "training"),
+    )
 }
 RUN = [
     pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
@@ -53,11 +58,15 @@ def test_the_example_of_the_readme_runs():
 @pytest.mark.parametrize("name", RUN)
 def test_the_examples_of_a_page_run(name):
     text = code(PAGES[name])
-    for extra in ("equinox", "safetensors", "flatbuffers"):
+    for extra in ("equinox", "safetensors", "flatbuffers", "keras"):
         if extra in text:
             pytest.importorskip(extra)
+    names = {"__name__": name}
     with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(text, str(PAGES[name]), "exec"), {"__name__": name})
+        exec(compile(text, str(PAGES[name]), "exec"), names)
+    shown = [found[1] for found in MESSAGE.finditer(PAGES[name].read_text())]
+    made = [" ".join(text.split()) for text in names.get("messages", ())]
+    assert [" ".join(text.split()) for text in shown] == made
 
 
 def test_every_public_function_is_shown_in_code_that_runs():

@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 import re
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,22 @@ def test_the_licence_is_the_same_everywhere():
     assert 'license = "Apache-2.0"' in read("pyproject.toml")
     assert "license: Apache-2.0" in read("CITATION.cff")
     assert "Apache License" in read("LICENSE")
+
+
+def test_the_address_of_the_project_is_the_same_everywhere():
+    made = tomllib.loads(read("pyproject.toml"))["project"]
+    host, _, repository = made["urls"]["Repository"].partition("://")[2].partition("/")
+    pages = [
+        *(ROOT / "colab").glob("*.ipynb"),
+        *(ROOT / name for name in ("CITATION.cff", "README.md", "CONTRIBUTING.md")),
+        *(ROOT / "docs").rglob("*.md"),
+    ]
+    address = re.compile(rf"{re.escape(host)}/([\w.-]+/{made['name']})\b")
+    badge = re.compile(rf"colab\.[\w.]+/github/([\w.-]+/{made['name']})/blob")
+    known = {path: {*address.findall(t), *badge.findall(t)} for path in pages
+             if (t := path.read_text())}
+    assert {one for names in known.values() for one in names} == {repository}
+    assert all(known[path] for path in pages if path.suffix == ".ipynb")
 
 
 def read(name):
