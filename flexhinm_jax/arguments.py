@@ -124,23 +124,35 @@ def function(value: Any, name: str, form: str) -> None:
         )
 
 
-#: The home of a class `Module` -> what to write in place of one of its instances.
+#: The home and name of a base class -> what to write in place of one of its instances.
 MODULES = {
-    "flax.linen": "pass model.apply as apply_fn and variables = model.init(key, x) as "
-    "params",
-    "flax.nnx": "write graph, params = nnx.split(model, nnx.Param) and give params and "
+    (
+        "flax.linen",
+        "Module",
+    ): "pass model.apply as apply_fn and variables = model.init(key, x) as params",
+    (
+        "flax.nnx",
+        "Module",
+    ): "write graph, params = nnx.split(model, nnx.Param) and give params and "
     "apply_fn = lambda params, x: nnx.merge(graph, params)(x)",
-    "equinox": "write params, static = eqx.partition(model, eqx.is_array) and give "
-    "params and apply_fn = lambda params, x: jax.vmap(eqx.combine(params, static))(x)",
+    ("equinox", "Module"): "write params, static = eqx.partition(model, eqx.is_array) "
+    "and give params and apply_fn = lambda params, x: jax.vmap(eqx.combine(params, "
+    "static))(x)",
+    (
+        "keras",
+        "Layer",
+    ): "give params = [v.value for v in model.trainable_variables] and "
+    "apply_fn = lambda params, x: model.stateless_call(params, others, x)[0], others "
+    "being the values of model.non_trainable_variables",
 }
 
 
-def _home(value: Any) -> str | None:
-    """The library whose module a value is, of `MODULES`; imports none of them."""
+def _home(value: Any) -> tuple[str, str] | None:
+    """The base of `MODULES` that the class of a value has; imports none of them."""
     for cls in type(value).__mro__:
-        for home in MODULES:
-            if cls.__name__ == "Module" and f"{cls.__module__}.".startswith(f"{home}."):
-                return home
+        for home, name in MODULES:
+            if cls.__name__ == name and f"{cls.__module__}.".startswith(f"{home}."):
+                return home, name
     return None
 
 
@@ -155,7 +167,7 @@ def apply_function(value: Any) -> None:
     inside = jax.tree.leaves(value)
     if home is not None and any(x is value or hasattr(x, "shape") for x in inside):
         raise ValueError(
-            f"apply_fn is {shown(value)}, a module of {home}, and no function of "
+            f"apply_fn is {shown(value)}, a module of {home[0]}, and no function of "
             f"params: {MODULES[home]}"
         )
     function(value, "apply_fn", "apply_fn(params, *batch)")
@@ -187,7 +199,7 @@ def parameters(params: Any) -> None:
         home = _home(leaves[0])
         if home is not None:
             raise ValueError(
-                f"params is {shown(leaves[0])}, a module of {home}, and no tree of "
+                f"params is {shown(leaves[0])}, a module of {home[0]}, and no tree of "
                 f"arrays: {MODULES[home]}"
             )
         raise ValueError(
@@ -253,6 +265,19 @@ def nearest(path: Any, leaves: Iterable[str]) -> str:
     if not near:
         return "no leaf is prunable"
     return f"the nearest prunable leaves are {', '.join(near)}"
+
+
+def similar(name: str, known: Iterable[str]) -> str:
+    """The known name that a mistaken one is like, for the end of a message.
+
+    Example:
+      >>> similar("sparse-gpt", ["wanda", "sparsegpt"])
+      "; did you mean 'sparsegpt'?"
+      >>> similar("oracle", ["wanda", "sparsegpt"])
+      ''
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def batches(value: Any) -> None:

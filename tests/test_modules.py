@@ -30,9 +30,16 @@ def equinox():
     return pytest.importorskip("equinox").nn.Linear(8, 8, key=KEY)
 
 
+def keras():
+    cls = type("Layer", (), {"__call__": lambda self, x: x, "shape": ()})
+    cls.__module__ = "keras.src.layers.layer"
+    return cls()
+
+
 MESSAGES = {
     linen: r"a Dense, .* flax\.linen, .*: pass model\.apply as apply_fn",
     nnx: r"a Linear, .* flax\.nnx, .*: write graph, params = nnx\.split",
+    keras: r"a Layer, .* keras, .*: give params = .*stateless_call",
     equinox: r"a Linear, .* equinox, .*: write .* eqx\.partition",
 }
 

@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 
 import rich.console
 import rich.progress
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from flexhinm_jax.pruning.report import Report, Row
 
@@ -29,6 +31,9 @@ NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
 
 SHORT_SECONDS = 2.0
 """A step that has not taken so long yet writes no lines."""
+
+NAME_WIDTH = 16
+"""Least columns of a name in a table."""
 
 PIPE_WIDTH = 160
 """Columns of a table that is not shown on a terminal."""
@@ -127,6 +132,8 @@ def table(
 ) -> Table:
     """A table without the columns that are empty in every row.
 
+    Names, which the first column holds, are cut in the middle where there is no room.
+
     Args:
       columns: names; one with a leading ">" is aligned to the right.
       rows: one cell per column.
@@ -137,17 +144,53 @@ def table(
     shown = Table(box=None, pad_edge=False)
     for k in used:
         right = columns[k].startswith(">")
+        prose = not right and any(" " in row[k] for row in rows)
         shown.add_column(
             columns[k].removeprefix(">"),
             justify="right" if right else "left",
             overflow="fold",
+            no_wrap=k > 0 and not prose,
         )
     for row in rows:
-        shown.add_row(*(row[k] for k in used))
+        shown.add_row(*(row[k] if k else Name(row[k]) for k in used))
     if total is not None:
         shown.add_section()
-        shown.add_row(*(total[k] for k in used))
+        shown.add_row(*(total[k] if k else Name(total[k]) for k in used))
     return shown
+
+
+class Name:
+    """A name in a table, on one line however narrow that is."""
+
+    def __init__(self, text: str):
+        """Takes the whole name."""
+        self.text = text
+
+    def __rich_console__(
+        self, console: rich.console.Console, options: rich.console.ConsoleOptions
+    ) -> Iterator[Text]:
+        """Shows what there is room for."""
+        yield Text(cut(self.text, options.max_width), no_wrap=True)
+
+    def __rich_measure__(
+        self, console: rich.console.Console, options: rich.console.ConsoleOptions
+    ) -> Measurement:
+        """Room for the whole name, or at least for its ends."""
+        length = len(self.text)
+        return Measurement(min(length, NAME_WIDTH), length)
+
+
+def cut(text: str, width: int) -> str:
+    """A name with its middle left out where it is longer than the width.
+
+    Example:
+      >>> cut("encoder.layer.*.output.dense.weight x6", 24)
+      'encoder…t.dense.weight x6'
+    """
+    if len(text) <= width:
+        return text
+    tail = 2 * width // 3  # which tells the weights of a block apart
+    return f"{text[: max(width - tail - 1, 0)]}…{text[len(text) - tail :]}"
 
 
 def report_table(
@@ -193,7 +236,7 @@ def report_table(
     return table(
         (
             *("weight", "shape", ">zeros", ">error", ">dense", ">packed"),
-            *(">saliency kept", "note"),
+            *(">retained", "note"),
         ),
         [
             cells(name, "x".join(map(str, shape)), [rows[p] for p in paths], note)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from flexhinm_jax import kernels
 from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.cli.console import Console, bytes_text, table
-from flexhinm_jax.io.sources import read_sentences, read_text
+from flexhinm_jax.io.sources import read_sentences, read_text, short
 from flexhinm_jax.models import evaluation, images
 from flexhinm_jax.models.evaluation import LENGTH
 from flexhinm_jax.models.load import Model, Reads, kind_of, load
@@ -127,7 +128,8 @@ def evaluated(
 ) -> tuple[dict[str, Any], list[Any]]:
     """The document of a pruned model and further lines, with what --eval asks for."""
     if args.eval is None:
-        return document, []
+        both = shlex.join([args.base, str(args.out)])
+        return document, [f"compare them: flexhinm eval {both} --text FILE"]
     asked = argparse.Namespace(
         text=args.eval,
         length=None,
@@ -144,7 +146,7 @@ def evaluated(
 
 def read(path: Path, packed: bool, console: Console) -> tuple[Model, int]:
     """A model as it runs fastest, and its bytes as they are stored."""
-    with console.step(f"reading {path}"):
+    with console.step(f"reading {short(path)}"):
         model = load(path, packed=packed)
         size = model.nbytes
         if packed:
@@ -152,9 +154,12 @@ def read(path: Path, packed: bool, console: Console) -> tuple[Model, int]:
     return model, size
 
 
-def name(model: Model) -> str:
-    """The directory, and whether its packed form runs."""
-    return f"{model.directory} packed" if model.packed else str(model.directory)
+def names(paths: Sequence[Path], packed: bool) -> list[str]:
+    """What people call the directories; with `packed` the last one runs packed."""
+    shown = [short(path) for path in paths]
+    if len(set(shown)) < len(set(paths)):
+        shown = [str(path) for path in paths]
+    return [*shown[:-1], f"{shown[-1]} packed"] if packed else shown
 
 
 def _perplexities(
@@ -170,13 +175,13 @@ def _perplexities(
     if args.kl:
         return _divergence(args, paths, text, options, console)
     rows = []
-    for k, path in enumerate(paths):
-        model, size = read(path, args.packed and k == len(paths) - 1, console)
-        track = functools.partial(_track, console, name(model))
+    for k, name in enumerate(names(paths, args.packed)):
+        model, size = read(paths[k], args.packed and k == len(paths) - 1, console)
+        track = functools.partial(_track, console, name)
         score = evaluation.perplexity(
             model, text, timed=args.packed, track=track, **options
         )
-        rows.append(_row(path, model, size, score))
+        rows.append(_row(name, model, size, score))
     return [_document(args, rows), _table(rows, args.packed), _note(rows)]
 
 
@@ -191,35 +196,35 @@ def _divergence(
         raise ValueError("--kl compares two models: give OTHER too")
     how = (False, args.packed)
     both = [read(path, each, console) for path, each in zip(paths, how, strict=True)]
-    models = [model for model, _ in both]
-    track = functools.partial(_track, console, " and ".join(map(name, models)))
-    dense, other = models
+    shown = names(paths, args.packed)
+    track = functools.partial(_track, console, " and ".join(shown))
+    (dense, _), (other, _) = both
     result = evaluation.divergence(dense, other, text, track=track, **options)
     scores = result.first, result.second
     rows = [
-        _row(path, model, size, score)
-        for path, (model, size), score in zip(paths, both, scores, strict=True)
+        _row(name, model, size, score)
+        for name, (model, size), score in zip(shown, both, scores, strict=True)
     ]
     likeness = {"kl": result.kl, "same_top": result.same_top}
-    shown = (
+    line = (
         f"KL {result.kl:.4f} nats a token; the same token is most likely in"
         f" {result.same_top:.1%}"
     )
-    return [_document(args, rows) | likeness, _table(rows, False), shown, _note(rows)]
+    return [_document(args, rows) | likeness, _table(rows, False), line, _note(rows)]
 
 
 def _row(
-    path: Path, model: Model, size: int, score: evaluation.Perplexity
+    name: str, model: Model, size: int, score: evaluation.Perplexity
 ) -> dict[str, Any]:
     row = {
-        "model": str(path),
+        "model": str(model.directory),
         "packed": model.packed,
         "zeros": model.zeros,
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,
         **dataclasses.asdict(score),
         "stored_bytes": size,
-        "shown": name(model),
+        "shown": name,
     }
     if score.seconds is not None:
         row["tokens_per_second"] = score.computed / score.seconds
@@ -277,7 +282,9 @@ def _likeness(
             raise ValueError(f"{flag} has no use for encoders")
     read_both = zip(paths, (False, args.packed), strict=True)
     models, sizes = zip(*(read(p, how, console) for p, how in read_both), strict=True)
-    document, (first, second) = _outputs(args, models)
+    both = names(paths, args.packed)
+    tracks = [functools.partial(_track, console, name) for name in both]
+    document, (first, second) = _outputs(args, models, tracks)
     if first.shape != second.shape:
         raise ValueError(
             f"outputs of {first.shape[1]} and {second.shape[1]} channels cannot be"
@@ -297,7 +304,7 @@ def _likeness(
         likeness["same_class"] = same
         shown.append(f"{same:.1%}")
         columns.append(">same class")
-    rows = [(*map(name, models), *shown, f"{len(first):,}")]
+    rows = [(*both, *shown, f"{len(first):,}")]
     lines: list[Any] = [
         table((*columns, ">images" if models[0].reads_images else ">lines"), rows)
     ]
@@ -309,19 +316,23 @@ def _likeness(
 
 
 def _outputs(
-    args: argparse.Namespace, models: Sequence[Model]
+    args: argparse.Namespace,
+    models: Sequence[Model],
+    tracks: Sequence[evaluation.Track],
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """What was read, and what two encoders or classifiers say about it."""
     size, model = args.batch_size or 32, models[0]
+    pairs = list(zip(models, tracks, strict=True))
     if not model.reads_images:
         text = read_sentences(args.text, args.limit)
         document = {"text": str(args.text), "kind": "encoder", "lines": len(text)}
         return document, [
-            evaluation.embeddings(one, text, size, args.length) for one in models
+            evaluation.embeddings(one, text, size, args.length, track)
+            for one, track in pairs
         ]
     if args.length:
         raise ValueError("--length is for text; leave it out")
     channels = model.config.num_channels
     pixels = images.read(args.text, model.directory, channels, args.limit)
     document = {"images": str(args.text), "kind": "classifier", "count": len(pixels)}
-    return document, [evaluation.logits(one, pixels, size) for one in models]
+    return document, [evaluation.logits(one, pixels, size, t) for one, t in pairs]

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
@@ -34,9 +34,6 @@ from flexhinm_jax.training.run import NotFinite
 
 COMMANDS = (inspect, prune, learn, evaluate, generate, importer, reorder, rotate)
 
-# What the library warns of is part of the results: without this it came out twice.
-logging.getLogger("flexhinm_jax").addHandler(logging.NullHandler())
-
 EPILOG = """\
 examples:
   flexhinm prune Qwen/Qwen2.5-0.5B --out pruned
@@ -55,6 +52,15 @@ class Parser(argparse.ArgumentParser):
         """Exits with status 2."""
         self.exit(2, f"flexhinm: error: {message} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses an unknown option at the command that it was given to."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            known = [name for action in self._actions for name in action.option_strings]
+            near = arguments.similar(rest[0].partition("=")[0], known)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{near}")
+        return found, rest
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
@@ -68,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         keep_compiled()
+        silence_log()
     argv = list(argv)
     args = parser().parse_args(argv)
     console = Console(quiet=getattr(args, "quiet", False), json=args.json)
@@ -107,6 +114,16 @@ def keep_compiled() -> None:
         # By default only what took a second is kept; a model has many small programs.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def silence_log() -> None:
+    """Takes the library's warnings out of the log: they are part of the results.
+
+    They came out twice, whenever another package had configured the root logger.
+    """
+    log = logging.getLogger("flexhinm_jax")
+    log.addHandler(logging.NullHandler())
+    log.propagate = False
 
 
 def parser() -> Parser:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flexhinm_jax.io import huggingface
 
-__all__ = ["BUILTIN", "find", "read_sentences", "read_text"]
+__all__ = ["BUILTIN", "find", "read_sentences", "read_text", "short"]
 
 BUILTIN = "builtin"
 """Name of the bundled text: short sentences of plain English."""
@@ -37,6 +37,7 @@ def find(name: str | Path, cache: Path | None = None, offline: bool = False) -> 
         return path
     try:
         import huggingface_hub
+        from huggingface_hub import constants, errors
     except ImportError as error:
         raise ImportError(
             f"{name} is no folder here; fetching it from the Hub needs"
@@ -54,11 +55,35 @@ def find(name: str | Path, cache: Path | None = None, offline: bool = False) -> 
     # The package and its transport raise many kinds, some of them no OSError.
     except Exception as error:
         why = str(error).strip().partition("\n")[0]
+        why = f"{type(error).__name__}: {why}"
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            closed = offline or constants.HF_HUB_OFFLINE
+            why = "offline nothing is fetched" if closed else "the Hub does not answer"
+            why = f"it is not in the cache, and {why}"
         raise ValueError(
             f"{name} is no folder here, and not to be had from the Hugging Face Hub:"
-            f" {type(error).__name__}: {why}"
+            f" {why}"
         ) from error
     return Path(folder)
+
+
+def short(path: Path) -> str:
+    """A model directory for people: OWNER/NAME in a cache of the Hub, or its last name.
+
+    Args:
+      path: of a directory.
+
+    Example:
+      >>> short(Path("hub/models--owner--tiny/snapshots/0123"))
+      'owner/tiny'
+      >>> short(Path("/models/tiny"))
+      'tiny'
+    """
+    *_, repository, kind, _ = ("", "", *path.absolute().parts)
+    remote = re.fullmatch(r"models--(.+?)--(.+)", repository)
+    if kind == "snapshots" and remote:
+        return f"{remote[1]}/{remote[2]}"
+    return path.absolute().name
 
 
 def read_text(source: str | Path, limit: int | None = None) -> str:

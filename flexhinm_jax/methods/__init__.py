@@ -117,6 +117,7 @@ def parse(name: str, pattern: Pattern) -> Method:
         raise ValueError(
             f"unknown method {name!r}; known: {', '.join(METHODS)}; "
             f"{', '.join(wrappers)} wrap another one, as in refit(wanda)"
+            + arguments.similar(name, METHODS)
         )
     method, inner = METHODS[form[1]], form[2]
     if issubclass(method, Nested):

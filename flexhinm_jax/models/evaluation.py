@@ -303,7 +303,11 @@ def windows(
 
 
 def embeddings(
-    model: Model, text: Sequence[str], batch: int = 32, max_length: int | None = None
+    model: Model,
+    text: Sequence[str],
+    batch: int = 32,
+    max_length: int | None = None,
+    track: Track = iter,
 ) -> np.ndarray:
     """Sentence embeddings of an encoder.
 
@@ -312,6 +316,7 @@ def embeddings(
       text: sentences, none of them without tokens.
       batch: sentences in one step.
       max_length: see `Model.tokenize`.
+      track: goes through the steps, to show how many there were.
 
     Returns:
       f64[sentences, width], pooled as the directory says; of unit length unless it says
@@ -319,7 +324,9 @@ def embeddings(
     """
     embed = _embedder(model.config, model.packed, model.pooling)
     rows: dict[int, np.ndarray] = {}
-    for part in model.tokenize(text, batch, max_length):
+    parts = [*model.tokenize(text, batch, max_length)]
+    for step in track(range(len(parts))):
+        part = parts[step]
         values = np.asarray(embed(model.params, part.tokens, part.mask), np.float64)
         rows |= dict(zip(part.rows.tolist(), values, strict=False))
     stacked = np.stack([rows[row] for row in sorted(rows)])
@@ -328,21 +335,24 @@ def embeddings(
     return stacked / np.linalg.norm(stacked, axis=-1, keepdims=True)
 
 
-def logits(model: Model, pixels: np.ndarray, batch: int = 32) -> np.ndarray:
+def logits(
+    model: Model, pixels: np.ndarray, batch: int = 32, track: Track = iter
+) -> np.ndarray:
     """Logits of images by a classifier.
 
     Args:
       model: a classifier, dense or packed.
       pixels: f32[images, channels, height, width].
       batch: images in one step.
+      track: goes through the steps, to show how many there were.
 
     Returns:
       f64[images, classes].
     """
-    classify = jax.jit(model.apply)
+    classify, steps = jax.jit(model.apply), [*model.steps(pixels, batch)]
     rows = [
-        np.asarray(classify(model.params, *step), np.float64)
-        for step in model.steps(pixels, batch)
+        np.asarray(classify(model.params, *steps[k]), np.float64)
+        for k in track(range(len(steps)))
     ]
     return np.concatenate(rows)
 

@@ -76,7 +76,8 @@ def parse(text: str) -> Pattern:
         return NM(int(group[1]), int(group[2]))
     name, _, options = text.partition(":")
     if name not in PATTERNS:
-        raise ValueError(f"unknown pattern {text!r}; known: {known}")
+        near = arguments.similar(name, PATTERNS)
+        raise ValueError(f"unknown pattern {text!r}; known: {known}{near}")
     cls = PATTERNS[name]
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     chosen: dict[str, Any] = {}

@@ -89,10 +89,10 @@ def fitting(method: Method, uses: Uses, on_mismatch: OnMismatch) -> Uses:
       method: what is to prune them.
       uses: from `discover`.
       on_mismatch: "skip" moves other leaves to the skipped ones with the reason;
-        "error" leaves them for `solve` to refuse.
+        "error" refuses the first of them, before anything is calibrated.
 
     Raises:
-      ValueError: another word.
+      ValueError: a leaf is refused; or another word.
     """
     if on_mismatch not in ("error", "skip"):
         raise ValueError(
@@ -100,11 +100,13 @@ def fitting(method: Method, uses: Uses, on_mismatch: OnMismatch) -> Uses:
             "leaf whose sizes the pattern does not divide"
         )
     reasons = {}
-    for path, use in uses.leaves.items() if on_mismatch == "skip" else ():
+    for path, use in uses.leaves.items():
         shape, pattern = use.layout.matrix_shape, method_for(method, use).pattern
         try:
             pattern.check_shape(shape, path)
         except ValueError as error:
+            if on_mismatch == "error":
+                raise
             reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
             reasons[path] = f"does not fit {pattern}: {reason}"
             logger.warning("%s: skipped, it %s", path, reasons[path])

@@ -43,7 +43,10 @@ def test_a_model_of_the_hub_is_pruned_by_its_name(hub, tmp_path, capsys):
     assert at.name == SHA and (at / "config.json").is_file()
     command[1] = "owner/other"
     assert main([*command, "--force", *options]) == 2
-    assert "owner/other is no folder here, and not to be had" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "owner/other is no folder here, and not to be had" in err
+    assert "it is not in the cache, and offline nothing is fetched" in err
+    assert sources.short(at) == "owner/tiny"
 
 
 def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch):

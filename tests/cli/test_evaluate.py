@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from flexhinm_jax import models
+from flexhinm_jax.cli import console
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.models import decoder, evaluation
 from flexhinm_jax.models.decoder import DecoderConfig
@@ -152,7 +153,9 @@ def test_windows_score_every_target_once_with_what_is_before_it(count, length, s
         assert lookback.min() >= length - stride + 1
 
 
-def test_embeddings_of_two_encoders_are_compared(model_dir, text_file, capsys):
+def test_embeddings_of_two_encoders_are_compared(
+    model_dir, text_file, capsys, monkeypatch
+):
     other = model_dir.parent / "other"
     shutil.copytree(model_dir, other)
     path = other / "model.safetensors"
@@ -166,6 +169,11 @@ def test_embeddings_of_two_encoders_are_compared(model_dir, text_file, capsys):
     assert "give OTHER too" in refused(capsys, "eval", model_dir, "--text", text_file)
     both = (model_dir, other, "--text", text_file)
     assert "--kl has no use" in refused(capsys, "eval", *both, "--kl")
+    monkeypatch.setattr(console, "SHORT_SECONDS", 0.0)
+    assert main(["eval", *map(str, both), "--batch-size", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert f"{model_dir.name}: 1 of 2 (50 %)" in err and "other: 2 of 2" in err
+    assert out.splitlines()[1].split()[:2] == [model_dir.name, "other"]
 
 
 def test_generation_prints_the_likeliest_continuation(folders, capsys):

@@ -1,14 +1,17 @@
+import io
+import logging
 import subprocess
 import sys
 import types
 
 import jax
 import pytest
+import rich.console
 
 import flexhinm_jax
 from flexhinm_jax.cli import console
 from flexhinm_jax.cli.console import bytes_text
-from flexhinm_jax.cli.main import keep_compiled, main
+from flexhinm_jax.cli.main import keep_compiled, main, silence_log
 
 
 @pytest.mark.parametrize("command", [[], ["inspect"], ["prune"]])
@@ -46,6 +49,59 @@ def test_wrong_arguments_are_one_line(argv, capsys):
     err = capsys.readouterr().err
     assert err.startswith("flexhinm: error: ") and err.count("\n") == 1
     assert "--help" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "near"),
+    [
+        (["prune", "m", "--out", "o", "--sparsty", "0.5"], "--sparsity"),
+        (["prune", "m", "--out", "o", "--patern=2:4"], "--pattern"),
+        (["eval", "m", "--txt", "t", "--text", "t"], "--text"),
+    ],
+)
+def test_a_mistyped_option_is_answered_with_the_nearest(argv, near, capsys):
+    with pytest.raises(SystemExit):
+        main(argv)
+    err = capsys.readouterr().err
+    assert f"; did you mean '{near}'? (see flexhinm {argv[0]} --help)" in err
+
+
+def test_warnings_are_not_logged_as_well(caplog, monkeypatch):
+    log = logging.getLogger("flexhinm_jax")
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "handlers", [])
+    log.warning("once")
+    silence_log()
+    log.warning("twice")
+    assert caplog.messages == ["once"]
+
+
+def test_names_are_cut_in_the_middle_and_stay_on_their_line():
+    names = [f"encoder.layer.*.attention.self.{x}.weight x6" for x in ("query", "key")]
+    figures = ("50.00%", "0.0178", "3.4 MiB", "1.8 MiB", "86.64%")
+    rows = [(name, "384x384", *figures, "") for name in names]
+    heads = (
+        "weight",
+        "shape",
+        ">zeros",
+        ">error",
+        ">dense",
+        ">packed",
+        ">retained",
+        "",
+    )
+    shown = {}
+    for width in (40, 80, 160):
+        file = io.StringIO()
+        made = console.table(heads, rows, ("all", *[""] * 7))
+        rich.console.Console(file=file, width=width, highlight=False).print(made)
+        shown[width] = file.getvalue().splitlines()
+        assert len(shown[width]) == 4
+    assert all(
+        "…" in x and f".{y}.weight x6" in x
+        for x, y in zip(shown[80][1:3], ("query", "key"), strict=True)
+    )
+    assert [line.split("  ")[0] for line in shown[160][1:3]] == names
 
 
 def test_a_closed_pipe_is_no_error(model_dir):

@@ -110,7 +110,7 @@ def test_the_table_groups_layers_and_shows_the_errors_of_outputs(
     assert prune("--method", "sparsegpt") == 0
     lines = capsys.readouterr().out.splitlines()
     header = lines[0].split()
-    assert header == "weight shape zeros error dense packed saliency kept".split()
+    assert header == "weight shape zeros error dense packed retained".split()
     (row,) = (line for line in lines if "attention.self.query.weight x2" in line)
     assert len([line for line in lines if " x2 " in line]) == 6
     # The outputs of the first query, on the hidden states before it.
@@ -248,6 +248,8 @@ def test_a_limit_takes_the_first_sentences(prune, tmp_path):
 BAD = {
     "unknown pattern": (dict(pattern="hexagon"), [], "hexagon.*flexhinm"),
     "unknown pattern option": (dict(pattern="hinm:q=3"), [], "q=3.*v="),
+    "mistyped method": ({}, ["--method", "wnda"], "did you mean 'wanda'?"),
+    "mistyped pattern": (dict(pattern="flexinm:v=8"), [], "did you mean 'flexhinm'?"),
     "unknown method": ({}, ["--method", "oracle"], "oracle.*magnitude, wanda"),
     "method with a loss": ({}, ["--method", "fisher"], "gradients of a loss"),
     "percent as sparsity": (

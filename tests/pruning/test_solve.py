@@ -322,6 +322,16 @@ def odd(params, x):
     return jnp.tanh(x @ params["even"]) @ params["odd"]
 
 
+def test_sizes_that_do_not_divide_are_refused_before_anything_is_calibrated():
+    def batches():
+        yield jnp.ones((2, 16))
+        raise AssertionError("a second batch was read")
+
+    params = {"even": jnp.ones((16, 30)), "odd": jnp.ones((30, 8))}
+    with pytest.raises(ValueError, match="odd: in=30 is not a multiple of m=4"):
+        fh.prune(odd, params, batches(), fh.Wanda(fh.NM(2, 4)), key=KEY)
+
+
 @pytest.mark.parametrize("run", [fh.prune, fh.prune_sequential])
 def test_sizes_that_do_not_divide_are_refused_or_skipped_with_the_reason(run, caplog):
     params = {"even": jax.random.normal(KEY, (16, 30)), "odd": jnp.ones((30, 8))}
