@@ -58,14 +58,17 @@ def quality(results: Mapping[str, Any], axes: Any) -> None:
         axis.plot(
             *list(zip(*front, strict=True))[:2], "o-", ms=5, color="#1f4e79", lw=1
         )
-        for seconds, cosine, label in front:
-            place = {"textcoords": "offset points", "xytext": (-5, 4), "ha": "right"}
+        for k, (seconds, cosine, label) in enumerate(front):
+            # The line rises: there is room below its first points, above its last.
+            early = k < len(front) / 2
+            offset, side = ((6, -8), "left") if early else ((-6, 4), "right")
+            place = {"textcoords": "offset points", "xytext": offset, "ha": side}
             axis.annotate(label, (seconds, cosine), fontsize=7, **place)
         axis.axhline(
             GOALS["one-shot", zeros].excellent, color="#999999", ls="--", lw=0.8
         )
         axis.set(title=f"{zeros:.0%} gone", xlabel="CPU seconds")
-        axis.set_xlim(min(x) / 15, max(x) * 2)
+        axis.set_xlim(min(x) / 2, max(x) * 3)
     axes[0].set_ylabel("mean cosine to the dense model")
 
 
@@ -78,10 +81,17 @@ def gyro(results: Mapping[str, Any], axes: Any) -> None:
             these = [r for r in mine if r["data"]["published"] == published]
             label = "published schedule" if published else "Gyro()"
             xy = [r["seconds"] for r in these], [r["value"] for r in these]
-            axis.semilogx(*xy, style, label=label)
-        axis.axhline(mine[0]["data"]["reference"], color="#999999", label="reference")
+            (line,) = axis.semilogx(*xy, style)
+            place = {"textcoords": "offset points", "xytext": (-7, -3), "ha": "right"}
+            at, colour = (xy[0][-1], xy[1][-1]), line.get_color()
+            axis.annotate(label, at, fontsize=8, color=colour, **place)
+        reference = mine[0]["data"]["reference"]
+        axis.axhline(reference, color="#999999", zorder=0)
+        left = axis.get_xlim()[0]
+        axis.annotate(
+            "reference", (left, reference), fontsize=8, color="#777777", va="bottom"
+        )
         axis.set(title=matrix, xlabel="CPU seconds")
-        axis.legend(fontsize=8)
     axes[0].set_ylabel("share of sum |w| kept")
 
 

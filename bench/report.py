@@ -6,11 +6,13 @@
 A file is the rows of one benchmark (`bench.study.Row`). Its tables are shown in the
 order in which they were measured first: the figure, the anchor it is held against (a
 published number, a goal or the reference of the same run), the ratio of the two,
-further figures, and the command that writes the row again.
+further figures, and the command that writes the row again; above the table where it is
+one for all rows, with ROW in place of their names.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,14 +59,29 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def any_row(command: str, what: str) -> str:
+    """A command with ROW in place of the name of its row, where it says that.
+
+    Example:
+      >>> any_row('make bench-gyro ARGS="--rows gyro"', "gyro")
+      'make bench-gyro ARGS="--rows ROW"'
+    """
+    name = re.escape(what.removesuffix(" control"))
+    return re.sub(rf'(?<=[\s"=]){name}(?=[\s"]|$)', "ROW", command)
+
+
 def markdown(title: str, note: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """A table with its heading and note; columns without any figure are left out."""
     anchored = any(row.get("anchor") is not None for row in rows)
     timed = any(row.get("seconds") is not None for row in rows)
     names = list(dict.fromkeys(name for row in rows for name in row.get("more", ())))
+    commands = {any_row(row["command"], row["what"]) for row in rows}
+    each = len(commands) > 1
     heads = ["", "measured", *(["anchor", "ratio"] if anchored else []), *names]
-    heads += [*(["CPU s"] if timed else []), "command"]
+    heads += [*(["CPU s"] if timed else []), *(["command"] if each else [])]
     lines = [f"### {title}", "", *([note, ""] if note else [])]
+    if not each:
+        lines += [f"Made by `{commands.pop()}`.", ""]
     lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
         value, anchor, seconds = (row.get(k) for k in ("value", "anchor", "seconds"))
@@ -76,8 +93,9 @@ def markdown(title: str, note: str, rows: Sequence[Mapping[str, Any]]) -> str:
         cells += [number(more[name]) if name in more else "" for name in names]
         if timed:
             cells.append("" if seconds is None else f"{seconds:.3g}")
-        command = f"`{cell(row['command'])}`"
-        lines.append(f"| {' | '.join([*cells, command])} |")
+        if each:
+            cells.append(f"`{cell(row['command'])}`")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

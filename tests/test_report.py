@@ -38,12 +38,21 @@ def test_anchors_of_the_file_are_those_that_rows_were_held_against(name):
 
 def test_a_new_file_is_shown_without_an_edit():
     shown = page([ROW | {"anchor": 4.0, "seconds": 0.5, "more": {"kept": True}}])
-    assert "| speed | 2 | 4 | 0.5 | yes | 0.5 | `make it` |" in shown
+    assert "| speed | 2 | 4 | 0.5 | yes | 0.5 |\n" in shown
+    assert "Made by `make it`." in shown
     assert "## Novel" in shown and "### t" in shown
 
 
 def test_a_figure_that_is_not_there_was_not_measured():
-    assert "| speed | not measured | `make it` |" in page([ROW | {"value": None}])
+    assert "| speed | not measured |\n" in page([ROW | {"value": None}])
+
+
+def test_a_command_that_names_its_row_is_shown_once_another_in_a_column():
+    pair = [ROW | {"what": x, "command": f"make x --rows {x}"} for x in ("a", "b")]
+    shown = page(pair)
+    assert "Made by `make x --rows ROW`." in shown and "| a | 2 |\n" in shown
+    shown = page([pair[0], ROW])
+    assert "| a | 2 | `make x --rows a` |" in shown and "Made by `make x" not in shown
 
 
 def test_what_is_kept_in_data_is_not_a_column():
