@@ -37,6 +37,9 @@ RUNS = (
 )
 """(method, pattern, sparsity); the last one is written to disk."""
 
+BUCKETS = (32, 64, 128)
+"""Lengths of calibration batches: to compile more of them takes longer than to pad."""
+
 COLOURS = {"dense": "#1f4e79", "2:4": "#5aa0d8", "pruned": "#e3e3e3"}
 
 
@@ -245,7 +248,7 @@ def main() -> None:
             dense.embed,
             dense.params,
             uses,
-            dense.calibration(args.calibration),
+            dense.calibration(args.calibration, BUCKETS),
             gram=False,
             token_mask=models.real,
         )

@@ -94,15 +94,20 @@ class Encoder:
             for row, mask in zip(b.tokens[: len(b.rows)], b.mask, strict=False)
         ]
 
-    def calibration(self, sentences: int | Sequence[Sequence[int]]) -> list[tuple]:
+    def calibration(
+        self,
+        sentences: int | Sequence[Sequence[int]],
+        buckets: Sequence[int] = BUCKETS,
+    ) -> list[tuple]:
         """(tokens, mask) of large batches of few shapes.
 
         Args:
           sentences: so many of the calibration split, or token ids.
+          buckets: lengths of the batches; each is compiled.
         """
         if isinstance(sentences, int):
             sentences = self.tokenize(text.sentences("calibration", sentences))
-        found = batches.batches(sentences, CALIBRATION_ROWS, LONGEST, buckets=BUCKETS)
+        found = batches.batches(sentences, CALIBRATION_ROWS, LONGEST, buckets=buckets)
         return [(b.tokens, b.mask) for b in found]
 
 
