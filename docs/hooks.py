@@ -49,7 +49,16 @@ ROOMS = {
 BY_MODULE = ("io", "models", "ops", "gpu", "streaming")
 """Rooms of which every module is shown; of the others what the package exports."""
 
-FIRST = ("prune", "Pruned", "discover", "calibrate", "solve", "decide", "densify", "pack")
+FIRST = (
+    "prune",
+    "Pruned",
+    "discover",
+    "calibrate",
+    "solve",
+    "decide",
+    "densify",
+    "pack",
+)
 """Names that open their room, in the order in which a model passes them."""
 
 SOURCE = re.compile(r"arXiv:(\d{4}\.\d{4,5})|(?:ICLR|ICML|NeurIPS|MLSys|CVPR) \d{4}")

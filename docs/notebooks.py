@@ -1,8 +1,8 @@
 """Pages of the notebooks of colab/, with what they printed.
 
-`make notebooks` runs copies of them in build/notebooks, and what they print stays there:
-no output is committed, so none is older than its code. A notebook that has not run since
-it was edited is shown without outputs, and its page says so.
+`make notebooks` runs copies of them in build/notebooks, and what they print stays
+there: no output is committed, so none is older than its code. A notebook that has not
+run since it was edited is shown without outputs, and its page says so.
 """
 
 import json

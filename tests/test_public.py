@@ -160,8 +160,11 @@ def test_the_address_of_the_project_is_the_same_everywhere():
     ]
     address = re.compile(rf"{re.escape(host)}/([\w.-]+/{made['name']})\b")
     badge = re.compile(rf"colab\.[\w.]+/github/([\w.-]+/{made['name']})/blob")
-    known = {path: {*address.findall(t), *badge.findall(t)} for path in pages
-             if (t := path.read_text())}
+    known = {
+        path: {*address.findall(t), *badge.findall(t)}
+        for path in pages
+        if (t := path.read_text())
+    }
     assert {one for names in known.values() for one in names} == {repository}
     assert all(known[path] for path in pages if path.suffix == ".ipynb")
 
