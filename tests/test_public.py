@@ -132,7 +132,7 @@ def test_files_and_models_explain_functions_of_several_arguments(name):
 
 @pytest.mark.parametrize("cls", [*METHODS.values(), *PATTERNS.values()])
 def test_a_method_or_pattern_names_its_source_or_whose_it_is(cls):
-    text = doc(cls) + inspect.getmodule(cls).__doc__
+    text = doc(cls) + str(inspect.getmodule(cls).__doc__)
     assert SOURCE.search(text) or re.search(r"\b(ours|our own|no paper)\b", text)
 
 
