@@ -157,7 +157,7 @@ class Work:
                 Finished(self.folder, record(self.setting), writes=writes)
                 yield
             except BaseException:
-                self._leave()
+                self.leave()
                 raise
 
     def _begin(self, states: int) -> None:
@@ -170,10 +170,10 @@ class Work:
         try:
             self.writer = shards.Writer(self.model, index)
         except OSError:
-            self._leave()
+            self.leave()
             raise
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """Removes the folder of a run that failed, unless it holds what is of value."""
         worth = [*self.folder.glob("block-*.json"), *self.folder.rglob("*.npz")]
         worth += [self.budgets] if self.budgets.exists() else []
