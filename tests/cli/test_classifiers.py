@@ -12,10 +12,7 @@ from flexhinm_jax.cli.main import main  # noqa: E402
 from flexhinm_jax.io import huggingface  # noqa: E402
 from tests.models import encoder_cases  # noqa: E402
 
-
-@pytest.fixture(params=["deit, distilled", "resnet"])
-def case(request):
-    return encoder_cases.CASES[request.param]
+IN_ORDER = ("--sequential", "--method", "sparsegpt")
 
 
 @pytest.fixture
@@ -33,13 +30,18 @@ def run(folder, command, *options):
     return main([str(x) for x in (command, *paths, *options)])
 
 
-@pytest.mark.parametrize("order", [(), ("--sequential", "--method", "sparsegpt")])
+@pytest.mark.parametrize(
+    ("case", "order"),
+    [
+        (encoder_cases.CASES["deit, distilled"], ()),
+        (encoder_cases.CASES["deit, distilled"], IN_ORDER),
+        (encoder_cases.CASES["resnet"], ()),
+    ],
+)
 def test_a_classifier_is_pruned_and_compared(folder, case, order, capsys):
     pixels = folder / "pixels.npy"
     options = ["--method", "wanda", *order, "--calibration", pixels, "--eval", pixels]
     options += ["--batch-size", 4, "--out", folder / "out", "--json"]
-    if order and case["model_type"] == "resnet":
-        pytest.skip("its convolutions in order take long to compile")
     assert run(folder, "prune", *options) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["images"] == 6 and document["evaluation"]["count"] == 6
@@ -54,7 +56,8 @@ def test_a_classifier_is_pruned_and_compared(folder, case, order, capsys):
         groups = np.moveaxis(after[name], 1, -1).reshape(-1, 4)
         assert ((groups != 0).sum(1) <= 2).all(), name
     for name in before.keys() - pruned:
-        np.testing.assert_array_equal(after[name], before[name])
+        if not (order and name.endswith("bias")):  # in order, biases make up for shifts
+            np.testing.assert_array_equal(after[name], before[name])
 
     model = models.load(folder / "out")
     packed = models.load(folder / "out", packed=True)
@@ -93,7 +96,8 @@ def test_masks_of_a_classifier_are_learned(folder, case, capsys):
     options = ["--calibration", folder / "pixels.npy", "--steps", 2, "--batch-size", 2]
     assert run(folder, "learn", *options, "--out", folder / "out", "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["images"] == 6 and document["total"]["zeros"] == 0.5
+    assert document["images"] == 6
+    assert document["total"]["zeros"] == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("case", [encoder_cases.CASES["vit"]])
