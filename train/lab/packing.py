@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from flexhinm_jax.models.encoder import ACTIVATIONS, EncoderConfig
+from flexhinm_jax.models.encoder import EncoderConfig
+from flexhinm_jax.models.transformer import ACTIVATIONS
 
 Precision = Literal["float32", "bfloat16"]
 
