@@ -1,9 +1,11 @@
 """lm-evaluation-harness itself on a local task, with a tiny model."""
 
 import dataclasses
+import functools
 import json
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 pytest.importorskip("safetensors")
 import flexhinm_jax as fh  # noqa: E402
 from flexhinm_jax.models import harness  # noqa: E402
+from flexhinm_jax.models.load import ENCODER  # noqa: E402
 from tests.models import directories  # noqa: E402
 
 CONFIG = directories.QWEN2 | {"num_hidden_layers": 1, "max_position_embeddings": 40}
@@ -42,13 +45,22 @@ def model(tmp_path_factory):
     return fh.models.load(folder)
 
 
+apply = functools.partial(jax.jit, static_argnums=0)(lambda f, params, x: f(params, x))
+
+
+def last_logits(model, tokens):
+    """Of a forward pass over the tokens and, one program for all, zeros behind them."""
+    padded = jnp.asarray([tokens + [0] * (40 - len(tokens))], jnp.int32)
+    return np.asarray(
+        apply(model.apply, model.params, padded)[0, len(tokens) - 1], float
+    )
+
+
 def by_hand(model, context, text):
     """(nats, greedy) of the last tokens, each from a forward pass of its own."""
     tokens, total, greedy = [*context], 0.0, True
     for token in text:
-        logits = np.asarray(
-            model.apply(model.params, jnp.asarray([tokens], jnp.int32))[0, -1], float
-        )
+        logits = last_logits(model, tokens)
         total += logits[token] - np.log(np.exp(logits).sum())
         greedy &= int(logits.argmax()) == token
         tokens.append(token)
@@ -67,8 +79,7 @@ def test_likelihoods_are_those_of_one_token_after_the_other(model):
 
 
 def by_hand_best(model, tokens):
-    logits = model.apply(model.params, jnp.asarray([tokens], jnp.int32))[0, -1]
-    return int(jnp.argmax(logits))
+    return int(last_logits(model, tokens).argmax())
 
 
 def test_a_context_that_does_not_fit_is_cut_at_its_beginning(model):
@@ -94,7 +105,7 @@ def test_continuations_are_greedy_up_to_a_stop(model):
 
 
 def test_an_encoder_and_a_missing_package_are_named(model, monkeypatch):
-    other = dataclasses.replace(model, config=object())
+    other = dataclasses.replace(model, kind=ENCODER)
     with pytest.raises(ValueError, match="is an encoder"):
         harness.adapter(other)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
