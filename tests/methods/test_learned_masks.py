@@ -11,29 +11,30 @@ import pytest
 import flexhinm_jax as fh
 from flexhinm_jax.ops import masks, prox
 from tests.cases import stats, weight
+from tests.compiled import decide, solve
 
 KEY = jax.random.key(0)
 
 
 def solved(method, w=None):
     w = weight() if w is None else w
-    return method.solve(KEY, w, stats(inputs=w.shape[1], outputs=w.shape[0]))
+    return solve(method, KEY, w, stats(inputs=w.shape[1], outputs=w.shape[0]))
 
 
 @pytest.mark.parametrize("name", ["MaskLLM", "MaskPro"])
 def test_the_start_is_the_mask_of_the_prior(name):
     method = getattr(fh, name)(fh.NM(2, 4), scores=fh.RIA())
-    want = fh.RIA(fh.NM(2, 4)).solve(KEY, weight(), stats()).fixed["support"].keep
-    plan = method.decide(solved(method), weight())
+    want = solve(fh.RIA(fh.NM(2, 4)), KEY, weight(), stats()).fixed["support"].keep
+    plan = decide(method, solved(method), weight())
     np.testing.assert_array_equal(plan.support.keep, want)
 
 
 def test_samples_of_maskllm_keep_n_in_every_group_of_a_permuted_pattern():
     method = fh.MaskLLM(fh.FlexHiNM(8, permute=None))
-    state = method.solve(KEY, weight(), stats(), sparsity=0.6)
+    state = solve(method, KEY, weight(), stats(), sparsity=0.6)
     ones = jnp.ones_like(weight())
-    mask = method.decide(state, ones, key=KEY).weight
-    hard = method.decide(state, ones).weight
+    mask = decide(method, state, ones, key=KEY).weight
+    hard = decide(method, state, ones).weight
     np.testing.assert_allclose(mask.sum(1), hard.sum(1), atol=1e-4)
     assert 0 < float(jnp.mean((mask > 0.01) & (mask < 0.99))) < 1
 
@@ -44,7 +45,7 @@ def test_only_logits_have_gradients_that_reach_the_loss():
 
     def loss(logits, w):
         now = dataclasses.replace(state, learned={"logits": logits})
-        return jnp.sum(jnp.square(method.decide(now, w, key=KEY).weight))
+        return jnp.sum(jnp.square(decide(method, now, w, key=KEY).weight))
 
     grad = jax.grad(loss)(state.learned["logits"], weight())
     assert float(jnp.abs(grad).max()) > 0
@@ -79,10 +80,10 @@ def test_learned_masks_reconstruct_better_than_magnitude_and_wanda():
     w, s = layer()
     found = {}
     for method in (fh.Magnitude(), fh.Wanda()):
-        plan = method.decide(method.solve(KEY, w, s), w)
+        plan = decide(method, solve(method, KEY, w, s), w)
         found[type(method).__name__] = float(error(w, plan.weight, s.gram))
     method, steps = fh.MaskLLM(reward=0.0), 600
-    state = method.solve(KEY, w, s)
+    state = solve(method, KEY, w, s)
     tx = optax.adamw(1e-2, b2=0.95, weight_decay=0.0)
 
     @jax.jit
@@ -93,7 +94,7 @@ def test_learned_masks_reconstruct_better_than_magnitude_and_wanda():
 
         def loss(learned):
             now = dataclasses.replace(state, learned=learned)
-            return error(w, method.decide(now, w, key=sample).weight, s.gram)
+            return error(w, decide(method, now, w, key=sample).weight, s.gram)
 
         updates, opt = tx.update(jax.grad(loss)(state.learned), opt, state.learned)
         learned = optax.apply_updates(state.learned, updates)
@@ -101,7 +102,7 @@ def test_learned_masks_reconstruct_better_than_magnitude_and_wanda():
 
     start = (state, tx.init(state.learned), KEY)
     (state, _, _), _ = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.float32))
-    learned = float(error(w, method.decide(state, w).weight, s.gram))
+    learned = float(error(w, decide(method, state, w).weight, s.gram))
     assert learned < 0.85 * found["Wanda"] < found["Magnitude"]
 
 
@@ -114,7 +115,7 @@ def test_the_score_of_maskpro_is_the_gradient_of_the_log_probability():
         return method.log_prob(now, key=KEY)
 
     logits = state.learned["logits"]
-    mask = method.decide(state, jnp.ones_like(weight()), key=KEY).weight
+    mask = decide(method, state, jnp.ones_like(weight()), key=KEY).weight
     assert set(np.unique(mask)) == {0.0, 1.0}
     np.testing.assert_array_equal(mask.reshape(16, -1, 4).sum(-1), 2)
     grad = jax.grad(log_prob)(logits)
@@ -135,10 +136,10 @@ def test_without_gradients_proxsparse_is_magnitude_and_restores_the_weights():
     for _ in range(30):
         state = method.constrain(state)
     assert float(method.metrics(state)["sparse_groups"]) > 0.9
-    plan = method.decide(state, w)
+    plan = decide(method, state, w)
     want = jnp.where(masks.n_of_m(jnp.abs(w), n=2, m=4), w, 0)
     np.testing.assert_array_equal(plan.weight, want)
-    moved = method.decide(state, w, key=KEY).weight
+    moved = decide(method, state, w, key=KEY).weight
     assert float(prox.regularizer24(moved.reshape(-1, 4)).max()) < 1
 
 

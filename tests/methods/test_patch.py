@@ -8,13 +8,14 @@ import pytest
 import flexhinm_jax as fh
 from flexhinm_jax.ops import masks
 from tests.cases import stats, weight
+from tests.compiled import decide, solve
 
 KEY = jax.random.key(0)
 TILES = fh.Tiles((4, 8))
 
 
 def solved(method, sparsity=0.25, seed=0):
-    return method.solve(KEY, weight(seed), stats(seed), sparsity=sparsity)
+    return solve(method, KEY, weight(seed), stats(seed), sparsity=sparsity)
 
 
 def moved(state, seed=1, size=1.0):
@@ -32,7 +33,7 @@ def test_the_density_follows_from_the_tile_probabilities(mode):
     method = fh.Patch(TILES, mode=mode, tile_temperature=(1.0, 1.0))
     state = moved(solved(method), size=0.05)
     ones = jnp.ones_like(weight())
-    drawn = jax.vmap(lambda k: method.decide(state, ones, key=k).weight.mean())(
+    drawn = jax.vmap(lambda k: decide(method, state, ones, key=k).weight.mean())(
         jax.random.split(KEY, 4000)
     )
     # A logistic gate at temperature 1 has the mean of a uniform one only when fair, so
@@ -60,8 +61,8 @@ def test_every_relaxed_mask_is_between_n_of_m_and_dense():
 
 def test_the_start_is_the_support_of_the_scores():
     method = fh.Patch(TILES, scores=fh.Magnitude())
-    want = fh.Magnitude(TILES).solve(KEY, weight(), None, sparsity=0.25)
-    plan = method.decide(solved(method), weight())
+    want = solve(fh.Magnitude(TILES), KEY, weight(), None, sparsity=0.25)
+    plan = decide(method, solved(method), weight())
     np.testing.assert_array_equal(plan.support.keep, want.fixed["support"].keep)
 
 
@@ -69,10 +70,10 @@ def test_the_start_is_the_support_of_the_scores():
 def test_hardening_meets_the_budget_whatever_was_learned(sparsity):
     method = fh.Patch(TILES)
     state = method.harden(moved(solved(method, sparsity)), weight())
-    plan = method.decide(state, weight())
+    plan = decide(method, state, weight())
     fh.verify(plan)
     np.testing.assert_allclose(plan.support.keep.mean(), 1 - sparsity)
-    sample = method.decide(state, weight(), key=KEY).weight
+    sample = decide(method, state, weight(), key=KEY).weight
     np.testing.assert_array_equal(sample, plan.weight)
 
 
@@ -107,7 +108,7 @@ def test_in_tile_mode_the_patterns_stay_those_of_the_scores():
     method = fh.Patch(TILES, mode="tile", scores=fh.Magnitude())
     state = moved(solved(method))
     assert set(state.learned) == {"tiles"}
-    keep = method.decide(state, weight()).support.keep
+    keep = decide(method, state, weight()).support.keep
     dense = TILES.spread(TILES.tiles(keep).all(-1))
     want = masks.n_of_m(jnp.abs(weight()), n=2, m=4)
     np.testing.assert_array_equal(keep, dense | want)
@@ -117,15 +118,15 @@ def test_without_noise_the_gates_are_their_probabilities_or_the_dense_tiles():
     state = moved(solved(fh.Patch(TILES)), size=0.05)
     ones = jnp.ones_like(weight())
     even = fh.Patch(TILES, relaxation="expected", tile_temperature=(1.0, 1.0))
-    expected = even.decide(even.anneal(state, 0.0), ones, key=KEY).weight.mean()
+    expected = decide(even, even.anneal(state, 0.0), ones, key=KEY).weight.mean()
     np.testing.assert_allclose(expected, even.density(state), atol=1e-6)
     decided = fh.Patch(TILES, relaxation="decided")
-    hard = decided.decide(state, ones).weight
-    np.testing.assert_array_equal(decided.decide(state, ones, key=KEY).weight, hard)
+    hard = decide(decided, state, ones).weight
+    np.testing.assert_array_equal(decide(decided, state, ones, key=KEY).weight, hard)
 
     def kept(tiles):
         now = dataclasses.replace(state, learned=state.learned | {"tiles": tiles})
-        return decided.decide(now, ones, key=KEY).weight.sum()
+        return decide(decided, now, ones, key=KEY).weight.sum()
 
     assert bool(jnp.all(jax.grad(kept)(state.learned["tiles"]) > 0))
 
@@ -138,7 +139,7 @@ def test_a_prior_of_shares_ranks_tiles_as_the_scores_do_whatever_their_unit():
     dropped = dropped.reshape(4, 4, -1, 8).sum((1, 3))
     logits = np.log(dropped / scores.sum()) / method.tile_scale[0]
     np.testing.assert_allclose(state.learned["tiles"], logits, rtol=1e-5)
-    double = method.solve(KEY, 2 * weight(), stats(), sparsity=0.25)
+    double = solve(method, KEY, 2 * weight(), stats(), sparsity=0.25)
     tiles = double.learned["tiles"]
     np.testing.assert_allclose(tiles, state.learned["tiles"], rtol=1e-5)
 
@@ -170,6 +171,6 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 def test_targets_and_tiles_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"outside \[0, 0.5\]"):
-        solved(fh.Patch(TILES), 0.75)
+        fh.Patch(TILES).solve(KEY, weight(), stats(), sparsity=0.75)
     with pytest.raises(ValueError, match="not a multiple of"):
         fh.Patch().solve(KEY, weight(), stats(), sparsity=0.25)

@@ -1,3 +1,4 @@
+import itertools
 import os
 import re
 import subprocess
@@ -36,8 +37,21 @@ def test_a_document_goes_to_one_split_and_repeats_count_once(monkeypatch):
     assert all(found.values())
 
 
-def test_another_process_reads_the_same_sentences():
-    code = "from train.lab import text; print(text.digest())"
+SOME = """
+from itertools import islice
+from train.lab import text
+whole = text.documents
+text.documents = lambda: islice(whole(), {count})
+print(text.digest())
+"""
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(None, marks=pytest.mark.slow)])
+def test_another_process_reads_the_same_sentences(monkeypatch, count):
+    whole = text.documents
+    monkeypatch.setattr(text, "documents", lambda: itertools.islice(whole(), count))
+    monkeypatch.setattr(text, "_by_split", text._by_split.__wrapped__)
+    code = SOME.format(count=count)
     other = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
