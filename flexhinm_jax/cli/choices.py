@@ -42,7 +42,7 @@ def check(args: argparse.Namespace, kind: Kind) -> Choices:
     args.method = args.method or best(pattern)
     method = methods.parse(args.method, pattern)
     low, high = pattern.sparsity_range()
-    checks.sparsity(args.sparsity, low, high, pattern, "--sparsity")
+    checks.sparsity(args.sparsity, low, high, pattern, f"--pattern {args.pattern}")
     rules, exceptions = flags.rules(args.rule)
     directory.check_out(args)
     if method.needs == "gradients":

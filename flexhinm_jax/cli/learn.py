@@ -162,7 +162,9 @@ def _check(args: argparse.Namespace, kind: Kind) -> Choices:
     decoder = kind.reads is Reads.TEXT
     pattern = patterns.parse(args.pattern)
     method = few_steps.method(args.method, pattern)
-    checks.sparsity(args.sparsity, *pattern.sparsity_range(), pattern, "--sparsity")
+    checks.sparsity(
+        args.sparsity, *pattern.sparsity_range(), pattern, f"--pattern {args.pattern}"
+    )
     rate = few_steps.RATES[args.method] if args.rate is None else args.rate
     if not 0 < rate < math.inf:
         raise ValueError(f"--rate {rate}: need a positive number")

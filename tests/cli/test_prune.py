@@ -296,7 +296,12 @@ PYTHON = r"\w=|\w\(|\{|None|True|False"
     ("options", "extra", "wanted"),
     [
         (dict(pattern="nm:n=2,m=24"), [], "exclude the leaf with --rule 'REGEX=skip'"),
-        (dict(pattern="2:4", sparsity="0.7"), [], "leave --sparsity out"),
+        (
+            dict(pattern="2:4", sparsity="0.7"),
+            [],
+            "error: --pattern 2:4: --sparsity 0.7, but NM(n=2, m=4) always removes 0.5;"
+            " leave --sparsity out",
+        ),
         (dict(pattern="vector:v=8"), [], "pass --sparsity in"),
         (dict(pattern="vector:v=8", sparsity="75"), [], "--sparsity 75 is outside"),
         (
