@@ -36,9 +36,9 @@ def prepare(tree: Any, backend: str = "auto") -> Any:
         and for "dense" runs the kernel for few tokens, the matrix for many.
 
     Returns:
-      The same tree with `layouts` filled. The layout of "xla" holds every stored value
-      and 2 bytes for its column beside the canonical arrays; `packed.nbytes` counts
-      all of it.
+      The same tree with `layouts` filled. The layout of "xla" holds every stored value,
+      2 bytes for its column and the bits of its position beside the canonical arrays;
+      `packed.nbytes` counts all of it.
 
     Raises:
       ValueError: an unknown backend.

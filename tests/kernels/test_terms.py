@@ -31,11 +31,9 @@ def layer():
 def scattered(given, shape):
     """The dense matrix that the terms describe, one addition per term."""
     w = np.zeros(shape, np.float32)
-    values, columns = np.asarray(given.values), np.asarray(given.columns)
-    for block in range(values.shape[0]):
-        for k in range(values.shape[2]):
-            rows = np.arange(shape[0])
-            np.add.at(w, (rows, columns[block, :, k]), values[block, :, k])
+    rows = np.argsort(given.inverse)
+    for values, columns in zip(given.values, given.columns, strict=True):
+        np.add.at(w, (rows, np.asarray(columns)), np.asarray(values))
     return w
 
 
@@ -44,7 +42,7 @@ def test_terms_add_up_to_the_dense_matrix(layer):
     np.testing.assert_array_equal(scattered(given, w.shape), w)
     assert given.columns.dtype == jnp.uint16
     kept = packed.dense_values.shape[2] + packed.nm_values.shape[2]
-    assert given.values.shape == (-(-kept // terms.BLOCK), 16, terms.BLOCK)
+    assert given.values.shape == (kept + -kept % terms.BLOCK, 16)
 
 
 def test_terms_of_ragged_tiles_add_up_to_the_dense_matrix():
@@ -77,19 +75,20 @@ def _natural(w):
 
 @pytest.mark.parametrize(
     ("rows", "chunk"),
-    [(1, 1), (7, 7), (8, 8), (9, 16), (64, 64), (128, 128), (129, 72), (1000, 128)],
+    [(1, 1), (6, 6), (7, 8), (9, 16), (64, 64), (128, 128), (129, 72), (1000, 128)],
 )
 def test_chunks_are_equal_parts_in_whole_vectors(rows, chunk):
     assert terms.chunk_of(rows) == chunk
 
 
-@pytest.mark.parametrize("rows", [1, 13])
+@pytest.mark.parametrize("rows", [1, 6, 7, 13])
 def test_the_product_is_that_of_the_dense_matrix_and_nan_fills_its_row(layer, rows):
-    _, w, given = layer
+    packed, w, given = layer
     x = jax.random.normal(jax.random.key(3), (rows, w.shape[1]))
-    y = jax.jit(terms.matmul, static_argnums=2)(x, given, jnp.float32)
+    multiply = jax.jit(terms.matmul, static_argnums=3)
+    y = multiply(x, packed, given, jnp.float32)
     np.testing.assert_allclose(y, x @ w.T, rtol=1e-5, atol=1e-5)
-    y = terms.matmul(x.at[-1, 0].set(jnp.nan), given, jnp.float32)
+    y = multiply(x.at[-1, 0].set(jnp.nan), packed, given, jnp.float32)
     assert np.isnan(y[-1]).all() and not np.isnan(y[:-1]).any()
 
 
@@ -98,18 +97,37 @@ def test_several_chunks_and_one_block_at_a_time(layer, monkeypatch):
     monkeypatch.setattr(terms, "CHUNK", 8)
     _, w, given = layer
     x = jax.random.normal(jax.random.key(4), (13, w.shape[1]))
-    y = terms.matmul(x, given, jnp.float32)
+    y = terms.gather(x, given, jnp.float32)
     np.testing.assert_allclose(y, x @ w.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "m", "columns"), [(2, 4, 72), (3, 4, 28), (2, 5, 60)])
+def test_selecting_is_gathering_for_every_group_and_every_tail(n, m, columns):
+    packed, w = pack((8, columns), fh.NM(n, m))
+    x = jax.random.normal(jax.random.key(3), (2, columns))
+
+    @jax.jit
+    def products(x, packed):
+        given = terms.terms_of(packed)
+        return (
+            terms.select(x, packed.filled(), given),
+            terms.gather(x, given, jnp.float32),
+            terms.gather_canonical(x, packed, jnp.float32),
+        )
+
+    for y in products(x, packed):
+        np.testing.assert_allclose(y, x @ w.T, rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_is_multiplied_exactly_and_rounded_once():
     packed, w = pack((16, 32), fh.NM(2, 4), jnp.bfloat16)
     given = terms.terms_of(packed)
-    x = jax.random.normal(jax.random.key(3), (9, 32)).astype(jnp.bfloat16)
-    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
-    y = terms.matmul(x, given, jnp.float32)
-    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
-    assert terms.matmul(x, given, jnp.bfloat16).dtype == jnp.bfloat16
+    for rows in (2, 9):
+        x = jax.random.normal(jax.random.key(3), (rows, 32)).astype(jnp.bfloat16)
+        exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+        y = terms.matmul(x, packed, given, jnp.float32)
+        np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
+        assert terms.matmul(x, packed, given, jnp.bfloat16).dtype == jnp.bfloat16
 
 
 def test_a_prepared_stack_multiplies_like_its_members_and_passes_gradients(layer):
