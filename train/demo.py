@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=512, help="sentences")
     parser.add_argument("--evaluation", type=int, default=512, help="sentences")
     args = parser.parse_args()
-    started, console = time.perf_counter(), Console()
+    clock, console = results.Clock(), Console()
     atomic.check_directory(args.out, overwrite=True)
     with results.bars(console) as progress:
         done = ""
@@ -275,7 +275,7 @@ def main() -> None:
         f"packed model = densified model to {gap:.1e}\n"
         f"wrote {args.out}/ with the model pruned by {last.row.title},"
         " packed.safetensors, report.json, regions.png, similarity.png\n"
-        f"{time.perf_counter() - started:.0f} seconds",
+        f"{clock}",
         highlight=False,
         soft_wrap=True,
     )

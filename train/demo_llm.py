@@ -14,7 +14,6 @@ be read by transformers; `flexhinm generate --packed` runs what was packed.
 import argparse
 import importlib.util
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -186,7 +185,7 @@ def main() -> None:
     add("--prompt", default=PROMPT)
     add("--words", type=int, default=40, help="tokens that the prompt is continued by")
     args = parser.parse_args()
-    console, started = Console(), time.perf_counter()
+    console, clock = Console(), results.Clock()
     keep_compiled()
     if args.text:
         calibration, evaluation = (path.read_text() for path in args.text)
@@ -225,7 +224,7 @@ def main() -> None:
         f" of 512 tokens; perplexity on {models[0].score.tokens:,} tokens in windows of"
         f" {models[0].score.length}.\nWrote {args.out}/: dense, {places},"
         " perplexity.png, report.json."
-        f"\n{math.ceil(time.perf_counter() - started)} seconds",
+        f"\n{clock}",
         highlight=False,
         soft_wrap=True,
     )

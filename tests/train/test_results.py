@@ -1,7 +1,11 @@
 """Records survive a stop, divergence is an error, tables and figures are written."""
 
 import json
+import re
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from train.lab import results
 
@@ -76,3 +80,14 @@ def test_curves_are_drawn_for_the_metrics_that_exist(tmp_path):
     }
     results.curves(tmp_path / "curves.png", runs, ["loss", "sparsity", "temperature"])
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_clock_counts_what_was_compiled_and_nothing_else():
+    clock = results.Clock()
+    run, x = jax.jit(lambda x: jnp.cos(x) * 3 + 1), jnp.ones(3)
+    run(x).block_until_ready()
+    compiled = clock.compiled
+    assert compiled > 0
+    run(x).block_until_ready()
+    assert clock.compiled == compiled
+    assert re.fullmatch(r"\d+ seconds, \d+ % of them compiling", str(clock))

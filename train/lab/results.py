@@ -5,10 +5,12 @@ import itertools
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import (
@@ -23,8 +25,35 @@ from rich.table import Table
 import flexhinm_jax as fh
 from flexhinm_jax.io.checkpoints import Checkpoints
 
+#: What JAX reports after every compilation, reading a cached program included.
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
 #: Of a row of a run: what is no figure of its step.
 PLACES = ("kind", "step", "stage", "part", "seconds", "finite", "grad_norm")
+
+
+class Clock:
+    """Seconds of a program, and how many of them XLA compiled.
+
+    Attributes:
+      compiled: seconds in the compiler since the clock was made.
+    """
+
+    def __init__(self):
+        """Starts."""
+        self.compiled = 0.0
+        self._started = time.perf_counter()
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def __str__(self) -> str:
+        """Such as "226 seconds, 31 % of them compiling"."""
+        seconds = time.perf_counter() - self._started
+        share = self.compiled / seconds
+        return f"{math.ceil(seconds)} seconds, {100 * share:.0f} % of them compiling"
+
+    def _add(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILED:
+            self.compiled += duration_secs
 
 
 def follow(
