@@ -34,7 +34,7 @@ from jax.typing import DTypeLike
 
 from flexhinm_jax import jax_versions
 from flexhinm_jax.kernels import positions
-from flexhinm_jax.kernels.packing import accumulator, spread_nan
+from flexhinm_jax.kernels.packing import accumulator, spread_nan, stored_columns
 from flexhinm_jax.ops import words
 from flexhinm_jax.types import PackedWeight, exportable
 
@@ -198,6 +198,11 @@ def inputs_of(packed: PackedWeight) -> tuple[Array, ...]:
     """
     t, v, kept = packed.nm_values.shape
     n, m, groups = packed.n, packed.m, kept // packed.n
+    if not _selects(packed):
+        spread = jnp.broadcast_to(packed.nm_index[:, None], (t, v, groups * m))
+        inner = jnp.take_along_axis(spread, stored_columns(packed), axis=2)
+        inner = inner.astype(_narrow(packed))
+        return tuple(inner[..., k::n] for k in range(n))
     index = packed.nm_index.astype(_narrow(packed)).reshape(t, 1, groups, m)
     slots = lax.optimization_barrier(jnp.moveaxis(index, -1, 0))
     position = positions_of(packed)
