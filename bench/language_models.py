@@ -93,11 +93,10 @@ def recipes() -> dict[str, Recipe]:
         both = f"2:4 {method} reordered and reconstructed"
         add(FIFTY, both, options, "reorder")
         add(FIFTY, f"2:4 {method} rotated", plain, "rotate")
-        add(FIFTY, f"2:4 {method} rotated and reordered", plain, "rotate", "reorder")
-        every = f"2:4 {method} rotated, reordered and reconstructed".replace(
-            ",", " and"
-        )
-        add(FIFTY, every, options, "rotate", "reorder")
+        add(FIFTY, f"2:4 {method} rotated and reconstructed", options, "rotate")
+    for name, verb in (("reordered", "reorder"), ("rotated", "rotate")):
+        more = Recipe(FIFTY, "--method sparsegpt --pattern 2:4", (verb,), 128)
+        rows[f"2:4 sparsegpt {name} on 128 samples"] = more
     for n, m in ((2, 4), (4, 8), (16, 32)):
         for method in ("wanda", "sparsegpt", "alps"):
             for kind in ("nm", "transposable"):
