@@ -250,7 +250,7 @@ def write(
     with atomic.directory(out, overwrite=overwrite) as folder:
         huggingface.copy_others(source, folder)
         if untied:
-            text = blocks.given | {"tie_word_embeddings": False}
+            text = blocks.contents | {"tie_word_embeddings": False}
             (folder / huggingface.CONFIG).write_text(json.dumps(text, indent=2) + "\n")
         writer = shards.Writer(folder, index)
         written = set()
