@@ -9,6 +9,7 @@ from flexhinm_jax.cli import choices
 from flexhinm_jax.cli.main import parser
 from flexhinm_jax.models import load
 from flexhinm_jax.models.evaluation import perplexity
+from flexhinm_jax.models.load import DECODER
 from tests.models import directories
 
 
@@ -20,7 +21,7 @@ def test_every_row_is_a_command_that_is_accepted(name, tmp_path):
     args = parser().parse_args(line)
     args.model = tmp_path / "model"
     args.model.mkdir()
-    checked = choices.check(args, is_decoder=True)
+    checked = choices.check(args, DECODER)
     assert checked.method.needs != "gradients"
     sparsity = checked.sparsity
     low, high = checked.method.pattern.sparsity_range()
