@@ -185,7 +185,7 @@ def cut(text: str, width: int) -> str:
 
     Example:
       >>> cut("encoder.layer.*.output.dense.weight x6", 24)
-      'encoder…t.dense.weight x6'
+      'encoder….dense.weight x6'
     """
     if len(text) <= width:
         return text

@@ -77,7 +77,7 @@ def test_no_chip_and_no_layout_brings_the_loops_back(weights, chip, layout):
 
 def test_the_loops_are_what_other_platforms_run(weights):
     packed, w = next((p, w) for p, w in weights.values() if p.tiles > 1)
-    assert "while" in lowered(product, normal(300, w.shape[1]), packed, "cpu")
+    assert "while" in lowered(product, normal(16, w.shape[1]), packed, "cpu")
 
 
 @pytest.mark.parametrize("name", ALL)

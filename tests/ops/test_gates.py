@@ -89,7 +89,12 @@ def test_the_gradient_of_the_mean_gate_agrees_with_finite_differences():
 
 
 @given(
-    hnp.arrays(np.float32, (6, 4), elements=st.floats(-5, 5, width=32)),
+    hnp.arrays(
+        np.float32,
+        (6, 4),
+        # XLA compares subnormal numbers as zeros.
+        elements=st.floats(-5, 5, width=32, allow_subnormal=False),
+    ),
     st.integers(1, 3),
 )
 def test_hardening_opens_n_and_agrees_with_the_threshold_where_that_does(x, n):
