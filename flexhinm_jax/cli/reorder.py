@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     console.result(
         document,
         table(
-            ("channels", ">scores kept before", ">after"),
+            ("channels", ">costs kept before", ">after"),
             [(name, f"{a:.4f}", f"{b:.4f}") for name, a, b in rows if a == a],
         ),
         f"{args.out}: the same function; prune it with --pattern {args.pattern}",

@@ -37,13 +37,15 @@ from flexhinm_jax.types import Stats
 
 __all__ = ["Group", "Reordered", "reorder"]
 
+DAMP = 0.01
+
 STREAM_ROWS = 16_384
 """Rows of all readers together that the order of the stream is searched on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """How N:M fits channels, before and after: shares of the Wanda scores kept.
+    """How N:M fits channels, before and after: shares of the costs that it keeps.
 
     Attributes:
       name: which channels: "stream", or the block and "heads" or "inner".
@@ -106,8 +108,8 @@ def reorder(
       progress: called with (blocks looked at, blocks in all).
 
     Returns:
-      What the orders keep of the scores |w| * ||x|| under N:M. Blocks with experts keep
-      the orders inside them.
+      What the orders keep of the costs of dropping weights (see `cost`) under N:M.
+      Blocks with experts keep the orders inside them.
 
     Raises:
       FileNotFoundError: a part of the directory is missing.
@@ -160,8 +162,8 @@ def searched(
     for layer in range(blocks.count):
         params, block = short(blocks.load(layer), layer), uses.program(layer)
         rows_of = [(h,) for h in hidden]
-        stats = calibrate(block.run, params, block.uses, rows_of, gram=False)
-        scores = {name: score(params[name], stats[name]) for name in stats}
+        stats = calibrate(block.run, params, block.uses, rows_of)
+        scores = {name: cost(params[name], stats[name]) for name in stats}
         orders.append(find.block(layer, scores, blocks.config))
         reading = [name for name in readers(blocks.config, layer) if name in scores]
         rows = np.concatenate([np.asarray(scores[name]) for name in reading])
@@ -173,10 +175,22 @@ def searched(
     return Basis(stream, heads, inner)
 
 
-def score(w: Array, stats: Stats) -> Array:
-    """Wanda's scores f32[out, in]."""
-    norms = jnp.sqrt(stats.sq_norm.astype(jnp.float32))
-    return jnp.abs(w.astype(jnp.float32)) * norms
+@jax.jit
+def cost(w: Array, stats: Stats) -> Array:
+    """What dropping each weight alone costs, f32[out, in]: w^2 / (G^-1)_jj.
+
+    The rest of its row moves to make up for it (optimal brain surgeon).
+    """
+    gram = stats.gram.astype(jnp.float32) / jnp.maximum(stats.count, 1)
+    return jnp.square(w.astype(jnp.float32)) / jnp.diagonal(inverse(gram))
+
+
+@jax.jit
+def inverse(gram: Array) -> Array:
+    """Of a Gram matrix with DAMP of its mean diagonal added, as SparseGPT does."""
+    size = len(gram)
+    damp = jnp.maximum(DAMP * jnp.trace(gram) / size, 1e-12)
+    return jnp.linalg.inv(gram + damp * jnp.eye(size, dtype=gram.dtype))
 
 
 class Searching:

@@ -37,12 +37,11 @@ from flexhinm_jax.models.basis import (
 )
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.streaming.blocks import Blocks, open_blocks, short
-from flexhinm_jax.streaming.reorder import write
+from flexhinm_jax.streaming.reorder import inverse, write
 from flexhinm_jax.streaming.streaming import split
 
 __all__ = ["Learning", "Rotated", "rotate"]
 
-DAMP = 0.01
 
 Turns = tuple[Array | None, Array]
 """Orthogonal matrices of the stream, or None, and of the heads of every block."""
@@ -206,14 +205,6 @@ def calibrated(
 
 
 @jax.jit
-def inverse(gram: Array) -> Array:
-    """Of a Gram matrix with DAMP of its mean diagonal added, as SparseGPT does."""
-    size = len(gram)
-    damp = jnp.maximum(DAMP * jnp.trace(gram) / size, 1e-12)
-    return jnp.linalg.inv(gram + damp * jnp.eye(size, dtype=gram.dtype))
-
-
-@jax.jit
 def energy(w: Array, gram: Array) -> Array:
     """tr(W G W^T)."""
     w = w.astype(jnp.float32)
@@ -245,18 +236,18 @@ def shares(
     """
     n, m = form
     result = {}
-    for name, (inverse, energy) in inputs.items():
+    for name, (x, energy) in inputs.items():
         w = weights[name].astype(jnp.float32)
         if name == VALUES:
             w = of_heads(w, heads, 0)
         if name == OUTPUT:
-            repeated = jnp.repeat(heads, len(inverse) // len(heads), axis=0)
+            repeated = jnp.repeat(heads, len(x) // len(heads), axis=0)
             w = turned(of_heads(w, repeated, 1), stream, 0)
-            scale = diagonal(inverse, repeated).reshape(-1)
-        elif inverse.ndim == 1:
-            w, scale = turned(w, stream, 0), inverse
+            scale = diagonal(x, repeated).reshape(-1)
+        elif x.ndim == 1:
+            w, scale = turned(w, stream, 0), x
         else:
-            w, scale = turned(w, stream, 1), diagonal(inverse, stream)
+            w, scale = turned(w, stream, 1), diagonal(x, stream)
         costs = jnp.square(w) / scale
         least = -jax.lax.top_k(-costs.reshape(len(w), -1, m), m - n)[0]
         result[name] = 1 - jnp.sum(least) / jnp.maximum(energy, 1e-30)
