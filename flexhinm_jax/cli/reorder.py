@@ -30,13 +30,18 @@ def add_parser(commands: Any) -> None:
               flexhinm prune ordered --method sparsegpt --pattern 2:4 --out pruned
             """,
     )
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what every command has that writes the same function in other channels."""
     flags.add_model(parser)
     add = parser.add_argument
     add("--pattern", default="2:4", metavar="N:M", help="the groups (default: 2:4)")
     flags.add_calibration(parser)
     flags.add_samples(add)
     flags.add_written(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
@@ -56,18 +61,26 @@ def run(args: argparse.Namespace, console: Console) -> None:
             progress=tell,
         )
     rows = [(name, *result.mean(name)) for name in ("stream", "heads", "inner")]
+    show(args, console, ("channels", ">costs kept before", ">after"), rows)
+
+
+def show(
+    args: argparse.Namespace,
+    console: Console,
+    columns: tuple[str, str, str],
+    rows: list[tuple[str, float, float]],
+) -> None:
+    """Prints what was kept before and after; NaN where there was nothing to keep."""
     document = {
         "model": str(args.model),
         "out": str(args.out),
         "pattern": args.pattern,
         "kept": {name: {"before": a, "after": b} for name, a, b in rows},
     }
+    shown = [(name, f"{a:.4f}", f"{b:.4f}") for name, a, b in rows if a == a]
     console.result(
         document,
-        table(
-            ("channels", ">costs kept before", ">after"),
-            [(name, f"{a:.4f}", f"{b:.4f}") for name, a, b in rows if a == a],
-        ),
+        table(columns, shown),
         f"{args.out}: the same function; prune it with --pattern {args.pattern}",
     )
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from flexhinm_jax.cli import flags, prune_decoder
-from flexhinm_jax.cli.console import Console, table
-from flexhinm_jax.cli.reorder import form_of
+from flexhinm_jax.cli.console import Console
+from flexhinm_jax.cli.reorder import add_arguments, form_of, show
 from flexhinm_jax.streaming.blocks import open_blocks
 from flexhinm_jax.streaming.rotate import Learning, rotate
 
@@ -32,9 +32,8 @@ def add_parser(commands: Any) -> None:
               flexhinm prune rotated --method sparsegpt --pattern 2:4 --out pruned
             """,
     )
-    flags.add_model(parser)
+    add_arguments(parser)
     add = parser.add_argument
-    add("--pattern", default="2:4", metavar="N:M", help="the groups (default: 2:4)")
     add(
         "--steps",
         type=flags.positive,
@@ -49,9 +48,6 @@ def add_parser(commands: Any) -> None:
         default=first.rate,
         help=f"learning rate at the start (default: {first.rate})",
     )
-    flags.add_calibration(parser)
-    flags.add_samples(add)
-    flags.add_written(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,17 +69,4 @@ def run(args: argparse.Namespace, console: Console) -> None:
             progress=tell,
         )
     rows = [(name, result.before[name], result.after[name]) for name in result.before]
-    document = {
-        "model": str(args.model),
-        "out": str(args.out),
-        "pattern": args.pattern,
-        "kept": {name: {"before": a, "after": b} for name, a, b in rows},
-    }
-    console.result(
-        document,
-        table(
-            ("weights", ">kept before", ">after"),
-            [(name, f"{a:.4f}", f"{b:.4f}") for name, a, b in rows],
-        ),
-        f"{args.out}: the same function; prune it with --pattern {args.pattern}",
-    )
+    show(args, console, ("weights", ">kept before", ">after"), rows)

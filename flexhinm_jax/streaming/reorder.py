@@ -121,23 +121,37 @@ def reorder(
     Source: Pool and Yu, NeurIPS 2021 (channel permutation); Zhang et al. 2024, RIA.
     """
     arguments.key(key)
-    atomic.check_directory(out, overwrite=overwrite)
-    huggingface.check_copy(Path(directory), Path(out))
-    blocks = open_blocks(Path(directory))
-    search = search or ChannelSearch()
-    sizes = (blocks.config.hidden_size, blocks.config.head_size)
-    for name, size in zip(("stream", "heads"), sizes, strict=True):
-        if size % m:
-            raise ValueError(
-                f"{n}:{m} does not divide the {size} channels of the {name}; choose"
-                " another group size"
-            )
-    find = Searching(key, search, n, m)
+    blocks = opened(directory, out, (n, m), overwrite)
+    find = Searching(key, search or ChannelSearch(), n, m)
     batches = split(tokens, batch, blocks)
     with atomic.locked(out):
         basis = searched(find, blocks, batches, progress or (lambda *done: None))
         write(blocks, Path(directory), Path(out), basis, overwrite)
     return Reordered(tuple(find.groups))
+
+
+def opened(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    form: tuple[int, int],
+    overwrite: bool,
+) -> Blocks:
+    """The blocks of a directory whose channels shall be written in another basis.
+
+    Raises:
+      FileNotFoundError, FileExistsError, ValueError: see `reorder`.
+    """
+    atomic.check_directory(out, overwrite=overwrite)
+    huggingface.check_copy(Path(directory), Path(out))
+    blocks, (n, m) = open_blocks(Path(directory)), form
+    sizes = {"stream": blocks.config.hidden_size, "heads": blocks.config.head_size}
+    for name, size in sizes.items():
+        if size % m:
+            raise ValueError(
+                f"{n}:{m} does not divide the {size} channels of the {name}; choose"
+                " another group size"
+            )
+    return blocks
 
 
 def searched(

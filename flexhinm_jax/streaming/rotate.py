@@ -26,7 +26,6 @@ import optax
 from jax import Array
 
 from flexhinm_jax import arguments, atomic
-from flexhinm_jax.io import huggingface
 from flexhinm_jax.models.basis import (
     Basis,
     folded_block,
@@ -36,8 +35,8 @@ from flexhinm_jax.models.basis import (
     writers,
 )
 from flexhinm_jax.pruning.statistics import calibrate
-from flexhinm_jax.streaming.blocks import Blocks, open_blocks, short
-from flexhinm_jax.streaming.reorder import inverse, write
+from flexhinm_jax.streaming.blocks import Blocks, short
+from flexhinm_jax.streaming.reorder import inverse, opened, write
 from flexhinm_jax.streaming.streaming import split
 
 __all__ = ["Learning", "Rotated", "rotate"]
@@ -122,16 +121,8 @@ def rotate(
     Source: DenoiseRotator, arXiv:2505.23049; SliceGPT, arXiv:2401.15024, section 3.
     """
     arguments.key(key)
-    atomic.check_directory(out, overwrite=overwrite)
-    huggingface.check_copy(Path(directory), Path(out))
-    blocks = open_blocks(Path(directory))
-    config, learning = blocks.config, learning or Learning()
-    for name, size in (("stream", config.hidden_size), ("heads", config.head_size)):
-        if size % m:
-            raise ValueError(
-                f"{n}:{m} does not divide the {size} channels of the {name}; choose"
-                " another group size"
-            )
+    blocks = opened(directory, out, (n, m), overwrite)
+    learning = learning or Learning()
     total = blocks.count + learning.steps
     done = itertools.count(1)
 
