@@ -14,6 +14,7 @@ Gram matrices of what the products read, the second writes.
 import dataclasses
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -61,6 +62,14 @@ class Learning:
     steps: int = 200
     rate: float = 0.01
     blocks: int = 5
+
+    def __post_init__(self):
+        """Validates the configuration."""
+        arguments.configuration(self)
+        arguments.count(self.steps, "steps", 1)
+        arguments.count(self.blocks, "blocks", 1)
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"rate={self.rate!r}: need a positive number")
 
 
 @dataclasses.dataclass(frozen=True)

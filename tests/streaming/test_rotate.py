@@ -112,6 +112,20 @@ def test_bad_groups_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rate": float("nan")}, "rate=nan: need a number"),
+        ({"rate": -1.0}, "rate=-1.0: need a positive number"),
+        ({"steps": 0}, "steps=0: need an integer of at least 1"),
+        ({"blocks": 0}, "blocks=0: need an integer of at least 1"),
+    ],
+)
+def test_wrong_numbers_of_learning_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Learning(**wrong)
+
+
 def test_the_command_writes_a_directory_and_says_what_it_gained(tmp_path, capsys):
     dense, out = tmp_path / "dense", tmp_path / "out"
     directories.make_decoder_directory(dense, directories.LLAMA2)
