@@ -217,6 +217,37 @@ class Pattern(abc.ABC):
         checks.sparsity(sparsity, *self.sparsity_range(), self, path)
 
 
+@dataclasses.dataclass(frozen=True)
+class Grouped(Pattern):
+    """n of every m consecutive inputs stay, and nothing else goes.
+
+    Attributes:
+      n: kept per group.
+      m: group size; divides the inputs of the weight.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    @property
+    def form(self) -> tuple[int, int]:
+        """(n, m)."""
+        return self.n, self.m
+
+    def check_shape(self, shape: tuple[int, ...], path: str = "weight") -> None:
+        """Raises ValueError unless m divides the inputs."""
+        super().check_shape(shape, path)
+        checks.divisible(shape[1], self.m, "in", "m", path)
+
+    def sparsity_range(self) -> tuple[float, float]:
+        """Only 1 - n / m."""
+        return 1 - self.n / self.m, 1 - self.n / self.m
+
+    def granularity(self, shape: tuple[int, int]) -> float:
+        """One weight of a group: the kept fraction is n / m exactly."""
+        return 1 / shape[1]
+
+
 def check_n_of_m(n: int, m: int) -> None:
     """Raises ValueError unless 0 < n <= m, both integers."""
     if not (isinstance(n, int) and isinstance(m, int) and 0 < n <= m):

@@ -15,13 +15,13 @@ from jax import Array
 
 from flexhinm_jax import checks
 from flexhinm_jax.ops import channels, masks, regions
-from flexhinm_jax.patterns.base import Pattern, Units, check_n_of_m
+from flexhinm_jax.patterns.base import Grouped, Pattern, Units, check_n_of_m
 from flexhinm_jax.patterns.permute import PERMUTES, ChannelSearch
 from flexhinm_jax.types import Regions, Support
 
 
 @dataclasses.dataclass(frozen=True)
-class NM(Pattern):
+class NM(Grouped):
     """Keeps the n best of every m inputs.
 
     Attributes:
@@ -30,8 +30,6 @@ class NM(Pattern):
       permute: None for natural order, ChannelSearch() for one searched input order.
     """
 
-    n: int = 2
-    m: int = 4
     permute: ChannelSearch | None = None
     letters: ClassVar[dict[str, str]] = {"n": "n", "m": "m", "permute": "permute"}
     choices: ClassVar[dict[str, dict[str, Any]]] = {
@@ -105,24 +103,6 @@ class NM(Pattern):
         rows = jnp.arange(o, dtype=jnp.int32)
         return Support(keep, Regions(rows, order, *ends, self.n, self.m))
 
-    @property
-    def form(self) -> tuple[int, int]:
-        """(n, m)."""
-        return self.n, self.m
-
     def units(self) -> Units:
         """Groups of inputs; all of them where their order is searched."""
         return Units(1, self.m if self.permute is None else None)
-
-    def check_shape(self, shape: tuple[int, ...], path: str = "weight") -> None:
-        """Raises ValueError unless m divides the inputs."""
-        super().check_shape(shape, path)
-        checks.divisible(shape[1], self.m, "in", "m", path)
-
-    def sparsity_range(self) -> tuple[float, float]:
-        """Only 1 - n / m."""
-        return 1 - self.n / self.m, 1 - self.n / self.m
-
-    def granularity(self, shape: tuple[int, int]) -> float:
-        """One weight of a group: the kept fraction is n / m exactly."""
-        return 1 / shape[1]

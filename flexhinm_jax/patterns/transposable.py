@@ -13,12 +13,12 @@ from jax import Array
 
 from flexhinm_jax import checks
 from flexhinm_jax.ops import regions, transport
-from flexhinm_jax.patterns.base import Pattern, Units
+from flexhinm_jax.patterns.base import Grouped, Units
 from flexhinm_jax.types import Support
 
 
 @dataclasses.dataclass(frozen=True)
-class Transposable(Pattern):
+class Transposable(Grouped):
     """Keeps n weights in every row and every column of every m x m tile.
 
     m <= 4 is solved exactly, larger tiles to about 0.01 % of the best score. It packs
@@ -31,8 +31,6 @@ class Transposable(Pattern):
       stages: (k, sweeps) of the entropic solver: temperature mean score / k.
     """
 
-    n: int = 2
-    m: int = 4
     exchanges: int = 8
     stages: transport.Stages = transport.ACCURATE
     letters: ClassVar[dict[str, str]] = {"n": "n", "m": "m", "e": "exchanges"}
@@ -145,11 +143,6 @@ class Transposable(Pattern):
         )
         return transport.untile(solution.keep, scores.shape)
 
-    @property
-    def form(self) -> tuple[int, int]:
-        """(n, m)."""
-        return self.n, self.m
-
     def units(self) -> Units:
         """Tiles of m x m."""
         return Units(self.m, self.m)
@@ -157,13 +150,4 @@ class Transposable(Pattern):
     def check_shape(self, shape: tuple[int, ...], path: str = "weight") -> None:
         """Raises ValueError unless m divides inputs and outputs."""
         super().check_shape(shape, path)
-        checks.divisible(shape[1], self.m, "in", "m", path)
         checks.divisible(shape[0], self.m, "out", "m", path)
-
-    def sparsity_range(self) -> tuple[float, float]:
-        """Only 1 - n / m."""
-        return 1 - self.n / self.m, 1 - self.n / self.m
-
-    def granularity(self, shape: tuple[int, int]) -> float:
-        """One weight of a group: the kept fraction is n / m exactly."""
-        return 1 / shape[1]
