@@ -29,19 +29,6 @@ UNROLL = 16  # rows per step of the max-reduction: keeps the accumulator in regi
 ROUNDS = 2  # of exchanges per gain matrix; more is lost on the next sample
 
 
-def nth_best(columns: list[Array], n: int) -> Array:
-    """Elementwise n-th largest of a few arrays, by bubble passes."""
-    rest = columns
-    best = rest[0]
-    for _ in range(n):
-        best, left = rest[0], []
-        for x in rest[1:]:
-            left.append(jnp.minimum(best, x))
-            best = jnp.maximum(best, x)
-        rest = left
-    return best
-
-
 def max_reduction(b: Array, x: Array) -> Array:
     """sum_r max(b_ri, x_rj) without an array of that product's size.
 
@@ -105,7 +92,7 @@ def search(
             for j in range(m)
         ]
         x = jnp.swapaxes(value[0], 1, 2)
-        b = jnp.swapaxes(nth_best(value[1:], n), 1, 2)
+        b = jnp.swapaxes(masks.n_largest(value[1:], n)[-1], 1, 2)
         grouped = units_of < h
         place = units_of * m + shift[:, units_of] - m * h  # [t, g], of what is no group
         b = jnp.where(grouped, b, 0)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from flexhinm_jax.ops import masks
 from flexhinm_jax.ops.gram import dot
 
 MAX_PATTERNS = 70  # 4:8; with more patterns per group, single swaps are tried instead
@@ -147,7 +148,7 @@ def best_pattern(n: int, m: int, solve: bool) -> Step:
         scale = jnp.max(jnp.abs(gain), axis=0)
         gain = jnp.where(now, gain + 1e-6 * scale, gain)
         barred = jnp.any(table[..., None] & ~allowed, axis=1)
-        best = _first_max(jnp.where(barred, -jnp.inf, gain))
+        best = masks.first_max(jnp.where(barred, -jnp.inf, gain))
         chosen = jnp.arange(len(table), dtype=jnp.int32)[:, None] == best
         new = jnp.sum(jnp.where(chosen[:, None], fresh, 0), axis=0)
         return new, jnp.any(chosen[:, None] & table[..., None], axis=0)
@@ -176,7 +177,7 @@ def best_swap(solve: bool) -> Step:
         entering = jnp.diag(h)[:, None] * jnp.square(enter)
         floor = 1e-6 * (jnp.abs(lost)[:, None] + entering)
         flat = jnp.where(gain > floor, gain, -jnp.inf).reshape(m * m, r)
-        best = _first_max(flat)
+        best = masks.first_max(flat)
         hit = (jnp.arange(m * m, dtype=jnp.int32)[:, None] == best).reshape(m, m, r)
         hit &= flat.reshape(m, m, r) > 0
         into = jnp.any(hit, axis=0)
@@ -253,7 +254,7 @@ def best_cycle(m: int, solve: bool) -> Step:
         top = jnp.max(tiles, axis=-1)
         both = (top + jnp.swapaxes(top, 0, 1)).reshape(m * m, -1)
         noise = 1e-6 * jnp.max(jnp.abs(lost).reshape(m, r // m, m), axis=(0, 2))
-        best = _first_max(both)
+        best = masks.first_max(both)
         pair = jnp.arange(m * m, dtype=jnp.int32)[:, None] == best
         pair = (pair & (both > noise)).reshape(m, m, -1)
         row = jnp.argmax(tiles, axis=-1)[..., None] == jnp.arange(m)
@@ -265,9 +266,3 @@ def best_cycle(m: int, solve: bool) -> Step:
         return jnp.where(out, 0, new), (keep & ~out) | into
 
     return step
-
-
-def _first_max(x: Array) -> Array:
-    """i32[r]: first index of the largest entry of x [c, r]."""
-    index = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
-    return jnp.min(jnp.where(x == jnp.max(x, axis=0), index, x.shape[0] - 1), axis=0)

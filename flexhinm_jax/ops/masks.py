@@ -137,14 +137,27 @@ def top_n_sum(groups: Array, *, n: int, axis: int = -1) -> Array:
     rest = [lax.index_in_dim(groups, j, axis, False) for j in range(groups.shape[axis])]
     if n == len(rest):
         return sum(rest[1:], rest[0])
-    total = jnp.zeros_like(rest[0])
+    return sum(n_largest(rest, n), jnp.zeros_like(rest[0]))
+
+
+def n_largest(rest: list[Array], n: int) -> list[Array]:
+    """Elementwise n largest of a few arrays, the largest first, by bubble passes."""
+    largest = []
     for _ in range(n):
         best, left = rest[0], []
         for x in rest[1:]:
             left.append(jnp.minimum(best, x))
             best = jnp.maximum(best, x)
-        total, rest = total + best, left
-    return total
+        largest.append(best)
+        rest = left
+    return largest
+
+
+def first_max(x: Array) -> Array:
+    """i32[b]: first index of the largest entry of x [c, b]; faster than argmax."""
+    index = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    hit = x == jnp.max(x, axis=0)
+    return jnp.min(jnp.where(hit, index, x.shape[0] - 1), axis=0)
 
 
 def vectors(scores: Array, vector_size: int) -> Array:

@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from flexhinm_jax.ops import masks
+
 ENUMERATED = 4  # up to this m every mask is tried
 RENEW = 10  # sweeps before the scaling vectors are absorbed into the potentials
 CLIP = 60.0  # exponents stay in [-CLIP, CLIP]: products of three fit float32
@@ -155,15 +157,8 @@ def enumerate_masks(a: Array, n: int) -> Array:
     sums = jnp.dot(
         flat.astype(jnp.float32), a.reshape(m * m, -1), precision=lax.Precision.HIGHEST
     )
-    best = _first_max(sums)
+    best = masks.first_max(sums)
     return jnp.moveaxis(table[best], 0, -1)
-
-
-def _first_max(x: Array) -> Array:
-    """i32[B]: first index of the largest entry of x [c, B]; faster than argmax."""
-    index = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
-    hit = x == jnp.max(x, axis=0)
-    return jnp.min(jnp.where(hit, index, x.shape[0] - 1), axis=0)
 
 
 def _total(parts: list[Array]) -> Array:
