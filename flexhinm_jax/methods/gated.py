@@ -196,6 +196,24 @@ def open_groups(state: State) -> Array:
     return free & groups.live_groups(regions)
 
 
+def scheduled(method: Any, state: State, progress: Any, *names: str) -> State:
+    """The state with fields (first, last) of a method, linear in the progress."""
+    progress = jnp.clip(jnp.asarray(progress, jnp.float32), 0, 1)
+    now = {"progress": progress}
+    for name in names:
+        first, last = getattr(method, name)
+        now[name] = first + (last - first) * progress
+    return dataclasses.replace(state, fixed=state.fixed | now)
+
+
+def reward(method: Any, state: State, weight: Array, w: Array) -> Array:
+    """The loss term of the squared weights that a sample keeps, fading, f32[]."""
+    kept = jnp.sum(jnp.square(weight.astype(jnp.float32)))
+    total = jnp.sum(jnp.square(w.astype(jnp.float32)))
+    share = kept / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+    return -method.reward * (1 - state.fixed["progress"]) * share
+
+
 def mean_where(x: Array, mask: Array) -> Array:
     """Mean of the entries that `mask` marks, 0 when there are none, f32[]."""
     mask = jnp.broadcast_to(mask, x.shape)

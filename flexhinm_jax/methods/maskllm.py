@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from flexhinm_jax.methods import gated
 from flexhinm_jax.methods.base import ScoreMethod
 from flexhinm_jax.methods.gated import Gated, mean_where, open_groups
 from flexhinm_jax.methods.wanda import Wanda
@@ -106,11 +107,7 @@ class MaskLLM(Gated):
     ) -> tuple[Plan, dict[str, Array]]:
         """The sampled plan, and the reward for the squared weights that it keeps."""
         plan, terms = super().sample(state, w, key=key)
-        kept = jnp.sum(jnp.square(plan.weight.astype(jnp.float32)))
-        total = jnp.sum(jnp.square(w.astype(jnp.float32)))
-        share = kept / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        fade = 1 - state.fixed["progress"]
-        return plan, terms | {"reward": -self.reward * fade * share}
+        return plan, terms | {"reward": gated.reward(self, state, plan.weight, w)}
 
     def penalty(self, state: State, w: Array, *, key: Array) -> dict[str, Array]:
         """The terms of the sample."""
@@ -122,12 +119,7 @@ class MaskLLM(Gated):
 
     def anneal(self, state: State, progress: Array | float) -> State:
         """Temperature and scale, linear in the progress."""
-        progress = jnp.clip(jnp.asarray(progress, jnp.float32), 0, 1)
-        now = {"progress": progress}
-        for name in ("temperature", "scale"):
-            first, last = getattr(self, name)
-            now[name] = first + (last - first) * progress
-        return dataclasses.replace(state, fixed=state.fixed | now)
+        return gated.scheduled(self, state, progress, "temperature", "scale")
 
     def metrics(self, state: State) -> dict[str, Array]:
         """Also `confidence`: mean probability of the pattern on top of open groups."""

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from flexhinm_jax.methods import gated
 from flexhinm_jax.methods.base import ScoreMethod
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.methods.wanda import Wanda
@@ -179,10 +180,7 @@ class Patch(LearnedMethod):
     ) -> tuple[Plan, dict[str, Array]]:
         """The sampled plan, its density and the share of the squared weights kept."""
         plan = self.decide(state, w, key=key)
-        kept = jnp.sum(jnp.square(plan.weight.astype(jnp.float32)))
-        total = jnp.sum(jnp.square(w.astype(jnp.float32)))
-        share = kept / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        reward = -self.reward * (1 - state.fixed["progress"]) * share
+        reward = gated.reward(self, state, plan.weight, w)
         density, target = self.density(state), state.fixed["target"]
         if self.target == "layer":
             off = self.density_weight * jnp.abs(density - target)
@@ -263,12 +261,8 @@ class Patch(LearnedMethod):
 
     def anneal(self, state: State, progress: Array | float) -> State:
         """All temperatures and scales, linear in the progress."""
-        progress = jnp.clip(jnp.asarray(progress, jnp.float32), 0, 1)
-        now = {"progress": progress}
-        for name in ("tile_temperature", "tile_scale", "temperature", "scale"):
-            first, last = getattr(self, name)
-            now[name] = first + (last - first) * progress
-        return dataclasses.replace(state, fixed=state.fixed | now)
+        names = "tile_temperature", "tile_scale", "temperature", "scale"
+        return gated.scheduled(self, state, progress, *names)
 
     def harden(self, state: State, w: Array) -> State:
         """Logits that leave no doubt about tiles and patterns."""
