@@ -13,7 +13,7 @@ import functools
 import numbers
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -92,6 +92,12 @@ def shown(value: Any) -> str:
         return f"({', '.join(shown(x) for x in value)}{',' * (len(value) == 1)})"
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """'none', or the first names and how many more there are."""
+    few = ", ".join(names[:limit]) or "none"
+    return few + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def key(value: Any, name: str = "key") -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flexhinm_jax import atomic
+from flexhinm_jax import arguments, atomic
 from flexhinm_jax.io import gguf_tokenizer, shards, tensors
 
 __all__ = ["ARCHITECTURES", "Architecture", "convert"]
@@ -292,9 +292,8 @@ def _weights(meta: Metadata) -> Iterator[Weight]:
         elif name != FREQUENCIES:
             unknown.append(name)
     if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ValueError(
-            f"{meta.path}: tensors {', '.join(unknown[:5])}{more} are not part of a"
+            f"{meta.path}: tensors {arguments.some(unknown)} are not part of a"
             f" {meta.name} model as it is known here; this variant is not supported"
         )
 

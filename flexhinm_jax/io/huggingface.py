@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from flexhinm_jax import atomic, types
+from flexhinm_jax import arguments, atomic, types
 from flexhinm_jax.io import shards, tensors
 
 __all__ = [
@@ -179,7 +179,8 @@ def _as_stored(
     if missing or extra:
         raise ValueError(
             "the keys differ from the source:"
-            f" missing {_some(missing)}, not in the source {_some(extra)};"
+            f" missing {arguments.some(missing, 3)}, not in the source"
+            f" {arguments.some(extra, 3)};"
             " write the whole tree, as it was read"
         )
     arrays = {}
@@ -292,9 +293,3 @@ def _check_written(directory: Path, wanted: shards.Index) -> None:
             or index.dtype(key) != wanted.dtype(key)
         ):
             raise ValueError(f"{key} was not written to {file} as in the source")
-
-
-def _some(keys: list[str], limit: int = 3) -> str:
-    """'none', or the first keys and how many more there are."""
-    shown = ", ".join(keys[:limit]) or "none"
-    return shown + (f" and {len(keys) - limit} more" if len(keys) > limit else "")

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from flexhinm_jax import arguments
 from flexhinm_jax.models.decoder_config import DecoderConfig
+from flexhinm_jax.models.transformer import dense_shapes
 
 __all__ = [
     "block_params",
@@ -47,11 +49,11 @@ def block_shapes(config: DecoderConfig, layer: int = 0) -> dict[str, tuple[int, 
     queries = config.num_attention_heads * config.head_size
     keys = config.num_key_value_heads * config.head_size
     found: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,)}
-    found |= _dense_shapes("self_attn.q_proj", queries, width, config.attention_bias)
-    found |= _dense_shapes("self_attn.k_proj", keys, width, config.attention_bias)
-    found |= _dense_shapes("self_attn.v_proj", keys, width, config.attention_bias)
+    found |= dense_shapes("self_attn.q_proj", queries, width, config.attention_bias)
+    found |= dense_shapes("self_attn.k_proj", keys, width, config.attention_bias)
+    found |= dense_shapes("self_attn.v_proj", keys, width, config.attention_bias)
     bias = config.attention_output_bias
-    found |= _dense_shapes("self_attn.o_proj", width, queries, bias)
+    found |= dense_shapes("self_attn.o_proj", width, queries, bias)
     if config.qk_norm:
         found["self_attn.q_norm.weight"] = (config.head_size,)
         found["self_attn.k_norm.weight"] = (config.head_size,)
@@ -68,9 +70,9 @@ def block_shapes(config: DecoderConfig, layer: int = 0) -> dict[str, tuple[int, 
             found[experts.key(k, "up")] = (inner, width)
             found[experts.key(k, "down")] = (width, inner)
         return found
-    found |= _dense_shapes("mlp.gate_proj", inner, width, config.mlp_bias)
-    found |= _dense_shapes("mlp.up_proj", inner, width, config.mlp_bias)
-    found |= _dense_shapes("mlp.down_proj", width, inner, config.mlp_bias)
+    found |= dense_shapes("mlp.gate_proj", inner, width, config.mlp_bias)
+    found |= dense_shapes("mlp.up_proj", inner, width, config.mlp_bias)
+    found |= dense_shapes("mlp.down_proj", width, inner, config.mlp_bias)
     return found
 
 
@@ -125,7 +127,7 @@ def check(found: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> None:
     if missing or extra:
         raise ValueError(
             "the tensors are not those of the configuration: missing"
-            f" {_some(missing)}; not known {_some(extra)}"
+            f" {arguments.some(missing)}; not known {arguments.some(extra)}"
         )
     for name, shape in wanted.items():
         _check_shape(name, found[name], shape)
@@ -188,20 +190,8 @@ def init(
     return params
 
 
-def _dense_shapes(
-    at: str, out: int, inputs: int, bias: bool
-) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {f"{at}.weight": (out, inputs)}
-    return found | ({f"{at}.bias": (out,)} if bias else {})
-
-
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if tuple(found) != wanted:
         raise ValueError(
             f"{name} has shape {tuple(found)}, the configuration gives {wanted}"
         )
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit]) or "none"
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

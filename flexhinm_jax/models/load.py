@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexhinm_jax import arguments
 from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.io import packed as packed_files
 from flexhinm_jax.models import (
@@ -295,9 +296,8 @@ class Model:
             )
         ]
         if bad:
-            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
             raise ValueError(
-                f"{self.directory}: NaN or infinity in {', '.join(bad[:3])}{more}"
+                f"{self.directory}: NaN or infinity in {arguments.some(bad, 3)}"
             )
 
     def __repr__(self) -> str:
