@@ -136,7 +136,7 @@ def replicated(tree: Any, mesh: Any) -> Any:
     return jax.sharding.reshard(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def automatic(f: Callable, out_sharding: Any, *args: Any) -> Any:
+def automatic(f: Callable, out: Any, *args: Any) -> Any:
     """f(*args), letting the compiler choose the shardings inside `f`.
 
     Under an explicit mesh every operation must say how its result is sharded, which
@@ -145,7 +145,8 @@ def automatic(f: Callable, out_sharding: Any, *args: Any) -> Any:
 
     Args:
       f: function of arrays.
-      out_sharding: sharding of all results, or None for replicated ones.
+      out: shardings or specs of the results, a prefix of their tree; results without
+        one on the mesh are replicated. None for all.
       *args: trees of arrays.
 
     Returns:
@@ -154,9 +155,17 @@ def automatic(f: Callable, out_sharding: Any, *args: Any) -> Any:
     mesh = explicit_mesh(args)
     if mesh is None:
         return f(*args)
-    if out_sharding is None or getattr(out_sharding, "mesh", None) != mesh:
-        out_sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.sharding.auto_axes(f, out_sharding=out_sharding)(*args)
+
+    def placed(where: Any) -> NamedSharding:
+        if isinstance(where, PartitionSpec):
+            return NamedSharding(mesh, where)
+        on_mesh = getattr(where, "mesh", None) == mesh
+        return where if on_mesh else NamedSharding(mesh, PartitionSpec())
+
+    out = placed(None) if out is None else jax.tree.map(placed, out)
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    return jax.sharding.auto_axes(f, axes=axes, out_sharding=out)(*args)
 
 
 def context_manual_axes() -> dict[str, int]:

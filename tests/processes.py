@@ -1,4 +1,4 @@
-"""Programs that run in two processes of one machine."""
+"""Programs that tests run in processes of their own."""
 
 import os
 import socket
@@ -7,6 +7,24 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+
+def run_checks(module: str) -> dict[str, str]:
+    """Runs `module` on eight fake devices: name of a check -> what it printed."""
+    flags = "--xla_force_host_platform_device_count=8"
+    flags += " --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    parts = ("\n" + done.stdout).split("\n@")
+    found = {part.split()[1]: part for part in parts if len(part.split()) > 1}
+    assert found, done.stderr
+    return found
 
 
 def run_pair(module: str) -> None:

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from flexhinm_jax.jax_versions import automatic
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.paths import over_stack
 from flexhinm_jax.pruning import apply, solve
@@ -65,7 +65,7 @@ def sample(
         return apply.densify(plans, params, uses), method.combine(_means(terms))
 
     out = _shardings(params), P()
-    return _automatic(run, params, out)(states, params, key)
+    return automatic(run, out, states, params, key)
 
 
 def baseline(method: Any, states: States, params: Any, uses: Uses) -> Any:
@@ -78,7 +78,7 @@ def baseline(method: Any, states: States, params: Any, uses: Uses) -> Any:
         }
         return apply.densify(plans, params, uses)
 
-    return _automatic(run, params, _shardings(params))(states, params)
+    return automatic(run, _shardings(params), states, params)
 
 
 def log_prob(method: Any, states: States, uses: Uses, key: Array) -> Array:
@@ -93,7 +93,7 @@ def log_prob(method: Any, states: States, uses: Uses, key: Array) -> Array:
             total += jnp.sum(_over(one, use, own)(state, solve.keys_for(key, use)))
         return total
 
-    return _automatic(run, states, P())(states, key)
+    return automatic(run, P(), states, key)
 
 
 def anneal(
@@ -111,7 +111,7 @@ def constrain(method: LearnedMethod, states: States, uses: Uses) -> dict[str, St
     def run(states: States) -> dict[str, State]:
         return _map(lambda own, state: own.constrain(state), method, states, uses)
 
-    return _automatic(run, states, _shardings(dict(states)))(dict(states))
+    return automatic(run, _shardings(dict(states)), dict(states))
 
 
 def harden(
@@ -142,7 +142,7 @@ def metrics(method: LearnedMethod, states: States, uses: Uses) -> dict[str, Arra
             figures.append((size, _over(one, use, own)(state)))
         return _means(figures)
 
-    return _automatic(run, states, P())(states)
+    return automatic(run, P(), states)
 
 
 def _map(
@@ -198,25 +198,6 @@ def _means(parts: list[tuple[int, dict[str, Array]]]) -> dict[str, Array]:
             totals[name] = totals[name] + value if name in totals else value
             weights[name] = weights.get(name, 0) + size
     return {name: total / weights[name] for name, total in totals.items()}
-
-
-def _automatic(run: Callable[..., Any], arrays: Any, out: Any) -> Callable[..., Any]:
-    """`run` with the compiler choosing shardings, where the mesh has explicit axes.
-
-    Gates gather through orders of channels; with explicit axes jax asks for the
-    sharding of each such step. `out` says where the results live.
-    """
-    leaves = jax.tree.leaves(arrays)
-    meshes = [m for x in leaves if not (m := jax.typeof(x).sharding.mesh).empty]
-    names = [
-        name
-        for mesh in meshes[:1]
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    ]
-    if not names:
-        return run
-    return jax.sharding.auto_axes(run, axes=tuple(names), out_sharding=out)
 
 
 def _shardings(x: Any) -> Any:

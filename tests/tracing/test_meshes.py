@@ -1,18 +1,11 @@
 """The transforms give the same numbers on a mesh of eight devices as on one."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-from tests.processes import run_pair
+from tests.processes import run_checks, run_pair
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[2]
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 NAMES = (
     "pruning",
     "explicit_pruning",
@@ -35,15 +28,7 @@ NAMES = (
 @pytest.fixture(scope="module")
 def outcomes():
     """name -> what the check printed; one process for all of them."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
-    command = [sys.executable, "-m", "tests.tracing.on_mesh"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
-    )
-    parts = ("\n" + done.stdout).split("\n@")
-    found = {part.split()[1]: part for part in parts if len(part.split()) > 1}
-    assert found, done.stderr
-    return found
+    return run_checks("tests.tracing.on_mesh")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,14 +1,7 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.processes import run_pair
+from tests.processes import run_checks, run_pair
 
-ROOT = Path(__file__).parents[2]
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 NAMES = (
     "automatic_data_parallel",
     "automatic_tensor_parallel",
@@ -26,15 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def outcomes():
     """name -> what the check printed; one process for all of them."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
-    command = [sys.executable, "-m", "tests.training.on_devices"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
-    )
-    parts = ("\n" + done.stdout).split("\n@")
-    found = {part.split()[1]: part for part in parts if len(part.split()) > 1}
-    assert found, done.stderr
-    return found
+    return run_checks("tests.training.on_devices")
 
 
 @pytest.mark.parametrize("name", NAMES)
