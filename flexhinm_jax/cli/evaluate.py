@@ -130,15 +130,9 @@ def evaluated(
     if args.eval is None:
         both = shlex.join([args.base, str(args.out)])
         return document, [f"compare them: flexhinm eval {both} --text FILE"]
-    asked = argparse.Namespace(
-        text=args.eval,
-        length=None,
-        stride=None,
-        limit=None,
-        batch_size=None,
-        kl=False,
-        packed=False,
-    )
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    asked = parser.parse_args(["eval", f"--text={args.eval}", "--", str(args.model)])
     figures, *lines = measure(asked, [args.model, args.out], console)
     directory.write_figures(args, document, figures)
     return document | {"evaluation": figures}, ["", *lines]

@@ -1,6 +1,7 @@
 """`flexhinm reorder`: the channels of a decoder in orders that suit N:M groups."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,22 +47,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    n, m = form_of(args.pattern)
-    tokens = prune_decoder.samples(args, open_blocks(args.model))
-
-    with console.step("searching orders of blocks", long=True) as tell:
-        result = reorder(
-            args.model,
-            args.out,
-            tokens,
-            jax.random.key(args.seed),
-            n=n,
-            m=m,
-            overwrite=args.force,
-            progress=tell,
-        )
+    result = written(args, console, "searching orders of blocks", reorder)
     rows = [(name, *result.mean(name)) for name in ("stream", "heads", "inner")]
     show(args, console, ("channels", ">costs kept before", ">after"), rows)
+
+
+def written(
+    args: argparse.Namespace,
+    console: Console,
+    name: str,
+    write: Callable[..., Any],
+    **options: Any,
+) -> Any:
+    """What `reorder` or `rotate` returns, `write`, called as the command line says."""
+    n, m = form_of(args.pattern)
+    tokens = prune_decoder.samples(args, open_blocks(args.model))
+    key, options = jax.random.key(args.seed), options | {"overwrite": args.force}
+    with console.step(name, long=True) as tell:
+        return write(
+            args.model, args.out, tokens, key, n=n, m=m, progress=tell, **options
+        )
 
 
 def show(

@@ -3,12 +3,9 @@
 import argparse
 from typing import Any
 
-import jax
-
-from flexhinm_jax.cli import flags, prune_decoder
+from flexhinm_jax.cli import flags
 from flexhinm_jax.cli.console import Console
-from flexhinm_jax.cli.reorder import add_arguments, form_of, show
-from flexhinm_jax.streaming.blocks import open_blocks
+from flexhinm_jax.cli.reorder import add_arguments, show, written
 from flexhinm_jax.streaming.rotate import Learning, rotate
 
 
@@ -53,20 +50,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
-    n, m = form_of(args.pattern)
-    tokens = prune_decoder.samples(args, open_blocks(args.model))
-
-    with console.step("turning channels", long=True) as tell:
-        result = rotate(
-            args.model,
-            args.out,
-            tokens,
-            jax.random.key(args.seed),
-            n=n,
-            m=m,
-            learning=Learning(args.steps, args.rate),
-            overwrite=args.force,
-            progress=tell,
-        )
+    learning = Learning(args.steps, args.rate)
+    result = written(args, console, "turning channels", rotate, learning=learning)
     rows = [(name, result.before[name], result.after[name]) for name in result.before]
     show(args, console, ("weights", ">kept before", ">after"), rows)

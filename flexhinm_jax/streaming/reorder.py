@@ -12,7 +12,6 @@ on a sample of the rows that read it, and a second pass writes.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,20 +23,16 @@ import numpy as np
 from jax import Array
 
 from flexhinm_jax import arguments, atomic
-from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.models import decoder
-from flexhinm_jax.models.basis import Basis, readers, turned_block, turned_ends
-from flexhinm_jax.models.decoder_parameters import HEAD, NORM, TABLE
+from flexhinm_jax.models.basis import Basis, readers
 from flexhinm_jax.ops import regions
 from flexhinm_jax.patterns import ChannelSearch
-from flexhinm_jax.pruning.statistics import calibrate
-from flexhinm_jax.streaming.blocks import Blocks, open_blocks, short
+from flexhinm_jax.streaming.basis import calibrated, inverse, opened, write
+from flexhinm_jax.streaming.blocks import Blocks
 from flexhinm_jax.streaming.streaming import split
 from flexhinm_jax.types import Stats
 
 __all__ = ["Group", "Reordered", "reorder"]
-
-DAMP = 0.01
 
 STREAM_ROWS = 16_384
 """Rows of all readers together that the order of the stream is searched on."""
@@ -130,30 +125,6 @@ def reorder(
     return Reordered(tuple(find.groups))
 
 
-def opened(
-    directory: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    form: tuple[int, int],
-    overwrite: bool,
-) -> Blocks:
-    """The blocks of a directory whose channels shall be written in another basis.
-
-    Raises:
-      FileNotFoundError, FileExistsError, ValueError: see `reorder`.
-    """
-    atomic.check_directory(out, overwrite=overwrite)
-    huggingface.check_copy(Path(directory), Path(out))
-    blocks, (n, m) = open_blocks(Path(directory)), form
-    sizes = {"stream": blocks.config.hidden_size, "heads": blocks.config.head_size}
-    for name, size in sizes.items():
-        if size % m:
-            raise ValueError(
-                f"{n}:{m} does not divide the {size} channels of the {name}; choose"
-                " another group size"
-            )
-    return blocks
-
-
 def searched(
     find: "Searching",
     blocks: Blocks,
@@ -168,21 +139,15 @@ def searched(
       batches: i32[batch, length] each, the calibration text.
       progress: called with (blocks looked at, blocks in all).
     """
-    hidden = list(blocks.embedded(batches))
     orders: list[tuple[Array, Array]] = []
     sampled: list[np.ndarray] = []
     share = max(STREAM_ROWS // blocks.count, 1)
-    uses = blocks.uses(None)
-    for layer in range(blocks.count):
-        params, block = short(blocks.load(layer), layer), uses.program(layer)
-        rows_of = [(h,) for h in hidden]
-        stats = calibrate(block.run, params, block.uses, rows_of)
+    for layer, params, stats in calibrated(blocks, batches):
         scores = {name: cost(params[name], stats[name]) for name in stats}
         orders.append(find.block(layer, scores, blocks.config))
         reading = [name for name in readers(blocks.config, layer) if name in scores]
         rows = np.concatenate([np.asarray(scores[name]) for name in reading])
         sampled.append(rows[:: max(len(rows) // share, 1)])
-        hidden = [np.asarray(block.run(params, jnp.asarray(h))) for h in hidden]
         progress(layer + 1, blocks.count)
     stream = find.best("stream", blocks.count, np.concatenate(sampled)[None])[0]
     heads, inner = (jnp.stack(part) for part in zip(*orders, strict=True))
@@ -197,14 +162,6 @@ def cost(w: Array, stats: Stats) -> Array:
     """
     gram = stats.gram.astype(jnp.float32) / jnp.maximum(stats.count, 1)
     return jnp.square(w.astype(jnp.float32)) / jnp.diagonal(inverse(gram))
-
-
-@jax.jit
-def inverse(gram: Array) -> Array:
-    """Of a Gram matrix with DAMP of its mean diagonal added, as SparseGPT does."""
-    size = len(gram)
-    damp = jnp.maximum(DAMP * jnp.trace(gram) / size, 1e-12)
-    return jnp.linalg.inv(gram + damp * jnp.eye(size, dtype=gram.dtype))
 
 
 class Searching:
@@ -261,47 +218,3 @@ class Searching:
         if down is not None and down.shape[1] % self.m == 0:
             inner = self.best(f"{layer} inner", first + 1, down[None])[0]
         return heads, inner
-
-
-def write(
-    blocks: Blocks,
-    source: Path,
-    out: Path,
-    basis: Basis,
-    overwrite: bool,
-) -> None:
-    """Writes the directory in a basis, one array after the other."""
-    config, index = blocks.config, blocks.index
-    untied = basis.turns_stream and config.tie_word_embeddings
-    if untied and HEAD not in index.files:
-        index = index.with_array(HEAD, TABLE)
-    with atomic.directory(out, overwrite=overwrite) as folder:
-        huggingface.copy_others(source, folder)
-        if untied:
-            text = blocks.contents | {"tie_word_embeddings": False}
-            (folder / huggingface.CONFIG).write_text(json.dumps(text, indent=2) + "\n")
-        writer = shards.Writer(folder, index)
-        written = set()
-
-        def put(key: str, leaf: Array) -> None:
-            writer.put(key, np.asarray(leaf).astype(tensors.DTYPES[index.dtype(key)]))
-            written.add(key)
-
-        for layer in range(blocks.count):
-            at, keys = decoder.block_prefix(layer), blocks.keys(layer)
-            own = short({key: read(blocks, key) for key in keys}, layer)
-            block = turned_block(own, config, layer, basis)
-            for name, leaf in block.items():
-                put(at + name, leaf)
-        ends = (key for key in (TABLE, NORM, HEAD) if key in blocks.index.files)
-        stored = {key: read(blocks, key) for key in ends}
-        for key, leaf in turned_ends(stored, config, basis).items():
-            put(key, leaf)
-        for key in set(index.files) - written:
-            writer.copy(key)
-        writer.finish()
-
-
-def read(blocks: Blocks, key: str) -> Array:
-    """One array in float32, which holds what is stored and is rounded once."""
-    return jnp.asarray(blocks.index.read(key).astype(np.float32))

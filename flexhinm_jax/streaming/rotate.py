@@ -12,11 +12,11 @@ Gram matrices of what the products read, the second writes.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +35,9 @@ from flexhinm_jax.models.basis import (
     turned,
     writers,
 )
-from flexhinm_jax.pruning.statistics import calibrate
+from flexhinm_jax.models.decoder_config import DecoderConfig
+from flexhinm_jax.streaming.basis import calibrated, inverse, opened, write
 from flexhinm_jax.streaming.blocks import Blocks, short
-from flexhinm_jax.streaming.reorder import inverse, opened, write
 from flexhinm_jax.streaming.streaming import split
 
 __all__ = ["Learning", "Rotated", "rotate"]
@@ -141,18 +141,17 @@ def rotate(
 
     batches = split(tokens, batch, blocks)
     with atomic.locked(out):
-        learner = Learner(blocks, calibrated(blocks, batches, tell), n, m)
+        learner = Learner(blocks, inputs_of(blocks, batches, tell), n, m)
         learned = learner.learn(key, learning, tell)
         write(blocks, Path(directory), Path(out), Basis(*learned), overwrite)
     return Rotated(learner.kept(*learner.start), learner.kept(*learned))
 
 
-def folded(blocks: Blocks, layer: int) -> dict[str, Array]:
+def folded(
+    config: DecoderConfig, params: dict[str, Array], layer: int
+) -> dict[str, Array]:
     """A block under short keys, with its norms in what reads them where they can be."""
-    params = short(blocks.load(layer), layer)
-    if blocks.config.sandwich_norms:
-        return params
-    return folded_block(params, blocks.config, layer)
+    return params if config.sandwich_norms else folded_block(params, config, layer)
 
 
 class Inputs(NamedTuple):
@@ -169,7 +168,7 @@ class Inputs(NamedTuple):
     energy: Array
 
 
-def calibrated(
+def inputs_of(
     blocks: Blocks, batches: list[np.ndarray], tell: Callable[[], None]
 ) -> list[dict[str, Inputs]]:
     """Of every block: short name of a weight -> its inputs.
@@ -177,11 +176,8 @@ def calibrated(
     Weights that read the same input share an inverse, and experts that of their mean.
     """
     config = blocks.config
-    hidden = list(blocks.embedded(batches))
-    uses, result = blocks.uses(None), []
-    for layer in range(blocks.count):
-        program, params = uses.program(layer), folded(blocks, layer)
-        stats = calibrate(program.apply, params, program.uses, [(h,) for h in hidden])
+    result = []
+    for layer, params, stats in calibrated(blocks, batches, partial(folded, config)):
         grams = {k: s.gram / jnp.maximum(s.count, 1) for k, s in stats.items()}
         names, inverses = readers(config, layer), {}
         for group in (names[:3], names[3:]):
@@ -199,7 +195,6 @@ def calibrated(
                 inverses[name] = jnp.diagonal(whole)
         energies = {k: energy(params[k], grams[k]) for k in inverses}
         result.append({k: Inputs(x, energies[k]) for k, x in inverses.items()})
-        hidden = [np.asarray(program.run(params, jnp.asarray(h))) for h in hidden]
         tell()
     return result
 
@@ -211,7 +206,7 @@ def energy(w: Array, gram: Array) -> Array:
     return jnp.sum((w @ gram) * w)
 
 
-@functools.partial(jax.jit, static_argnames=("form",))
+@partial(jax.jit, static_argnames=("form",))
 def shares(
     stream: Array | None,
     heads: Array,
@@ -228,7 +223,7 @@ def shares(
       stream: f32[hidden, hidden], orthogonal, or None for the channels as they are.
       heads: f32[kv, size, size], orthogonal.
       weights: short name -> f[out, in], norms folded in.
-      inputs: see `calibrated`, of the weights that count.
+      inputs: see `inputs_of`, of the weights that count.
       form: (n, m).
 
     Returns:
@@ -261,7 +256,7 @@ def diagonal(x: Array, basis: Array | None) -> Array:
     return jnp.sum(basis * (x @ basis), -2)
 
 
-@functools.partial(jax.jit, static_argnames=("form",))
+@partial(jax.jit, static_argnames=("form",))
 def ascent(
     stream: Array | None,
     heads: Array,
@@ -303,7 +298,7 @@ class Learner:
     """Rotations of a decoder, and what N:M keeps in them."""
 
     def __init__(self, blocks: Blocks, inputs: list[dict[str, Inputs]], n: int, m: int):
-        """Begins with the channels as they are; see `calibrated` and `rotate`."""
+        """Begins with the channels as they are; see `inputs_of` and `rotate`."""
         config = blocks.config
         self.blocks, self.inputs, self.form = blocks, inputs, (n, m)
         heads = config.num_hidden_layers, config.num_key_value_heads
@@ -316,7 +311,8 @@ class Learner:
 
     def of_block(self, function: Any, layer: int, stream: Any, heads: Array) -> Any:
         """`shares` or `ascent` of a block."""
-        weights = folded(self.blocks, layer)
+        weights = short(self.blocks.load(layer), layer)
+        weights = folded(self.blocks.config, weights, layer)
         return function(stream, heads[layer], weights, self.inputs[layer], self.form)
 
     def kept(self, stream: Array | None, heads: Array) -> dict[str, float]:
@@ -333,7 +329,7 @@ class Learner:
         count = self.blocks.count
         schedule = optax.cosine_decay_schedule(learning.rate, learning.steps)
         optimiser = optax.adam(schedule)
-        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
         @jax.jit
         def moved(both: Any, directions: Any, state: Any) -> Any:
