@@ -8,7 +8,7 @@ at the default precision of the device; softmax and layer norms accumulate in fl
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -97,6 +97,11 @@ class LayerKeys:
     norm: str = "output.LayerNorm"
     pre_norm: bool = False
 
+    @property
+    def read(self) -> tuple[str, str, str]:
+        """The products that read the input of attention."""
+        return self.query, self.key, self.value
+
 
 def check(sizes: Sizes) -> None:
     """Refuses an activation that is not known and heads that do not divide the width.
@@ -120,6 +125,8 @@ def layer(
     keys: LayerKeys,
     mask: Array | np.ndarray | None = None,
     bias: Array | None = None,
+    product: Callable[[Mapping[str, Array], str, Array], Array] | None = None,
+    operands: jax.typing.DTypeLike | None = None,
 ) -> Array:
     """One layer: attention, then the feed-forward block.
 
@@ -129,21 +136,27 @@ def layer(
       x: [batch, length, hidden].
       sizes: of the layer.
       keys: names of its parameters.
-      mask: [batch, length], nonzero where others may look; None for everywhere.
+      mask: [batch, length], nonzero where others may look, or [batch, length, length]
+        by query and key; None for everywhere.
       bias: f32[heads, length, length], added to the scores; None for none.
+      product: in the place of `dense`.
+      operands: dtype of what the products of attention read, summed in float32; None
+        for that of `x`.
 
     Returns:
       [batch, length, hidden] in the dtype of `x`.
     """
+    product = product or dense
 
     def attend(x: Array) -> Array:
-        mixed = _attention(params, at, x, sizes, keys, mask, bias)
-        return dense(params, f"{at}.{keys.out}", mixed)
+        parts = [product(params, f"{at}.{name}", x) for name in keys.read]
+        mixed = _attention(parts, sizes.num_attention_heads, mask, bias, operands)
+        return product(params, f"{at}.{keys.out}", mixed)
 
     def feed_forward(x: Array) -> Array:
-        inner = dense(params, f"{at}.{keys.up}", x)
+        inner = product(params, f"{at}.{keys.up}", x)
         inner = ACTIVATIONS[sizes.hidden_act](inner)
-        return dense(params, f"{at}.{keys.down}", inner)
+        return product(params, f"{at}.{keys.down}", inner)
 
     def norm(name: str, x: Array) -> Array:
         return layer_norm(params, f"{at}.{name}", x, sizes.layer_norm_eps)
@@ -156,35 +169,30 @@ def layer(
 
 
 def _attention(
-    params: Mapping[str, Array],
-    at: str,
-    x: Array,
-    sizes: Sizes,
-    keys: LayerKeys,
+    parts: Sequence[Array],
+    heads: int,
     mask: Array | np.ndarray | None,
     bias: Array | None,
+    operands: jax.typing.DTypeLike | None,
 ) -> Array:
-    batch, length, hidden = x.shape
-    heads = sizes.num_attention_heads
-
-    def split(name: str) -> Array:
-        y = dense(params, f"{at}.{name}", x)
-        return y.reshape(batch, length, heads, -1)
-
-    query, key, value = split(keys.query), split(keys.key), split(keys.value)
+    """What queries, keys and values [batch, length, hidden] give."""
+    shape, summed = parts[0].shape, parts[0].dtype if operands is None else jnp.float32
+    split = [x.astype(operands or x.dtype) for x in parts]
+    query, key, value = (x.reshape(*shape[:2], heads, -1) for x in split)
     logits = jnp.einsum(
         "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
     )
-    logits = logits * jnp.float32((hidden // heads) ** -0.5)
+    logits = logits * jnp.float32((shape[2] // heads) ** -0.5)
     if bias is not None:
         logits = logits + bias
     if mask is not None:
         # The lowest finite number: a row without tokens gets equal weights, not NaN.
         lowest = jnp.finfo(jnp.float32).min
-        logits = jnp.where((mask != 0)[:, None, None, :], logits, lowest)
-    weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-    return mixed.reshape(batch, length, hidden)
+        seen = (mask != 0)[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+        logits = jnp.where(seen, logits, lowest)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value, preferred_element_type=summed)
+    return mixed.reshape(shape)
 
 
 def dense(params: Mapping[str, Array], at: str, x: Array) -> Array:
@@ -241,7 +249,7 @@ def layer_shapes(
     """
     hidden, inner = sizes.hidden_size, sizes.intermediate_size
     wanted: Shapes = {}
-    for name in (keys.query, keys.key, keys.value):
+    for name in keys.read:
         wanted |= dense_shapes(f"{at}.{name}", hidden, hidden, qkv_bias)
     wanted |= dense_shapes(f"{at}.{keys.out}", hidden, hidden)
     wanted |= norm_shapes(f"{at}.{keys.attention_norm}", hidden)

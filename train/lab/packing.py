@@ -8,17 +8,16 @@ out; and matrix products may run in bfloat16 with float32 accumulation, which pr
 with such instructions do at twice the pace. Parameters and everything else are float32.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from flexhinm_jax.models import encoder, transformer
 from flexhinm_jax.models.encoder import EncoderConfig
-from flexhinm_jax.models.transformer import ACTIVATIONS
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -124,23 +123,17 @@ def hidden_states(
       config: sizes.
       precision: of the matrix products of the layers.
     """
-    dense = functools.partial(_dense, params, precision)
-    words = params["embeddings.word_embeddings.weight"][rows.tokens]
-    places = params["embeddings.position_embeddings.weight"][rows.positions]
-    types = params["embeddings.token_type_embeddings.weight"][0]
-    x = _layer_norm(params, "embeddings.LayerNorm", words + types + places, config)
+    words = params[encoder.WORDS][rows.tokens]
+    places = params[encoder.POSITIONS][rows.positions]
+    x = words + places + params[encoder.TYPES][0]
+    x = transformer.layer_norm(params, encoder.NORM, x, config.layer_norm_eps)
     together = rows.slots[:, :, None] == rows.slots[:, None, :]
-    states = []
+    low = {"product": _low_dense, "operands": jnp.bfloat16}
+    how = low if precision == "bfloat16" else {}
+    family, states = config.family, []
     for layer in range(config.num_hidden_layers):
-        at = f"encoder.layer.{layer}"
-        mixed = _attention(
-            dense, f"{at}.attention.self", x, together, config, precision
-        )
-        mixed = dense(f"{at}.attention.output.dense", mixed)
-        x = _layer_norm(params, f"{at}.attention.output.LayerNorm", x + mixed, config)
-        inner = ACTIVATIONS[config.hidden_act](dense(f"{at}.intermediate.dense", x))
-        inner = dense(f"{at}.output.dense", inner)
-        x = _layer_norm(params, f"{at}.output.LayerNorm", x + inner, config)
+        at = f"{family.place}.{layer}"
+        x = transformer.layer(params, at, x, config, family.keys, together, **how)
         states.append(x)
     return states
 
@@ -158,52 +151,16 @@ def pool(hidden: Array, rows: Rows) -> Array:
     return mean * lax.rsqrt(jnp.maximum(squared, 1e-24))
 
 
-def _attention(
-    dense: Any,
-    at: str,
-    x: Array,
-    together: Array,
-    config: EncoderConfig,
-    precision: Precision,
-) -> Array:
-    rows, length, hidden = x.shape
-    heads = config.num_attention_heads
-    dtype = jnp.dtype(precision)
-
-    def split(name: str) -> Array:
-        made = dense(f"{at}.{name}", x).astype(dtype)
-        return made.reshape(rows, length, heads, -1)
-
-    query, key, value = split("query"), split("key"), split("value")
-    logits = jnp.einsum(
-        "rqhd,rkhd->rhqk", query, key, preferred_element_type=jnp.float32
-    )
-    logits = logits * jnp.float32((hidden // heads) ** -0.5)
-    logits = jnp.where(together[:, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
-    mixed = jnp.einsum(
-        "rhqk,rkhd->rqhd", weights, value, preferred_element_type=jnp.float32
-    )
-    return mixed.reshape(rows, length, hidden)
-
-
-def _dense(
-    params: Mapping[str, Array], precision: Precision, at: str, x: Array
-) -> Array:
-    """Computes x W^T + b for a weight `[out, in]`."""
+def _low_dense(params: Mapping[str, Array], at: str, x: Array) -> Array:
+    """`transformer.dense` in bfloat16, summed in float32."""
     flat = x.reshape(-1, x.shape[-1])
-    weight, bias = params[f"{at}.weight"], params[f"{at}.bias"]
-    product = _low_product if precision == "bfloat16" else _product
-    return (product(flat, weight) + bias).reshape(*x.shape[:-1], -1)
-
-
-def _product(x: Array, weight: Array) -> Array:
-    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+    y = _low_product(flat, params[f"{at}.weight"]) + params[f"{at}.bias"]
+    return y.reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
 def _low_product(x: Array, weight: Array) -> Array:
-    """`_product` on operands rounded to bfloat16, forward and backward."""
+    """x W^T on operands rounded to bfloat16, forward and backward."""
     return _accumulate(_low(x), _low(weight), 1, 1)
 
 
@@ -233,12 +190,3 @@ def _accumulate(a: Array, b: Array, i: int, j: int) -> Array:
     """Contracts axis i of a with axis j of b, summed in float32."""
     axes = (((i,), (j,)), ((), ()))
     return lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
-
-
-def _layer_norm(
-    params: Mapping[str, Array], at: str, x: Array, config: EncoderConfig
-) -> Array:
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-    normal = centred * lax.rsqrt(variance + jnp.float32(config.layer_norm_eps))
-    return normal * params[f"{at}.weight"] + params[f"{at}.bias"]
