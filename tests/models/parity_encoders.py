@@ -9,12 +9,9 @@ that `save_pretrained` wrote; that directory pruned and written by us, loaded by
 `transformers`. A difference above 1e-4 is a failure.
 """
 
-import argparse
 import json
-import logging
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +24,14 @@ import flexhinm_jax as fh
 from flexhinm_jax import models
 from flexhinm_jax.io import huggingface
 from flexhinm_jax.models import images
-from tests.models import encoder_cases
-
-TOLERANCE = 1e-4
+from tests.models import encoder_cases, parity
 
 
 def loaded(folder: Path) -> transformers.PreTrainedModel:
-    """A directory as `transformers` reads it; what is missing there is an error."""
+    """A directory as `transformers` reads it, by the class that it names."""
     config = json.loads((folder / "config.json").read_text())
     names = config.get("architectures") or ["AutoModel"]
-    model, told = getattr(transformers, names[0]).from_pretrained(
-        folder,
-        attn_implementation="eager",
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    wrong = {name: keys for name, keys in told.items() if keys}
-    assert not wrong, f"{folder}: {wrong}"
-    return model.eval()
+    return parity.loaded(folder, getattr(transformers, names[0]))
 
 
 def reference(case: dict[str, Any], folder: Path) -> transformers.PreTrainedModel:
@@ -109,7 +96,7 @@ def compare(case: dict[str, Any], folder: Path) -> tuple[dict[str, float], Any]:
     found = {
         "outputs": apart(got, want),
         "pruned by us": apart(sparse, theirs(loaded(folder / "pruned"), case)),
-        "pruning moved": apart(sparse, want),
+        parity.MOVED: apart(sparse, want),
     }
     return found, encoder_cases.summary(case, want).astype(float).round(5).tolist()
 
@@ -147,37 +134,17 @@ def prepared_apart(config: dict[str, Any], folder: Path) -> float:
     return float(np.abs(images.read(folder / "images.npy", folder, 3) - want).max())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write the golden file")
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    golden, failed = {}, []
-    for name, case in encoder_cases.CASES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            found, golden[name] = compare(case, Path(folder))
-        print(name, *(f"{what} {value:.1e}" for what, value in found.items()), sep="; ")
-        if max(found["outputs"], found["pruned by us"]) > TOLERANCE:
-            failed.append(name)
+def prepared() -> dict[str, dict[str, float]]:
+    """Largest differences of images, by what prepared them."""
+    found = {}
     for name, config in PROCESSORS.items():
         with tempfile.TemporaryDirectory() as folder:
-            apart = prepared_apart(config, Path(folder))
-        print(f"images prepared for {name}; {apart:.1e}")
-        if apart > TOLERANCE:
-            failed.append(name)
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    print(f"{versions}, jax {jax.__version__}; tolerance {TOLERANCE}")
-    if failed:
-        print(f"FAILED: {', '.join(failed)}")
-        return 1
-    if args.write:
-        text = json.dumps(golden, separators=(",", ":"))
-        encoder_cases.GOLDEN.write_text(text + "\n")
-        print(f"wrote {encoder_cases.GOLDEN.name}, {len(text)} bytes")
-    return 0
+            found[f"images prepared for {name}"] = {
+                "pixels": prepared_apart(config, Path(folder))
+            }
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cases, golden = encoder_cases.CASES, encoder_cases.GOLDEN
+    sys.exit(parity.run(__doc__, cases, compare, golden, prepared))
