@@ -1,14 +1,14 @@
-"""JSON objects in files: read with errors that name the file, written whole."""
+"""JSON objects in files: one, read with errors that name the file, or one a line."""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flexhinm_jax import atomic
 
-__all__ = ["parse", "read", "write"]
+__all__ = ["parse", "read", "read_lines", "write", "write_lines"]
 
 
 def parse(text: str | bytes, where: Any) -> dict[str, Any]:
@@ -49,3 +49,27 @@ def write(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
     """Writes a JSON object; an earlier file is replaced, whole or not at all."""
     with atomic.file(path, overwrite=True) as temporary:
         temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def write_lines(path: Path, values: Iterable[Any], *, append: bool) -> None:
+    """Writes values as lines of JSON.
+
+    Args:
+      path: the file; its folder is made.
+      values: what JSON knows.
+      append: whether the lines that are there stay.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a" if append else "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values of a file, none if it is missing; a torn last line is left out."""
+    values = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return values

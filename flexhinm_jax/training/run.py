@@ -10,17 +10,16 @@ fast the machine is.
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
 
 from flexhinm_jax import arguments
+from flexhinm_jax.io import records
 from flexhinm_jax.io.checkpoints import Checkpoints
 from flexhinm_jax.training.optimizers import owned
 from flexhinm_jax.training.state import Training
@@ -280,8 +279,7 @@ class Run:
             self._restore(*saved)
         else:
             self.training = self._start() if self._lazy() else self._start
-            if saves is not None:
-                _write(saves.folder, [])
+            self._write([], append=False)
             if self._lazy():  # what it cost to begin is not lost
                 self._save()
         self._began = self._clock() - self.spent
@@ -386,8 +384,7 @@ class Run:
         """The row with its place, added to those of the run."""
         where = {"kind": row["kind"], "step": self.step, "stage": self.phase}
         self.rows.append(where | row)
-        if self.options.saves is not None:
-            _write(self.options.saves.folder, self.rows[-1:], "a")
+        self._write(self.rows[-1:], append=True)
         return self.rows[-1]
 
     def _told(self, row: Row) -> Row:
@@ -458,35 +455,22 @@ class Run:
         self.spent, self._looked, self.lowest = (float(x) for x in tree["figures"])
         self.begun, self._losses = self.step, list(tree["losses"][:pending])
         self.last = saves.folder / f"step-{self.step:08d}"
-        self.rows = [row for row in _read(saves.folder) if self._before_now(row)]
-        _write(saves.folder, self.rows)
+        rows = records.read_lines(saves.folder / ROWS)
+        self.rows = [row for row in rows if self._before_now(row)]
+        self._write(self.rows, append=False)
 
     def _before_now(self, row: Row) -> bool:
         """Whether a row belongs to what a checkpoint holds; a phase ends again."""
         last = row["kind"] == "stage" and row["stage"] == self.phase
         return row["step"] <= self.step and not last
 
+    def _write(self, rows: Sequence[Row], *, append: bool) -> None:
+        saves = self.options.saves
+        if saves is not None and jax.process_index() == 0:
+            records.write_lines(saves.folder / ROWS, rows, append=append)
+
     def _save(self) -> None:
         options = self.options
         if options.saves is not None:
             tree = self._tree(self.now(), self.best)
             self.last = options.saves.save(self.step, tree, options.config)
-
-
-def _write(folder: Path, rows: Sequence[Row], mode: str = "w") -> None:
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ROWS).open(mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def _read(folder: Path) -> list[Row]:
-    """The rows of a run; a torn last line is left out."""
-    path, rows = folder / ROWS, []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows

@@ -24,6 +24,7 @@ from rich.table import Table
 
 import flexhinm_jax as fh
 from flexhinm_jax.io.checkpoints import Checkpoints
+from flexhinm_jax.io.records import read_lines, write_lines
 
 #: What JAX reports after every compilation, reading a cached program included.
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -82,13 +83,15 @@ def follow(
     rows = iter(run)
     first = next(rows, None)
     records = [] if path is None else read(path, before=run.begun)
-    _write(path, records, "w")
+    if path is not None:
+        write_lines(path, records, append=False)
     with _bar(title, total, run.begun) as show:
         for row in () if first is None else itertools.chain([first], rows):
             if row["kind"] == "step" and "loss" in row:
                 figures = {k: v for k, v in row.items() if k not in PLACES}
                 records.append({"step": row["step"]} | more(row) | figures)
-                _write(path, records[-1:], "a")
+                if path is not None:
+                    write_lines(path, records[-1:], append=True)
                 show(records[-1])
     return records
 
@@ -133,13 +136,6 @@ def bars(console: Console) -> Iterator[Callable[[str, float, float], None]]:
         yield show
 
 
-def _write(path: Path | None, records: Sequence[dict[str, Any]], mode: str) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open(mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-
-
 def saves(folder: Path, resume: bool, every: int | None = None, **more: Any) -> Any:
     """The checkpoints of a run: it continues from the newest, or removes old ones.
 
@@ -156,17 +152,7 @@ def saves(folder: Path, resume: bool, every: int | None = None, **more: Any) -> 
 
 def read(path: Path, before: float = math.inf) -> list[dict[str, Any]]:
     """The records of a file up to step `before`, included; a torn last line is left."""
-    if before <= 0 or not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] <= before:
-            found.append(record)
-    return found
+    return [record for record in read_lines(path) if record["step"] <= before]
 
 
 def update(path: Path, **parts: Any) -> None:
