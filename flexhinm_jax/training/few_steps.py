@@ -16,7 +16,7 @@ from flexhinm_jax import methods
 from flexhinm_jax.methods import LearnedMethod, Method, RefineMask
 from flexhinm_jax.patterns import Pattern
 from flexhinm_jax.pruning import apply, solve
-from flexhinm_jax.training.optimizers import relative
+from flexhinm_jax.training.mask_optimizers import relative
 from flexhinm_jax.training.warm_start import adopt
 from flexhinm_jax.types import State, Stats, Uses
 

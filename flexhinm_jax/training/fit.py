@@ -22,7 +22,7 @@ from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.pruning import apply
 from flexhinm_jax.training import model_gates, sharding
 from flexhinm_jax.training.gradual import Saves, saves
-from flexhinm_jax.training.optimizers import check_ties, tied
+from flexhinm_jax.training.mask_optimizers import check_ties, tied
 from flexhinm_jax.training.run import At, Duration, Judge, NotFinite, Phase, Row, Run
 from flexhinm_jax.training.state import Training, init_training
 from flexhinm_jax.training.step import LOSS, loss_of, make_step

@@ -10,7 +10,7 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax.ops import masks
-from flexhinm_jax.training.optimizers import original_under_2_4, scale_by_adam_s
+from flexhinm_jax.training.pulling import original_under_2_4, scale_by_adam_s
 
 KEY = jax.random.key(0)
 

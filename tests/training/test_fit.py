@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,10 @@ import pytest
 import flexhinm_jax as fh
 from flexhinm_jax.methods.permllm import PermLLM
 from flexhinm_jax.training.fit import Stopped, fit
-from flexhinm_jax.training.optimizers import tied
+from flexhinm_jax.training.mask_optimizers import tied
 
 KEY = jax.random.key(0)
-METHOD = PermLLM(fh.NM(2, 4), block=8, steps=0, mask_temperature=0.3)
+METHOD: Any = PermLLM(fh.NM(2, 4), block=8, steps=0, mask_temperature=0.3)
 
 
 def apply_fn(params, x):
@@ -80,7 +82,7 @@ def test_tied_updates_are_those_of_the_summed_gradient():
     tx = tied(optax.sgd(1.0), {"b": "a"})
     params = {"a": jnp.zeros(2), "b": jnp.zeros(2), "c": jnp.zeros(2)}
     grads = {"a": jnp.ones(2), "b": 2 * jnp.ones(2), "c": jnp.ones(2)}
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates: Any = tx.update(grads, tx.init(params), params)[0]
     assert {p: x.tolist() for p, x in updates.items()} == {
         "a": [-3, -3],
         "b": [-3, -3],

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax.ops import masks
-from flexhinm_jax.training.optimizers import original_under_2_4, prox_sparse
+from flexhinm_jax.training.pulling import original_under_2_4, prox_sparse
 
 KEY = jax.random.key(0)
 
@@ -32,7 +34,7 @@ def test_a_step_is_that_of_the_method_on_every_matrix(task):
     grads = jax.tree.map(lambda p: jnp.cos(p), params)
     tx = prox_sparse(optax.sgd(0.1), uses, strength=0.3)
     updates, _ = tx.update(grads, tx.init(params), params)
-    after = optax.apply_updates(params, updates)
+    after: Any = optax.apply_updates(params, updates)
     method = fh.ProxSparse(strength=0.3)
     plain = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
     np.testing.assert_array_equal(after["bias"], plain["bias"])
