@@ -7,11 +7,13 @@ import pytest
 import scipy.linalg
 
 from flexhinm_jax.ops import blocks as eager_blocks
+from flexhinm_jax.ops import core_groups as eager_groups
 from flexhinm_jax.ops import descent, masks
 from flexhinm_jax.ops import factorised as eager
 from tests.compiled import Compiled
 
 blocks, factorised = Compiled(eager_blocks), Compiled(eager)
+core_groups = Compiled(eager_groups)
 
 OUT, IN, P, Q, N, M = 4, 16, 2, 8, 2, 4
 KEYS = jax.random.split(jax.random.key(2), 4)
@@ -62,12 +64,12 @@ def test_a_group_gets_the_best_of_all_patterns_and_least_squares_values():
     own = jnp.stack([q[:, j : j + M, j : j + M] for j in range(0, Q, M)], axis=1)
     groups = lambda x: x.reshape(OUT // P, IN // Q, P, Q // M, M)  # noqa: E731
     scale = jnp.diagonal(p, axis1=1, axis2=2)[:, None, :, None, None]
-    gain, fresh, kept = factorised.best_values(
+    gain, fresh, kept = core_groups.best_values(
         groups(s),
         groups(gradient),
         scale[..., 0],
         own[None, :, None],
-        factorised.pattern_inverses(q, N, M)[None, :, None],
+        core_groups.pattern_inverses(q, N, M)[None, :, None],
         N,
     )
     before = objective(S)
@@ -89,9 +91,7 @@ def test_one_sweep_of_single_rows_takes_the_best_group_of_every_block():
     cut = lambda x: blocks.cut(x, 1, Q)  # noqa: E731
     f = cut(factorised.pulled(a, B, W, H))
     gradient = factorised.image(cut(S), p, q) - f
-    s, keep = factorised.sweep_groups(
-        cut(S), cut(KEEP), gradient, p, q, n=N, m=M, picks=1
-    )
+    s, keep = core_groups.sweep(cut(S), cut(KEEP), gradient, p, q, n=N, m=M, picks=1)
     changed = jnp.any(blocks.join(s) != S, axis=0)
     moved = (blocks.join(s) != S).reshape(OUT, IN // Q, Q // M, M).any(-1).sum(-1)
     assert changed.any() and (moved <= 1).all()
@@ -107,9 +107,9 @@ def test_compiled_gains_are_those_of_eager_execution():
     q = jnp.einsum("cxa,cxb->cab", x, x) / 40
     own = jnp.stack([q[:, j : j + M, j : j + M] for j in range(0, 32, M)], axis=1)
     scale = 1 + jax.random.uniform(keys[2], (16, 1, 1))
-    given = s, gradient, scale, own, factorised.pattern_inverses(q, N, M)
-    one_by_one = eager.best_values(*given, N)
-    for one, other in zip(one_by_one, factorised.best_values(*given, N), strict=True):
+    given = s, gradient, scale, own, core_groups.pattern_inverses(q, N, M)
+    one_by_one = eager_groups.best_values(*given, N)
+    for one, other in zip(one_by_one, core_groups.best_values(*given, N), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
@@ -118,7 +118,7 @@ def test_a_sweep_never_raises_the_objective_and_keeps_n_of_m(picks):
     s, keep = S, KEEP
     losses = [objective(s)]
     for _ in range(3):
-        new, kept = factorised.sweep_groups(*parts(s, keep), n=N, m=M, picks=picks)
+        new, kept = core_groups.sweep(*parts(s, keep), n=N, m=M, picks=picks)
         s, keep = blocks.join(new), blocks.join(kept)
         losses.append(objective(s))
         assert (keep.reshape(OUT, -1, M).sum(-1) == N).all()
@@ -129,7 +129,7 @@ def test_a_sweep_never_raises_the_objective_and_keeps_n_of_m(picks):
 
 def test_a_drawn_group_changes_one_group_of_every_block_and_never_for_the_worse():
     key = jax.random.key(0)
-    s, keep = factorised.draw_groups(key, *parts(), N, M)
+    s, keep = core_groups.draw(key, *parts(), N, M)
     assert objective(blocks.join(s)) < objective(S)
     moved = (s != blocks.cut(S, P, Q)).reshape(OUT // P, IN // Q, -1, M).any(-1).sum(-1)
     assert (moved <= 1).all() and (blocks.join(keep).sum() == KEEP.sum())
@@ -139,7 +139,7 @@ def test_a_drawn_group_changes_one_group_of_every_block_and_never_for_the_worse(
 def test_inverses_are_those_of_the_pattern(n, m):
     x = jax.random.normal(KEYS[0], (20, 12))
     q = (x.T @ x)[None]
-    got = factorised.pattern_inverses(q, n, m)
+    got = core_groups.pattern_inverses(q, n, m)
     for row, kept in enumerate(descent.patterns(n, m)):
         at = np.flatnonzero(kept) + m
         want = np.linalg.inv(np.asarray(q)[0][np.ix_(at, at)])
@@ -152,8 +152,6 @@ def test_ties_and_empty_factors_give_finite_results():
     zero = jnp.zeros_like(A)
     p, q = factorised.normal_left(zero), factorised.normal_right(B * 0, H)
     s, keep = blocks.cut(S, P, Q), blocks.cut(KEEP, P, Q)
-    new, kept = factorised.sweep_groups(
-        s, keep, jnp.zeros_like(s), p, q, n=N, m=M, picks=2
-    )
+    new, kept = core_groups.sweep(s, keep, jnp.zeros_like(s), p, q, n=N, m=M, picks=2)
     np.testing.assert_array_equal(new, s)
     np.testing.assert_array_equal(kept, keep)
