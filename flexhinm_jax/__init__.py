@@ -51,7 +51,8 @@ from flexhinm_jax.pruning.statistics import calibrate, statistics_bytes
 from flexhinm_jax.sequential.cuts import Layer
 from flexhinm_jax.sequential.sequential import prune_sequential
 from flexhinm_jax.sequential.trained import Trained
-from flexhinm_jax.tracing.discover import describe, discover
+from flexhinm_jax.tracing.describe import describe
+from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.tracing.sparsify import sparsify
 from flexhinm_jax.training import objectives, schedules
 from flexhinm_jax.training.fit import fit, learn

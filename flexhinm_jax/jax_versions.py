@@ -122,6 +122,13 @@ def varying(x: Array, axes: Sequence[str]) -> Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
+def varying_alike(tree: Any) -> Any:
+    """`tree`, every array varying over all manual mesh axes that one varies over."""
+    own = map(varying_axes, jax.tree.leaves(tree))
+    axes = sorted(frozenset[str]().union(*own))
+    return jax.tree.map(lambda leaf: varying(leaf, axes), tree)
+
+
 def explicit_mesh(tree: Any) -> Any:
     """The mesh with explicit axes on which some array of `tree` lives, or None."""
     for x in jax.tree.leaves(tree):

@@ -287,12 +287,12 @@ class Layout:
     out: tuple[AxisFactor, ...]
     inputs: tuple[AxisFactor, ...]
 
-    @property
+    @functools.cached_property
     def stack_shape(self) -> tuple[int, ...]:
         """Leading axes of the matrix form; () for a single matrix."""
         return tuple(f.size for f in self.stack)
 
-    @property
+    @functools.cached_property
     def matrix_shape(self) -> tuple[int, int]:
         """(o, i) of one matrix."""
         o = i = 1
@@ -301,6 +301,11 @@ class Layout:
         for f in self.inputs:
             i *= f.size
         return o, i
+
+    @functools.cached_property
+    def transposed(self) -> "Layout":
+        """The layout with inputs and outputs exchanged."""
+        return dataclasses.replace(self, out=self.inputs, inputs=self.out)
 
 
 @dataclasses.dataclass(frozen=True)

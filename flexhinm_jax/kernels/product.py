@@ -143,24 +143,15 @@ def sparse_product(
         multiply = reference.matmul_transposed if transposed else reference.matmul
         y = multiply(x, bare, inner)
     else:
-        x, bare = _alike(x, bare)
+        # Inside a shard_map the gradient of replicated weights is a sum over the axes
+        # that shard x: the transpose of a cast, which the rules of the core cannot add.
+        x, bare = jax_versions.varying_alike((x, bare))
         how = {"choice": choice, "transposed": transposed, "dtype": inner}
         # An interpreted kernel has effects, which a primitive would hide.
         run = _run_packed if choice.cuda and support.interpreting() else _bind
         y = run(x, bare, **how)
     y = y if scale is None else y * scale
     return block_product(y.reshape(*lead, side), last).astype(dtype)
-
-
-def _alike(x: Array, packed: PackedWeight) -> tuple[Array, PackedWeight]:
-    """The arguments varying over the same manual mesh axes.
-
-    Inside a shard_map the gradient of replicated weights is a sum over the axes that
-    shard x: the transpose of the cast, which the rules of the core cannot add.
-    """
-    own = map(jax_versions.varying_axes, jax.tree.leaves((x, packed)))
-    axes = sorted(frozenset[str]().union(*own))
-    return jax.tree.map(lambda leaf: jax_versions.varying(leaf, axes), (x, packed))
 
 
 core = Primitive("packed_product")

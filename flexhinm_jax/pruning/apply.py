@@ -29,7 +29,6 @@ from flexhinm_jax.pruning.solve import (
     split,
 )
 from flexhinm_jax.tracing import meshes
-from flexhinm_jax.tracing.scales import on_grid
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.views import leaf as to_leaf
 from flexhinm_jax.tracing.views import matrix
@@ -64,15 +63,25 @@ def decide(
         or with states that are being learned.
     """
     check_method(method)
-    leaves = Leaves.of(params).dense(uses)
     arguments.by_path(states, State, "states", "solve()", uses.leaves)
     if key is not None:
         arguments.key(key)
+    return decide_leaves(method, states, Leaves.of(params).dense(uses), uses, key)
+
+
+def decide_leaves(
+    method: Method,
+    states: Mapping[str, State],
+    leaves: Leaves,
+    uses: Uses,
+    key: Array | None = None,
+) -> dict[str, Plan]:
+    """`decide` of arguments that are what they should be, under automatic axes."""
     tasks, around = {}, {}
     for path, state in states.items():
         use = uses.leaves[path]
         learning = not all(map(checks.is_concrete, jax.tree.leaves(state.learned)))
-        if learning and on_grid(leaves[path]):
+        if learning and path in leaves.on_grid:
             raise ValueError(
                 f"{path}: is stored in eight bits, whose steps have no derivative, so "
                 "nothing can be learned through it; learn on the dequantised weights, "
@@ -109,7 +118,7 @@ def rounded(plans: dict[str, Plan], leaves: Leaves, uses: Uses) -> dict[str, Pla
     moved: list[str] = []
     out = dict(plans)
     for path, plan in plans.items():
-        if not on_grid(leaves[path]):
+        if path not in leaves.on_grid:
             continue
         if plan.left is not None or plan.right is not None:
             raise ValueError(
@@ -209,14 +218,12 @@ def dense_weight(plan: Plan) -> Array:
 
 
 def _replaced(
-    params: Any,
+    leaves: Leaves,
     plans: Mapping[str, Plan],
     uses: Uses,
     weight: Callable[[Leaves, Plan, Use], Any],
-) -> Any:
-    """The tree with `weight(leaves, plan, use)` on planned leaves; refitted biases."""
-    check_plans(plans, uses)
-    leaves = Leaves.of(params).dense(uses)
+) -> Leaves:
+    """The leaves, planned ones as `weight(leaves, plan, use)`; refitted biases."""
     changed = {}
     for path, plan in plans.items():
         use = uses.leaves[path]
@@ -231,7 +238,7 @@ def _replaced(
         old = leaves[use.bias]
         shift = plan.bias.reshape(old.shape).astype(jnp.float32)
         changed[use.bias] = (old.astype(jnp.float32) + shift).astype(old.dtype)
-    return leaves.tree(changed)
+    return leaves.replaced(changed)
 
 
 @meshes.under_automatic_axes
@@ -249,11 +256,17 @@ def densify(plans: Mapping[str, Plan], params: Any, uses: Uses) -> Any:
       as [out, in] is that of its plan. A step that is donated the tree takes these
       too; give it `jax.tree.map(jnp.copy, tree)`.
     """
+    check_plans(plans, uses)
+    return densify_leaves(plans, Leaves.of(params).dense(uses), uses).tree()
+
+
+def densify_leaves(plans: Mapping[str, Plan], leaves: Leaves, uses: Uses) -> Leaves:
+    """`densify` of arguments that are what they should be, under automatic axes."""
 
     def weight(leaves: Leaves, plan: Plan, use: Use) -> Array:
         return leaves.stored(dense_weight(plan), use)
 
-    return _replaced(params, plans, uses, weight)
+    return _replaced(leaves, plans, uses, weight)
 
 
 @meshes.under_automatic_axes
@@ -281,16 +294,27 @@ def pack(
     Raises:
       ValueError: plans that do not belong to the leaves, or `values` of another kind.
     """
+    check_plans(plans, uses)
+    return pack_leaves(plans, Leaves.of(params).dense(uses), uses, values).tree()
+
+
+def pack_leaves(
+    plans: Mapping[str, Plan],
+    leaves: Leaves,
+    uses: Uses,
+    values: DTypeLike | None = None,
+) -> Leaves:
+    """`pack` of arguments that are what they should be, under automatic axes."""
 
     def weight(leaves: Leaves, plan: Plan, use: Use) -> Any:
         if plan.support.regions is None:
             return leaves.stored(dense_weight(plan), use)
-        if not on_grid(leaves[use.path]):
+        if use.path not in leaves.on_grid:
             return kernels.pack(plan, use.layout, values)
         steps = matrix(leaves.stored(plan.weight, use), use.layout)
         return kernels.pack(dataclasses.replace(plan, weight=steps), use.layout)
 
-    return _replaced(params, plans, uses, weight)
+    return _replaced(leaves, plans, uses, weight)
 
 
 @meshes.under_automatic_axes

@@ -5,6 +5,7 @@ the plans in every form.
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,16 +17,15 @@ from jax.typing import DTypeLike
 from flexhinm_jax import arguments, kernels
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
-from flexhinm_jax.pruning.apply import decide, densify, pack
+from flexhinm_jax.pruning.apply import decide_leaves, densify_leaves, pack_leaves
 from flexhinm_jax.pruning.report import Report, notes, report
 from flexhinm_jax.pruning.share_orders import share_orders as with_shared_orders
-from flexhinm_jax.pruning.solve import OnMismatch, fitting, solve
-from flexhinm_jax.pruning.statistics import calibrate, unseen
+from flexhinm_jax.pruning.solve import OnMismatch, fitting, solve_leaves
+from flexhinm_jax.pruning.statistics import calibrate, unseen_counts
 from flexhinm_jax.tracing import meshes
-from flexhinm_jax.tracing.discover import discover
-from flexhinm_jax.tracing.finder import Traced
+from flexhinm_jax.tracing.discover import Traced, discover
 from flexhinm_jax.tracing.tree import Leaves
-from flexhinm_jax.types import Plan, Uses
+from flexhinm_jax.types import Plan, Stats, Uses
 
 logger = logging.getLogger("flexhinm_jax")
 
@@ -109,6 +109,7 @@ def prune(
     check_method(method)
     arguments.key(key)
     arguments.batches(batches)
+    arguments.concrete(params)
     batches = iter(batches)
     try:
         first = next(batches)
@@ -119,22 +120,37 @@ def prune(
         ) from None
     example = first if isinstance(first, tuple) else (first,)
     apply_fn, leaves = Traced.of(apply_fn), Leaves.of(params)
-    every_use = discover(apply_fn, params, *example, rules=rules)
+    every_use = discover(apply_fn, leaves, *example, rules=rules)
     uses = fitting(method, every_use, on_mismatch)
+    leaves, stats = leaves.dense(uses), None
     if not uses.leaves:
         return untouched(every_use, uses, rules, leaves)
-    stats = None
     if method.needs != "nothing":
         calibration.setdefault("gram", method.needs == "gram")
-        stats = calibrate(apply_fn, params, uses, _chain(first, batches), **calibration)
+        every = itertools.chain([first], batches)
+        stats = calibrate(apply_fn, leaves, uses, every, **calibration)
     if share_orders:
         key, order_key = jax.random.split(key)
         method, stats = with_shared_orders(method, order_key, leaves, uses, stats)
-    blind = {path: int(unseen(one).sum()) for path, one in (stats or {}).items()}
-    states = solve(method, key, leaves, uses, stats, sparsity)
+    blind = unseen_counts(stats)
+    plans = _planned(method, key, leaves, uses, stats, sparsity)
+    return applied(plans, leaves, uses, blind)
+
+
+@meshes.under_automatic_axes
+def _planned(
+    method: Method,
+    key: Array,
+    leaves: Leaves,
+    uses: Uses,
+    stats: Mapping[str, Stats] | None,
+    sparsity: float | Mapping[str, float] | None,
+) -> dict[str, Plan]:
+    """Every leaf solved and decided; a warning says where solving went badly."""
+    states = solve_leaves(method, key, leaves, uses, stats, sparsity)
     for path, text in notes(method, states, uses).items():
         logger.warning("%s: %s", path, text)
-    return applied(decide(method, states, leaves, uses), leaves, uses, blind)
+    return decide_leaves(method, states, leaves, uses)
 
 
 def untouched(
@@ -167,18 +183,23 @@ def applied(
 ) -> Pruned:
     """The plans in every form that `prune` returns: dense, packed, reported."""
     plans, leaves = meshes.whole(plans), Leaves.of(params)
-    packed = pack(plans, leaves, uses)
-    dense = Leaves.of(densify(plans, leaves, uses))
+    packed, dense = _forms(plans, leaves, uses)
     told = report(plans, packed, uses, blind)
     if plans and told.coverage < LEAST_COVERAGE:
         logger.warning("%s", "\n".join(told.coverage_lines))
     return Pruned(
-        params=jax.tree.map(_beside, dense, leaves).tree(),
-        packed=packed,
+        params=jax.tree.map(_where, dense, leaves).tree(),
+        packed=packed.tree(),
         plans=plans,
         uses=uses,
         report=told,
     )
+
+
+@meshes.under_automatic_axes
+def _forms(plans: dict[str, Plan], leaves: Leaves, uses: Uses) -> tuple[Leaves, Leaves]:
+    """The leaves packed, and with zeros in place."""
+    return pack_leaves(plans, leaves, uses), densify_leaves(plans, leaves, uses)
 
 
 def with_values(result: Pruned, values: DTypeLike) -> Pruned:
@@ -194,15 +215,10 @@ def with_values(result: Pruned, values: DTypeLike) -> Pruned:
     return dataclasses.replace(result, packed=packed, report=told)
 
 
-def _beside(new: Any, old: Any) -> Any:
+def _where(new: Any, old: Any) -> Any:
     """The new leaf where the old one lives, if that is on several devices."""
     if not isinstance(old, jax.Array) or len(old.sharding.device_set) == 1:
         return new
     if new.sharding.is_equivalent_to(old.sharding, old.ndim):
         return new
     return jax.device_put(meshes.host(new), old.sharding)
-
-
-def _chain(first: Any, rest: Iterable[Any]) -> Iterable[Any]:
-    yield first
-    yield from rest

@@ -17,10 +17,9 @@ import numpy as np
 from flexhinm_jax import arguments
 from flexhinm_jax.kernels import unpack
 from flexhinm_jax.methods import Method
-from flexhinm_jax.paths import is_packed
 from flexhinm_jax.pruning.apply import dense_weight
 from flexhinm_jax.pruning.solve import method_for
-from flexhinm_jax.tracing.discover import aligned, coverage_lines, html_table
+from flexhinm_jax.tracing.describe import aligned, coverage_lines, html_table
 from flexhinm_jax.tracing.program import is_array
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import PackedWeight, Plan, Regions, State, Uses
@@ -288,7 +287,9 @@ def report(
         )
         for path, plan in plans.items()
     )
-    tree = sum(_nbytes(x) for x in leaves.values())
+    measured = {row.path: row.packed_bytes for row in rows}
+    rest = [x for path, x in leaves.items() if path not in measured]
+    tree = sum(measured.values()) + sum(map(_nbytes, rest))
     saved = sum(r.dense_bytes - r.packed_bytes for r in rows)
     skipped, dense = ({}, {}) if uses is None else (uses.skipped, uses.dense)
     return Report(rows, dict(skipped), tree + saved, tree, dict(dense))
@@ -301,7 +302,7 @@ def _nbytes(leaf: Any) -> int:
 
 
 def _row(path: str, plan: Plan, leaf: Any) -> Row:
-    weight = np.asarray(plan.weight, np.float32)
+    weight, packed = np.asarray(plan.weight, np.float32), isinstance(leaf, PackedWeight)
     nonzero = weight != 0
     regions = plan.support.regions
     groups, legal = (0, 0) if regions is None else _legal_groups(nonzero, regions)
@@ -322,14 +323,14 @@ def _row(path: str, plan: Plan, leaf: Any) -> Row:
         overhead=_factors(plan) / weight.size,
         dense_bytes=weight.size * leaf.dtype.itemsize,
         packed_bytes=_nbytes(leaf),
-        note="" if is_packed(leaf) else "stays dense: no regions to pack",
+        note="" if packed else "stays dense: no regions to pack",
         rounding=_rounding(plan, leaf),
     )
 
 
 def _rounding(plan: Plan, leaf: Any) -> float:
     """How far packed values are from those of the plan; 0 where they are the same."""
-    if not is_packed(leaf) or leaf.scale is None:
+    if not isinstance(leaf, PackedWeight) or leaf.scale is None:
         return 0.0
     pruned = np.asarray(dense_weight(plan), np.float32)
     lost = np.asarray(unpack(leaf), np.float32) - pruned

@@ -110,7 +110,7 @@ def fitting(method: Method, uses: Uses, on_mismatch: OnMismatch) -> Uses:
             reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
             reasons[path] = f"does not fit {pattern}: {reason}"
             logger.warning("%s: skipped, it %s", path, reasons[path])
-    return uses.without(reasons)
+    return uses.without(reasons) if reasons else uses
 
 
 def keys_for(key: Array, use: Use) -> Array:
@@ -169,13 +169,28 @@ def solve(
     """
     check_method(method)
     arguments.key(key)
-    leaves = Leaves.of(params).dense(uses)
     arguments.concrete(params)
-    check_targets(sparsity, uses)
-    stats = {} if stats is None else stats
-    arguments.by_path(stats, Stats, "stats", "calibrate()")
+    if stats is not None:
+        arguments.by_path(stats, Stats, "stats", "calibrate()")
     if prev is not None:
         arguments.by_path(prev, State, "prev", "solve()")
+    leaves = Leaves.of(params).dense(uses)
+    return solve_leaves(method, key, leaves, uses, stats, sparsity, prev, progress)
+
+
+def solve_leaves(
+    method: Method,
+    key: Array,
+    leaves: Leaves,
+    uses: Uses,
+    stats: Mapping[str, Stats] | None,
+    sparsity: float | Mapping[str, float] | None,
+    prev: Mapping[str, State] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, State]:
+    """`solve` of arguments that are what they should be, under automatic axes."""
+    check_targets(sparsity, uses)
+    stats = {} if stats is None else stats
     tasks, around = {}, {}
     for path, use in uses.leaves.items():
         if prev is not None and path not in prev:

@@ -21,12 +21,12 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexhinm_jax import arguments, checks, jax_versions
-from flexhinm_jax.tracing.contractions import Chunk, Product
-from flexhinm_jax.tracing.finder import Finder, Traced
+from flexhinm_jax.tracing.contractions import Chunk, Product, equation
+from flexhinm_jax.tracing.discover import Finder, Traced
 from flexhinm_jax.tracing.masks import Masks
 from flexhinm_jax.tracing.program import Skeleton, is_array, run, split
-from flexhinm_jax.tracing.stops import Where, equation
 from flexhinm_jax.tracing.tree import Leaves
+from flexhinm_jax.tracing.views import Where
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Stats, Use, Uses
 
@@ -91,6 +91,7 @@ def calibrate(
     arguments.batches(batches)
     arguments.parameters(params)
     arguments.concrete(params)
+    leaves = Leaves.of(params)
     if token_mask is not None:
         arguments.function(token_mask, "token_mask", "token_mask(*batch)")
     if memory_limit is not None:
@@ -107,24 +108,19 @@ def calibrate(
             f"the statistics take {need} bytes, more than memory_limit={memory_limit}; "
             f"raise the limit, {remedy}"
         )
-    sums = zeros(uses, owners, params, gram)
+    sums = zeros(uses, owners, leaves, gram)
     left = CHUNK_BYTES if memory_limit is None else memory_limit - need
     traced, empty = Traced.of(apply_fn), True
-    step = make_step(
-        wanted,
-        token_mask,
-        min(CHUNK_BYTES, left),
-    )
+    step = make_step(wanted, token_mask, min(CHUNK_BYTES, left))
     for batch in batches:
         batch = batch if isinstance(batch, tuple) else (batch,)
-        arrays, skeleton = split((params, batch))
-        finder = traced.find(params, batch)
-        sums, empty = step(sums, arrays, skeleton, finder), False
+        finder = traced.find(leaves, batch)
+        sums, empty = step(sums, *split((leaves, batch)), finder), False
     if empty:
         raise ValueError("batches is empty: give at least one batch to run")
     done = {}
     for path in dict.fromkeys(owners.values()):
-        done[path] = finish(path, sums.pop(path), params)
+        done[path] = finish(path, sums.pop(path), leaves)
     return {path: done[owners[path]] for path in uses.leaves}
 
 
@@ -183,7 +179,7 @@ def counted(uses: Uses) -> dict[str, list[Use]]:
     """Leaf path -> the uses that enter its statistics, one per distinct input."""
     out: dict[str, dict[tuple, Use]] = {}
     first = uses.leaves
-    for use in uses:
+    for use in uses.prunable:
         if use.layout == first[use.path].layout:
             out.setdefault(use.path, {}).setdefault((use.source, use.at), use)
     return {path: list(kept.values()) for path, kept in out.items()}
@@ -206,7 +202,7 @@ def share(uses: Uses) -> tuple[dict[str, str], list[Use]]:
     return of, wanted
 
 
-def zeros(uses: Uses, owners: dict[str, str], params: Any, gram: bool) -> Sums:
+def zeros(uses: Uses, owners: dict[str, str], leaves: Leaves, gram: bool) -> Sums:
     """Empty sums, replicated over the mesh of the parameters if they have one."""
     shapes = {}
     for path, use in uses.leaves.items():
@@ -214,7 +210,7 @@ def zeros(uses: Uses, owners: dict[str, str], params: Any, gram: bool) -> Sums:
             stack, i = use.layout.stack_shape, use.layout.matrix_shape[1]
             second = {"gram": (*stack, i, i)} if gram else {"sq_norm": (*stack, i)}
             shapes[path] = {"total": (*stack, i), "count": stack, **second}
-    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(params)]
+    shardings = [getattr(x, "sharding", None) for x in leaves.values()]
     meshes = [getattr(sharding, "mesh", None) for sharding in shardings]
     meshes = [mesh for mesh in meshes if isinstance(mesh, Mesh)]
     everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
@@ -244,14 +240,14 @@ def make_step(
 
     @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
     def step(sums: Sums, arrays: list[Any], skeleton: Skeleton, finder: Finder) -> Sums:
-        params, batch = skeleton.fill(arrays)
+        leaves, batch = skeleton.fill(arrays)
         mesh = jax_versions.explicit_mesh(arrays)
         if mesh is not None:
             sums = jax_versions.replicated(sums, mesh)
-        own = len(split(params)[0])
-        masks = token_masks(token_mask, batch, arrays[own:])
+        of_batch = arrays[finder.program.parameters :]
+        masks = token_masks(token_mask, batch, of_batch)
         visitor = Accumulate(places(finder, wanted), finder, chunk_bytes, masks)
-        sums = run(finder.program, params, visitor, sums, arrays)[1]
+        sums = run(finder.program, leaves, visitor, sums, arrays)[1]
         warn_missed(masks, dict.fromkeys(use.path for use in wanted))
         return sums
 
@@ -264,14 +260,17 @@ def places(finder: Finder, wanted: list[Use]) -> dict[tuple[str, Where], Use]:
     Raises:
       ValueError: the program lacks one of them.
     """
-    here = {use.key: (where, use) for where, use in finder.uses}
+    here = {(use.path, use.ordinal): (where, use) for where, use in finder.uses}
+    out = {}
     for use in wanted:
-        if use.key not in here or here[use.key][1].layout != use.layout:
+        where, same = here.get((use.path, use.ordinal), ((), None))
+        if same is None or same.layout != use.layout:
             raise ValueError(
                 f"the program of this batch has no use {use.ordinal} of {use.path!r} "
                 "as discover found it; call discover with a batch like this one"
             )
-    return {(use.path, here[use.key][0]): use for use in wanted}
+        out[use.path, where] = use
+    return out
 
 
 @dataclasses.dataclass
@@ -307,6 +306,7 @@ class Accumulate(Visitor):
                 f"{fitted.least_bytes} bytes, and memory_limit leaves "
                 f"{self.chunk_bytes} beside the statistics; raise it"
             )
+        routes = fitted.routes()
         index = [fitted.index.get(f) for f in use.layout.stack]
 
         def add(
@@ -336,7 +336,7 @@ class Accumulate(Visitor):
             product.operand,
             index,
             valid,
-            fitted.routes(),
+            routes,
         )
         return None, {**state, use.path: own}
 
@@ -509,6 +509,11 @@ def finish(path: str, sums: dict[str, Array], params: Any) -> Stats:
         sums["sq_norm"] = jnp.diagonal(gram, axis1=-2, axis2=-1)
     mean = total / jnp.maximum(count, 1.0)[..., None]
     return Stats(sq_norm=sums["sq_norm"], mean=mean, count=count, gram=gram)
+
+
+def unseen_counts(stats: Mapping[str, Stats] | None) -> dict[str, int]:
+    """Leaf path -> how many of its matrices no input reached."""
+    return {path: int(unseen(own).sum()) for path, own in (stats or {}).items()}
 
 
 def unseen(stats: Stats) -> np.ndarray:

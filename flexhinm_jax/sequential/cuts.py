@@ -27,7 +27,7 @@ from flexhinm_jax.sequential.share import Share
 from flexhinm_jax.sequential.straight import Cut, Line, straighten
 from flexhinm_jax.sequential.trained import Training
 from flexhinm_jax.tracing import meshes
-from flexhinm_jax.tracing.finder import Traced
+from flexhinm_jax.tracing.discover import Traced
 from flexhinm_jax.tracing.program import is_array, split
 from flexhinm_jax.types import Layout, Plan, Uses
 

@@ -39,9 +39,7 @@ from flexhinm_jax.pruning.solve import check_targets, fitting
 from flexhinm_jax.sequential.cuts import Walk
 from flexhinm_jax.sequential.job import Job, keeping
 from flexhinm_jax.sequential.request import Request
-from flexhinm_jax.tracing.discover import discover
-from flexhinm_jax.tracing.finder import Traced
-from flexhinm_jax.tracing.scales import on_grid
+from flexhinm_jax.tracing.discover import Traced, discover
 from flexhinm_jax.tracing.tree import Leaves
 
 
@@ -125,7 +123,7 @@ def prune_sequential(
     apply_fn = Traced.of(apply_fn)
     rules: Any = request.rules
     every_use = discover(apply_fn, params, *every[0], rules=rules)
-    stored = [p for p, leaf in Leaves.of(params).items() if on_grid(leaf)]
+    stored = [*Leaves.of(params).on_grid]
     reason = "in eight bits with a scale: prune() and solve() take it"
     every_use = every_use.without({p: reason for p in stored if p in every_use.leaves})
     uses = fitting(method, every_use, request.on_mismatch)

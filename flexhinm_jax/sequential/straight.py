@@ -23,11 +23,18 @@ from jax.extend.core import Literal, Primitive
 from flexhinm_jax import jax_versions
 from flexhinm_jax.pruning.statistics import warn_missed
 from flexhinm_jax.tracing import control_flow
-from flexhinm_jax.tracing.contractions import RESHAPES, Product, Tracked, plain
+from flexhinm_jax.tracing.contractions import (
+    RESHAPES,
+    Product,
+    Tracked,
+    equation,
+    plain,
+)
 from flexhinm_jax.tracing.masks import Masks
-from flexhinm_jax.tracing.program import Program, is_array, run
-from flexhinm_jax.tracing.stops import Where, equation
+from flexhinm_jax.tracing.program import Program, run
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.values import ALIASES, Dependence, Numbering, dependence
+from flexhinm_jax.tracing.views import Where
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Layout
 
@@ -135,14 +142,14 @@ def straighten(
       layouts: leaf path -> layout, for the leaves to prune.
       mask: the token mask of the batch, which becomes the last input of the line.
     """
-    count = sum(map(is_array, jax.tree.leaves(params)))
+    count, leaves = program.parameters, Leaves.of(params)
     marker = Marker(layouts, dependence(program.jaxpr, count))
 
     def flat(*arrays: Any) -> list[Any]:
         if mask is not None:
             *arrays, tokens = arrays  # type: ignore[assignment]
             marker.masks = Masks(tokens, arrays[count:])
-        return run(program, params, marker, (), arrays)[0]
+        return run(program, leaves, marker, (), arrays)[0]
 
     arrays = [*program.arrays, *([] if mask is None else [mask])]
     body, consts = jax_versions.opened(jax.make_jaxpr(flat)(*arrays))

@@ -7,10 +7,11 @@ matrices and never the axes of the program.
 """
 
 import dataclasses
+import enum
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,8 +19,66 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from flexhinm_jax.tracing import views
-from flexhinm_jax.tracing.views import Atom, Dims, View
+from flexhinm_jax.tracing.views import Atom, Dims, View, Where
 from flexhinm_jax.types import AxisFactor, Layout, PackedWeight
+
+
+class Kind(enum.Enum):
+    """What kind of use ends the tracking of a leaf."""
+
+    PRIMITIVE = enum.auto()  # a primitive that has no rule
+    LOOKUP = enum.auto()  # rows are read, as from an embedding
+    PRODUCT = enum.auto()  # a contraction that is no product with a matrix
+    AUXILIARY = enum.auto()  # a product with a vector of parameters
+    CONTROL = enum.auto()  # a loop, a shard_map or a derivative rule in the way
+
+
+class Stop(NamedTuple):
+    """Why a leaf is needed dense.
+
+    Attributes:
+      text: the reason, for people.
+      kind: the reason, for programs.
+    """
+
+    text: str
+    kind: Kind = Kind.CONTROL
+
+
+LOOKUP = Stop("read by gather (embedding)", Kind.LOOKUP)
+
+
+class Body(NamedTuple):
+    """The part of a position that enters a body which runs less or more than once.
+
+    Attributes:
+      name: of the body, such as "branch" or "step".
+      number: of the branch.
+    """
+
+    name: str
+    number: int = 0
+
+
+class Part(NamedTuple):
+    """The part of a position that tells the products of one equation apart.
+
+    Attributes:
+      number: of the leaf, among those that the program put side by side.
+    """
+
+    number: int
+
+
+def equation(where: Where) -> Where:
+    """The position of the equation of a product."""
+    return where[:-1] if isinstance(where[-1], Part) else where
+
+
+def context(where: Where) -> Where:
+    """The innermost body at a position; two positions in one body run together."""
+    bodies = [k for k, step in enumerate(where) if isinstance(step, Body)]
+    return where[: bodies[-1] + 1] if bodies else ()
 
 
 class Followed:
@@ -107,17 +166,41 @@ class Product:
     @functools.cached_property
     def of_stack(self) -> list[Atom]:
         """The atoms of the batch axes."""
-        return views.flat(self.batch)
+        return [atom for dim in self.batch for atom in dim]
 
     @functools.cached_property
     def of_out(self) -> list[Atom]:
         """The atoms of the outputs."""
-        return views.flat(self.out)
+        return [atom for dim in self.out for atom in dim]
 
     @functools.cached_property
     def of_inputs(self) -> list[Atom]:
         """The atoms of the inputs, in the order of the program."""
-        return views.flat(self.inputs)
+        return [atom for dim in self.inputs for atom in dim]
+
+    @functools.cached_property
+    def by_stack(self) -> list[Atom]:
+        """The atoms of the batch axes in the order of the leaf."""
+        return views.ordered(self.of_stack)
+
+    @functools.cached_property
+    def by_out(self) -> list[Atom]:
+        """The atoms of the outputs in the order of the leaf."""
+        return views.ordered(self.of_out)
+
+    @property
+    def obstacle(self) -> Stop | None:
+        """Why this is no product with a matrix of the leaf; None if it is one."""
+        every = self.of_stack + self.of_out + self.of_inputs
+        if any(a.axis == views.REPEAT for a in every):
+            return Stop("broadcast before it is contracted", Kind.PRODUCT)
+        if not self.of_inputs:
+            return Stop("scales its input by one value per output", Kind.PRODUCT)
+        if not self.of_out:
+            return Stop("contracted as a vector", Kind.PRODUCT)
+        if not all(a.whole for a in self.of_stack):
+            return Stop("contracted over a part of a batch axis", Kind.PRODUCT)
+        return None
 
     @property
     def index(self) -> dict[AxisFactor, Any]:
@@ -140,22 +223,15 @@ class Product:
         """The matrix view of the leaf in this product."""
         stack = self.of_stack + [atom for atom, _ in self.weight.view.index]
         stack = [atom for atom in stack if atom.axis >= 0]
-        return Layout(
-            self.weight.shape,
-            views.factors(stack, merge=False),
-            views.factors(self.of_out),
-            views.factors(self.ordered_inputs, sort=False),
-        )
+        return views.layout(self.weight.shape, stack, self.of_out, self.ordered_inputs)
 
     @functools.cached_property
     def ordered_inputs(self) -> list[Atom]:
         """The atoms of the inputs in the order of the columns of the matrix."""
         atoms = self.of_inputs
-        return (
-            views.ordered(atoms)
-            if self.order is None
-            else [atoms[k] for k in self.order]
-        )
+        if self.order is None:
+            return views.ordered(atoms)
+        return [atoms[k] for k in self.order]
 
     def ordered_as(self, inputs: Sequence[AxisFactor]) -> "Product":
         """The same product with its inputs in the order of these factors."""
@@ -187,7 +263,7 @@ class Product:
             self.reading,
             order,
             spans,
-            tuple(stack.index(a) for a in views.ordered(stack)),
+            tuple(stack.index(a) for a in self.by_stack),
         )
 
     def absorbed(self) -> "Product":
@@ -227,12 +303,12 @@ class Product:
     @property
     def window(self) -> tuple:
         """Hashable: which part of the outputs of the matrix this product has."""
-        return tuple((a.start, a.size, a.full) for a in views.ordered(self.of_out))
+        return tuple((a.start, a.size, a.full) for a in self.by_out)
 
     def fit(self, layout: Layout) -> "Product | None":
         """This product in terms of `layout` or its transpose; None if impossible."""
         for product in self.readings:
-            for wanted in (layout, transposed(layout)):
+            for wanted in (layout, layout.transposed):
                 fitted = product.ordered_as(wanted.inputs)
                 if fitted.layout == wanted:
                     return fitted
@@ -256,7 +332,7 @@ class Product:
         if any(low or high for low, high in margins):
             x = jnp.pad(x, [(0, 0)] * (len(stack) + 1) + margins)
         first = len(stack)
-        order = [stack.index(a) for a in views.ordered(stack)] + [first]
+        order = [stack.index(a) for a in self.by_stack] + [first]
         order += [first + 1 + inputs.index(a) for a in self.ordered_inputs]
         x = x.transpose(order)
         return x.reshape(*x.shape[: first + 1], math.prod(x.shape[first + 1 :]))
@@ -280,9 +356,7 @@ class Product:
         x = x.reshape([a.size for a in stack] + [-1])
         turned = [k for k, a in enumerate(stack) if a.flipped]
         x = jnp.flip(x, turned) if turned else x
-        return x.transpose(
-            [stack.index(a) for a in views.ordered(stack)] + [len(stack)]
-        )
+        return x.transpose([stack.index(a) for a in self.by_stack] + [len(stack)])
 
     def summed(
         self,
@@ -329,7 +403,7 @@ class Product:
         """
         stack, out = self.of_stack, self.of_out
         free = self.free if y.shape[len(stack)] != 1 else (1,) * len(self.free)
-        by_stack, by_out = views.ordered(stack), views.ordered(out)
+        by_stack, by_out = self.by_stack, self.by_out
         shape = (
             [a.full for a in by_stack] + [math.prod(free)] + [a.full for a in by_out]
         )
@@ -409,11 +483,32 @@ def sides(eqn: Any, operands: Sequence[Any]) -> tuple[Any, ...]:
     return *own, *other, bool(k)
 
 
+def match_dot(eqn: Any, operands: list) -> Product:
+    """The product of a dot_general with one Tracked operand."""
+    w, wc, wb, x, xc, xb, right = sides(eqn, operands)
+    tokens = [d for d in range(x.ndim) if d not in (*xc, *xb)]
+    dims = w.view.dims
+    out = tuple(dims[d] for d in range(len(dims)) if d not in (*wc, *wb))
+    b, f = len(wb), len(tokens)
+
+    def finish(y: Any) -> Any:
+        swapped = [*range(b), *range(b + f, y.ndim), *range(b, b + f)]
+        return y if right else y.transpose(swapped)
+
+    return Product(
+        weight=w,
+        batch=tuple(dims[d] for d in wb),
+        out=out,
+        inputs=tuple(dims[d] for d in wc),
+        operand=x,
+        arrange=lambda x: x.transpose([*xb, *tokens, *xc]),
+        free=tuple(x.shape[d] for d in tokens),
+        finish=finish,
+        result=eqn.outvars[0].aval,
+        reading=("dot", tuple(xb), tuple(xc)),
+    )
+
+
 def plain(values: Sequence[Any]) -> list[Any]:
     """The values with everything followed made dense."""
     return [v.dense() if isinstance(v, Followed) else v for v in values]
-
-
-def transposed(layout: Layout) -> Layout:
-    """The layout with inputs and outputs exchanged."""
-    return dataclasses.replace(layout, out=layout.inputs, inputs=layout.out)

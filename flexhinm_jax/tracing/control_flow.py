@@ -17,9 +17,8 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
 from flexhinm_jax import jax_versions
-from flexhinm_jax.tracing import experts, masks, views
-from flexhinm_jax.tracing.contractions import Followed, Tracked, plain
-from flexhinm_jax.tracing.stops import Body, Stop
+from flexhinm_jax.tracing import masks, views
+from flexhinm_jax.tracing.contractions import Body, Followed, Stop, Tracked, plain
 
 Result = tuple[list[Any], Any]
 CHANGED = Stop("carried through a loop that changes it")
@@ -356,7 +355,7 @@ def visit_shard_map(
         if not isinstance(v, Followed):
             continue
         split_over = [axis for axis in spec if axis is not None]
-        simple = isinstance(v, Tracked) and experts.lookup(v.view) is None
+        simple = isinstance(v, Tracked) and v.view.lookup is None
         if split_over or not p["check_vma"] or not simple:
             over = "with check_vma=False" if not p["check_vma"] else ""
             over = f"over mesh axes {split_over}" if split_over else over

@@ -16,8 +16,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from flexhinm_jax.tracing import views
-from flexhinm_jax.tracing.contractions import Chunk, Product, Tracked
-from flexhinm_jax.tracing.stops import Kind, Stop
+from flexhinm_jax.tracing.contractions import Chunk, Kind, Product, Stop, Tracked
 
 
 def match_conv(eqn: Any, operands: list) -> Product | Stop:

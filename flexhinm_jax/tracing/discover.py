@@ -1,33 +1,63 @@
 """Finds which leaves of a parameter tree are contracted, with what, along which axes.
 
-The function is traced and walked once without running it. Every contraction of a leaf
-becomes a `Use`; every other leaf is skipped for a reason that a person can act on.
+The function is traced and walked once without running it (`Traced.find`). The walk
+records every contraction of a leaf, which products read the same input, which leaf is
+the bias of a product, and what stops the others. From that `discover` makes a `Use` of
+every contraction of a leaf that can be pruned; every other leaf is skipped for a reason
+that a person can act on.
 """
 
 import dataclasses
 import difflib
-import html
+import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from jax import numpy as jnp
 
 from flexhinm_jax import arguments
 from flexhinm_jax.patterns import Pattern
-from flexhinm_jax.tracing.finder import Traced
-from flexhinm_jax.tracing.program import is_array
-from flexhinm_jax.tracing.scales import on_grid
-from flexhinm_jax.tracing.stops import Kind, Stop
+from flexhinm_jax.tracing import contractions, scales, views
+from flexhinm_jax.tracing.contractions import (
+    Followed,
+    Kind,
+    Part,
+    Product,
+    Stop,
+    Tracked,
+)
+from flexhinm_jax.tracing.program import (
+    Program,
+    form_of,
+    is_array,
+    run,
+    shapes_of,
+    trace,
+)
 from flexhinm_jax.tracing.tree import Leaves
-from flexhinm_jax.types import AxisFactor, Layout, Use, Uses
+from flexhinm_jax.tracing.values import (
+    ALIASES,
+    Dependence,
+    Numbering,
+    dependence,
+)
+from flexhinm_jax.tracing.views import Where
+from flexhinm_jax.tracing.walker import Visitor
+from flexhinm_jax.types import ChannelScale, Layout, Use, Uses
 
 logger = logging.getLogger("flexhinm_jax")
 
-#: Skipped leaves that are listed by name with their reason.
-MAX_SKIPPED_LINES = 3
+SCALED = Stop("scaled by a value of the batch", Kind.PRIMITIVE)
+TIED = Stop(
+    "tied: read by gather (embedding) and contracted (head); a rule with a pattern or "
+    '"prune" prunes it',
+    Kind.LOOKUP,
+)
 
 
 def discover(
@@ -58,44 +88,66 @@ def discover(
     """
     arguments.parameters(params)
     leaves = Leaves.of(params)
-    paths, finder = list(leaves), Traced.of(apply_fn).find(params, batch)
-    chosen = choose(rules or {}, paths)
-    by_leaf = {path: finder.of(path) for path in paths}
-    skipped, prunable = {}, set()
-    for path, leaf in leaves.items():
-        hindrance = finder.hindrance(path) if by_leaf[path] else None
-        reason = hindrance.text if hindrance else None
-        if not by_leaf[path]:
-            reason = finder.reason(path, leaf)
-        rule, action = chosen.get(path, (None, None))
-        if action == "skip":
-            reason = f"skipped by rule {rule!r}"
-        elif by_leaf[path] and (action == "prune" or (action and tied(hindrance))):
-            reason = None
-        if reason is None:
-            prunable.add(path)
-        else:
-            skipped[path] = reason
-    for rule, action in (rules or {}).items():
-        hits = [path for path in paths if chosen.get(path, (None,))[0] == rule]
-        if action != "skip" and hits and not prunable.intersection(hits):
-            reasons = "; ".join(f"{path}: {skipped[path]}" for path in hits[:3])
-            raise ValueError(f"rule {rule!r} asks to prune what cannot be: {reasons}")
+    finder = Traced.of(apply_fn).find(leaves, batch)
+    chosen = choose(rules or {}, list(leaves))
+    reasons = {path: reason(finder, leaves, path, chosen.get(path)) for path in leaves}
+    skipped = {path: text for path, text in reasons.items() if text is not None}
+    check_reached(rules or {}, chosen, skipped)
     uses = []
     for _, use in finder.uses:
-        if use.path in prunable:
-            action = chosen.get(use.path, (None, None))[1]
+        if use.path not in skipped:
+            _, action = chosen.get(use.path, (None, None))
             pattern = action if isinstance(action, Pattern) else None
             uses.append(dataclasses.replace(use, pattern=pattern))
-    logger.info("%d leaves prunable, %d skipped", len(prunable), len(skipped))
-    dense = {path: leaves[path].size for path in skipped if is_weight(leaves[path])}
+    logger.info(
+        "%d leaves prunable, %d skipped", len(leaves) - len(skipped), len(skipped)
+    )
+    dense = {path: leaves[path].size for path in skipped if is_weight(leaves, path)}
     return Uses(tuple(renumbered(uses)), skipped, dense)
 
 
-def is_weight(leaf: Any) -> bool:
+def reason(
+    finder: "Finder", leaves: Leaves, path: str, choice: tuple[str, Any] | None
+) -> str | None:
+    """Why a leaf is skipped; None if it is to be pruned.
+
+    Args:
+      finder: what the walk found.
+      leaves: all leaves.
+      path: of the leaf.
+      choice: (rule, action) of the first rule that matches it, or None.
+    """
+    rule, action = choice or (None, None)
+    contracted = bool(finder.of(path))
+    hindrance = finder.hindrance(path) if contracted else None
+    if action == "skip":
+        return f"skipped by rule {rule!r}"
+    if not contracted:
+        return finder.reason(path, leaves[path], path in leaves.on_grid)
+    if action == "prune" or (action and tied(hindrance)):
+        return None
+    return hindrance.text if hindrance else None
+
+
+def check_reached(
+    rules: Mapping[str, Any],
+    chosen: Mapping[str, tuple[str, Any]],
+    skipped: Mapping[str, str],
+) -> None:
+    """Raises ValueError for a rule whose leaves can all not be pruned."""
+    for rule, action in rules.items():
+        hits = [path for path, (first, _) in chosen.items() if first == rule]
+        if action != "skip" and hits and all(path in skipped for path in hits):
+            reasons = "; ".join(f"{path}: {skipped[path]}" for path in hits[:3])
+            raise ValueError(f"rule {rule!r} asks to prune what cannot be: {reasons}")
+
+
+def is_weight(leaves: Leaves, path: str) -> bool:
     """Whether a leaf is floating, or of eight bits, and has two or more axes."""
-    floating = is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return (floating or (is_array(leaf) and on_grid(leaf))) and len(leaf.shape) > 1
+    leaf = leaves[path]
+    if not is_array(leaf) or len(leaf.shape) < 2:
+        return False
+    return path in leaves.on_grid or bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def tied(hindrance: Stop | None) -> bool:
@@ -156,134 +208,398 @@ def renumbered(uses: Iterable[Use]) -> list[Use]:
     ]
 
 
-def describe(uses: Uses) -> str:
-    """A table of all leaves: shape, axes by role, and what happens to them.
+class Traced:
+    """A function of parameters that is traced and searched once per shape of a batch.
 
-    Axes are leaf axes; `1/8:3` is a factor of axis 1, three steps of eight positions.
-    The last lines say which share of the weights can be pruned, and what the largest
-    leaves were skipped for.
-
-    Args:
-      uses: from `discover`.
-
-    Returns:
-      The text, one leaf a line.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> params, x = {"b": jnp.ones(4), "w": jnp.ones((8, 4))}, jnp.ones((2, 8))
-      >>> text = describe(discover(lambda p, x: x @ p["w"] + p["b"], params, x))
-      >>> [line.split() for line in text.splitlines()][2]
-      ['w', '8x4', '1', '0', 'pruned']
+    Whatever takes a function of (params, *batch) takes its `Traced` as well: what is
+    found is handed on from `discover` to what sums and solves.
     """
-    arguments.found(uses)
-    rows: list[tuple[str, ...]] = []
-    counts: dict[str, int] = {}
-    for use in uses:
-        counts[use.path] = counts.get(use.path, 0) + 1
-    for path, use in uses.leaves.items():
-        layout, note = use.layout, "pruned"
-        if counts[path] > 1:
-            note += f", {counts[path]} uses"
-        if use.pattern is not None:
-            note += f", {use.pattern}"
-        groups = (layout.stack, layout.out, layout.inputs)
-        axes = [",".join(axis_name(f, layout) for f in group) for group in groups]
-        rows.append((path, "x".join(map(str, layout.shape)), *axes, note))
-    rows += [(path, "", "", "", "", reason) for path, reason in uses.skipped.items()]
-    table = aligned(("leaf", "shape", "stack", "out", "in", ""), rows)
-    pruned = sum(math.prod(use.layout.shape) for use in uses.leaves.values())
-    return "\n".join([table, *coverage_lines(pruned, uses.dense, uses.skipped)])
+
+    def __init__(self, apply_fn: Callable[..., Any]):
+        """Starts with nothing traced; `of` takes a function that may be one of these.
+
+        Args:
+          apply_fn: pure function, called as apply_fn(params, *batch).
+        """
+        self.apply_fn = apply_fn
+        self.programs: dict[Any, Program] = {}
+        self.finders: dict[Any, Finder] = {}
+
+    @classmethod
+    def of(cls, apply_fn: Callable[..., Any]) -> "Traced":
+        """The function with what is known about it."""
+        return apply_fn if isinstance(apply_fn, Traced) else cls(apply_fn)
+
+    def __call__(self, params: Any, *batch: Any) -> Any:
+        """The function."""
+        return self.apply_fn(params, *batch)
+
+    def program(self, params: Any, batch: tuple[Any, ...]) -> Program:
+        """The program of a batch of this shape."""
+        leaves = Leaves.of(params)
+        return self._program(form_of((leaves, batch)), leaves, batch)
+
+    def _program(self, key: Any, leaves: Leaves, batch: tuple[Any, ...]) -> Program:
+        if key not in self.programs:
+            program = trace(self.apply_fn, leaves, batch, {})
+            shapes = shapes_of(program.arrays)  # keeps no arrays alive
+            self.programs[key] = program._replace(arrays=shapes)
+        return self.programs[key]
+
+    def find(self, leaves: Leaves, batch: tuple[Any, ...]) -> "Finder":
+        """What a walk through that program finds, which runs nothing."""
+        key = form_of((leaves, batch))
+        if key not in self.finders:
+            program = self._program(key, leaves, batch)
+            finder = Finder(program, dependence(program.jaxpr, program.parameters))
+
+            def walked(*arrays: Any) -> list[Any]:
+                return run(program, leaves, finder, (), arrays)[0]
+
+            jax.eval_shape(walked, *program.arrays)
+            self.finders[key] = finder
+        return self.finders[key]
 
 
-def coverage_lines(
-    pruned: int, dense: Mapping[str, int], skipped: Mapping[str, str]
-) -> list[str]:
-    """How much of a model is pruned, for people.
+@dataclasses.dataclass
+class Contraction:
+    """One matched product: what is left of it after the walk.
 
-    Args:
-      pruned: weights of the pruned leaves.
-      dense: path -> weights of skipped leaves that are floating and have two or more
-        axes.
-      skipped: path -> reason.
-
-    Returns:
-      The share of the weights, then the largest skipped leaves with their reasons.
-
-    Example:
-      >>> for line in coverage_lines(30, {"table": 10}, {"table": "an embedding"}):
-      ...     print(line)
-      pruned 75.00% of the 40 floating weights in leaves with two or more axes
-        table: 10 weights skipped, an embedding
+    Attributes:
+      path: the leaf.
+      where: position of the equation.
+      readings: the ways to see it as a product with a matrix.
+      auxiliary: no batch can change what the weight is multiplied with.
+      scale: the leaf that scales this one, or its product, or None.
     """
-    every = pruned + sum(dense.values())
-    share = pruned / max(every, 1)
-    largest = sorted(dense, key=lambda path: -dense[path])[:MAX_SKIPPED_LINES]
-    return [
-        f"pruned {share:.2%} of the {every:,} floating weights in leaves with two or "
-        "more axes",
-        *(
-            f"  {p}: {dense[p]:,} weights skipped, {skipped.get(p, '')}"
-            for p in largest
-        ),
-    ]
+
+    path: str
+    where: Where
+    readings: list["Reading"]
+    auxiliary: bool
+    scale: ChannelScale | None = None
 
 
-def axis_name(f: AxisFactor, layout: Layout) -> str:
-    """The leaf axis, or the factor of one as axis/stride:size."""
-    whole = f.size == layout.shape[f.axis]
-    return str(f.axis) if whole else f"{f.axis}/{f.stride}:{f.size}"
+@dataclasses.dataclass
+class Reading:
+    """One way to see a product as a product with a matrix.
 
-
-def aligned(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table: text to the left, numbers to the right.
-
-    Args:
-      header: column titles.
-      rows: cells; a float is shown with four digits.
-
-    Returns:
-      Lines without trailing blanks.
+    Attributes:
+      layout: the matrix view of the leaf.
+      at: static position per stack axis.
+      source: number of what is contracted.
+      window: which part of the outputs it has.
+      bias: path of the leaf added to the result, or None.
     """
-    text, right = _cells(header, rows)
-    widths = [max(map(len, column)) for column in zip(header, *text, strict=True)]
-    lines = [header, ["-" * w for w in widths], *text]
-    return "\n".join(
-        "  ".join(
-            c.rjust(w) if r else c.ljust(w)
-            for c, w, r in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in lines
+
+    layout: Layout
+    at: tuple[int | None, ...]
+    source: int
+    window: tuple
+    bias: str | None = None
+
+
+class Finder(Visitor):
+    """Records every product and every place where a leaf is needed dense."""
+
+    def __init__(self, program: Program, dependence: Dependence):
+        """Starts with nothing found.
+
+        Args:
+          program: what is walked.
+          dependence: which of its operands depend on the batch.
+        """
+        self.program, self.dependence = program, dependence
+        self.contractions: dict[tuple[str, Where], Contraction] = {}
+        self.reasons: dict[str, dict[Stop, None]] = {}
+        self.stops: dict[str, set[Where]] = {}
+        self.added: dict[str, dict[Where, str]] = {}
+        self.layouts: dict[str, Layout] = {}
+        self.products: dict[Where, Product] = {}
+        self.results: dict[int, tuple[tuple[Where, ...], tuple[Any, ...]]] = {}
+        self.numbering = Numbering()
+
+    def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
+        """Records the product; it runs dense."""
+        path, changes = product.weight.path, product.weight.view.changes
+        scaled = [step.scaled_at for step in changes if step.scaled_at is not None]
+        # The sums would be those of unscaled inputs, another scale for every batch.
+        if any(any(self.dependence[at]) for at in scaled):
+            self.stop(where, product.weight, SCALED)
+            return None, state
+        applied = [step.scale for step in changes if step.scale is not None]
+        if len(applied) > 1:
+            self.stop(where, product.weight, Stop("multiplied with several scales"))
+            return None, state
+        readings = [self.reading(p, where) for p in product.readings]
+        auxiliary = not any(self.dependence[contractions.equation(where)])
+        scale = applied[0] if applied else None
+        self.contractions[path, where] = Contraction(
+            path, where, readings, auxiliary, scale
+        )
+        self.products[where] = product
+        return None, state
+
+    def reading(self, p: Product, where: Where) -> Reading:
+        """Layout, static positions and source number of a product.
+
+        Products share a source only inside one body: a branch that is not taken and a
+        loop that runs again read what they read another number of times.
+        """
+        layout, columns, route, window = p.layout, p.columns, p.route, p.window
+        index = [p.index.get(f) for f in layout.stack]
+        traced = tuple(
+            None if i is None or isinstance(i, int) else self.numbering.of(i)
+            for i in index
+        )
+        at = tuple(i if isinstance(i, int) else None for i in index)
+        read = self.numbering.of(p.operand), columns, layout.stack_shape, traced
+        if route is not None:
+            lookup = route[1]
+            read = *read, self.numbering.of(lookup.source), lookup.key
+        source = self.numbering.of_key((contractions.context(where), *read))
+        return Reading(layout, at, source, window)
+
+    def stop(self, where: Where, weight: Tracked, reason: Stop) -> None:
+        """Collects the reason."""
+        self.stops.setdefault(weight.path, set()).add(where)
+        self.reasons.setdefault(weight.path, {})[reason] = None
+
+    def bound(self, where: Where, eqn: Any, operands: list, results: list) -> None:
+        """Follows values through casts and finds the biases."""
+        followed = [k for k, v in enumerate(operands) if isinstance(v, Followed)]
+        name = eqn.primitive.name
+        if products := self.products_at(where):
+            self.remember(results[0], products, ())
+        elif not followed:
+            self.numbering.computed(eqn, operands, results)
+            if name == "transpose" or name in ALIASES:
+                products, moves = self.results.get(id(operands[0]), ((), ()))
+                if products:
+                    self.remember(results[0], products, (*moves, eqn))
+        elif name in ("add", "mul") and len(followed) == 1:
+            (k,) = followed
+            products, moves = self.results.get(id(operands[1 - k]), ((), ()))
+            leaves = operands[k].tracked
+            if len(leaves) != len(products):
+                return
+            for leaf, at in zip(leaves, products, strict=True):
+                note = self.add if name == "add" else self.scale
+                note(leaf, where, at, moves)
+            if name == "mul" and all(
+                self.products[at].weight.on_grid for at in products
+            ):
+                self.remember(results[0], products, moves)
+
+    def products_at(self, where: Where) -> tuple[Where, ...]:
+        """The products of one equation; of joined leaves only if all parts are one."""
+        if where in self.products:
+            return (where,)
+        parts: list[Where] = []
+        while (*where, Part(len(parts))) in self.products:
+            parts.append((*where, Part(len(parts))))
+        return tuple(parts)
+
+    def add(
+        self, leaf: Tracked, where: Where, at: Where, moves: tuple[Any, ...]
+    ) -> None:
+        """Notes that `leaf` is added, at `where`, to the moved result at `at`."""
+        product = self.products[at]
+        contraction = self.contractions[product.weight.path, at]
+        seen = zip(product.readings, contraction.readings, strict=True)
+        for p, reading in seen:
+            if along_outputs(p, leaf, moves):
+                reading.bias = leaf.path
+                self.added.setdefault(leaf.path, {})[where] = contraction.path
+
+    def scale(
+        self, leaf: Tracked, where: Where, at: Where, moves: tuple[Any, ...]
+    ) -> None:
+        """Notes that the result at `at` of steps is multiplied with their scale."""
+        del where
+        product = self.products[at]
+        contraction = self.contractions[product.weight.path, at]
+        fitting = [p for p in product.readings if along_outputs(p, leaf, moves)]
+        if product.weight.on_grid and contraction.scale is None and fitting:
+            contraction.scale = scales.of_outputs(leaf.path, fitting[0].layout)
+            reason = Stop(f"the scale of {product.weight.path!r}")
+            self.reasons.setdefault(leaf.path, {})[reason] = None
+
+    def bias(self, path: str, reading: Reading) -> str | None:
+        """The bias of a reading, unless that leaf is also used for something else."""
+        if reading.bias is None or self.of(reading.bias):
+            return None
+        added = self.added[reading.bias]
+        other = self.stops[reading.bias] - {w for w, to in added.items() if to == path}
+        return None if other else reading.bias
+
+    def remember(self, value: Any, products: tuple, moves: tuple) -> None:
+        """Notes that `value` is the result of products after these equations."""
+        self.numbering.alive.append(value)
+        self.results[id(value)] = products, moves
+
+    def looked_up(self, path: str) -> bool:
+        """Whether rows of a leaf are read as from an embedding."""
+        return any(r.kind is Kind.LOOKUP for r in self.reasons.get(path, ()))
+
+    def of(self, path: str) -> list[Contraction]:
+        """The contractions of one leaf, in order of execution.
+
+        Auxiliary ones say nothing about a leaf that has others.
+        """
+        own = [c for c in self.contractions.values() if c.path == path]
+        return [c for c in own if not c.auxiliary] or own
+
+    def layout(self, path: str) -> Layout:
+        """The layout of a leaf with contractions; read after the walk."""
+        if path not in self.layouts:
+            self.layouts[path] = common_layout(self.of(path))
+        return self.layouts[path]
+
+    @functools.cached_property
+    def uses(self) -> list[tuple[Where, Use]]:
+        """All contractions as uses, in order of execution; read after the walk.
+
+        All uses of a leaf have one layout, or its transpose, where they have one in
+        common.
+        """
+        paths = dict.fromkeys(path for path, _ in self.contractions)
+        own = {path: self.of(path) for path in paths}
+        count: dict[str, int] = {}
+        out = []
+        for c in self.contractions.values():
+            if c not in own[c.path]:
+                continue
+            want = self.layout(c.path)
+            rank = [want, want.transposed]
+            best = next(
+                (r for layout in rank for r in c.readings if r.layout == layout),
+                c.readings[0],
+            )
+            ordinal = count.get(c.path, 0)
+            count[c.path] = ordinal + 1
+            use = Use(
+                c.path,
+                ordinal,
+                best.layout,
+                best.at,
+                best.source,
+                self.bias(c.path, best),
+                scale=c.scale,
+            )
+            out.append((c.where, use))
+        return out
+
+    def hindrance(self, path: str) -> Stop | None:
+        """Why a leaf with contractions is not pruned unless a rule asks; None if it is.
+
+        What needs its dense value, or reads it in another way, would meet zeros that
+        the pattern put there for the sake of the products.
+        """
+        contractions, layout = self.of(path), self.layout(path)
+        texts = [
+            r.text
+            for r in self.reasons.get(path, ())
+            if r.kind not in (Kind.LOOKUP, Kind.AUXILIARY)
+        ]
+        if in_layout(contractions, layout) < len(contractions):
+            texts.append("contracted in different layouts")
+        if len({c.scale for c in contractions}) > 1:
+            texts.append("multiplied with different scales")
+        if mixes(contractions, layout):
+            texts.append("parts of its outputs read different inputs")
+        if texts:
+            also = "; ".join(dict.fromkeys(texts))
+            return Stop(f'contracted, but also: {also}; a rule "prune" prunes it')
+        if self.looked_up(path):
+            return TIED
+        return None
+
+    def reason(self, path: str, leaf: Any, on_grid: bool) -> str:
+        """Why a leaf without a contraction, of eight bits or not, cannot be pruned."""
+        if not is_array(leaf):
+            return f"not an array ({type(leaf).__name__})"
+        floating = jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
+        if not floating and not on_grid:
+            return f"not floating point ({leaf.dtype})"
+        owners = sorted(set(self.added.get(path, {}).values()))
+        if owners:
+            return f"bias of {', '.join(map(repr, owners))}"
+        reasons = self.reasons.get(path, {})
+        telling = [r.text for r in reasons if r.kind is not Kind.PRIMITIVE]
+        telling = telling or [r.text for r in reasons]
+        if len(leaf.shape) < 2:
+            telling = [f"{len(leaf.shape)}-D", *telling]
+        if not reasons:
+            telling.append("never contracted with an input (bias, norm or unused)")
+        return "; ".join(telling)
+
+
+def common_layout(contractions: list[Contraction]) -> Layout:
+    """The layout in which most contractions of a leaf read; the first of equals.
+
+    One in which windows of the outputs read different inputs comes last.
+    """
+    layouts = [r.layout for c in contractions for r in c.readings]
+
+    def fits(layout: Layout) -> tuple[int, bool]:
+        return in_layout(contractions, layout), not mixes(contractions, layout)
+
+    return max(dict.fromkeys(layouts), key=fits)
+
+
+def in_layout(contractions: list[Contraction], layout: Layout) -> int:
+    """How many contractions read a leaf in this layout or its transpose."""
+    both = layout, layout.transposed
+    return sum(any(r.layout in both for r in c.readings) for c in contractions)
+
+
+def mixes(contractions: list[Contraction], layout: Layout) -> bool:
+    """Whether windows of the outputs of one matrix read different inputs."""
+    inputs: dict[tuple, dict[tuple, set[int]]] = {}
+    for c in contractions:
+        r = next((r for r in c.readings if r.layout == layout), None)
+        if r is not None:
+            windows = inputs.setdefault(r.at, {})
+            windows.setdefault(r.window, set()).add(r.source)
+    return any(
+        other != first
+        for windows in inputs.values()
+        for first in [next(iter(windows.values()))]
+        for other in windows.values()
     )
 
 
-def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The table of `aligned` in HTML, for notebooks; every cell is escaped."""
-    text, right = _cells(header, rows)
-    sides = ["right" if r else "left" for r in right]
+def along_outputs(product: Product, leaf: Tracked, moves: tuple[Any, ...]) -> bool:
+    """Whether a leaf is `[*stack, o]` of the product in this very order.
 
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "".join(
-            f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
-            for cell, side in zip(cells, sides, strict=True)
-        )
-
-    body = "\n".join(f"<tr>{line('td', row)}</tr>" for row in text)
-    head = f"<thead><tr>{line('th', header)}</tr></thead>"
-    return f"<table>\n{head}\n<tbody>\n{body}\n</tbody>\n</table>"
-
-
-def _cells(
-    header: Sequence[str], rows: Iterable[Sequence[object]]
-) -> tuple[list[list[str]], list[bool]]:
-    """The cells as text, and which columns hold numbers alone."""
-    body = [list(row) for row in rows]
-    right = [
-        bool(body) and all(isinstance(row[j], int | float) for row in body)
-        for j in range(len(header))
+    Args:
+      product: a product.
+      leaf: what is added to its result, or multiplied with it.
+      moves: equations that move the result around before that.
+    """
+    layout = product.layout
+    shape = (*layout.stack_shape, layout.matrix_shape[0])
+    if math.prod(leaf.shape) != math.prod(shape):
+        return False
+    steps = [math.prod(shape[k + 1 :]) for k in range(len(layout.stack))]
+    ours = [
+        (s, product.index[f])
+        for s, f in zip(steps, layout.stack, strict=True)
+        if f in product.index
     ]
-    return [[_cell(c) for c in row] for row in body], right
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    strides = [math.prod(leaf.shape[d + 1 :]) for d in range(len(leaf.shape))]
+    theirs = [(a.stride * strides[a.axis], at) for a, at in leaf.view.index]
+    theirs.sort(key=lambda pair: -pair[0])
+    if len(ours) != len(theirs):
+        return False
+    for (step, at), (other, there) in zip(ours, theirs, strict=True):
+        same = at == there if isinstance(at, int) else at is there
+        if step != other or not same:
+            return False
+    # Numbers in the place of results, moved as the program moves these, must meet the
+    # leaf in its own order: only then the same permutation sorts both.
+    at_zero = tuple(0 if f in product.index else slice(None) for f in layout.stack)
+    order = np.arange(math.prod(shape)).reshape(shape)[at_zero]
+    result = product.moved(np.expand_dims(order, -2), moves)
+    return np.array_equal(result, views.positions(leaf.view, leaf.shape))

@@ -7,36 +7,23 @@ with the whole stack and a number per token that says which matrix it meets.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jax import Array, lax
+from jax import lax
 from jax import numpy as jnp
 
 from flexhinm_jax import jax_versions
 from flexhinm_jax.tracing import views
-from flexhinm_jax.tracing.contractions import Product, Tracked, sides
-from flexhinm_jax.tracing.stops import LOOKUP, Kind, Stop
-from flexhinm_jax.tracing.views import Atom, Dims, View
-
-
-class Lookup(NamedTuple):
-    """Position of a factor of a leaf that is read at many places at once.
-
-    Attributes:
-      ids: i32[n], the places; those outside of the factor are none.
-      source: what they were computed from: equal sources and keys, equal ids.
-      key: how, hashable.
-    """
-
-    ids: Array
-    source: Any
-    key: tuple
-
-
-def lookup(view: View) -> Lookup | None:
-    """The lookup of a view, if there is one."""
-    return next((at for _, at in view.index if isinstance(at, Lookup)), None)
+from flexhinm_jax.tracing.contractions import (
+    LOOKUP,
+    Kind,
+    Product,
+    Stop,
+    Tracked,
+    sides,
+)
+from flexhinm_jax.tracing.views import Atom, Dims, Lookup, View
 
 
 def looked_up(eqn: Any, weight: Any, rest: list) -> list[Tracked] | None:
@@ -47,7 +34,7 @@ def looked_up(eqn: Any, weight: Any, rest: list) -> list[Tracked] | None:
       weight: its operand.
       rest: its indices.
     """
-    if not isinstance(weight, Tracked) or lookup(weight.view) is not None:
+    if not isinstance(weight, Tracked) or weight.view.lookup is not None:
         return None
     numbers, slices = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     dims, shape = weight.view.dims, views.sizes(weight.view.dims)

@@ -17,9 +17,7 @@ from jax import numpy as jnp
 
 from flexhinm_jax import jax_versions
 from flexhinm_jax.tracing import experts, views
-from flexhinm_jax.tracing.contractions import Followed, Product, Tracked
-from flexhinm_jax.tracing.matching import match
-from flexhinm_jax.tracing.stops import Stop
+from flexhinm_jax.tracing.contractions import Followed, Product, Stop, Tracked
 
 RAGGED = "ragged_dot_general"
 
@@ -310,10 +308,20 @@ class Piece:
     run: Callable[[], Any]
 
 
-def pieces(eqn: Any, operands: list, role: Role) -> list[Piece]:
-    """The contraction of joined leaves, leaf by leaf, in order."""
+Match = Callable[[Any, list], Product | Stop]
+
+
+def pieces(eqn: Any, operands: list, role: Role, match: Match) -> list[Piece]:
+    """The contraction of joined leaves, leaf by leaf, in order.
+
+    Args:
+      eqn: the equation.
+      operands: of it, one of them joined.
+      role: what the axis of the leaves is to the equation.
+      match: reads an equation with one leaf as a product, `walker.match`.
+    """
     if eqn.primitive.name == RAGGED:
-        return groups_of(eqn, operands)
+        return groups_of(eqn, operands, match)
     position = next(k for k, v in enumerate(operands) if isinstance(v, Joined))
     joined, x = operands[position], operands[1 - position]
     dtype, out, start = eqn.invars[position].aval.dtype, [], 0
@@ -339,7 +347,7 @@ def pieces(eqn: Any, operands: list, role: Role) -> list[Piece]:
     return out
 
 
-def groups_of(eqn: Any, operands: list) -> list[Piece]:
+def groups_of(eqn: Any, operands: list, match: Match) -> list[Piece]:
     """A ragged dot with leaves side by side: each meets its own groups of tokens."""
     (x, stack, *rest), out, start = operands, [], 0
     for part, size in zip(stack.parts, stack.sizes, strict=True):

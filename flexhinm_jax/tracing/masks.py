@@ -20,7 +20,7 @@ from jax import numpy as jnp
 from flexhinm_jax import jax_versions
 from flexhinm_jax.tracing.contractions import Followed, Product
 from flexhinm_jax.tracing.convolutions import Window, window_params
-from flexhinm_jax.tracing.stops import Where
+from flexhinm_jax.tracing.views import Where
 
 
 class Lost(NamedTuple):

@@ -9,8 +9,7 @@ from jax import numpy as jnp
 
 from flexhinm_jax import arguments, jax_versions
 from flexhinm_jax.kernels import unpack
-from flexhinm_jax.paths import is_packed
-from flexhinm_jax.tracing import scales, views
+from flexhinm_jax.tracing import meshes, views
 from flexhinm_jax.tracing.contractions import Tracked, plain
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.walker import Visitor, walk
@@ -54,18 +53,21 @@ class Program(NamedTuple):
         rest.
       out: structure of the outputs.
       arrays: one array per input; abstract for a packed leaf.
+      parameters: how many of them are parameters.
     """
 
     jaxpr: Any
     out: Any
     arrays: list[Any]
+    parameters: int
 
 
-def trace(apply_fn: Callable, params: Any, args: tuple, kwargs: dict) -> Program:
+def trace(apply_fn: Callable, leaves: Leaves, args: tuple, kwargs: dict) -> Program:
     """Traces apply_fn(params, *args, **kwargs) with packed leaves made abstract."""
     arguments.apply_function(apply_fn)
-    params = jax.tree.map(abstract, params, is_leaf=is_packed)
-    arrays, skeleton = split((params, args, kwargs))
+    changed = {path: abstract(leaves[path]) for path in leaves.packed}
+    arrays, skeleton = split((leaves.tree(changed), args, kwargs))
+    count = sum(map(is_array, leaves.values())) + len(changed)
 
     def flat_fn(*arrays: Any) -> Any:
         params, args, kwargs = skeleton.fill(arrays)
@@ -73,14 +75,40 @@ def trace(apply_fn: Callable, params: Any, args: tuple, kwargs: dict) -> Program
             return apply_fn(params, *args, **kwargs)
 
     jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(*arrays)
-    return Program(jaxpr, jax.tree.structure(out), arrays)
+    return Program(jaxpr, jax.tree.structure(out), arrays, count)
 
 
-def abstract(leaf: Any) -> Any:
-    """Shape and dtype of the dense form of a packed leaf; any other leaf as it is."""
-    if not is_packed(leaf):
-        return leaf
-    return jax.ShapeDtypeStruct(layout_of(leaf).shape, leaf.dtype)
+def shapes_of(arrays: Sequence[Any]) -> list[Any]:
+    """Shapes and dtypes; arrays on a mesh with explicit axes as they are."""
+    return [
+        x
+        if mesh is not None
+        else jax.ShapeDtypeStruct(
+            x.shape, x.dtype, weak_type=getattr(x, "weak_type", False)
+        )
+        for x, mesh in zip(arrays, meshes.explicit_meshes(arrays), strict=True)
+    ]
+
+
+def form_of(tree: Any) -> Any:
+    """Hashable, and equal for arguments with which one program can be run."""
+    leaves, structure = jax.tree.flatten(tree)
+    forms = tuple(
+        (x.shape, x.dtype, getattr(x, "weak_type", False), mesh)
+        if hasattr(x, "dtype")
+        else (type(x), x)
+        for x, mesh in zip(leaves, meshes.explicit_meshes(leaves), strict=True)
+    )
+    try:
+        hash(forms)
+    except TypeError:  # something static that cannot be compared: traced every time
+        return object()
+    return structure, forms
+
+
+def abstract(packed: PackedWeight) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the dense form of a packed leaf."""
+    return jax.ShapeDtypeStruct(layout_of(packed).shape, packed.dtype)
 
 
 def layout_of(packed: PackedWeight) -> Layout:
@@ -101,7 +129,7 @@ def dense_leaf(packed: PackedWeight) -> jax.Array:
 
 def run(
     program: Program,
-    params: Any,
+    leaves: Leaves,
     visitor: Visitor,
     state: Any,
     arrays: Sequence[Any] | None = None,
@@ -110,7 +138,7 @@ def run(
 
     Args:
       program: the program.
-      params: the tree of parameters, dense or packed.
+      leaves: of the parameters, dense or packed.
       visitor: what to do at each product.
       state: what the visitor accumulates, any tree of arrays.
       arrays: values for the inputs of the program; those it was traced with by default.
@@ -119,9 +147,9 @@ def run(
       (flat outputs, state).
     """
     operands = list(program.arrays if arrays is None else arrays)
-    inputs = iter(range(len(operands)))
-    for path, leaf in Leaves.of(params).items():
-        if is_packed(leaf):
+    inputs, on_grid = iter(range(len(operands))), leaves.on_grid
+    for path, leaf in leaves.items():
+        if path in leaves.packed:
             layout, k = layout_of(leaf), next(inputs)
             operands[k] = Tracked(
                 path,
@@ -130,19 +158,18 @@ def run(
                 lambda leaf=leaf: dense_leaf(leaf),
                 leaf,
                 layout.stack,
-                scales.on_grid(abstract(leaf)),
+                path in on_grid,
             )
         elif is_array(leaf):
             k = next(inputs)
-            grid = scales.on_grid(leaf)
-            if grid or jnp.issubdtype(leaf.dtype, jnp.floating):
+            if path in on_grid or jnp.issubdtype(leaf.dtype, jnp.floating):
                 value, shape = operands[k], tuple(leaf.shape)
                 operands[k] = Tracked(
                     path,
                     shape,
                     views.whole(shape),
                     lambda value=value: value,
-                    on_grid=grid,
+                    on_grid=path in on_grid,
                 )
     outs, state = walk(program.jaxpr, operands, visitor, state)
     return plain(outs), state

@@ -26,12 +26,6 @@ from flexhinm_jax.tracing.views import Atom
 from flexhinm_jax.types import AxisFactor, ChannelScale, Layout, Use
 
 
-def on_grid(leaf: Any) -> bool:
-    """Whether a leaf has the dtype of steps and the axes of a weight."""
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and len(leaf.shape) > 1 and dtype.name in grid.DTYPES
-
-
 def multiplied(weight: Tracked, scale: Tracked) -> views.Change | None:
     """What multiplying a leaf of eight bits with another leaf does to it.
 

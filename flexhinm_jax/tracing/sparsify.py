@@ -15,9 +15,8 @@ from flexhinm_jax.paths import over_stack
 from flexhinm_jax.tracing import scales
 from flexhinm_jax.tracing.contractions import Product
 from flexhinm_jax.tracing.program import layout_of, run, trace
-from flexhinm_jax.tracing.stops import Where
 from flexhinm_jax.tracing.tree import Leaves
-from flexhinm_jax.tracing.views import Change, Reach
+from flexhinm_jax.tracing.views import Change, Reach, Where
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import BlockDiagonal, Layout, PackedWeight
 
@@ -41,8 +40,9 @@ def sparsify(apply_fn: Callable) -> Callable:
 
     @functools.wraps(apply_fn)
     def sparse_apply(params: Any, *args: Any, **kwargs: Any) -> Any:
-        program = trace(apply_fn, params, args, kwargs)
-        outs, _ = run(program, params, RunSparse(Leaves.of(params)), ())
+        leaves = Leaves.of(params)
+        program = trace(apply_fn, leaves, args, kwargs)
+        outs, _ = run(program, leaves, RunSparse(leaves), ())
         return program.out.unflatten(outs)
 
     return sparse_apply

@@ -4,16 +4,18 @@ Whatever a call does with a tree (solve, decide, densify, pack, report) it does 
 leaf, by path. `Leaves` is that view: built once per call and handed on.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from flexhinm_jax import arguments
-from flexhinm_jax.paths import is_packed, named_leaves
+from flexhinm_jax.kernels.quantised import DTYPES
+from flexhinm_jax.paths import named_leaves
 from flexhinm_jax.tracing import scales, views
-from flexhinm_jax.types import Use, Uses
+from flexhinm_jax.types import PackedWeight, Use, Uses
 
 
 @jax.tree_util.register_pytree_node_class
@@ -53,6 +55,21 @@ class Leaves(dict[str, Any]):
         paths, structure = static
         return cls(zip(paths, leaves, strict=True), structure)
 
+    @functools.cached_property
+    def packed(self) -> frozenset[str]:
+        """The paths of packed leaves."""
+        return frozenset(p for p, x in self.items() if isinstance(x, PackedWeight))
+
+    @functools.cached_property
+    def on_grid(self) -> frozenset[str]:
+        """The paths of leaves of eight bits, packed or not; see `scales`."""
+        return frozenset(
+            path
+            for path, x in self.items()
+            if getattr(getattr(x, "dtype", None), "name", None) in DTYPES
+            and len(x.shape) > 1
+        )
+
     def dense(self, uses: Uses) -> "Leaves":
         """These leaves, after checking that every prunable one is here and dense.
 
@@ -61,8 +78,8 @@ class Leaves(dict[str, Any]):
             shape; the message names it.
         """
         arguments.found(uses)
-        for path, leaf in self.items():
-            if is_packed(leaf):
+        for path in self:
+            if path in self.packed:
                 raise ValueError(
                     f"{path}: is packed; pass the dense parameters, such as "
                     "result.params"
@@ -83,7 +100,7 @@ class Leaves(dict[str, Any]):
 
     def matrix(self, use: Use) -> Any:
         """The leaf of a use as its matrices, [*stack, o, i]; of eight bits, scaled."""
-        on_grid = scales.on_grid(self[use.path])
+        on_grid = use.path in self.on_grid
         leaf = scales.dequantised(self, use) if on_grid else self[use.path]
         return views.matrix(leaf, use.layout)
 
@@ -91,7 +108,7 @@ class Leaves(dict[str, Any]):
         """Shape and dtype of `matrix`."""
         shape = *use.layout.stack_shape, *use.layout.matrix_shape
         leaf = self[use.path]
-        dtype = np.float32 if scales.on_grid(leaf) else leaf.dtype
+        dtype = np.float32 if use.path in self.on_grid else leaf.dtype
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def stored(self, matrix: Any, use: Use) -> Any:
@@ -100,8 +117,12 @@ class Leaves(dict[str, Any]):
         A leaf of eight bits gets the nearest steps of its scale.
         """
         leaf = views.leaf(matrix, use.layout)
-        on_grid = scales.on_grid(self[use.path])
+        on_grid = use.path in self.on_grid
         return scales.quantised(leaf, self, use) if on_grid else leaf
+
+    def replaced(self, changed: Mapping[str, Any]) -> "Leaves":
+        """The leaves of the same tree, other ones at some paths."""
+        return Leaves({**self, **changed}.items(), self.structure)
 
     def tree(self, changed: dict[str, Any] | None = None) -> Any:
         """The tree, with other leaves at some paths."""

@@ -16,7 +16,8 @@ from jax.extend.core import Literal
 
 from flexhinm_jax import jax_versions
 from flexhinm_jax.tracing import views
-from flexhinm_jax.tracing.stops import Body, Where
+from flexhinm_jax.tracing.contractions import Body
+from flexhinm_jax.tracing.views import Where
 
 #: Primitives whose result is their operand, up to rounding.
 ALIASES = views.IDENTITY | frozenset(

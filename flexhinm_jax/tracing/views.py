@@ -20,11 +20,14 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from flexhinm_jax.tracing.stops import Where
 from flexhinm_jax.types import AxisFactor, ChannelScale, Layout
 
 REPEAT = -1
 ROUTED = -2
+
+#: Position of an equation in a program: indices into nested jaxprs, and what tells the
+#: bodies and products of one equation apart.
+Where = tuple[Any, ...]
 
 
 class Atom(NamedTuple):
@@ -85,19 +88,38 @@ class Change(NamedTuple):
 Dims = tuple[tuple[Atom, ...], ...]
 
 
+class Lookup(NamedTuple):
+    """Position of a factor of a leaf that is read at many places at once.
+
+    Attributes:
+      ids: i32[n], the places; those outside of the factor are none.
+      source: what they were computed from: equal sources and keys, equal ids.
+      key: how, hashable.
+    """
+
+    ids: Array
+    source: Any
+    key: tuple
+
+
 class View(NamedTuple):
     """How a value reads its leaf.
 
     Attributes:
       dims: per axis of the value its atoms, major first; () for a unit axis.
       index: (atom, position) of the factors indexed away. A position is an int when it
-        is static, otherwise a traced scalar, or an `experts.Lookup` of one per token.
+        is static, otherwise a traced scalar, or an `Lookup` of one per token.
       changes: what changed the values, in order.
     """
 
     dims: Dims
     index: tuple[tuple[Atom, Any], ...] = ()
     changes: tuple[Change, ...] = ()
+
+    @property
+    def lookup(self) -> Lookup | None:
+        """The lookup that some factor is read with, if there is one."""
+        return next((at for _, at in self.index if isinstance(at, Lookup)), None)
 
 
 def whole(shape: Sequence[int]) -> View:
@@ -385,6 +407,18 @@ def leaf(matrix: Any, layout: Layout) -> Any:
     order = sorted(range(len(groups)), key=lambda k: leaf_order(groups[k]))
     parts = matrix.reshape([f.size for f in groups]).transpose(order)
     return parts.reshape(layout.shape)
+
+
+def layout(
+    shape: Sequence[int], stack: list[Atom], out: list[Atom], inputs: list[Atom]
+) -> Layout:
+    """The layout whose axes are these atoms; the inputs in the order they are in."""
+    return Layout(
+        tuple(shape),
+        factors(stack, merge=False),
+        factors(out),
+        factors(inputs, sort=False),
+    )
 
 
 def plain_layout(shape: Sequence[int]) -> Layout:

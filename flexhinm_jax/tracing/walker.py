@@ -11,6 +11,7 @@ rules, shardings and effects survive.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,21 @@ from jax.extend.core import Literal
 
 from flexhinm_jax import jax_versions
 from flexhinm_jax.tracing import control_flow, experts, joined, scales, views
-from flexhinm_jax.tracing.contractions import Followed, Product, Tracked, plain
+from flexhinm_jax.tracing.contractions import (
+    LOOKUP,
+    Followed,
+    Kind,
+    Part,
+    Product,
+    Stop,
+    Tracked,
+    match_dot,
+    plain,
+)
+from flexhinm_jax.tracing.convolutions import match_conv
 from flexhinm_jax.tracing.joined import Joined
 from flexhinm_jax.tracing.masks import Masks, has_program
-from flexhinm_jax.tracing.matching import MATCHERS, match
-from flexhinm_jax.tracing.stops import LOOKUP, Kind, Part, Stop, Where
+from flexhinm_jax.tracing.views import Where
 
 
 class Visitor:
@@ -162,7 +173,7 @@ def stopped(
     """Runs an equation on dense values: (outputs, state)."""
     for v in operands:
         for leaf in tracked(v):
-            visitor.stop(where, leaf, LOOKUP if experts.lookup(leaf.view) else reason)
+            visitor.stop(where, leaf, LOOKUP if leaf.view.lookup else reason)
     outs = jax_versions.bind(eqn, plain(operands))
     ran(where, eqn, operands, outs, visitor)
     return outs, state
@@ -177,8 +188,10 @@ def multiply(
     eqn: Any, operands: list, visitor: Visitor, state: Any, where: Where
 ) -> tuple[list[Any], Any]:
     """Runs a contraction with a followed operand: (outputs, state)."""
-    operands = settled(operands, visitor, where)
     followed = [k for k, v in enumerate(operands) if isinstance(v, Followed)]
+    if len(followed) > 1:
+        operands = settled(operands, visitor, where)
+        followed = [k for k in followed if isinstance(operands[k], Followed)]
     if len(followed) == 1 and isinstance(operands[followed[0]], Joined):
         role = joined.role(eqn, followed[0], operands[followed[0]].axis)
         if role is None:
@@ -202,11 +215,56 @@ def settled(operands: list, visitor: Visitor, where: Where) -> list:
     out = list(operands)
     for k, v in enumerate(operands):
         others = [w for n, w in enumerate(operands) if n != k]
-        is_read = isinstance(v, Tracked) and experts.lookup(v.view) is not None
+        is_read = isinstance(v, Tracked) and v.view.lookup is not None
         if is_read and any(isinstance(w, Followed) for w in others):
             visitor.stop(where, v, LOOKUP)
             out[k] = v.dense()
     return out
+
+
+def match(eqn: Any, operands: list) -> Product | Stop:
+    """Reads a contraction with a Tracked operand as a product.
+
+    Returns:
+      The product, or the reason why the leaf is not the matrix of one.
+    """
+    if sum(isinstance(v, Followed) for v in operands) > 1:
+        kind = Kind.AUXILIARY if is_vector(eqn, operands) else Kind.PRODUCT
+        return Stop("contracted with another parameter", kind)
+    weight = next(v for v in operands if isinstance(v, Tracked))
+    matcher = MATCHERS[eqn.primitive.name]
+    if weight.view.lookup is not None:
+        matcher = experts.match_routed if matcher is match_dot else no_lookup
+    product = matcher(eqn, operands)
+    return product if isinstance(product, Stop) else product.obstacle or product
+
+
+def is_vector(eqn: Any, operands: list) -> bool:
+    """Whether an operand of a product of two leaves is one vector or a row of one."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    if not all(isinstance(v, Tracked) for v in operands):
+        return False
+    contracted = eqn.params["dimension_numbers"][0]
+    for v, axes in zip(operands, contracted, strict=True):
+        sizes = views.sizes(v.view.dims)
+        if math.prod(sizes) == math.prod(sizes[d] for d in axes):
+            return True
+    return False
+
+
+def no_lookup(eqn: Any, operands: list) -> Stop:
+    """Matrices that a lookup has read are followed into a dot_general alone."""
+    del eqn, operands
+    return LOOKUP
+
+
+#: Primitive -> what reads it as a product.
+MATCHERS: dict[str, Callable[[Any, list], Product | Stop]] = {
+    "dot_general": match_dot,
+    "conv_general_dilated": match_conv,
+    "ragged_dot_general": experts.match_ragged,
+}
 
 
 def multiply_parts(
@@ -218,7 +276,7 @@ def multiply_parts(
     role: joined.Role,
 ) -> tuple[list[Any], Any]:
     """Runs a contraction of joined leaves, leaf by leaf: (outputs, state)."""
-    pieces, results = joined.pieces(eqn, operands, role), []
+    pieces, results = joined.pieces(eqn, operands, role, match), []
     for k, piece in enumerate(pieces):
         y, at = None, (*where, Part(k))
         if isinstance(piece.product, Stop):

@@ -34,8 +34,7 @@ from flexhinm_jax.sequential.cuts import Walk
 from flexhinm_jax.sequential.job import Job, keeping, on_device
 from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.sequential.windows import Batch, Fit, Problem
-from flexhinm_jax.tracing.discover import discover
-from flexhinm_jax.tracing.finder import Traced
+from flexhinm_jax.tracing.discover import Traced, discover
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.training.optimizers import keep_from_zeros
 from flexhinm_jax.training.run import Judge, Phase, Run

@@ -20,10 +20,9 @@ from flexhinm_jax.tracing import (
     experts,
     joined,
     masks,
-    stops,
     views,
 )
-from flexhinm_jax.tracing.finder import Finder
+from flexhinm_jax.tracing.discover import Finder
 from tests.fuzz import check, grammar
 
 
@@ -42,11 +41,11 @@ class Mutation:
 
 def without_branches(where: tuple) -> tuple:
     """The context of a position, all branches of a condition alike."""
-    bodies = [step for step in CONTEXT(where) if isinstance(step, stops.Body)]
+    bodies = [step for step in CONTEXT(where) if isinstance(step, contractions.Body)]
     return tuple(body.name for body in bodies)
 
 
-CONTEXT, CHANGE = stops.context, views.change
+CONTEXT, CHANGE = contractions.context, views.change
 
 
 def unscaled(*args: Any) -> Any:
@@ -71,10 +70,12 @@ def without(rules: dict, *names: str) -> Any:
 
 MUTATIONS: dict[str, Mutation] = {
     "routed tokens share the statistics of the layer beside them": Mutation(
-        ("chosen", "routed"), lambda: [patch.object(stops, "context", lambda _: ())]
+        ("chosen", "routed"),
+        lambda: [patch.object(contractions, "context", lambda _: ())],
     ),
     "experts of a switch share statistics": Mutation(
-        ("chosen", "routed"), lambda: [patch.object(stops, "context", without_branches)]
+        ("chosen", "routed"),
+        lambda: [patch.object(contractions, "context", without_branches)],
     ),
     "a token mask is lost at reshapes": Mutation(
         ("masked",), lambda: [without(masks.RULES, "reshape", "squeeze")]

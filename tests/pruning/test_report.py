@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import flexhinm_jax as fh
-from flexhinm_jax.tracing.discover import aligned
+from flexhinm_jax.tracing.describe import aligned
 
 KEY = jax.random.key(0)
 

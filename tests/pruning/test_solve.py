@@ -5,7 +5,8 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax.pruning import solve
-from flexhinm_jax.tracing.finder import Finder, Traced
+from flexhinm_jax.tracing.discover import Finder, Traced
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import BlockDiagonal, PackedWeight, Plan
 
 KEY = jax.random.key(3)
@@ -310,12 +311,12 @@ def test_prune_traces_and_searches_the_function_once_per_shape(monkeypatch):
 
 def test_arguments_that_cannot_be_compared_are_traced_every_time():
     traced = Traced(lambda params, x, names: x @ params["w"])
-    params, x = {"w": jnp.ones((8, 4))}, jnp.ones((2, 8))
-    first = traced.find(params, (x, frozenset("a")))
-    assert traced.find(params, (x, frozenset("a"))) is first
-    assert traced.find(params, (x, frozenset("b"))) is not first
-    assert traced.find(params, (x, {1, 2})) is not traced.find(params, (x, {1, 2}))
-    assert traced.find(params, (x, True)) is not traced.find(params, (x, 1))
+    leaves, x = Leaves.of({"w": jnp.ones((8, 4))}), jnp.ones((2, 8))
+    first = traced.find(leaves, (x, frozenset("a")))
+    assert traced.find(leaves, (x, frozenset("a"))) is first
+    assert traced.find(leaves, (x, frozenset("b"))) is not first
+    assert traced.find(leaves, (x, {1, 2})) is not traced.find(leaves, (x, {1, 2}))
+    assert traced.find(leaves, (x, True)) is not traced.find(leaves, (x, 1))
 
 
 def odd(params, x):

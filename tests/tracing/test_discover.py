@@ -10,7 +10,8 @@ from jax import lax
 
 from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.patterns import NM
-from flexhinm_jax.tracing.discover import describe, discover
+from flexhinm_jax.tracing.describe import describe
+from flexhinm_jax.tracing.discover import discover
 from tests.tracing.cases import CASES, normal
 
 X = normal(2, 3, 8)
