@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flexhinm_jax.ops import assignment, masks, regions
+from flexhinm_jax.ops import assignment, draws, masks, regions
 
 UNROLL = 16  # rows per step of the max-reduction: keeps the accumulator in registers
 ROUNDS = 2  # of exchanges per gain matrix; more is lost on the next sample
@@ -106,8 +106,7 @@ def search(
         return table.at[:, units_of, 0].set(moved)
 
     def sweep(table, key):
-        # one draw per sweep: every call site of the generator costs compile time
-        bits = jax.random.bits(key, (t + 1, units), jnp.uint32)
+        bits = draws.bits(key, (t + 1, units))
         drawn = jnp.argsort(bits[0], stable=True).astype(jnp.int32)
         shift = (bits[1:] % m).astype(jnp.int32)
         turn = (slot + shift[..., None]) % m

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flexhinm_jax.ops import assignment
+from flexhinm_jax.ops import assignment, draws
 
 RHO = 0.75  # measured .735-.80 for |w|; a multiple of 1/4, see `gradient`
 SHARE = 0.25  # of the rows may move in one step
@@ -161,8 +161,7 @@ def arrange(
     t, v = table.shape
 
     def one(state, key):
-        # one draw per round: every call site of the generator costs compile time
-        bits = jax.random.bits(key, (2 * t + exchanges * t * v,), jnp.uint32)
+        bits = draws.bits(key, (2 * t + exchanges * t * v,))
         state = divide(bits[: 2 * t], state, scores, counts)
 
         def step(state, drawn):

@@ -30,7 +30,10 @@ class ChannelSearch:
     block: int = 64
     solver: Literal["swaps", "hungarian"] = "swaps"
 
-    #: Whether natural rows are kept when they retain more than the found order.
+    #: Whether `rows` may give another table.
+    searches_rows: ClassVar[bool] = False
+
+    #: Whether natural rows are kept when they retain more than the searched ones.
     never_worse: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -114,6 +117,8 @@ class Gyro(ChannelSearch):
     schedule: tuple[int, ...] = ()
     patience: int = 1
 
+    searches_rows: ClassVar[bool] = True
+
     def __post_init__(self):
         """Validates the configuration."""
         super().__post_init__()
@@ -176,6 +181,7 @@ class RandomRows(ChannelSearch):
       solver: see `ChannelSearch`.
     """
 
+    searches_rows: ClassVar[bool] = True
     never_worse: ClassVar[bool] = False
 
     def rows(

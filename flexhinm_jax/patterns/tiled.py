@@ -172,14 +172,15 @@ class Tiled(Pattern):
         k = self.budget(i, sparsity)
         if prev is not None:
             return self._shrink(scores, prev, k)
-        out_order = jnp.arange(o, dtype=jnp.int32)
         rows = self.tile_rows(o)
-        tiles = regions.tile(scores, out_order, rows)
-        columns = self.divide(tiles, k)
         row_key, column_key = jax.random.split(key)
-        if self.permute is not None and rows < o:
-            out_order, columns = self._rows(row_key, scores, k, (out_order, columns))
+        if self.permute is not None and self.permute.searches_rows and rows < o:
+            out_order, columns = self._rows(row_key, scores, k)
             tiles = regions.tile(scores, out_order, rows)
+        else:
+            out_order = jnp.arange(o, dtype=jnp.int32)
+            tiles = regions.tile(scores, out_order, rows)
+            columns = self.divide(tiles, k)
         columns = self.columns(column_key, tiles, k, columns)
         chosen = columns.regions(out_order)
         keep = regions.kept(
@@ -226,40 +227,43 @@ class Tiled(Pattern):
             return columns
         return self.permute.columns(key, tiles, columns)
 
-    def _rows(self, key, scores, k, start):
-        """Searches the rows of the tiles; keeps the start where that retains more."""
-        permute = self.permute
+    def _rows(self, key, scores, k):
+        """Searches the rows of the tiles; keeps natural ones where they retain more."""
+        permute, v, (n, m) = self.permute, self.vector_size, self.n_of_m
         assert permute is not None
+        o, i = scores.shape
+        natural = jnp.arange(o, dtype=jnp.int32)
+        zero = jnp.zeros((), jnp.int32)
+        none = regions.Columns(jnp.zeros((o // v, i), jnp.int32), zero, zero, n, m)
 
-        def worth(ordered):
-            out_order, columns = ordered
-            tiles = regions.tile(scores, out_order, self.vector_size)
-            return regions.value(tiles, columns)
-
-        def search(state, key):
-            (out_order, columns), best, best_worth = state
-            table = permute.rows(
-                key,
-                scores,
-                out_order.reshape(-1, self.vector_size),
-                columns.dense,
-                columns.m * columns.h,
-                self.rounds,
-            )
-            out_order = table.reshape(-1)
-            tiles = regions.tile(scores, out_order, self.vector_size)
-            searched = out_order, self.divide(tiles, k)
-            searched_worth = worth(searched)
-            better = searched_worth > best_worth
+        def divide_then_search(state, step):
+            key, searches = step
+            out_order, best, best_worth = state
+            tiles = regions.tile(scores, out_order, v)
+            columns = self.divide(tiles, k)
+            worth = regions.value(tiles, columns)
+            better = worth > best_worth
             if not permute.never_worse:
                 better = jnp.ones_like(better)
-            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), searched, best)
-            best_worth = jnp.where(better, searched_worth, best_worth)
-            return (searched, best, best_worth), None
+            divided = out_order, columns
+            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), divided, best)
+            best_worth = jnp.where(better, worth, best_worth)
 
-        # a loop, because XLA would compile the search again for every round
-        keys = jax.random.split(key, self.rounds)
-        return lax.scan(search, (start, start, worth(start)), keys)[0][1]
+            def search():
+                table = out_order.reshape(-1, v)
+                dense, nm = columns.dense, m * columns.h
+                return permute.rows(key, scores, table, dense, nm, self.rounds).ravel()
+
+            out_order = lax.cond(searches, search, lambda: out_order)
+            return (out_order, best, best_worth), None
+
+        # One loop over natural and searched rows: XLA compiles what stands in two
+        # places twice. The last rows are divided and not searched further.
+        keys = jax.random.split(key, self.rounds + 1)
+        searches = jnp.arange(self.rounds + 1, dtype=jnp.int32) < self.rounds
+        worst = jnp.asarray(-jnp.inf, jnp.float32)
+        start = natural, (natural, none), worst
+        return lax.scan(divide_then_search, start, (keys, searches))[0][1]
 
     def budget(self, columns: int, sparsity: Array) -> Array:
         """Column-equivalents that stay, in whole steps of what the regions allow.
