@@ -67,6 +67,7 @@ from flexhinm_jax.training.schedules import Stage, flexhinm_gp
 from flexhinm_jax.training.sharding import check_sharding
 from flexhinm_jax.training.state import Training, harden, init_training, next_stage
 from flexhinm_jax.training.step import make_step
+from flexhinm_jax.training.tune import Tuned, tune
 from flexhinm_jax.training.warm_start import adopt
 from flexhinm_jax.types import PackedWeight, Plan, Regions, State, Stats, Support, Uses
 
@@ -119,6 +120,7 @@ __all__ = [
     "Training",
     "Tiles",
     "Transposable",
+    "Tuned",
     "Unstructured",
     "Uses",
     "Vector",
@@ -164,5 +166,6 @@ __all__ = [
     "sparse_dot",
     "sparsify",
     "statistics_bytes",
+    "tune",
     "verify",
 ]

@@ -72,7 +72,7 @@ def test_every_kind_of_row_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(language_models, "alone", lambda call, *args, **_: call(*args))
     directories.make_decoder_directory(tmp_path / "model", CONFIG)
     text = tmp_path / "text.txt"
-    text.write_text("All happy families are alike; each unhappy family is not. " * 4)
+    text.write_text("All happy families are alike; each unhappy family is not. " * 40)
     line = ["--model", str(tmp_path / "model"), "--rows", name, "--tokens", "40"]
     line += ["--samples", "4", "--length", "16", "--text", str(text), str(text)]
     flags = language_models.arguments().parse_args(line)

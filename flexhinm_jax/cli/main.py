@@ -27,12 +27,13 @@ from flexhinm_jax.cli import (
     recipe,
     reorder,
     rotate,
+    tune,
 )
 from flexhinm_jax.cli.console import Console
 from flexhinm_jax.io import sources
 from flexhinm_jax.training.run import NotFinite
 
-COMMANDS = (inspect, prune, learn, evaluate, generate, importer, reorder, rotate)
+COMMANDS = (inspect, prune, learn, evaluate, generate, importer, reorder, rotate, tune)
 
 EPILOG = """\
 examples:

@@ -14,6 +14,7 @@ from flexhinm_jax.kernels.packing import (
     pack_to,
     sizes,
     unpack,
+    with_weight,
 )
 from flexhinm_jax.kernels.preparing import prepare, strip
 from flexhinm_jax.kernels.product import sparse_dot
@@ -37,4 +38,5 @@ __all__ = [
     "strip",
     "unpack",
     "verify_packed",
+    "with_weight",
 ]

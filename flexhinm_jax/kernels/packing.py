@@ -6,6 +6,7 @@ with n values of every m and their positions, in the codes of `positions`.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -275,6 +276,44 @@ def unpack(packed: PackedWeight) -> Array:
     if all(map(checks.is_concrete, jax.tree.leaves(packed))):
         verify_packed(packed)
     return _unpack(dataclasses.replace(packed, layouts={}))
+
+
+def with_weight(packed: PackedWeight, weight: Array) -> PackedWeight:
+    """A packed weight with the values of another matrix that has the same zeros.
+
+    Args:
+      packed: one matrix or a stack, without scales and block wrappers.
+      weight: [*stack, o, i], such as the matrix after further training.
+
+    Returns:
+      The packed weight: same positions, new values in the dtype that they had.
+
+    Raises:
+      ValueError: values with scales or wrappers, or a matrix that is not zero where the
+        packed one is.
+    """
+    if not (packed.scale is None and packed.left is None and packed.right is None):
+        raise ValueError(
+            "this packed weight has values of eight bits, or block-diagonal wrappers, "
+            "so it does not hold the weights themselves; pack the trained weights anew"
+        )
+    names = [n for n in ("dense_values", "nm_values") if getattr(packed, n) is not None]
+    values = [getattr(packed, name) for name in names]
+
+    def matrix(*values: Array) -> Array:
+        changed: Any = dict(zip(names, values, strict=True))
+        return _unpack(dataclasses.replace(packed, layouts={}, **changed))
+
+    # Unpacking puts every value in one place; its transpose takes it from there.
+    taken = jax.vjp(matrix, *values)[1](jnp.asarray(weight, packed.dtype))
+    held = [jnp.where(a != 0, b, 0) for a, b in zip(values, taken, strict=True)]
+    if not bool(jnp.all(matrix(*held) == weight)):
+        raise ValueError(
+            "the matrix is not zero where the packed weight is; give weights that were "
+            "trained under its zeros"
+        )
+    changed: Any = dict(zip(names, held, strict=True))
+    return dataclasses.replace(packed, layouts={}, **changed)
 
 
 @jax.jit

@@ -128,6 +128,23 @@ def keep_from_zeros(params: Any, uses: Uses) -> Any:
     return leaves.tree({path: mask(path, leaf) for path, leaf in leaves.items()})
 
 
+def warmed_adam(rate: float, steps: int) -> optax.GradientTransformation:
+    """Adam for a few hundred steps with little data in each.
+
+    Args:
+      rate: the highest; it rises for a twentieth of the steps and falls to zero along a
+        cosine.
+      steps: of the run.
+
+    Returns:
+      A transformation whose memory of squared gradients (.99) is short, as the run is.
+    """
+    warm = max(1, round(0.05 * steps))
+    first = rate / (warm + 1)
+    schedule = optax.warmup_cosine_decay_schedule(first, rate, warm, steps + 1)
+    return optax.adam(schedule, b2=0.99)
+
+
 def owned(x: Any) -> Any:
     """A copy in memory of its own, without weak types: either would cost a retrace."""
 

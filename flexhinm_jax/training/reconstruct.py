@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import optax
 from jax import Array
 from jax import numpy as jnp
 
@@ -36,16 +35,11 @@ from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.sequential.windows import Batch, Fit, Problem
 from flexhinm_jax.tracing.discover import Traced, discover
 from flexhinm_jax.tracing.tree import Leaves
-from flexhinm_jax.training.optimizers import keep_from_zeros
+from flexhinm_jax.training.optimizers import keep_from_zeros, warmed_adam
 from flexhinm_jax.training.run import Judge, Phase, Run
+from flexhinm_jax.training.schedules import shuffled
 from flexhinm_jax.training.state import Training
 from flexhinm_jax.training.step import make_step
-
-DECAY = 0.99
-"""Adam's memory of squared gradients: short, as runs are."""
-
-WARM_UP = 0.05
-"""Fraction of the steps in which the rate rises."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +115,8 @@ class Reconstruct:
         dtypes = [x.dtype for x in problem.sources]
         scales = _scales(problem)
         parts = [self._parts(problem, n, dtypes) for n in range(problem.count)]
-        order = _order(problem, self.steps)
+        chance = np.random.default_rng(fingerprint.key_words(problem.key))
+        order = shuffled(problem.count, self.steps, chance)
 
         def batch_at(step: int) -> tuple[Any, ...]:
             return order[step], problem.batch(order[step]), scales
@@ -139,7 +134,7 @@ class Reconstruct:
         start = Training.under(
             problem.keep,
             [x.astype(jnp.float32) for x in problem.sources],
-            self._optimiser(),
+            warmed_adam(self.rate, self.steps),
             key=problem.key,
         )
         run = Run(
@@ -158,14 +153,6 @@ class Reconstruct:
         arrays = [x.astype(dtype) for x, dtype in zip(best, dtypes, strict=True)]
         return Fit(arrays, rows[0]["value"], run.lowest)
 
-    def _optimiser(self) -> optax.GradientTransformation:
-        warm = max(1, round(WARM_UP * self.steps))
-        first = self.rate / (warm + 1)
-        rate = optax.warmup_cosine_decay_schedule(
-            first, self.rate, warm, self.steps + 1
-        )
-        return optax.adam(rate, b2=DECAY)
-
     def _parts(self, problem: Problem, n: int, dtypes: list[Any]) -> tuple[Any, Any]:
         """(step, loss) for the shape of a batch, compiled once for equal windows."""
         program = problem.program(n)
@@ -177,7 +164,7 @@ class Reconstruct:
                 outs = program(*cast, *batch.frozen, *batch.inputs)
                 return _distance(outs, batch, scales)
 
-            step = make_step(None, loss_fn, self._optimiser(), None)
+            step = make_step(None, loss_fn, warmed_adam(self.rate, self.steps), None)
             problem.known[name] = step, jax.jit(loss_fn)
         return problem.known[name]
 
@@ -312,11 +299,3 @@ def _scales(problem: Problem) -> list[Array]:
     powers = [_powers(problem.batch(n)) for n in range(problem.count)]
     means = np.mean(np.asarray(jax.device_get(powers), np.float64), axis=0)
     return [jnp.asarray(x if x > 0 else 1.0, jnp.float32) for x in means]
-
-
-def _order(problem: Problem, steps: int) -> list[int]:
-    """Which batch every step sees: all of them, shuffled anew each time."""
-    chance = np.random.default_rng(fingerprint.key_words(problem.key))
-    rounds = -(-steps // problem.count)
-    orders = [chance.permutation(problem.count) for _ in range(rounds)]
-    return [int(n) for order in orders for n in order][:steps]

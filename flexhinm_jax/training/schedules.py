@@ -48,6 +48,19 @@ def cubic(start: float, end: float, steps: int, begin: int = 0) -> optax.Schedul
     return optax.polynomial_schedule(start, end, 3, steps, begin)
 
 
+def shuffled(count: int, steps: int, chance: np.random.Generator) -> list[int]:
+    """Which batch each step sees: all of them, in a new order each time.
+
+    Args:
+      count: of batches.
+      steps: of the run.
+      chance: source of the orders.
+    """
+    rounds = -(-steps // count)
+    orders = [chance.permutation(count) for _ in range(rounds)]
+    return [int(n) for order in orders for n in order][:steps]
+
+
 def linear(start: float, end: float, steps: int, begin: int = 0) -> optax.Schedule:
     """Evenly from `start` to `end`; arguments as in `cubic`."""
     _check_growth(start, end, steps)

@@ -186,3 +186,17 @@ def test_packing_under_jit_says_what_to_use_instead():
     plan = plan_of(fh.NM(2, 4))
     with pytest.raises(ValueError, match="pack_to"):
         jax.jit(fh.kernels.pack)(plan)
+
+
+def test_values_of_a_trained_matrix_take_the_places_that_they_had():
+    plan = ragged_plan()
+    packed = fh.kernels.pack(plan)
+    trained = jnp.where(plan.weight != 0, plan.weight * 3 - 1, 0)
+    again = fh.kernels.with_weight(packed, trained)
+    np.testing.assert_array_equal(fh.kernels.unpack(again), trained)
+    np.testing.assert_array_equal(again.nm_positions, packed.nm_positions)
+    with pytest.raises(ValueError, match="not zero where the packed weight is"):
+        fh.kernels.with_weight(packed, trained + 1)
+    eight = fh.kernels.quantise(packed, "int8")
+    with pytest.raises(ValueError, match="values of eight bits"):
+        fh.kernels.with_weight(eight, trained)

@@ -1,0 +1,195 @@
+"""Trains what pruning left of a model, until it predicts what the dense one predicts.
+
+All kept weights, biases and norms take a few hundred steps of Adam towards the outputs
+of the dense model. Masks are fixed. Local reconstruction (`training.reconstruct`) asks
+every window for the values that the dense model has there; this asks the whole model
+for its outputs alone, and errors in between may be anything that cancels. A step costs
+about as much as one of every window; the memory is that of the model, its gradients and
+the moments of Adam beside the dense model.
+
+Source: Hinton et al. 2015 (arXiv:1503.02531), with fixed supports.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from flexhinm_jax import arguments
+from flexhinm_jax.io import fingerprint
+from flexhinm_jax.tracing.discover import discover
+from flexhinm_jax.tracing.tree import Leaves
+from flexhinm_jax.training import objectives
+from flexhinm_jax.training.gradual import Saves, saves
+from flexhinm_jax.training.objectives import Teacher
+from flexhinm_jax.training.optimizers import keep_from_zeros, warmed_adam
+from flexhinm_jax.training.run import Judge, Phase, Row, Run
+from flexhinm_jax.training.schedules import shuffled
+from flexhinm_jax.training.state import Training
+from flexhinm_jax.training.step import make_step
+
+HELD = 8
+"""One of so many batches judges."""
+
+MOST_HELD = 8
+"""Batches that judge, at most."""
+
+
+class Told(Saves, total=False):
+    """The further options of `tune`."""
+
+    rules: Mapping[str, Any] | None
+    token_mask: Callable[..., Array] | None
+    progress: Callable[[Row], None] | None
+    every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What `tune` returns.
+
+    Attributes:
+      params: a tree like the pruned one, zero where that was.
+      before: the loss on held-back batches at the start; on all where there is one.
+      after: the same of `params`, never more.
+      rows: of the run: step, loss and seconds a step.
+    """
+
+    params: Any
+    before: float
+    after: float
+    rows: list[Row]
+
+
+def tune(
+    apply_fn: Callable[..., Array],
+    params: Any,
+    dense: Any,
+    batches: Iterable[Any],
+    *,
+    key: Array,
+    steps: int = 200,
+    rate: float = 3e-4,
+    kind: Literal["kl", "cosine"] = "kl",
+    **options: Unpack[Told],
+) -> Tuned:
+    """Distils the dense model into a pruned one under fixed masks.
+
+    Prunable leaves keep their zeros; beside them whatever has one axis or none moves,
+    norms and biases. Tables and weights that rules skip stay.
+
+    Args:
+      apply_fn: pure function of (params, *batch), returns f[..., k]: logits for "kl",
+        embeddings for "cosine".
+      params: pruned parameters, zeros in place, such as `result.params` of `prune`.
+      dense: the parameters before pruning, a tree of the same form.
+      batches: tuples of the other arguments, or single arrays; one is one step.
+      key: PRNG key, consumed: the order of the batches and which of them judge.
+      steps: of Adam.
+      rate: highest learning rate; rises for a twentieth of the steps, then falls to
+        zero along a cosine.
+      kind: of the distance, see `training.objectives.distillation`.
+      **options: further ones.
+        rules (None): as in `prune`.
+        token_mask (None): called as token_mask(*batch), which positions count.
+        progress (None): called with every row.
+        every (10): steps between two rows.
+        checkpoints (None), save_every (100), keep_last (2), resume (False): see `fit`.
+
+    Returns:
+      The better of start and end on the held-back batches, an eighth of them and at
+      most eight, with both losses.
+
+    Raises:
+      ValueError: trees that differ, no batches, a start that is not finite, a
+        checkpoint of another run.
+      NotFinite: a step without a finite loss or gradient.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flexhinm_jax as fh
+      >>> apply_fn = lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"]
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> params = {"in": jax.random.normal(keys[0], (8, 8)),
+      ...           "out": jax.random.normal(keys[1], (8, 4))}
+      >>> batches = list(jax.random.normal(keys[2], (8, 16, 8)))
+      >>> pruned = fh.prune(apply_fn, params, batches, fh.Wanda(fh.NM(2, 4)),
+      ...                   key=jax.random.key(1))
+      >>> tuned = fh.tune(apply_fn, pruned.params, params, batches,
+      ...                 key=jax.random.key(2), steps=20, rate=0.01)
+      >>> tuned.after < tuned.before, int((tuned.params["in"] == 0).sum())
+      (True, 32)
+    """
+    arguments.options(options, Told.__annotations__ | Saves.__annotations__, "tune")
+    arguments.key(key)
+    arguments.apply_function(apply_fn)
+    arguments.count(steps, "tune: steps", 1)
+    if not 0 < rate < float("inf"):
+        raise ValueError(f"tune: rate={rate!r}: need a positive number")
+    every = arguments.listed(batches)
+    if jax.tree.structure(params) != jax.tree.structure(dense):
+        raise ValueError(
+            "params and dense are trees of different structure; give the parameters"
+            " after and before pruning"
+        )
+    leaves, keep = _moving(apply_fn, params, every[0], options.get("rules"))
+    fixed = {path: leaf for path, leaf in leaves.items() if path not in keep}
+    student = {path: jnp.asarray(leaves[path]) for path in keep}
+    distance = objectives.distillation(
+        apply_fn, kind=kind, token_mask=options.get("token_mask")
+    )
+
+    def loss_fn(student: Any, fixed: Any, dense: Any, *batch: Any) -> Array:
+        wanted = Teacher(jax.lax.stop_gradient(apply_fn(dense, *batch)))
+        return distance(leaves.tree({**fixed, **student}), *batch, wanted)
+
+    chance = np.random.default_rng(fingerprint.key_words(key))
+    order = chance.permutation(len(every))
+    held = min(-(-len(every) // HELD), MOST_HELD) if len(every) > 1 else 0
+    judging = [every[n] for n in (order[:held] if held else order)]
+    teaching = [every[n] for n in order[held:]]
+    sequence = shuffled(len(teaching), steps, chance)
+    value = jax.jit(loss_fn)
+
+    def judged(student: Any) -> float:
+        losses = [value(student, fixed, dense, *batch) for batch in judging]
+        return float(np.mean([float(x) for x in losses]))
+
+    tx = warmed_adam(rate, steps)
+    config = {"steps": steps, "rate": rate, "kind": kind, "batches": len(every)}
+    config |= {"key": fingerprint.key_words(key)}
+    config |= {"start": fingerprint.digest((params, dense))}
+    run = Run(
+        Training.under(keep, student, tx, key=key),
+        [Phase(make_step(None, loss_fn, tx, None), steps)],
+        lambda step: (fixed, dense, *teaching[sequence[step]]),
+        judge=Judge(lambda training: training.params, judged, looks=1),
+        every=options.get("every", 10),
+        config=config,
+        saves=saves("tune", options),
+    )
+    for row in run:
+        if "progress" in options and options["progress"] is not None:
+            options["progress"](row)
+    first = next(row["value"] for row in run.rows if "value" in row)
+    best: Any = run.best
+    return Tuned(leaves.tree({**fixed, **best}), first, run.lowest, run.rows)
+
+
+def _moving(
+    apply_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...], rules: Any
+) -> tuple[Leaves, dict[str, Array | None]]:
+    """The leaves, and path -> where one that moves may be other than zero."""
+    uses = discover(apply_fn, params, *batch, rules=rules)
+    leaves = Leaves.of(params).dense(uses)
+    keep = jax.tree.leaves(keep_from_zeros(params, uses), is_leaf=lambda x: x is None)
+    return leaves, {
+        path: where
+        for (path, leaf), where in zip(leaves.items(), keep, strict=True)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        and (path in uses.leaves or jnp.ndim(leaf) < 2)
+    }

@@ -1,0 +1,90 @@
+"""`flexhinm tune`: the same zeros and packed positions, new values, a better model."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexhinm_jax import kernels
+from flexhinm_jax.cli.main import main
+from flexhinm_jax.io import huggingface, packed
+from flexhinm_jax.models.load import load
+from tests.models.directories import QWEN3, make_decoder_directory
+
+TEXT = "the cat sat on the mat, a dog ran under a tree. " * 8
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "head_dim": 8}
+
+
+def run(*args):
+    return main([str(arg) for arg in args])
+
+
+def test_a_decoder_predicts_more_like_the_dense_one(tmp_path, capsys):
+    dense, pruned, out = (tmp_path / name for name in ("dense", "pruned", "tuned"))
+    make_decoder_directory(dense, QWEN3 | SMALL | {"num_key_value_heads": 4}, 0, 1)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    shared = ["--calibration", text, "--length", 16, "--samples", 8]
+    pattern = ["--pattern", "flexhinm:v=8,permute=none", "--sparsity", 0.5]
+    prune = ["prune", dense, "--out", pruned, "--method", "magnitude", "--pack"]
+    assert run(*prune, *pattern, *shared) == 0
+    tune = ["tune", dense, pruned, "--out", out, "--steps", 12, "--rate", 3e-3]
+    assert run(*tune, *shared, "--resume", tmp_path / "saves") == 0
+    told, err = capsys.readouterr()
+    assert "loss on held-back data" in told and "training for 12 steps" in err
+
+    before, after = huggingface.read(pruned).params, huggingface.read(out).params
+    moved = [k for k in before if not np.array_equal(before[k], after[k])]
+    assert "model.norm.weight" in moved and "model.embed_tokens.weight" not in moved
+    for key in before:
+        if before[key].ndim > 1:
+            np.testing.assert_array_equal(before[key] == 0, after[key] == 0)
+    for file in sorted((out / "packed").glob("*")):
+        for path, leaf in packed.read_packed(file).items():
+            assert (kernels.unpack(leaf) == after[path]).all()
+    tokens = jnp.arange(32, dtype=jnp.int32).reshape(2, 16)
+    sparse, zeros = load(out, packed=True), load(out)
+    np.testing.assert_allclose(
+        sparse.apply(sparse.params, tokens),
+        zeros.apply(zeros.params, tokens),
+        atol=1e-5,
+    )
+    report = json.loads((out / "report.json").read_text())
+    assert report["tuned"]["after"] < report["tuned"]["before"]
+    assert report["weights"] and "flexhinm tune" in (out / "README.md").read_text()
+
+
+def test_an_encoder_is_tuned_by_the_angle_of_its_outputs(
+    model_dir, text_file, tmp_path, capsys
+):
+    pruned, out = tmp_path / "pruned", tmp_path / "tuned"
+    shared = ["--calibration", text_file]
+    assert run("prune", model_dir, "--out", pruned, "--method", "magnitude") == 0
+    options = ["--steps", 4, "--rate", 1e-3, "--json", *shared]
+    capsys.readouterr()
+    assert run("tune", model_dir, pruned, "--out", out, *options) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert 0 < told["after"] <= told["before"] < 1
+    leaves = packed.read_packed(out / "packed.safetensors")
+    stored = huggingface.read(out).params
+    assert all((kernels_dense(leaf) == stored[k]).all() for k, leaf in leaves.items())
+
+
+def kernels_dense(leaf):
+    return kernels.unpack(leaf) if hasattr(leaf, "nm_values") else leaf
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rate", "0"], "--rate 0.0: need a positive number"),
+        (["--length", "8"], "--length is for decoders"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    model_dir, tmp_path, capsys, options, message
+):
+    out = tmp_path / "out"
+    assert run("tune", model_dir, model_dir, "--out", out, *options) == 2
+    assert message in capsys.readouterr().err and not out.exists()
