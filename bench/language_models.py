@@ -145,7 +145,7 @@ def recipes() -> dict[str, Recipe]:
         rows[f"{best} reconstructed"] = rows[best].reconstructed()
         rows[f"{best} on {MORE} samples"] = more
         rows[f"{best} reconstructed on {MORE} samples"] = more.reconstructed()
-        rows[f"{best} tuned"] = rows[best]._replace(tuned=TUNED)
+        rows[f"{best} tuned"] = rows[best]._replace(tuned=STEPS)
     for method in ("wanda", "sparsegpt", "alps"):
         options = f"--method {method} --pattern 2:4 {ONLY_MLP}"
         add(CURVES, f"2:4 on MLP only 37.5% {method}", options)
