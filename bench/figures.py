@@ -1,11 +1,17 @@
 """The figures of bench/RESULTS.md, drawn from the rows of bench/results."""
 
 import functools
+import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 CAPTIONS = {
+    "sparsity.png": "Perplexity of SmolLM2-135M against sparsity, the best row of a "
+    "pattern; hollow where weights or masks were trained, dashed the dense model",
+    "nm_time.png": "Perplexity of SmolLM2-135M at 2:4 against CPU seconds; named are "
+    "the best for their time, dashed the dense model",
     "quality.png": "Quality of MiniLM against CPU time, half and three quarters of the "
     "weights gone; named are the best for their time, dashed the one-shot goal",
     "gyro.png": "Share of sum |W| kept by the permutation search against CPU time",
@@ -72,6 +78,95 @@ def quality(results: Mapping[str, Any], axes: Any) -> None:
     axes[0].set_ylabel("mean cosine to the dense model")
 
 
+def language_models(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows on the language model, all tables."""
+    return results.get("language_models", {}).get("rows", [])
+
+
+def pattern_of(row: Mapping[str, Any]) -> str:
+    """The pattern in the name of a row, which says how sparse it is unless it is N:M.
+
+    Example:
+      >>> pattern_of({"what": "FlexHiNM v=64 37.5% wanda"})
+      'FlexHiNM v=64'
+      >>> pattern_of({"what": "2:4 sparsegpt reordered"})
+      '2:4'
+    """
+    name = re.sub(r" [\d.]+% .*", "", row["what"])
+    return name.partition(" ")[0] if name == row["what"] else name
+
+
+def trained(row: Mapping[str, Any]) -> bool:
+    """Whether what is left, or its masks, took steps of an optimiser."""
+    return "reconstructed" in row["what"] or "block by block" in row["table"]
+
+
+def best_of_patterns(
+    rows: Iterable[Mapping[str, Any]],
+) -> dict[str, dict[float, Mapping[str, Any]]]:
+    """Pattern -> share of zeros -> the row with the least perplexity."""
+    lines: dict[str, dict[float, Mapping[str, Any]]] = {}
+    for row in rows:
+        zeros = round(row.get("more", {}).get("zeros", 0) * 200) / 200
+        if zeros and row["table"] != "Transposable groups":
+            known = lines.setdefault(pattern_of(row), {})
+            if zeros not in known or row["value"] < known[zeros]["value"]:
+                known[zeros] = row
+    return lines
+
+
+def sparsity(results: Mapping[str, Any], axes: Any) -> None:
+    """The best row of every pattern at every sparsity, patterns as lines."""
+    (axis,), rows = axes, language_models(results)
+    lines = best_of_patterns(rows)
+    for k, name in enumerate(sorted(lines, key=lambda name: -len(lines[name]))):
+        x = sorted(lines[name])
+        color = f"C{k % 10}"
+        y = [lines[name][zeros]["value"] for zeros in x]
+        axis.semilogy(x, y, "-" if k < 10 else ":", lw=1, color=color)
+        axis.plot([], [], "o-" if k < 10 else "o:", color=color, ms=5, label=name)
+        for zeros in x:
+            fill = "white" if trained(lines[name][zeros]) else color
+            at = (zeros, lines[name][zeros]["value"])
+            axis.plot(*at, "o", color=color, mfc=fill, ms=5)
+    axis.axhline(rows[0]["anchor"], color="#999999", ls="--", lw=0.8)
+    plain_numbers(axis.yaxis)
+    axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axis.set(xlabel="weights of the blocks gone", ylabel="perplexity")
+    axis.legend(fontsize=8, frameon=False)
+
+
+def nm_time(results: Mapping[str, Any], axes: Any) -> None:
+    """All rows at 2:4, the best for their time named."""
+    (axis,), rows = axes, language_models(results)
+    shown = [
+        (row["seconds"], -math.log(row["value"]), row["what"].removeprefix("2:4 "))
+        for row in rows
+        if pattern_of(row) == "2:4" and row.get("seconds")
+    ]
+    x, y, _ = zip(*shown, strict=True)
+    axis.loglog(x, [math.exp(-v) for v in y], "o", ms=4, color="#b0b8c0")
+    front = [(at, math.exp(-value), label) for at, value, label in best(shown)]
+    axis.plot(*list(zip(*front, strict=True))[:2], "o-", ms=5, color="#1f4e79", lw=1)
+    for seconds, value, label in front:
+        place = {"textcoords": "offset points", "xytext": (5, 4)}
+        axis.annotate(label, (seconds, value), fontsize=7, **place)
+    axis.axhline(rows[0]["anchor"], color="#999999", ls="--", lw=0.8)
+    axis.set_xlim(min(x) / 1.5, max(x) * 4)
+    plain_numbers(axis.xaxis)
+    plain_numbers(axis.yaxis)
+    axis.set(xlabel="CPU seconds", ylabel="perplexity")
+
+
+def plain_numbers(axis: Any) -> None:
+    """Writes the numbers of a logarithmic axis as they are, a few of every decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 7)))
+    axis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def gyro(results: Mapping[str, Any], axes: Any) -> None:
     """Retained share over CPU seconds, the published schedule as a square."""
     rows = rows_of(results, "gyro", "Search effort")
@@ -115,7 +210,11 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
 
     efforts = {r["data"]["matrix"] for r in rows_of(results, "gyro", "Search effort")}
     widths = rows_of(results, "scale", "Growth with the width")
+    zeros = {r.get("more", {}).get("zeros") for r in language_models(results)}
+    timed = [r for r in language_models(results) if pattern_of(r) == "2:4"]
     known = {
+        "sparsity.png": (sparsity, 1 if len(zeros) > 1 else 0, 6.4),
+        "nm_time.png": (nm_time, 1 if timed else 0, 6.4),
         "quality.png": (quality, 2 if "minilm" in results else 0, 4.6),
         "gyro.png": (gyro, len(efforts), 3.6),
         "scale.png": (scale, 1 if widths else 0, 6.0),

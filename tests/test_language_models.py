@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import language_models
+from bench import figures, language_models
 from flexhinm_jax.cli import choices, learn
 from flexhinm_jax.cli.main import main, parser
 from flexhinm_jax.models import load
@@ -104,3 +104,41 @@ def test_a_model_beside_itself_and_beside_another(tmp_path):
     assert apart["dense"] == pytest.approx(want[0].perplexity)
     assert apart["perplexity"] == pytest.approx(want[1].perplexity)
     assert apart["kl"] > 0.001 and apart["same"] < 1
+
+
+def row(table, what, value, zeros=0.5, seconds=100.0):
+    held = {"table": table, "what": what, "value": value, "anchor": 29.0}
+    return held | {"seconds": seconds, "more": {"zeros": zeros}}
+
+
+ROWS = [
+    {"table": "t", "what": "dense", "value": 29.0, "anchor": 29.0},
+    row("t", "2:4 wanda", 174.0),
+    row("t", "2:4 sparsegpt reordered and reconstructed", 61.0, seconds=900.0),
+    row("t", "FlexHiNM v=64 37.5% wanda", 63.0, 0.3749),
+    row("t", "FlexHiNM 37.5% wanda", 62.0, 0.3749),
+    row("t", "FlexHiNM 37.5% sparsegpt", 41.0, 0.375),
+    row("t", "FlexHiNM 50.0% sparsegpt", 57.0),
+    row("t", "2:4 on MLP only 37.5% sparsegpt", 44.0, 0.375),
+    row(language_models.TRANSPOSABLE, "nm 4:8 wanda", 100.0),
+    row(language_models.LEARNED, "2:4 maskllm", 90.0, seconds=50.0),
+]
+
+
+def test_the_best_row_of_every_pattern_is_drawn(tmp_path):
+    lines = figures.best_of_patterns(ROWS)
+    shown = {
+        name: {zeros: best["value"] for zeros, best in line.items()}
+        for name, line in lines.items()
+    }
+    assert shown == {
+        "2:4": {0.5: 61.0},
+        "FlexHiNM v=64": {0.375: 63.0},
+        "FlexHiNM": {0.375: 41.0, 0.5: 57.0},
+        "2:4 on MLP only": {0.375: 44.0},
+    }
+    assert [figures.trained(x) for x in ROWS].count(True) == 2
+    pytest.importorskip("matplotlib")
+    figures.draw({"language_models": {"rows": ROWS}}, tmp_path)
+    assert set(figures.captions(tmp_path)) == {"sparsity.png", "nm_time.png"}
+    figures.draw({}, tmp_path / "nothing is drawn without rows")
