@@ -9,6 +9,7 @@ from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.io.sources import read_sentences
 from flexhinm_jax.models import images
 from flexhinm_jax.models.load import Examples, Kind, Reads, load_config
+from flexhinm_jax.sequential.request import Statistics, statistics_of
 from flexhinm_jax.training.reconstruct import Reconstruct
 
 ONLY_SEQUENTIAL = ("target", "statistics", "reconstruct", "resume")
@@ -26,6 +27,7 @@ class Choices:
       examples: calibration sentences of an encoder, or pixels of a classifier; empty
         for a method that needs none.
       reconstruct: how what is left is trained, or None.
+      statistics: whose inputs a weight is judged by; None without --sequential.
     """
 
     method: methods.Method
@@ -34,6 +36,7 @@ class Choices:
     exceptions: dict[str, float]
     examples: Examples
     reconstruct: Reconstruct | None = None
+    statistics: Statistics | None = None
 
 
 def check(args: argparse.Namespace, kind: Kind) -> Choices:
@@ -60,7 +63,12 @@ def check(args: argparse.Namespace, kind: Kind) -> Choices:
     decodes = kind.reads is Reads.TEXT
     examples = [] if decodes else _examples(args, method, kind)
     trained = reconstruct(args)
-    return Choices(method, args.sparsity, rules, exceptions, examples, trained)
+    statistics = None
+    if args.sequential:
+        statistics = statistics_of(method, args.statistics, trained)
+    return Choices(
+        method, args.sparsity, rules, exceptions, examples, trained, statistics
+    )
 
 
 def reconstruct(args: argparse.Namespace) -> Reconstruct | None:
@@ -121,6 +129,6 @@ def document(args: argparse.Namespace, choices: Choices) -> dict[str, Any]:
         "reconstruct": None
         if choices.reconstruct is None
         else repr(choices.reconstruct),
-        "statistics": (args.statistics or "sequential") if args.sequential else None,
+        "statistics": choices.statistics,
         "version": __version__,
     }

@@ -141,8 +141,9 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
         "--statistics",
         choices=STATISTICS,
         help="with --sequential: judge a weight by the inputs that the pruned ones"
-        " before it give (sequential, the default), by those that the dense weights of"
-        " its block give (block), or by those of the dense model (dense)",
+        " before it give (sequential), by those that the dense weights of its block"
+        " give (block), or by those of the dense model (dense); default: block for"
+        " methods that score weights and move none (wanda, ria ...), else sequential",
     )
     add(
         "--reconstruct",

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
                 sparsity=choices.sparsity,
                 rules=choices.rules,
                 target=args.target or "seq",
-                statistics=args.statistics or "sequential",
+                statistics=choices.statistics,
                 reconstruct=choices.reconstruct,
                 on_mismatch=args.on_mismatch or "error",
             ),

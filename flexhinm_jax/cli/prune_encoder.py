@@ -153,7 +153,7 @@ def _in_order(
             sparsity=sparsity,
             key=jax.random.key(args.seed),
             target=args.target or "seq",
-            statistics=args.statistics or "sequential",
+            statistics=choices.statistics,
             reconstruct=choices.reconstruct,
             rules=choices.rules,
             on_mismatch=args.on_mismatch or "error",

@@ -50,6 +50,9 @@ class Method(abc.ABC):
     #: Whether it puts its groups along `Stats.order`.
     follows_order: ClassVar[bool] = False
 
+    #: By whose inputs a sequential pass judges a weight where nothing is asked for.
+    statistics: ClassVar[Literal["sequential", "block"]] = "sequential"
+
     def __post_init__(self):
         """Validates the configuration."""
         arguments.configuration(self)
@@ -229,7 +232,13 @@ def check_method(method: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreMethod(Method):
-    """A method that scores every weight, keeps the best support and moves nothing."""
+    """A method that scores every weight, keeps the best support and moves nothing.
+
+    Nothing repairs what pruning did to the inputs, so weights are judged by those that
+    the dense weights of their block give, as published for Wanda and RIA.
+    """
+
+    statistics: ClassVar[Literal["sequential", "block"]] = "block"
 
     @abc.abstractmethod
     def score(self, w: Array, stats: Stats | None) -> Array:

@@ -33,7 +33,8 @@ class Request:
       target: what to fit to, see `sequential.sequential`.
       center: for methods that move weights: fits around the means, and refits the bias
         where the product has one of its own.
-      statistics: whose inputs a weight is judged by, see `sequential.sequential`.
+      statistics: whose inputs a weight is judged by, see `sequential.sequential`; None
+        for what the method prefers. A request that is made always has one.
       block: for statistics of blocks: regular expression; leaves that follow each other
         and have the same match are one block. Without a match, the positions of a
         leaf in a scan over layers are blocks, and any other leaf is one of its own.
@@ -49,10 +50,20 @@ class Request:
     rules: Mapping[str, Any] | None = None
     target: Target = "seq"
     center: bool = True
-    statistics: Statistics = "sequential"
+    statistics: Statistics | None = None
     block: str = BLOCK
     reconstruct: Trainer | None = None
     on_mismatch: OnMismatch = "error"
+
+    def __post_init__(self):
+        """Takes the statistics that the method prefers where none are asked for.
+
+        Raises:
+          ValueError: no method.
+        """
+        check_method(self.method)
+        judged_by = statistics_of(self.method, self.statistics, self.reconstruct)
+        object.__setattr__(self, "statistics", judged_by)
 
     @property
     def beside(self) -> bool:
@@ -75,10 +86,9 @@ class Request:
         """Refuses what no run can do.
 
         Raises:
-          ValueError: no method, or one that needs gradients, an unknown word, a block
-            that is no regular expression, targets that are the weights' own outputs.
+          ValueError: a method that needs gradients, an unknown word, a block that is no
+            regular expression, targets that are the weights' own outputs.
         """
-        check_method(self.method)
         known = {"target": TARGETS, "statistics": STATISTICS}
         for name, words in known.items():
             if getattr(self, name) not in words:
@@ -106,9 +116,7 @@ class Request:
             ) from error
 
     def _check_windows(self, window: int | str) -> None:
-        if self.statistics == "block" and not (
-            window == "block" or isinstance(window, int)
-        ):
+        if self.statistics == "block" and not _whole_blocks(window):
             raise ValueError(
                 f"window={window!r}: with statistics='block' all weights of a block are"
                 " pruned before one is trained; give window='block' or a number of"
@@ -119,13 +127,32 @@ class Request:
         """The name of what is reconstructed together with a matrix."""
         assert self.reconstruct is not None
         window = self.reconstruct.window
-        if window == "block" or isinstance(window, int):
+        if _whole_blocks(window):
             return self.block_of(path, at)
-        return block_of(PART if window == "part" else window, path, at)
+        return block_of(PART if window == "part" else str(window), path, at)
 
     def block_of(self, path: str, at: tuple[int | None, ...] = ()) -> Any:
         """The name of the block that a matrix is in."""
         return block_of(self.block, path, at)
+
+
+def statistics_of(
+    method: Method, asked: Statistics | None, reconstruct: Trainer | None
+) -> Statistics:
+    """Whose inputs a weight is judged by: as asked, or as the method prefers.
+
+    Statistics of blocks, unless they are asked for, give way to windows that are
+    trained before the rest of their block is pruned.
+    """
+    if asked is not None:
+        return asked
+    whole = reconstruct is None or _whole_blocks(reconstruct.window)
+    return method.statistics if whole else "sequential"
+
+
+def _whole_blocks(window: int | str) -> bool:
+    """Whether a window is one block or more."""
+    return window == "block" or isinstance(window, int)
 
 
 def block_of(regex: str, path: str, at: tuple[int | None, ...] = ()) -> Any:

@@ -23,6 +23,9 @@ Whose inputs a matrix is judged by are the `statistics`:
   pruned blocks before it give: all matrices of a block are judged before one is pruned,
   as in the code of Wanda (arXiv:2306.11695) and SparseGPT (arXiv:2301.00774).
 - "dense": those of the dense model.
+
+Where none are named the method decides (`Method.statistics`): those that score weights
+and move none take "block", as published, the others "sequential".
 """
 
 import os

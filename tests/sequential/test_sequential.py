@@ -1,5 +1,6 @@
 """One pass, cut by cut: targets against hand-computed least squares, and resuming."""
 
+import functools
 from typing import Any
 
 import jax
@@ -279,7 +280,7 @@ TWO_BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("statistics", ["sequential", "block", "dense"])
+@pytest.mark.parametrize("statistics", ["sequential", "block", "dense", None])
 def test_statistics_are_those_of_the_weights_that_were_asked_for(
     monkeypatch, statistics
 ):
@@ -295,12 +296,25 @@ def test_statistics_are_those_of_the_weights_that_were_asked_for(
             "sequential": (pruned, pruned),
             "block": (dense, pruned),
             "dense": (dense, dense),
+            None: (dense, pruned),  # what Wanda prefers
         }[statistics]
         inputs = {"in": x, "out": np.tanh(x @ judged["in"])}
         for part, seen_by in inputs.items():
             got = found[f"{name}/{part}", ()]
             np.testing.assert_allclose(got.gram, seen_by.T @ seen_by, 1e-4, 1e-4)
         x = np.asarray(block(after, x))
+
+
+@pytest.mark.parametrize("name", [n for n in fh.methods.METHODS if n != "patch"])
+def test_methods_that_move_nothing_prefer_statistics_of_blocks(name):
+    method = fh.methods.parse(name, NM)
+    request = functools.partial(Request, method=method, key=KEY)
+    scores = ("magnitude", "wanda", "ria", "nowag", "fisher")
+    preferred = "block" if name in scores else "sequential"
+    assert request().statistics == request(target="asym").statistics == preferred
+    assert request(reconstruct=fh.Reconstruct()).statistics == preferred
+    assert request(reconstruct=fh.Reconstruct("part")).statistics == "sequential"
+    assert request(statistics="dense").statistics == "dense"
 
 
 def test_statistics_of_the_dense_model_are_those_of_one_shot():
