@@ -98,7 +98,7 @@ def pattern_of(row: Mapping[str, Any]) -> str:
 
 def trained(row: Mapping[str, Any]) -> bool:
     """Whether what is left, or its masks, took steps of an optimiser."""
-    return "reconstructed" in row["what"] or "block by block" in row["table"]
+    return "reconstructed" in row["what"] or "learned" in row["table"]
 
 
 def best_of_patterns(

@@ -35,6 +35,7 @@ WINDOW = 1024
 
 FIFTY = "Half of the weights gone"
 LEARNED = "Masks that are learned, block by block"
+GATES = "Gates learned with the weights, beside fixed masks"
 WALKS = "Whose inputs a weight is judged by, 2:4"
 TRANSPOSABLE = "Transposable groups"
 CURVES = "Perplexity against sparsity"
@@ -81,11 +82,11 @@ class Recipe(NamedTuple):
     verb: str = "prune"
     tuned: int = 0
 
-    def reconstructed(self) -> "Recipe":
+    def reconstructed(self, steps: int | None = None) -> "Recipe":
         """The row with its blocks trained; every sample once where there are many."""
         trained = f" --batch-size 1 --reconstruct block --reconstruct-rate {RATE}"
-        steps = f" --reconstruct-steps {self.samples or STEPS}"
-        return self._replace(options=self.options + trained + steps)
+        trained += f" --reconstruct-steps {steps or self.samples or STEPS}"
+        return self._replace(options=self.options + trained)
 
     def on_more(self) -> "Recipe":
         """The row on more samples."""
@@ -104,7 +105,7 @@ def recipes() -> dict[str, Recipe]:
     for method in ("refine_mask", "refit", "sparse_swaps"):
         add(FIFTY, f"2:4 {method}(wanda)", f"--method {method}(wanda) --pattern 2:4")
     for method in ("wanda", "ria", "sparsegpt", "alps"):
-        for statistics in ("block", "dense"):
+        for statistics in ("sequential", "block", "dense"):
             options = f"--method {method} --pattern 2:4 --statistics {statistics}"
             add(WALKS, f"2:4 {method} on {statistics} statistics", options)
     for method in ("wanda", "sparsegpt", "alps"):
@@ -158,7 +159,10 @@ def recipes() -> dict[str, Recipe]:
 
 
 def learned() -> dict[str, Recipe]:
-    """Rows of `flexhinm learn`: as many steps as those that are reconstructed take."""
+    """Rows of `flexhinm learn`: as many steps as those that are reconstructed take.
+
+    A step of gates takes longer, so the fixed masks beside them have half as many more.
+    """
     steps, rows = f"--steps {STEPS} --batch-size 1", {}
     for method in ("maskllm", "maskpro", "proxsparse"):
         options = f"--method {method} --pattern 2:4 {steps}"
@@ -172,6 +176,14 @@ def learned() -> dict[str, Recipe]:
         kind = "2:4" if pattern == "2:4" else "FlexHiNM 50.0%"
         options = f"--method hard_concrete --pattern {pattern} {steps}"
         rows[f"{kind} hard_concrete"] = Recipe(LEARNED, options, verb="learn")
+    flex = f"--pattern {GYRO} --sparsity 0.5"
+    fixed = Recipe(GATES, f"--method wanda {flex}").reconstructed(STEPS * 3 // 2)
+    rows["FlexHiNM 50.0% wanda reconstructed"] = fixed
+    both = f"--method hard_concrete {flex} {steps} --weights-rate {RATE} --target asym"
+    name = "FlexHiNM 50.0% gates and weights"
+    rows[name] = Recipe(GATES, both, verb="learn")
+    published = Recipe(GATES, f"{both} --noise", verb="learn")
+    rows["FlexHiNM 50.0% gates as published and weights"] = published
     for sparsity in (0.25, 0.375):
         options = f"--method patch --pattern {TILES} --sparsity {sparsity} {steps}"
         rows[f"tiles {sparsity:.1%} patch"] = Recipe(LEARNED, options, verb="learn")
@@ -381,7 +393,7 @@ STUDY = Study(
         table: "SmolLM2-135M-Instruct, four bits a weight dequantised, all matrices of"
         " the blocks. Perplexity, smaller is better; the anchor is the dense model's on"
         " the same tokens. Bytes are of the whole model, embedding included."
-        for table in (FIFTY, WALKS, LEARNED, TRANSPOSABLE, CURVES)
+        for table in (FIFTY, WALKS, LEARNED, GATES, TRANSPOSABLE, CURVES)
     },
     by_row=True,
 )

@@ -45,16 +45,17 @@ CONFIG = directories.LLAMA2 | {
     "num_hidden_layers": 1,
     "max_position_embeddings": 1024,
 }
-KINDS = (
-    "2:4 on MLP only 37.5% sparsegpt",
+SLOW = (
     "2:4 armor",
     "2:4 nowag",
-    "2:4 ria on block statistics",
+    "2:4 on MLP only 37.5% sparsegpt",
     "2:4 sparsegpt rotated and reconstructed on 128 samples",
     "FlexHiNM 37.5% sparsegpt reconstructed",
     "2:4 sparsegpt reordered and tuned on 128 samples",
-    *language_models.learned(),
+    *(name for name in language_models.learned() if name != "2:4 proxsparse"),
 )
+KINDS = [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
+KINDS += ["2:4 ria on block statistics", "2:4 proxsparse"]
 
 
 def in_this_process(told):

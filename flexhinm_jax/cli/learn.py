@@ -39,9 +39,9 @@ def add_parser(commands: Any) -> None:
         help="learn the masks of a Hugging Face model directory",
         description=f"""\
             Learns which weights of the model in MODEL stay and leaves the weights
-            as they are: the outputs on the calibration text are to be those of the
-            dense model. Writes DIR as 'flexhinm prune' does: zeros in place,
-            {PACKED} and {REPORT}.
+            as they are (but for --weights-rate): the outputs on the calibration text
+            are to be those of the dense model. Writes DIR as 'flexhinm prune' does:
+            zeros in place, {PACKED} and {REPORT}.
 
             A decoder is learned block by block, in the memory of one block: the
             block is to give what the dense block gives on the hidden states of the
@@ -75,6 +75,12 @@ def add_parser(commands: Any) -> None:
     )
     add("--rate", type=float, metavar="R", help="learning rate; default by method")
     add(
+        "--noise",
+        action="store_true",
+        help="sample gates, as published, with Adam; for hard_concrete, maskllm and"
+        " patch (default: choices without noise, which need fewer steps)",
+    )
+    add(
         "--start",
         metavar="NAME",
         help="method whose masks come first, for maskllm and maskpro; own: that of"
@@ -99,6 +105,13 @@ def add_parser(commands: Any) -> None:
         f" {flags.BATCH_SAMPLES})",
     )
     group = flags.add_decoders(parser)
+    group.add_argument(
+        "--weights-rate",
+        type=float,
+        metavar="R",
+        help="train the weights that stay too, norms and biases with them, at this"
+        " rate; for hard_concrete (default: weights stay as they are)",
+    )
     group.add_argument(
         "--target",
         choices=("seq", "asym"),
@@ -161,17 +174,20 @@ def check(args: argparse.Namespace, kind: Kind) -> Choices:
     """Everything that can be refused before the model is read."""
     decoder = kind.reads is Reads.TEXT
     pattern = patterns.parse(args.pattern)
-    method = few_steps.method(args.method, pattern)
+    method = few_steps.method(args.method, pattern, args.noise)
     checks.sparsity(
         args.sparsity, *pattern.sparsity_range(), pattern, f"--pattern {args.pattern}"
     )
-    rate = few_steps.RATES[args.method] if args.rate is None else args.rate
-    if not 0 < rate < math.inf:
-        raise ValueError(f"--rate {rate}: need a positive number")
+    rate = few_steps.rate(args.method, args.noise) if args.rate is None else args.rate
+    for name, value in (("rate", rate), ("weights-rate", args.weights_rate)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} {value}: need a positive number")
     directory.check_out(args)
     flags.check_kind(args, kind.reads)
-    if not decoder and args.target:
-        raise ValueError("--target is for decoders; leave it out")
+    for option in ("target", "weights_rate") if not decoder else ():
+        if getattr(args, option):
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is for decoders; leave it out")
     fitted = isinstance(method, LearnedMethod) and method.frozen_weights
     if not decoder and not fitted:
         raise ValueError(
@@ -238,7 +254,7 @@ def _learn(
         )
         tell(entry["step"], args.steps)
 
-    tx = few_steps.optimiser(args.method, choices.rate, args.steps)
+    tx = few_steps.optimiser(args.method, choices.rate, args.steps, args.noise)
     name = f"learning for {args.steps} steps (the first compiles)"
     with console.step(name, long=True) as tell:
         states, history = fit(
@@ -256,7 +272,7 @@ def _learn(
             progress=progress,
             checkpoints=args.resume,
             resume="auto" if args.resume else False,
-            config={"rate": choices.rate, "method": args.method},
+            config={"rate": choices.rate, "method": args.method, "noise": args.noise},
         )
     with console.step("packing"):
         plans = apply.decide(choices.method, states, params, uses)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from flexhinm_jax.streaming import learned, streaming
 from flexhinm_jax.streaming.blocks import open_blocks
 from flexhinm_jax.streaming.memory import Budget
 from flexhinm_jax.training import few_steps
+from flexhinm_jax.training.optimizers import warmed_adam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,8 @@ def document(args: argparse.Namespace, choices: Choices) -> dict[str, Any]:
         "seed": args.seed,
         "steps": args.steps,
         "rate": choices.rate,
+        "noise": args.noise,
+        "weights_rate": args.weights_rate,
         "version": __version__,
     }
 
@@ -59,6 +63,11 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
         method = dataclasses.replace(
             method, steps=args.steps, learning_rate=choices.rate
         )
+
+    rates = {"rate": choices.rate, "weights_rate": args.weights_rate}
+    weights_tx = None
+    if args.weights_rate is not None:
+        weights_tx = warmed_adam(args.weights_rate, args.steps)
 
     def tell(done: learned.Told) -> None:
         if isinstance(done, Budget):
@@ -94,20 +103,18 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
                 target=args.target or "seq",
             ),
             learned.Learning(
-                tx=few_steps.optimiser(args.method, choices.rate, args.steps),
+                tx=few_steps.optimiser(
+                    args.method, choices.rate, args.steps, args.noise
+                ),
                 steps=args.steps,
                 start=choices.start,
-                config={"method": args.method, "rate": choices.rate},
+                config={"method": args.method, "noise": args.noise} | rates,
+                weights_tx=weights_tx,
             ),
             limits=limits(args),
             output=streaming.Output(args.pack, args.force, texts, args.pack_values),
             progress=tell,
         )
-    pairs = [pair for pair in result.values if pair]
-    gained = [
-        f"loss of the blocks on held-back text: {_mean(pairs, 0):.4f} of the first"
-        f" masks, {_mean(pairs, 1):.4f} now"
-    ]
     console.result(
         told(result),
         report_table(
@@ -115,9 +122,17 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
         ),
         "",
         *directory.ending(args.out, result.report),
-        *(gained if pairs else []),
+        *_gained(result.values),
     )
 
 
-def _mean(pairs: list[tuple[float, ...]], k: int) -> float:
-    return sum(pair[k] for pair in pairs) / len(pairs)
+def _gained(values: Sequence[tuple[float, ...]]) -> list[str]:
+    """A line about the loss; none of a method with a loop of its own."""
+    pairs = [pair for pair in values if pair]
+    if not pairs:
+        return []
+    first, best = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+    return [
+        f"loss of the blocks on held-back text: {first:.4f} of the first masks,"
+        f" {best:.4f} now"
+    ]

@@ -5,7 +5,8 @@ block gives what the dense block gives: on the hidden states behind the pruned b
 before it (target "seq"), or what the dense model gives there ("asym"). The weights
 stay. The loss is the squared error over the squared outputs, and the training is a
 `Run` of the training room: the best hard masks seen are kept, the first ones among
-them, so no block ends worse than it began.
+them, so no block ends worse than it began. With an optimiser of its own what stays
+of the weights moves along with the masks, norms and biases too, as in FlexHiNM-GP.
 
 Blocks of one kind are one program, under keys without the number of the layer, so
 every kind is compiled once. Resuming, writing and packing are those of `streaming`; a
@@ -69,6 +70,8 @@ class Learning:
       held: share of the batches that judges the masks and is not learned from; at
         least one, unless there is only one batch.
       config: plain values that explain `tx`: a run that goes on must give the same.
+      weights_tx: optimiser of the weights that stay, norms and biases, for a method
+        that does not freeze them (HardConcrete, GumbelPatterns); None leaves them.
     """
 
     tx: optax.GradientTransformation
@@ -77,10 +80,13 @@ class Learning:
     looks: int = 10
     held: float = 0.125
     config: Any = None
+    weights_tx: optax.GradientTransformation | None = None
 
     def __post_init__(self):
         """Validates the fields."""
         arguments.optimiser(self.tx, "tx")
+        if self.weights_tx is not None:
+            arguments.optimiser(self.weights_tx, "weights_tx")
         arguments.count(self.steps, "steps", 1)
         arguments.count(self.looks, "looks", 1)
         if not 0 < self.held < 1:
@@ -121,6 +127,9 @@ class Learned(Streamed):
 
 
 Told = streaming.Told | Judged
+
+Kept = tuple[dict[str, State], Any]
+"""Hard states, and the weights where they are trained, else None."""
 
 
 def learn_blocks(
@@ -172,10 +181,11 @@ def learn_blocks(
     setting = dataclasses.replace(
         setting,
         targets=request.sparsity,
-        more={k: v for k, v in how.items() if k != "tx"},
+        more={k: v for k, v in how.items() if k not in ("tx", "weights_tx")},
     )
     memory.check_all(setting)
-    plan = learning_budget(setting, limits.memory)
+    _check_weights(setting, learning)
+    plan = learning_budget(setting, limits.memory, learning.weights_tx is not None)
     tell(plan)
     plan.check()
     work = Work(Path(out), setting)
@@ -189,20 +199,40 @@ def learn_blocks(
     return result
 
 
+def _check_weights(setting: Setting, learning: Learning) -> None:
+    """Refuses to train weights that stay as they are, or that round steps away."""
+    method = setting.request.method
+    if learning.weights_tx is None:
+        return
+    if frozen(method) or not isinstance(method, LearnedMethod):
+        raise ValueError(
+            f"{type(method).__name__} keeps the weights as they are; leave their"
+            " optimiser out, or take a method that trains them, such as HardConcrete"
+        )
+    for layer in setting.uses.kinds().values():
+        for path, like in setting.blocks.like(layer).items():
+            if like.dtype.itemsize < 4:
+                raise ValueError(
+                    f"{path}: {like.dtype} rounds small steps of training away; compute"
+                    " in float32 (Limits(dtype='float32'), --dtype float32)"
+                )
+
+
 class _Programs:
     """What is compiled once for all blocks of a kind.
 
     Attributes:
       block: their program.
-      weights_tx: of the weights, which stay; None where the method says so itself.
+      weights_tx: of the weights; None where the method keeps them as they are.
       step: of a `Phase`.
       value: (states, parameters, *batch) -> loss under the hard masks.
     """
 
-    def __init__(self, block: BlockProgram, method: Any, tx: Any):
+    def __init__(self, block: BlockProgram, method: Any, learning: Learning):
         """Compiles nothing yet."""
         loss, self.block = output_error(block.apply), block
-        self.weights_tx = None if frozen(method) else optax.set_to_zero()
+        moving, tx = learning.weights_tx or optax.set_to_zero(), learning.tx
+        self.weights_tx = None if frozen(method) else moving
         if isinstance(method, LearnedMethod):
             self.step = make_step(method, loss, self.weights_tx, block.uses, mask_tx=tx)
 
@@ -243,7 +273,7 @@ class _Task:
         if kind not in self.known:
             block = self.setting.uses.program(layer)
             method = self.setting.request.method
-            self.known[kind] = _Programs(block, method, self.learning.tx)
+            self.known[kind] = _Programs(block, method, self.learning)
         return self.known[kind]
 
     def block(self, layer: int, states: States) -> tuple[list[Row], dict[str, float]]:
@@ -275,11 +305,12 @@ class _Task:
             setting.targets,
         )
         self.work.solved(layer).mkdir(parents=True, exist_ok=True)
-        values: tuple[float, ...] = ()
+        values, trained = (), params
         if isinstance(method, LearnedMethod):
             run = self._run(layer, programs, params, best, batch, len(now), key)
-            best, values = self._finished(layer, run)
-        plans = apply.decide(method, best, params, block.uses)
+            (best, moved), values = self._finished(layer, run)
+            trained = params if moved is None else moved
+        plans = apply.decide(method, best, trained, block.uses)
         errors = output_errors(plans, params, block.uses, stats)
         rows, leaves, prefix = [], {}, decoder.block_prefix(layer)
         for path, plan in plans.items():
@@ -287,7 +318,7 @@ class _Task:
             row, leaf = streaming.described(prefix + path, plan, layout, setting)
             rows.append(row)
             leaves[prefix + path] = leaf
-        sparse = apply.densify(plans, params, block.uses)
+        sparse = apply.densify(plans, trained, block.uses)
         whole = {prefix + name: x for name, x in sparse.items()}
         streaming.write_block(layer, setting, self.work, whole, leaves)
         records.write(self._values(layer), {"values": list(values)})
@@ -317,11 +348,17 @@ class _Task:
         uses = programs.block.uses
         method: Any = self.setting.request.method
 
-        def hard(training: Training) -> dict[str, State]:
-            return model_gates.harden(method, training.states, params, uses)
+        trains = self.learning.weights_tx is not None
 
-        def value(states: dict[str, State]) -> float:
-            losses = [programs.value(states, params, *batch(k)) for k in judging]
+        def hard(training: Training) -> Kept:
+            now = training.params if trains else params
+            states = model_gates.harden(method, training.states, now, uses)
+            return states, now if trains else None
+
+        def value(kept: Kept) -> float:
+            states, now = kept
+            weights = params if now is None else now
+            losses = [programs.value(states, weights, *batch(k)) for k in judging]
             return float(np.mean([float(x) for x in losses]))
 
         start = init_training(
@@ -349,10 +386,8 @@ class _Task:
             config={"layer": layer, "steps": self.learning.steps},
         )
 
-    def _finished(
-        self, layer: int, run: Run
-    ) -> tuple[dict[str, State], tuple[float, float]]:
-        """The best states, and the loss of the first and of the best masks."""
+    def _finished(self, layer: int, run: Run) -> tuple[Kept, tuple[float, float]]:
+        """What was best, and the loss of the first and of the best masks."""
         total, steps = self.setting.blocks.count, self.learning.steps
         try:
             for row in run:

@@ -21,18 +21,22 @@ COPIES = 5
 """Of what is learned: itself, its gradient, two moments, the best so far."""
 
 
-def learning_budget(setting: Setting, limit: int | None) -> Budget:
+def learning_budget(setting: Setting, limit: int | None, trained: bool) -> Budget:
     """Plans a run, for the kind of block that takes most.
 
     Args:
       setting: what to do.
       limit: bytes; None for any amount.
+      trained: whether the weights are trained too.
     """
-    plans = [_block_budget(setting, n, limit) for n in setting.uses.kinds().values()]
+    kinds = setting.uses.kinds().values()
+    plans = [_block_budget(setting, n, limit, trained) for n in kinds]
     return max(plans, key=lambda plan: plan.least)
 
 
-def _block_budget(setting: Setting, layer: int, limit: int | None) -> Budget:
+def _block_budget(
+    setting: Setting, layer: int, limit: int | None, trained: bool
+) -> Budget:
     blocks, beside = setting.blocks, setting.request.beside
     count, (samples, length) = len(setting.batches), setting.batches[0].shape
     like, dtype = blocks.like(layer), blocks.computed(TABLE)
@@ -51,7 +55,7 @@ def _block_budget(setting: Setting, layer: int, limit: int | None) -> Budget:
     return Budget(
         limit=limit,
         # dense, in the training, under the masks, and one on its way to the file
-        weights=3 * sum(sizes) + 2 * max(sizes),
+        weights=(3 + COPIES * trained) * sum(sizes) + 2 * max(sizes),
         gram=gram,
         solver=learned,
         step=step,

@@ -37,6 +37,9 @@ DECIDED = {
     "temperature": (1.0, 1.0),
     "reward": 0.0,
 }
+NOISE_RATE = 1e-2
+"""Of what is learned under noise, by Adam."""
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "hard_concrete": {
         "relaxation": "decided",
@@ -50,32 +53,48 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def method(name: str, pattern: Pattern) -> Method:
+def method(name: str, pattern: Pattern, noise: bool = False) -> Method:
     """The method of that name, set for few steps.
 
     Args:
       name: a key of `RATES`.
       pattern: the supports to choose from.
+      noise: gates are sampled, with the published schedules; for methods that have
+        such noise.
 
     Raises:
-      ValueError: the method does not work with the pattern.
+      ValueError: the method does not work with the pattern, or has no noise.
     """
     parsed: Any = methods.parse(name, pattern)
-    return dataclasses.replace(parsed, **SETTINGS.get(name, {}))
+    settings = SETTINGS.get(name, {})
+    if noise and "relaxation" not in settings:
+        noisy = [known for known, set_to in SETTINGS.items() if "relaxation" in set_to]
+        raise ValueError(
+            f"{name} has no noise to add: that is for {', '.join(noisy)}; leave it out"
+        )
+    return dataclasses.replace(parsed, **({} if noise else settings))
 
 
-def optimiser(name: str, rate: float, steps: int) -> optax.GradientTransformation:
+def rate(name: str, noise: bool = False) -> float:
+    """The learning rate for a method."""
+    return NOISE_RATE if noise else RATES[name]
+
+
+def optimiser(
+    name: str, rate: float, steps: int, noise: bool = False
+) -> optax.GradientTransformation:
     """The optimiser of what a method learns.
 
     Args:
       name: a key of `RATES`.
       rate: learning rate, first of a cosine that ends at a tenth; constant for maskpro.
       steps: updates.
+      noise: as in `method`.
     """
     if name == "maskpro":
         return optax.sgd(rate)
     decay = optax.cosine_decay_schedule(rate, steps, 0.1)
-    if name in ("hard_concrete", "maskllm", "patch"):
+    if name in ("hard_concrete", "maskllm", "patch") and not noise:
         return optax.chain(relative(0.95), optax.sgd(decay))
     return optax.adam(decay, b2=0.95)
 

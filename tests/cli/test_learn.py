@@ -99,6 +99,7 @@ def test_the_first_masks_can_be_those_of_another_method(learn, model_dir, tmp_pa
         (("--sparsity", "0.7"), "sparsity"),
         (("--out", "{model}/x"), "one lies inside the other"),
         (("--method", "patch"), "Patch works with Tiles"),
+        (("--method", "proxsparse", "--noise"), "proxsparse has no noise to add"),
     ],
 )
 def test_mistakes_end_in_one_line(learn, model_dir, capsys, extra, told):
@@ -145,10 +146,25 @@ def test_a_decoder_is_learned_block_by_block(tmp_path, capsys):
     assert "--limit is for encoders; give --samples" in error_line(capsys)
 
 
+def test_a_decoder_is_learned_by_a_method_with_a_loop_of_its_own(tmp_path, capsys):
+    make_decoder_directory(tmp_path / "model", CONFIG | {"num_hidden_layers": 1})
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat, a dog ran under a tree. " * 6)
+    line = ["learn", tmp_path / "model", "--out", tmp_path / "out", "--steps", 2]
+    line += ["--method", "hyperprune", "--calibration", text, "--length", 16]
+    line += ["--samples", 4, "--rule", "self_attn|up|gate=skip"]
+    assert main([str(x) for x in line]) == 0
+    out, _ = capsys.readouterr()
+    assert "down_proj" in out and "held-back" not in out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["validation"] == [[]] and report["total"]["zeros"] == 0.5
+
+
 def test_options_of_decoders_and_their_methods_are_refused_for_encoders(learn, capsys):
     for extra, told in (
         (("--memory", "1GiB"), "--memory is for decoders; leave it out"),
         (("--target", "asym"), "--target is for decoders; leave it out"),
+        (("--weights-rate", "1e-3"), "--weights-rate is for decoders; leave it out"),
         (("--method", "hyperprune"), "learns block by block, which is for decoders"),
     ):
         assert learn(*extra) == 2

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 pytest.importorskip("safetensors")
@@ -59,6 +60,7 @@ def learn(model, out, name="maskllm", pattern="2:4", steps=12, rate=None, **opti
         start=options.pop("start", None),
         looks=3,
         config={"rate": rate},
+        weights_tx=options.pop("weights_tx", None),
     )
     outer = {
         k: options.pop(k) for k in ("limits", "output", "progress") if k in options
@@ -199,6 +201,49 @@ def test_every_method_ends_no_worse_than_it_began(model, tmp_path, name):
         assert ((x == 0) | (x == before[row.path])).all() and 0.3 < np.mean(x == 0)
         if "layers.0" in row.path and isinstance(leaves[row.path], PackedWeight):
             np.testing.assert_array_equal(np.asarray(unpack(leaves[row.path])), x)
+
+
+def test_weights_can_be_learned_with_their_masks(model, tmp_path):
+    tx = optax.adam(1e-2)
+    output = streaming.Output(pack=True)
+    options: dict[str, Any] = {"start": Smallest(fh.NM(2, 4)), "output": output}
+    result = learn(model, tmp_path / "out", "hard_concrete", weights_tx=tx, **options)
+    only = learn(model, tmp_path / "only", "hard_concrete", **options)
+    before, after = (huggingface.read(d).params for d in (model, tmp_path / "out"))
+    assert all(best < first for first, best in result.values)
+    (first, masks), (begun, both) = only.values[0], result.values[0]
+    assert begun == first >= masks > both
+    leaves = packed.read_packed(tmp_path / "out" / "packed" / "block-00000.safetensors")
+    pruned = {row.path for row in result.report.rows}
+    for path in pruned:
+        x, kept = after[path], after[path] != 0
+        assert (kept.reshape(-1, 4).sum(1) <= 2).all() and kept.mean() > 0.45
+        assert (x[kept] != before[path][kept]).mean() > 0.9
+        if "layers.0" in path:
+            np.testing.assert_array_equal(np.asarray(unpack(leaves[path])), x)
+    norm = "model.layers.0.post_attention_layernorm.weight"
+    assert (after[norm] != before[norm]).all()
+    table = "model.embed_tokens.weight"
+    np.testing.assert_array_equal(after[table], before[table])
+
+
+@pytest.mark.parametrize("name", ["maskllm", "hyperprune"])
+def test_weights_that_stay_are_not_trained(model, tmp_path, name):
+    with pytest.raises(ValueError, match="keeps the weights as they are; leave their"):
+        learn(model, tmp_path / "out", name, weights_tx=optax.sgd(0.1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_few_bits_are_trained_in_float32_alone(tmp_path):
+    make_decoder_directory(tmp_path / "model", CONFIG, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="bfloat16 rounds small steps .* float32"):
+        learn(
+            tmp_path / "model",
+            tmp_path / "out",
+            "hard_concrete",
+            weights_tx=optax.sgd(0.1),
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
