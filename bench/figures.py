@@ -98,7 +98,8 @@ def pattern_of(row: Mapping[str, Any]) -> str:
 
 def trained(row: Mapping[str, Any]) -> bool:
     """Whether what is left, or its masks, took steps of an optimiser."""
-    return "reconstructed" in row["what"] or "learned" in row["table"]
+    words = row["what"].split()
+    return "reconstructed" in words or "tuned" in words or "learned" in row["table"]
 
 
 def best_of_patterns(

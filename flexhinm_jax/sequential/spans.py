@@ -61,6 +61,8 @@ def groups(request: Request, cuts: Sequence[Cut], span: range) -> list[range]:
         return [span]
     name = functools.partial(_named, request.block_of)
     solved = [k for k in span if not windows.is_border(cuts[k])]
+    if not solved:
+        return [span] if span else []
     blocks = [
         list(same) for _, same in itertools.groupby(solved, lambda k: name(cuts[k]))
     ]
