@@ -21,9 +21,9 @@ from flexhinm_jax.pruning.apply import decide_leaves, densify_leaves, pack_leave
 from flexhinm_jax.pruning.report import Report, notes, report
 from flexhinm_jax.pruning.share_orders import share_orders as with_shared_orders
 from flexhinm_jax.pruning.solve import OnMismatch, fitting, solve_leaves
-from flexhinm_jax.pruning.statistics import calibrate, unseen_counts
+from flexhinm_jax.pruning.statistics import calibrate_leaves, unseen_counts
 from flexhinm_jax.tracing import meshes
-from flexhinm_jax.tracing.discover import Traced, discover
+from flexhinm_jax.tracing.discover import Traced, discover_leaves
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Plan, Stats, Uses
 
@@ -109,6 +109,7 @@ def prune(
     check_method(method)
     arguments.key(key)
     arguments.batches(batches)
+    arguments.parameters(params)
     arguments.concrete(params)
     batches = iter(batches)
     try:
@@ -119,8 +120,8 @@ def prune(
             "the weights"
         ) from None
     example = first if isinstance(first, tuple) else (first,)
-    apply_fn, leaves = Traced.of(apply_fn), Leaves.of(params)
-    every_use = discover(apply_fn, leaves, *example, rules=rules)
+    traced, leaves = Traced.of(apply_fn), Leaves.of(params)
+    every_use = discover_leaves(traced, leaves, example, rules)
     uses = fitting(method, every_use, on_mismatch)
     leaves, stats = leaves.dense(uses), None
     if not uses.leaves:
@@ -128,7 +129,7 @@ def prune(
     if method.needs != "nothing":
         calibration.setdefault("gram", method.needs == "gram")
         every = itertools.chain([first], batches)
-        stats = calibrate(apply_fn, leaves, uses, every, **calibration)
+        stats = calibrate_leaves(traced, leaves, uses, every, **calibration)
     if share_orders:
         key, order_key = jax.random.split(key)
         method, stats = with_shared_orders(method, order_key, leaves, uses, stats)

@@ -91,7 +91,22 @@ def calibrate(
     arguments.batches(batches)
     arguments.parameters(params)
     arguments.concrete(params)
+    options = {"gram": gram, "memory_limit": memory_limit, "token_mask": token_mask}
     leaves = Leaves.of(params)
+    return calibrate_leaves(Traced.of(apply_fn), leaves, uses, batches, **options)
+
+
+def calibrate_leaves(
+    traced: Traced,
+    leaves: Leaves,
+    uses: Uses,
+    batches: Iterable[Any],
+    *,
+    gram: bool = True,
+    memory_limit: int | None = None,
+    token_mask: Callable[..., Array] | None = None,
+) -> dict[str, Stats]:
+    """`calibrate` of leaves, uses and batches that are what they should be."""
     if token_mask is not None:
         arguments.function(token_mask, "token_mask", "token_mask(*batch)")
     if memory_limit is not None:
@@ -110,7 +125,7 @@ def calibrate(
         )
     sums = zeros(uses, owners, leaves, gram)
     left = CHUNK_BYTES if memory_limit is None else memory_limit - need
-    traced, empty = Traced.of(apply_fn), True
+    empty = True
     step = make_step(wanted, token_mask, min(CHUNK_BYTES, left))
     for batch in batches:
         batch = batch if isinstance(batch, tuple) else (batch,)

@@ -87,8 +87,17 @@ def discover(
         whose leaves can all not be pruned.
     """
     arguments.parameters(params)
-    leaves = Leaves.of(params)
-    finder = Traced.of(apply_fn).find(leaves, batch)
+    return discover_leaves(Traced.of(apply_fn), Leaves.of(params), batch, rules)
+
+
+def discover_leaves(
+    traced: "Traced",
+    leaves: Leaves,
+    batch: tuple[Any, ...],
+    rules: Mapping[str, Pattern | str] | None,
+) -> Uses:
+    """`discover` of arguments that are what they should be."""
+    finder = traced.find(leaves, batch)
     chosen = choose(rules or {}, list(leaves))
     reasons = {path: reason(finder, leaves, path, chosen.get(path)) for path in leaves}
     skipped = {path: text for path, text in reasons.items() if text is not None}
@@ -156,7 +165,7 @@ def tied(hindrance: Stop | None) -> bool:
 
 
 def choose(
-    rules: dict[str, Pattern | str], paths: list[str]
+    rules: Mapping[str, Pattern | str], paths: list[str]
 ) -> dict[str, tuple[str, Pattern | str]]:
     """Leaf path -> (rule, action) of the first rule that matches the path.
 
