@@ -1,12 +1,19 @@
 """From one matrix to a model: solves the matrices of a parameter tree, many at a time.
 
-A method sees one matrix. Here every prunable leaf is read as a stack of matrices, equal
-shapes are stacked together and vmapped under one jit, and the results go back to their
-leaves. Results never depend on the grouping: the key of a leaf is derived from its
-path. What is solved during one pass over a model (`sequential`) is stacked here too.
+In go a method, the leaves with their uses and statistics; out come `states`, a dict
+path -> State whose arrays have the leading stack axes of the leaf. A method sees one
+matrix. Here every prunable leaf is read as a stack of matrices, equal shapes are
+stacked together and vmapped under one jit, and the results go back to their leaves:
 
-Everything is keyed by leaf path: `states` are dicts path -> pytree whose arrays have
-the leading stack axes of the leaf.
+    q [64, 64], k [64, 64], up [8, 64, 256]   ->   tasks, one per leaf    (`prepared`)
+    [2, 64, 64], [8, 256, 64]                 ->   one call per stack     (`in_stacks`)
+    {"q": State, "k": State, "up": State}     ->   arrays [...], [8, ...]
+
+Results never depend on the grouping: the key of a leaf is derived from its path. What
+is solved during one pass over a model (`sequential`) is stacked here too.
+
+Two things happen around a method, and `settled` sees to them in its plan: weights of
+extreme size are scaled, matrices that no input reached keep their largest weights.
 """
 
 import dataclasses

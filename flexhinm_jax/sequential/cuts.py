@@ -1,5 +1,12 @@
 """All batches from cut to cut: statistics are taken, matrices solved, and on they go.
 
+In goes a `Job` (function, parameters, batches, request), out come plans by leaf path.
+`Walk` traces the function once per shape of a batch into a `Line` (`straight`), cuts it
+into segments, and takes all batches from cut to cut. A block `relu(x @ a) @ b` has two:
+
+    advance(0)  members(0)  -> the sums of x over all batches, then the plan of a
+    advance(1)  members(1)  -> those of relu(x @ a) with a pruned, then the plan of b
+
 Only one cut's Gram matrices exist at a time. Within a span (`spans`) the batches look
 ahead with its dense weights; with the pruned ones they walk the same way again.
 """
@@ -130,31 +137,35 @@ class Walk:
         traced = Traced.of(job.apply_fn)
         for n, batch in enumerate(job.batches):
             arrays, skeleton = split(batch)
+            twin = None if twins is None else [*twins[n]]
             mask = None
             if job.token_mask is not None:
                 mask = booleans(job.token_mask, batch)
-            masked = [] if mask is None else [mask]
+                arrays = [*arrays, mask]
+                twin = None if twin is None else [*twin, None]
             self.masks.append(mask)
-            twin = None if twins is None else [*twins[n], *(None for _ in masked)]
-            key = tuple((x.shape, str(x.dtype)) for x in [*arrays, *masked]), skeleton
+            key = tuple((x.shape, str(x.dtype)) for x in arrays), skeleton
             if key not in shapes:
                 shapes[key] = self.shape(traced, batch, mask, twin)
-            line, parts, changing = shapes[key]
-            self.runners.append(
-                segments.Runner(
-                    line,
-                    parts,
-                    [*arrays, *masked],
-                    changing if job.request.beside else None,
-                    shelf,
-                    self.compiler,
-                    twin,
-                )
-            )
+            self.runners.append(self.runner(shapes[key], arrays, twin))
         self.lines = [(shape.line, shape.parts) for shape in shapes.values()]
         self.cuts = self.lines[0][0].cuts
         self.spans = spans.spans(job.request, self.cuts)
         self.check()
+
+    def runner(
+        self, shape: "Shape", arrays: list[Any], twin: list[Any] | None
+    ) -> segments.Runner:
+        """One batch at the start of its way."""
+        return segments.Runner(
+            shape.line,
+            shape.parts,
+            arrays,
+            shape.changing if self.job.request.beside else None,
+            self.shelf,
+            self.compiler,
+            twin,
+        )
 
     def shape(self, traced: Traced, batch: Any, mask: Any, twin: Any) -> "Shape":
         """The line of all batches of one shape, cut; names the windows.
@@ -216,23 +227,21 @@ class Walk:
         """
         total = sum(len(cut.members) + len(cut.plain) for cut in self.cuts)
         tell = functools.partial(self.tell, progress, Clock(total))
+        walks_on = not self.job.request.dense_only  # with pruned weights
         try:
-            trainers = self.trainers()
-            for number, span in enumerate(self.spans):
+            trainers: list[Any] = self.trainers() or [None] * len(self.spans)
+            for span, trainer in zip(self.spans, trainers, strict=True):
                 self.advance(span[0])
-                trainer = trainers[number] if trainers else None
                 if trainer is not None:
                     trainer.begin()
-                plans = self.solve(span, tell)
-                if trainer is not None:
-                    told = trainer.train(plans)
-                    if progress is not None and told is not None:
-                        progress(told)
-                self.hand_over(plans, taken)
-                if not self.job.request.dense_only:
-                    for k in span[1:]:
-                        self.advance(k)
-            if self.to_end and not self.job.request.dense_only:
+                solved = self.solve(span, tell)
+                trained = None if trainer is None else trainer.train(solved)
+                if progress is not None and trained is not None:
+                    progress(trained)
+                self.hand_over(solved, taken)
+                for k in span[1:] if walks_on else ():
+                    self.advance(k)
+            if self.to_end and walks_on:
                 reached = self.spans[-1][-1] + 1 if self.spans else 0
                 for k in range(reached, len(self.cuts) + 1):
                     self.advance(k)

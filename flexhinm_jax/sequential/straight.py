@@ -1,10 +1,25 @@
 """A program as one straight line of equations, with the places where to cut it.
 
+In goes a traced program with the layouts of the leaves to prune, out comes a `Line`:
+the equations one after the other, and the cuts between them. Of two blocks
+
+    for k in range(2):
+        h = jax.nn.relu(x @ p["gate"][k]) * (x @ p["up"][k])
+        x = x + h @ p["down"][k]
+
+the line is `dot relu dot mul dot add` twice, but for the slices of the weights, with
+two cuts in each: one before the first dot, whose members are ("gate", (k,)) and ("up",
+(k,)), and one before the last, with ("down", (k,)). A cut lies where the input of its
+members is known; one Gram matrix serves them all. The stream of "down" is x, to which
+its result is added.
+
 Calls are inlined and scans over stacked weights unrolled, so that almost every product
-with a weight becomes an equation of the line. Products with the same input make one
-`Cut`: there, one Gram matrix serves them all. What cannot be cut (weights inside a
+with a weight becomes an equation of the line. What cannot be cut (weights inside a
 `while`, a `cond` or a scan over time, weights that are used on several inputs) is
 listed with the reason.
+
+A walk with a `Marker` leaves marks in the trace of the program, at the input and at the
+result of every product; `find_cuts` reads them off the line.
 """
 
 import contextlib
@@ -142,46 +157,64 @@ def straighten(
       layouts: leaf path -> layout, for the leaves to prune.
       mask: the token mask of the batch, which becomes the last input of the line.
     """
-    count, leaves = program.parameters, Leaves.of(params)
+    count = program.parameters
     marker = Marker(layouts, dependence(program.jaxpr, count))
-
-    def flat(*arrays: Any) -> list[Any]:
-        if mask is not None:
-            *arrays, tokens = arrays  # type: ignore[assignment]
-            marker.masks = Masks(tokens, arrays[count:])
-        return run(program, leaves, marker, (), arrays)[0]
-
-    arrays = [*program.arrays, *([] if mask is None else [mask])]
-    body, consts = jax_versions.opened(jax.make_jaxpr(flat)(*arrays))
+    body, consts = marked(program, Leaves.of(params), marker, mask)
     warn_missed(marker.masks, layouts)
-    places: dict[tuple[str, int], tuple[int, list[Any]]] = {}
-    eqns: list[Any] = []
-    for k, eqn in enumerate(body.eqns):
-        is_mark = eqn.primitive is mark
-        eqns.append(None if is_mark else eqn)
-        if is_mark:
-            key = eqn.params["role"], eqn.params["index"]
-            places.setdefault(key, (k, list(eqn.invars)))
+    eqns, places = without_marks(body.eqns)
+    inputs = list(body.invars[count:])
+    place: dict[Any, int] = dict.fromkeys(inputs, -1)
     users: dict[Any, list[Any]] = defaultdict(list)
-    place: dict[Any, int] = dict.fromkeys(body.invars[count:], -1)
     for k, eqn in enumerate(eqns):
         if eqn is not None:
             place.update(dict.fromkeys(eqn.outvars, k))
             for v in variables(eqn):
                 users[v].append(eqn)
     line = Line(
-        eqns,
-        list(body.invars[:count]),
-        list(body.invars[count:]),
-        dict(zip(body.constvars, consts, strict=True)),
-        dependent(eqns, body.invars[count:]),
-        place,
-        users,
-        [],
-        list(body.outvars),
+        eqns=eqns,
+        params=list(body.invars[:count]),
+        inputs=inputs,
+        consts=dict(zip(body.constvars, consts, strict=True)),
+        data=dependent(eqns, inputs),
+        place=place,
+        users=users,
+        cuts=[],
+        outputs=list(body.outvars),
     )
     line.cuts.extend(find_cuts(line, marker, places))
     return line
+
+
+def marked(
+    program: Program, leaves: Leaves, marker: "Marker", mask: Any
+) -> tuple[Any, Any]:
+    """(the program without calls and with marks, an open jaxpr; its constants)."""
+
+    def flat(*arrays: Any) -> list[Any]:
+        if mask is not None:
+            *arrays, tokens = arrays  # type: ignore[assignment]
+            marker.masks = Masks(tokens, arrays[program.parameters :])
+        return run(program, leaves, marker, (), arrays)[0]
+
+    arrays = [*program.arrays, *([] if mask is None else [mask])]
+    return jax_versions.opened(jax.make_jaxpr(flat)(*arrays))
+
+
+Places = Mapping[tuple[str, int], tuple[int, list[Any]]]
+"""(role, index) of a mark -> its position and what it marks."""
+
+
+def without_marks(eqns: Sequence[Any]) -> tuple[list[Any], Places]:
+    """(the equations with None in the place of marks, where the marks were)."""
+    kept: list[Any] = []
+    places: dict[tuple[str, int], tuple[int, list[Any]]] = {}
+    for k, eqn in enumerate(eqns):
+        is_mark = eqn.primitive is mark
+        kept.append(None if is_mark else eqn)
+        if is_mark:
+            key = eqn.params["role"], eqn.params["index"]
+            places.setdefault(key, (k, list(eqn.invars)))
+    return kept, places
 
 
 def dependent(eqns: Sequence[Any], sources: Sequence[Any]) -> set[Any]:
@@ -351,10 +384,6 @@ class Reading(NamedTuple):
     result: Any
     valid: Any
     product: Product
-
-
-Places = Mapping[tuple[str, int], tuple[int, list[Any]]]
-"""(role, index) of a mark -> its position and what it marks."""
 
 
 def find_cuts(line: Line, marker: Marker, places: Places) -> list[Cut]:

@@ -1,10 +1,17 @@
 """Windows of a walk: what lies between two places of a program, as a function.
 
-A window is a run of cuts whose weights belong together, such as those of a block. It
-begins and ends where least is alive: behind a residual addition, not inside of it. As a
-function it maps the values that are alive where it begins, and the parameters that it
-alone reads, to the values that are alive where it ends; `Trainer` says how these
-parameters are fitted.
+A window is a run of cuts whose weights belong together, such as those of a block. In go
+a `Line` and which block every cut is of; `divide` puts a border, a cut without members,
+where each window begins and where the last one ends, and `window` makes of the segments
+between two borders a function
+
+    outputs = f(*sources, *frozen, *inputs)
+
+Of `x = x + relu(x @ p["up"][k]) @ p["down"][k]`, block by block, the window of block 3
+has the sources ("up", row 3) and ("down", row 3), no frozen values, the input x where
+block 3 begins and the output x where it ends. A border lies where least is alive,
+behind a residual addition and not inside of it. Sources are the parameters that the
+window alone reads; `Trainer` says how they are fitted.
 """
 
 import dataclasses
@@ -266,29 +273,16 @@ def window(
     inside = {id(eqn) for part in parts for eqn in part.eqns}
     path_of = dict(zip(line.params, paths, strict=True))
     read: dict[tuple[str, int | None], list[Any]] = {}
-    skipped: set[int] = set()
+    replaced: set[int] = set()  # equations whose result is a source
     for v in dict.fromkeys(v for eqn in own for v in variables(eqn) if v in path_of):
-        if not jnp.issubdtype(v.aval.dtype, jnp.floating):
-            continue
-        reached = [(eqn, reach(line, eqn) & needed) for eqn in line.users[v]]
-        there = [eqn for eqn, ids in reached if ids - inside]
-        if not there:
-            read[path_of[v], None] = [v]
-            continue
-        here = [eqn for eqn, ids in reached if ids & inside]
-        taken = {rows.of(eqn, v) for eqn in there}
-        own_rows = [rows.of(eqn, v) for eqn in here]
-        shapes = {eqn.outvars[0].aval.shape for eqn in here}
-        if (
-            len(shapes) > 1
-            or None in taken
-            or any(m is None or m in taken for m in own_rows)
-        ):
-            continue  # it is not this window's alone
-        for row, eqn in zip(own_rows, here, strict=True):
-            read.setdefault((path_of[v], row), []).extend(eqn.outvars)
-            skipped.add(id(eqn))
-    eqns = [eqn for eqn in own if id(eqn) not in skipped]
+        for row, eqn in alone(line, v, inside, needed, rows):
+            variables_of = read.setdefault((path_of[v], row), [])
+            if eqn is None:
+                variables_of.append(v)
+            else:
+                variables_of.extend(eqn.outvars)
+                replaced.add(id(eqn))
+    eqns = [eqn for eqn in own if id(eqn) not in replaced]
     sources = [Source(*key, tuple(read[key])) for key in sorted(read, key=str)]
     moving = [v for source in sources for v in source.read]
     inner = {v for eqn in eqns for v in eqn.outvars} | set(moving)
@@ -312,6 +306,34 @@ def window(
         outputs,
         eqns,
     )
+
+
+def alone(
+    line: Line, v: Any, inside: set[int], needed: set[int], rows: "Rows"
+) -> list[tuple[int | None, Any]]:
+    """What a window alone reads of a parameter.
+
+    Args:
+      line: the program.
+      v: the variable of the parameter.
+      inside: ids of the equations of the batch in the window.
+      needed: those of all segments.
+      rows: which row of a parameter an equation reads.
+
+    Returns:
+      [(None, None)] for the whole parameter; (row, the equation that takes it) for some
+      rows of it; [] where other windows read the same, or it is not floating.
+    """
+    if not jnp.issubdtype(v.aval.dtype, jnp.floating):
+        return []
+    reached = [(eqn, reach(line, eqn) & needed) for eqn in line.users[v]]
+    elsewhere = {rows.of(eqn, v) for eqn, ids in reached if ids - inside}
+    if not elsewhere:
+        return [(None, None)]
+    here = [(rows.of(eqn, v), eqn) for eqn, ids in reached if ids & inside]
+    shapes = {eqn.outvars[0].aval.shape for _, eqn in here}
+    shared = any(row is None or row in elsewhere for row, _ in here)
+    return [] if None in elsewhere or shared or len(shapes) > 1 else here
 
 
 def reach(line: Line, eqn: Any) -> set[int]:

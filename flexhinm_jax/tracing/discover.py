@@ -1,10 +1,15 @@
 """Finds which leaves of a parameter tree are contracted, with what, along which axes.
 
-The function is traced and walked once without running it (`Traced.find`). The walk
-records every contraction of a leaf, which products read the same input, which leaf is
-the bias of a product, and what stops the others. From that `discover` makes a `Use` of
-every contraction of a leaf that can be pruned; every other leaf is skipped for a reason
-that a person can act on.
+In go a function, its parameters and a batch; out come `Uses`. Of
+
+    def f(p, x): return jax.nn.relu(x @ p["up"] + p["b"]) @ p["down"]
+
+"up" and "down" have one use each, [o, i] with inputs along axis 0, and "b" is skipped:
+it is the bias of "up". The function is traced and walked once without running it
+(`Traced.find`). The walk records in a `Finder` every contraction of a leaf, which
+products read the same input, which leaf is the bias of a product, and what stops the
+others. From that `discover` makes a `Use` of every contraction of a leaf that can be
+pruned; every other leaf is skipped for a reason that a person can act on.
 """
 
 import dataclasses
