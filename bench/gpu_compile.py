@@ -194,13 +194,21 @@ def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 
 def backend_case(
-    backend: Any, size: str, weight: Any, n: int, dtype: Any, ptx: str, sass: str
+    backend: Any,
+    size: str,
+    weight: Any,
+    n: int,
+    dtype: Any,
+    ptx: str,
+    sass: str,
+    plain: bool = False,
 ) -> Case:
     """A case of a whole backend: `matmul` on a packed weight with its layout."""
     import dataclasses
 
     packed = jax.eval_shape(weight)
     ready = jax.eval_shape(backend.prepare, packed)
+    ready = {k: v for k, v in ready.items() if not (plain and k == "index")}
     leaves, tree = jax.tree.flatten(
         dataclasses.replace(packed, layouts={backend.NAME: ready})
     )
@@ -211,7 +219,7 @@ def backend_case(
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
     o, i = packed.shape
     x, name = struct(n, i, dtype=dtype), f"{size} {o}x{i} n={n} {kind}"
-    width = backend.tiling(n, *ready["meta"].shape[:3]).width
+    width = backend.tiling(n, backend.shape(jax.tree.unflatten(tree, leaves))).width
     return Case(backend.NAME, name, run, (x, *leaves), ptx, sass, width)
 
 
@@ -254,15 +262,17 @@ def cases(chip: str) -> list[Case]:
     )
     # FlexHiNM at 75 %: an eighth of the columns dense, a quarter 2:4.
     mixed = lambda o, i, v, dtype: weight(o // v, v, i, i // 8, i // 4, dtype)  # noqa: E731
-    half = lambda o, i, v, dtype: weight(o // v, v, i, 0, i // 2, dtype)  # noqa: E731
+    half = lambda o, i, v, dtype: weight(o // v, v, i, 0, i, dtype)  # noqa: E731
     return [
-        sparse("2:4", flat(4096, 4096, bf16), 1, bf16),
-        sparse("2:4", flat(8192, 8192, bf16), 64, bf16),
+        sparse("2:4", flat(4096, 4096, bf16), 1, bf16, plain=True),
+        sparse("2:4", flat(8192, 8192, bf16), 64, bf16, plain=True),
         sparse("2:4", flat(8192, 8192, f16), 1024, f16),
+        sparse("2:4 in an order", flat(8192, 8192, bf16), 16, bf16),
         sparse("2:4", flat(1000, 388, bf16), 65, bf16),
         sparse("FlexHiNM v=64", mixed(8192, 8192, 64, bf16), 1, bf16),
         sparse("FlexHiNM v=64", mixed(1536, 384, 64, f16), 65, f16),
         sparse("FlexHiNM v=128", mixed(8192, 8192, 128, bf16), 1024, bf16),
+        sparse("HiNM v=128", half(8192, 8192, 128, f16), 8, f16),
         sparse("FlexHiNM v=32", mixed(4096, 4096, 32, f16), 16, f16),
         sparse("HiNM v=64", half(14336, 4096, 64, bf16), 32, bf16),
     ]

@@ -26,6 +26,7 @@ import flexhinm_jax as fh
 from bench import gpu
 from bench.study import Row
 from flexhinm_jax.gpu import cost, hopper, selfcheck, support, wgmma_sp
+from flexhinm_jax.gpu.hopper import Source
 from flexhinm_jax.kernels import dense, dispatch
 from flexhinm_jax.ops.words import to_words
 from flexhinm_jax.types import PackedWeight
@@ -81,14 +82,14 @@ def least(function: Callable[..., Any], *arguments: Any) -> float:
 class Form(NamedTuple):
     """One case: a way to cut a product, and what it runs on."""
 
-    gathered: bool
+    source: Source
     cut: hopper.Tiling
     dtype: str
 
     @property
     def name(self) -> str:
         """For rows and folders."""
-        c, how = self.cut, "gathered" if self.gathered else "rows"
+        c, how = self.cut, self.source.name.lower()
         groups = f"{c.row_groups}x{c.token_groups}"
         parts = [how, f"n{c.tokens}", groups, f"splits{c.splits}", f"d{c.depth}"]
         return "-".join([*parts, f"flight{c.in_flight}", self.dtype])
@@ -96,23 +97,30 @@ class Form(NamedTuple):
 
 def forms() -> list[Form]:
     """Every form of the kernel, each with nothing and with one product in flight."""
+    plain, listed = Source.PLAIN, Source.LISTED
+    held = hopper.Tiling(tokens=8, held=True)
     if not HAS_GPU:
-        cut = hopper.Tiling(tokens=8)
         return [
-            Form(False, cut, "bfloat16"),
-            Form(True, hopper.Tiling(1, 1, 16), "float16"),
+            Form(plain, hopper.Tiling(tokens=8), "bfloat16"),
+            Form(listed, hopper.Tiling(1, 1, 16), "float16"),
+            Form(Source.HELD, held, "bfloat16"),
         ]
     pairs = [(rows, 1, t) for t in (8, 16, 32, 64, 128) for rows in (1, 2)]
     pairs += [(1, 2, 32), (1, 2, 64)]
     made = []
     for number, (rows, groups, tokens) in enumerate(pairs):
-        for gathered in (False, True)[: 1 if tokens == 8 else 2]:
-            for flight in (0, 1):
-                splits = (1, 3)[number % 2]
+        sources = [Source.STREAM] + [listed] * (tokens > 8)
+        sources += [plain] * (tokens <= 32 and groups == 1)
+        sources += [Source.HELD] * (tokens <= 16)
+        for source in sources:
+            threads = source in (plain, Source.HELD)
+            for flight in (0,) if threads else (0, 1):
+                splits = (1, 3)[(number + threads) % 2]
                 depth = 4 if tokens * groups == 128 or flight else 5
                 cut = hopper.Tiling(rows, groups, tokens, splits, depth, flight)
-                dtype = ("bfloat16", "float16")[(number + gathered) % 2]
-                made.append(Form(gathered, cut, dtype))
+                cut = dataclasses.replace(cut, held=source is Source.HELD)
+                dtype = ("bfloat16", "float16")[len(made) // 2 % 2]
+                made.append(Form(source, cut, dtype))
     return made
 
 
@@ -129,13 +137,15 @@ def numerics(shard: int, shards: int, out: Path) -> Iterator[Row]:
 def one_form(form: Form, out: Path, run: Callable[..., Any] = wgmma_sp.matmul) -> Row:
     """One case; what went wrong is written to a folder."""
     steps = 41 if HAS_GPU else 3
-    tiles = 3 if form.gathered else 1
+    tiles = 3 if form.source in (Source.LISTED, Source.HELD) else 1
+    plain = form.source is Source.PLAIN
     rows = 64 * form.cut.row_groups - (8 if form.cut.row_groups == 1 else 0)
     tokens = form.cut.width + (3 if HAS_GPU else -3)
-    case = selfcheck.Case(tiles, rows, 6, 32 * steps - 3, tokens, form.dtype, form.cut)
+    sizes = (0, 32 * steps - 2) if plain else (8, 32 * steps - 7)
+    case = selfcheck.Case(tiles, rows, *sizes, tokens, form.dtype, form.cut, plain)
     seed = sum(form.name.encode())
     rng = np.random.default_rng(seed)
-    packed, w = selfcheck.example(rng, *case[:4], dtype=case.dtype)
+    packed, w = selfcheck.example(rng, *case[:4], dtype=case.dtype, plain=plain)
     x = rng.integers(-2, 3, (tokens, w.shape[1])).astype(np.float32)
     data: dict[str, Any] = {"seed": seed, "tried": form.cut.in_flight} | where()
     want, got = x @ w.T, None
@@ -159,8 +169,7 @@ def exact_product(
     packed: PackedWeight, case: selfcheck.Case, run: Callable[..., Any]
 ) -> Callable[[np.ndarray], np.ndarray]:
     """x [n, i] of integers -> f32[n, o], by the kernel; compiled once."""
-    ready = jax.jit(wgmma_sp.prepare)(packed)
-    packed = dataclasses.replace(packed, layouts={wgmma_sp.NAME: ready})
+    packed = laid_out(packed)
     call = lambda x, packed: run(x, packed, jnp.float32, cut=case.cut)  # noqa: E731
     if HAS_GPU:
         call = jax.jit(call)
@@ -171,6 +180,12 @@ def exact_product(
             return np.asarray(call(jnp.asarray(x, case.dtype), packed))
 
     return product
+
+
+def laid_out(packed: PackedWeight) -> PackedWeight:
+    """With the layout of the kernel."""
+    kernel = wgmma_sp.KERNEL
+    return dataclasses.replace(packed, layouts={kernel.name: kernel.layout(packed)})
 
 
 def quietly() -> Any:
@@ -236,7 +251,10 @@ def save(
 
 
 class Size(NamedTuple):
-    """Sizes of a packed weight: tiles, rows of one, inputs, dense and 2:4 columns."""
+    """Sizes of a packed weight: tiles, rows of one, inputs, dense and 2:4 columns.
+
+    With `plain` rows and columns are in their own order.
+    """
 
     name: str
     tiles: int
@@ -244,6 +262,7 @@ class Size(NamedTuple):
     inputs: int
     dense: int
     kept: int
+    plain: bool = False
 
     @property
     def outputs(self) -> int:
@@ -258,7 +277,7 @@ class Size(NamedTuple):
 
 def two_of_four(o: int, i: int) -> Size:
     """Plain 2:4."""
-    return Size(f"2:4 {o}x{i}", 1, o, i, 0, i)
+    return Size(f"2:4 {o}x{i}", 1, o, i, 0, i, plain=True)
 
 
 def hinm(o: int, i: int, v: int) -> Size:
@@ -271,14 +290,21 @@ def flexhinm(o: int, i: int, v: int) -> Size:
     return Size(f"FlexHiNM 75 % v={v} {o}x{i}", o // v, v, i, i // 8, i // 4)
 
 
-def timed_sizes() -> tuple[list[Size], tuple[int, ...]]:
-    """Weights and tokens."""
+def timed_sizes() -> list[tuple[Size, tuple[int, ...]]]:
+    """Weights, and tokens of each."""
     if not HAS_GPU:
-        return [two_of_four(64, 128), flexhinm(64, 128, 32)], (1, 8)
-    side = 8192
-    sizes = [two_of_four(side, side), flexhinm(side, side, 64), hinm(side, side, 128)]
-    sizes += [flexhinm(side, side, 128), two_of_four(4096, 4096)]
-    return sizes, (1, 16, 64, 1024, 4096)
+        sizes = [two_of_four(64, 128), hinm(64, 128, 32), flexhinm(64, 128, 32)]
+        return [(size, (1, 8)) for size in sizes]
+    side, most, few = 8192, (1, 16, 64, 1024, 4096), (1, 8, 1024)
+    return [
+        (two_of_four(side, side), most),
+        (flexhinm(side, side, 64), most),
+        (hinm(side, side, 128), most),
+        (flexhinm(side, side, 128), most),
+        (two_of_four(4096, 4096), most),
+        (hinm(side, side, 64), few),
+        (hinm(side, side, 256), few),
+    ]
 
 
 def random_weight(key: jax.Array, size: Size, dtype: Any) -> PackedWeight:
@@ -294,6 +320,9 @@ def random_weight(key: jax.Array, size: Size, dtype: Any) -> PackedWeight:
     nibbles = jnp.where(jnp.arange(padded[-1]) < groups, nibbles, jnp.uint32(0))
     pick = jax.vmap(functools.partial(jax.random.permutation, x=i))
     index = pick(jax.random.split(columns, t)).astype(jnp.int32)
+    rows = jax.random.permutation(order, t * v).astype(jnp.int32)
+    if size.plain:
+        index, rows = (jnp.sort(a, axis=-1) for a in (index, rows))
     drawn = jax.random.normal(values, (t, v, size.dense + 2 * groups)) / i**0.5
     apart, kept = jnp.split(drawn.astype(dtype), [size.dense], axis=-1)
     return PackedWeight(
@@ -302,7 +331,7 @@ def random_weight(key: jax.Array, size: Size, dtype: Any) -> PackedWeight:
         nm_index=index[:, size.dense : size.dense + 4 * groups],
         nm_values=kept,
         nm_positions=to_words(nibbles, 4),
-        out_order=jax.random.permutation(order, t * v).astype(jnp.int32),
+        out_order=rows,
         left=None,
         right=None,
         shape=(t * v, i),
@@ -352,24 +381,18 @@ def kernel_time(call: Any, x: jax.Array, weight: Any) -> float | None:
 
 def programs(n: int) -> dict[str, Any]:
     """Name -> (prepares one weight, runs a product); the kernel on a GPU alone."""
-    half = jnp.bfloat16
-    kernel = wgmma_sp.KERNEL
+    half, kernel = jnp.bfloat16, wgmma_sp.KERNEL
     expanded = functools.partial(dense.multiply_expanded, dtype=half, transposed=False)
     made: dict[str, Any] = {"expanded": (lambda w: w, expanded)}
     if HAS_GPU and HAS_MOSAIC:
-
-        def laid_out(w: PackedWeight) -> PackedWeight:
-            return dataclasses.replace(w, layouts={kernel.name: kernel.prepare(w)})
-
         made["wgmma_sp"] = (laid_out, lambda x, w: kernel.run(x, w, half))
     return made
 
 
 def times(shard: int, shards: int, out: Path) -> Iterator[Row]:
     """Every size and number of tokens; an error is a row, the others go on."""
-    sizes, tokens = timed_sizes()
     make = jax.jit(random_weight, static_argnums=(1, 2))
-    for size in sizes:
+    for size, tokens in timed_sizes():
         keys = jax.random.split(jax.random.key(0), COPIES)
         o, i = size.outputs, size.inputs
         draw = jax.jit(
@@ -384,7 +407,7 @@ def times(shard: int, shards: int, out: Path) -> Iterator[Row]:
                 what = f"{size.name}, {n} tokens, {name}"
                 data = where() | {"dense": base}
                 try:
-                    weights = [jax.jit(ready)(w) for w in packed]
+                    weights = [ready(w) for w in packed]
                     taken = per_product(product, x, weights)
                 except Exception as error:
                     data["error"] = f"{type(error).__name__}: {error}"[:500]
@@ -463,8 +486,12 @@ def block(shard: int, shards: int, out: Path) -> Iterator[Row]:
     draw = lambda key, s: jax.random.normal(key, s[::-1], jnp.bfloat16) / s[1] ** 0.5  # noqa: E731
     matrices = [[draw(key, s) for s in shapes] for key in keys]
     kinds: dict[str, Any] = {}
-    for name in ("2:4", "FlexHiNM 75 %"):
-        sized = two_of_four if name == "2:4" else functools.partial(flexhinm, v=v)
+    sizes = {
+        "2:4": two_of_four,
+        "HiNM 50 %": functools.partial(hinm, v=v),
+        "FlexHiNM 75 %": functools.partial(flexhinm, v=v),
+    }
+    for name, sized in sizes.items():
         kinds[name] = [packed_block(key, [sized(*s) for s in shapes]) for key in keys]
     for n in (1, 16, 1024) if HAS_GPU else (4,):
         x = jax.random.normal(keys[0], (n, d), jnp.bfloat16)
@@ -485,14 +512,10 @@ def packed_block(key: jax.Array, sizes: list[Size]) -> list[PackedWeight]:
 
     @functools.partial(jax.jit, static_argnums=1)
     def make(key: jax.Array, size: Size) -> PackedWeight:
-        weight = random_weight(key, size, jnp.bfloat16)
-        if not (HAS_GPU and HAS_MOSAIC):
-            return weight
-        return dataclasses.replace(
-            weight, layouts={wgmma_sp.NAME: wgmma_sp.prepare(weight)}
-        )
+        return random_weight(key, size, jnp.bfloat16)
 
-    return [make(jax.random.fold_in(key, k), size) for k, size in enumerate(sizes)]
+    weights = [make(jax.random.fold_in(key, k), size) for k, size in enumerate(sizes)]
+    return [laid_out(w) if HAS_GPU and HAS_MOSAIC else w for w in weights]
 
 
 def decoder_block(x: jax.Array, weights: Any, multiply: Any) -> jax.Array:

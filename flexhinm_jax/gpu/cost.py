@@ -11,6 +11,7 @@ columns.
 
 import dataclasses
 
+from flexhinm_jax.gpu.hopper import Source
 from flexhinm_jax.gpu.layouts import ROWS, STEP
 
 CORES, CLOCK = 132, 1.7e9
@@ -27,6 +28,10 @@ DENSE_RATE = 790e12
 
 START, SLACK = 2e-6, 1.15
 """Seconds to start a program; loss of a kernel against its bound."""
+
+MEET, REMOTE = 1e-6, 32 * CLOCK
+"""Seconds in which a cluster meets twice; bytes per second from another block: guesses.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Block:
       tokens: tokens of a warpgroup.
       splits: blocks that share the columns of a tile.
       resident: blocks that fit a multiprocessor at a time.
+      source: how activations come.
+      helper: whether a program before it brings them into order.
     """
 
     row_groups: int
@@ -73,6 +80,8 @@ class Block:
     tokens: int
     splits: int
     resident: int
+    source: Source
+    helper: bool
 
 
 def dense(n: int, o: int, i: int) -> float:
@@ -120,33 +129,32 @@ def sparse(sizes: Sizes, block: Block, steps: int, blocks: int) -> float:
       steps: steps of 64 stored columns of a tile.
       blocks: blocks of 64 rows of all tiles.
     """
-    gathered, n = sizes.tiles > 1, sizes.n
+    n, source = sizes.n, block.source
     rows, width = ROWS * block.row_groups, block.tokens * block.token_groups
     columns = -(-n // width)
     grid = blocks // block.row_groups * columns
     values, x = rows * (2 * STEP + 16), 2 * STEP * width * 2
-    listed = 512 if gathered else 0
-    stored_rows = blocks * ROWS
-    result = 2 * sizes.o * n
-    memory = stored_rows * steps * (2 * STEP + 16) + result + 2 * n * sizes.i
-    memory += grid // columns * steps * listed
-    cache = grid * steps * (values + x + listed)
+    listed = 512 if source in (Source.LISTED, Source.HELD) else 0
+    memory = blocks * ROWS * steps * (2 * STEP + 16) + 2 * n * (sizes.i + sizes.o)
+    memory += sizes.tiles * steps * listed
+    fetched = {Source.HELD: 0, Source.PLAIN: 2 * STEP * min(n, width) * 2}.get(
+        source, x
+    )
+    once = 2 * n * sizes.i if source is Source.HELD else 0
+    cache = grid * (steps * (values + fetched + listed) + block.splits * once)
     warpgroups = block.row_groups * block.token_groups
     operands = 4 * warpgroups * (64 * block.tokens + 2048)
-    shared = grid * steps * (values + x + operands)
+    shared = grid * (steps * (values + x + listed + operands) + block.splits * once)
     tensor = grid * steps * warpgroups * 4 * block.tokens / 2 / (CORES * CLOCK)
     bound = max(memory / MEMORY, cache / CACHE, shared / SHARED, tensor)
-    waves = grid * block.splits / (CORES * block.resident)
+    waves = grid / (CORES * block.resident // block.splits)
     bound *= -(-waves // 1) / waves
-    sums = partial_bytes(sizes, block) / MEMORY
-    # x gathered or turned; the result turned, by the program that adds partial sums.
-    helpers = 2 * START + 2 * (2 * n * sizes.i + result) / MEMORY
-    return SLACK * bound + START + sums + helpers
+    helper = START + 4 * n * sizes.i / MEMORY if block.helper else 0.0
+    sums = 4 * (block.splits - 1) * rows * width / REMOTE
+    return SLACK * bound + START + helper + (MEET + sums if sums else 0.0)
 
 
-def partial_bytes(sizes: Sizes, block: Block) -> int:
-    """Bytes of partial sums, written and read."""
-    if block.splits == 1:
-        return 0
+def exchanged_bytes(sizes: Sizes, block: Block) -> int:
+    """Bytes of sums that blocks read from the others of their cluster."""
     width = block.tokens * block.token_groups
-    return 8 * block.splits * sizes.o * (-(-sizes.n // width) * width)
+    return 4 * (block.splits - 1) * sizes.o * (-(-sizes.n // width) * width)

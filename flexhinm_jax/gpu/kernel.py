@@ -50,6 +50,8 @@ class Kernel:
       module: defines this kernel as KERNEL, so that a process of its own can check it;
         "" needs no check.
       seconds: (tokens, prepared weight) -> predicted seconds; None is always fast.
+      settle: (layout, packed matrix) -> the layout without what its values, known by
+        now, make needless; both may have the leading axes of a stack.
     """
 
     name: str
@@ -60,6 +62,11 @@ class Kernel:
     cases: tuple[selfcheck.Case, ...] = ()
     module: str = ""
     seconds: Callable[[int, PackedWeight], float] | None = None
+    settle: Callable[[Any, PackedWeight], Any] = lambda layout, packed: layout
+
+    def layout(self, packed: PackedWeight) -> Any:
+        """The layout of one matrix whose values are known."""
+        return self.settle(jax.jit(self.prepare)(packed), packed)
 
     def refuse(
         self, x: jax.ShapeDtypeStruct, packed: PackedWeight, chip: Capability

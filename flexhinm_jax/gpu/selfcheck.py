@@ -45,6 +45,7 @@ class Case(NamedTuple):
       tokens: rows of x.
       dtype: of values and activations.
       cut: how to cut it, an argument of the product; None lets the kernel choose.
+      plain: columns are in their own order.
     """
 
     tiles: int
@@ -54,6 +55,7 @@ class Case(NamedTuple):
     tokens: int
     dtype: str = "bfloat16"
     cut: Any = None
+    plain: bool = False
 
 
 class Verdict(NamedTuple):
@@ -171,7 +173,7 @@ def check(
 
     Args:
       name: of its layout.
-      prepare: makes its layout.
+      prepare: makes its layout from known values.
       run: its product.
       cases: products to check.
       device: to run them on.
@@ -190,10 +192,9 @@ def check(
 
 def right(name: str, prepare: Callable, run: Callable, rng: Any, case: Case) -> bool:
     """Whether one product of random integers is exact."""
-    packed, w = example(rng, *case[:4], dtype=case.dtype)
+    packed, w = example(rng, *case[:4], dtype=case.dtype, plain=case.plain)
     x = rng.integers(-2, 3, (case.tokens, w.shape[1])).astype(np.float32)
-    ready = jax.jit(prepare)(packed)
-    packed = dataclasses.replace(packed, layouts={name: ready})
+    packed = dataclasses.replace(packed, layouts={name: prepare(packed)})
     forced = {} if case.cut is None else {"cut": case.cut}
     product = jax.jit(
         lambda x, packed: run(x, packed, jnp.dtype(jnp.float32), **forced)
@@ -209,6 +210,7 @@ def example(
     dense: int,
     groups: int,
     dtype: str = "bfloat16",
+    plain: bool = False,
 ) -> tuple[PackedWeight, np.ndarray]:
     """A packed weight of small integers, and the same matrix dense.
 
@@ -219,15 +221,18 @@ def example(
       dense: dense columns of a tile.
       groups: 2:4 groups of a tile.
       dtype: of the values.
+      plain: all columns in their own order; else in any order, and four are not read.
     """
-    inputs = dense + 4 * groups + 4
+    spare = 0 if plain else 4
+    inputs = dense + 4 * groups + spare
     first = rng.integers(0, 3, (t, v, groups))
     second = first + 1 + rng.integers(0, 3 - first)
     nibbles = np.zeros((t, v, -(-groups // 8) * 8), np.uint32)
     nibbles[..., :groups] = first | second << 2
     shift = 4 * np.arange(8, dtype=np.uint32)
     words = (nibbles.reshape(t, v, -1, 8) << shift).sum(-1, dtype=np.uint32)
-    columns = np.stack([rng.permutation(inputs)[:-4] for _ in range(t)])
+    order = np.arange if plain else rng.permutation
+    columns = np.stack([order(inputs)[: inputs - spare] for _ in range(t)])
     order = rng.permutation(t * v)
     values = rng.integers(-2, 3, (t, v, dense + 2 * groups)).astype(np.float32)
     w = np.zeros((t * v, inputs), np.float32)
@@ -258,7 +263,7 @@ def main() -> None:
     """Checks the kernel of the module that is named, prints the verdict."""
     kernel = importlib.import_module(sys.argv[1]).KERNEL
     device = first_gpu() or jax.devices()[0]
-    why = check(kernel.name, kernel.prepare, kernel.run, kernel.cases, device)
+    why = check(kernel.name, kernel.layout, kernel.run, kernel.cases, device)
     sys.stdout.write(json.dumps({"why": why}) + "\n")
 
 

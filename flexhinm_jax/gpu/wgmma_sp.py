@@ -1,10 +1,12 @@
 """Products on the sparse tensor cores of Hopper: 2:4, HiNM and FlexHiNM in one kernel.
 
-A weight of one tile has its columns gathered once, outside. With more tiles every tile
-reads other columns, and the kernel gathers them itself: a gathered copy of x for all
-tiles would cost more traffic than the weight. Dense and 2:4 columns of a tile are one
-stream (`layouts`), so they share one pass and one accumulator. Rows return to their
-original places when a block stores its result.
+Columns in their own order need no index: x is read as it is. Other columns of a weight
+of one tile are gathered once, outside. With more tiles every tile reads other columns,
+and the kernel gathers them itself: a gathered copy of x for all tiles would cost more
+traffic than the weight. With few tokens x lies in shared memory, once per block, and
+the index lists come beside the metadata. Dense and 2:4 columns of a tile are one stream
+(`layouts`), so they share one pass and one accumulator. Rows return to their original
+places when a block stores its result.
 
 How a product is cut (`tiling`) is what `cost` predicts to be fastest; nothing has been
 tuned on a device. In-kernel gathers read x once per 64 or 128 rows: with 64 rows per
@@ -13,11 +15,16 @@ tile and many tokens that traffic, not the tensor cores, sets the pace.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from flexhinm_jax.gpu import cost, hopper, layouts, support
+from flexhinm_jax.gpu.hopper import MOST_SPLITS, Source
 from flexhinm_jax.gpu.kernel import Kernel
 from flexhinm_jax.gpu.layouts import ROWS, STEP
 from flexhinm_jax.gpu.selfcheck import Case
@@ -39,19 +46,77 @@ CHIP = support.SHARED_BYTES - SPARE
 MOST_SLOTS = 8
 """More are not needed to have memory in flight."""
 
-MOST_SPLITS = 16
-"""More blocks add more partial sums than they bring multiprocessors."""
+MOST_HELD = 16
+"""Tokens of which all of x may lie in shared memory."""
+
+COPIED = 32
+"""Tokens of a block up to which threads copy x that fills no whole tile."""
 
 PARTIAL_SHARE = 0.25
-"""Most bytes of partial sums, of those of the weight."""
+"""Most bytes of sums that blocks read from others, of those of the weight."""
 
 LEAST = 4
 """Fewest steps that are worth a block of their own."""
 
 
+class Shape(NamedTuple):
+    """Sizes of a layout.
+
+    Attributes:
+      tiles: row tiles.
+      blocks: blocks of 64 rows per tile.
+      steps: steps of 64 stored columns.
+      inputs: of the matrix.
+      plain: its columns are in their own order.
+    """
+
+    tiles: int
+    blocks: int
+    steps: int
+    inputs: int
+    plain: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the stream in its own order ends with the inputs."""
+        return self.plain and self.inputs == 2 * STEP * self.steps
+
+    def source(self, n: int, cut: hopper.Tiling) -> Source:
+        """How activations of n tokens come."""
+        if self.plain:
+            ready = self.whole and n % cut.width == 0
+            return Source.STREAM if ready or cut.width > COPIED else Source.PLAIN
+        if cut.held and self.inputs % 8 == 0:
+            return Source.HELD
+        return Source.STREAM if self.tiles == 1 else Source.LISTED
+
+
+def shape(packed: PackedWeight) -> Shape:
+    """Sizes of the layout of a prepared weight."""
+    ready = packed.layouts[NAME]
+    tiles, blocks, steps, _ = ready["meta"].shape
+    return Shape(tiles, blocks, steps, packed.shape[1], "index" not in ready)
+
+
 def prepare(packed: PackedWeight) -> dict[str, Array]:
     """The arrays that `matmul` reads: `layouts.tiles`."""
     return layouts.tiles(packed)
+
+
+def settle(ready: dict[str, Array], packed: PackedWeight) -> dict[str, Array]:
+    """Without the index list where it is the identity, in every matrix of a stack.
+
+    Args:
+      ready: `prepare`, may have leading axes.
+      packed: what it was made of.
+    """
+    index, inputs = ready["index"], packed.shape[1]
+    if isinstance(index, Tracer) or index.shape[-3] != 1 or inputs % 8:
+        return ready
+    place = np.arange(index.shape[-2] * index.shape[-1])
+    plain = np.where(place < inputs, place, layouts.ABSENT)
+    same = np.asarray(index).reshape(*index.shape[:-3], -1) == plain
+    return {k: v for k, v in ready.items() if k != "index"} if same.all() else ready
 
 
 def matmul(
@@ -61,99 +126,100 @@ def matmul(
     cut: hopper.Tiling | None = None,
 ) -> Array:
     """Sparse core x [N, i] @ S^T -> [N, o], accumulated in float32."""
-    ready = packed.layouts[NAME]
-    n = x.shape[0]
-    tiles, blocks, steps = ready["meta"].shape[:3]
-    cut = cut or tiling(n, tiles, blocks, steps)
-    x = support.pad_rows(x, cut.width)
-    values, index = ready["values"].astype(x.dtype), ready["index"]
-    if tiles == 1:
-        x, index = layouts.gather(x, index.reshape(-1)), None
-    else:
-        x = x.T
-    y = hopper.product(
-        values, ready["meta"], x, ready["order"], packed.shape[0], dtype, cut, index
-    )
-    return y[:, :n].T
+    ready, sizes = packed.layouts[NAME], shape(packed)
+    cut = cut or tiling(x.shape[0], sizes)
+    values, index = ready["values"].astype(x.dtype), ready.get("index")
+    source = sizes.source(x.shape[0], cut)
+    if source is Source.STREAM:
+        if index is None:
+            x = jnp.pad(x, ((0, 0), (0, 2 * STEP * sizes.steps - sizes.inputs)))
+        else:
+            x, index = layouts.gather(x, index.reshape(-1)), None
+    rows, meta, order = packed.shape[0], ready["meta"], ready["order"]
+    return hopper.product(values, meta, x, order, rows, dtype, cut, source, index)
 
 
-def tiling(n: int, tiles: int, blocks: int, steps: int) -> hopper.Tiling:
-    """How to cut a product: the way that is predicted to be fastest.
-
-    Args:
-      n: tokens.
-      tiles: row tiles.
-      blocks: blocks of 64 rows per tile.
-      steps: steps of 64 stored columns.
-    """
-    return min(_cuts(n, tiles, blocks, steps))[-1]
+def tiling(n: int, sizes: Shape) -> hopper.Tiling:
+    """How to cut a product of n tokens: the way that is predicted to be fastest."""
+    return min(cuts(n, sizes))[-1]
 
 
-def _cuts(
-    n: int, tiles: int, blocks: int, steps: int
-) -> Iterator[tuple[float, int, hopper.Tiling]]:
+def cuts(n: int, sizes: Shape) -> Iterator[tuple[float, int, hopper.Tiling]]:
     """(predicted seconds, number, cut) of every cut that fits the chip.
 
-    More splits than the fewest that fit must not write many partial sums.
+    More splits than the fewest that fit must not exchange many sums.
     """
-    gathered, stored = tiles > 1, STEP * steps
-    sizes = cost.Sizes(n, tiles * blocks * ROWS, 2 * stored, tiles, stored, 2 * stored)
-    spare = PARTIAL_SHARE * sizes.o * steps * (2 * STEP + 16)
+    tiles, blocks, steps, inputs, _ = sizes
+    product = cost.Sizes(
+        n, tiles * blocks * ROWS, inputs, tiles, STEP * steps, 2 * STEP * steps
+    )
+    spare = PARTIAL_SHARE * product.o * steps * (2 * STEP + 16)
     number = 0
-    for rows, groups, tokens in _forms(n, blocks, gathered):
+    for form in _forms(n, sizes):
         fewest = None
-        for splits in range(1, max(MOST_SPLITS, steps // LEAST) + 1):
-            cut = hopper.Tiling(rows, groups, tokens, splits)
-            depth, resident = _room(cut, steps if gathered else 0)
+        for splits in range(1, MOST_SPLITS + 1):
+            cut = dataclasses.replace(form, splits=splits)
+            source = sizes.source(n, cut)
+            depth, resident = _room(cut, source, steps, 2 * n * inputs)
             if not depth:
                 continue
-            block = cost.Block(rows, groups, tokens, splits, resident)
+            helper = source in (Source.STREAM, Source.LISTED) and not (
+                sizes.whole and n % cut.width == 0
+            )
+            groups = cut.row_groups, cut.token_groups, cut.tokens
+            block = cost.Block(*groups, splits, resident, source, helper)
             fewest = fewest or splits
-            worth = splits <= MOST_SPLITS and splits * LEAST <= steps
-            partial = cost.partial_bytes(sizes, block)
+            worth = splits * LEAST <= steps
+            partial = cost.exchanged_bytes(product, block)
             if splits == fewest or (worth and partial <= spare):
                 number += 1
                 cut = dataclasses.replace(cut, depth=depth)
-                yield cost.sparse(sizes, block, steps, tiles * blocks), number, cut
+                yield cost.sparse(product, block, steps, tiles * blocks), number, cut
 
 
-def _room(cut: hopper.Tiling, listed: int) -> tuple[int, int]:
+def _room(cut: hopper.Tiling, source: Source, steps: int, held: int) -> tuple[int, int]:
     """Slots and blocks of a multiprocessor: two if they fit, (0, 0) if none does.
 
     Args:
       cut: with the fewest slots.
-      listed: steps of a tile with an index list.
+      source: how activations come.
+      steps: of a tile.
+      held: bytes of x.
     """
-    per = -(-listed // cut.splits)
-    lists, slot = per * LIST_BYTES, cut.shared_bytes // cut.depth
-    two = (CHIP // 2 - SPARE - lists) // slot
+    per = -(-steps // cut.splits) if source is Source.LISTED else 0
+    once, slot = per * LIST_BYTES, cut.shared_bytes // cut.depth
+    if source is Source.HELD:
+        once, slot = held, slot + LIST_BYTES
+    two = (CHIP // 2 - SPARE - once) // slot
     if two >= cut.depth:
         return min(two, MOST_SLOTS), 2
-    fits = per <= LISTED and cut.shared_bytes + lists <= CHIP
+    fits = per <= LISTED and cut.depth * slot + once <= CHIP
     return (cut.depth, 1) if fits else (0, 0)
 
 
-def _forms(n: int, blocks: int, gathered: bool) -> Iterator[tuple[int, int, int]]:
-    """(row groups, token groups, tokens) that suit a number of tokens."""
-    pairs = (1, 2) if blocks % 2 == 0 else (1,)
-    # A gather brings 16 bytes at a time, which swizzling needs twice: 16 tokens.
-    few = next((t for t in (8, 16, 32, 64) if t >= n and not (gathered and t == 8)), 0)
+def _forms(n: int, sizes: Shape) -> Iterator[hopper.Tiling]:
+    """Cuts without splits that suit a number of tokens."""
+    pairs = (1, 2) if sizes.blocks % 2 == 0 else (1,)
+    few = next((t for t in (8, 16, 32, 64) if t >= n), 0)
+    if few and n <= MOST_HELD and not sizes.plain and sizes.inputs % 8 == 0:
+        yield from (hopper.Tiling(rows, 1, few, held=True) for rows in pairs)
+    if few and not sizes.plain and sizes.tiles > 1:
+        few = max(few, 16)  # a gather brings 16 bytes, which swizzling needs twice
     if few:
-        yield from ((rows, 1, few) for rows in pairs)
-    elif 2 in pairs:
-        yield 2, 1, 128
+        yield from (hopper.Tiling(rows, 1, few) for rows in pairs)
     else:
-        yield 1, 2, 64
+        yield hopper.Tiling(2, 1, 128) if 2 in pairs else hopper.Tiling(1, 2, 64)
 
 
 def seconds(n: int, packed: PackedWeight) -> float:
     """Predicted seconds of `matmul`."""
-    tiles, blocks, steps = packed.layouts[NAME]["meta"].shape[:3]
-    return min(_cuts(n, tiles, blocks, steps))[0]
+    return min(cuts(n, shape(packed)))[0]
 
 
 RING = hopper.Tiling(depth=4)
 """The shallowest pipeline: 40 steps fill each of its slots ten times."""
+
+HELD = dataclasses.replace(RING, row_groups=2, tokens=8, splits=4, held=True)
 
 CASES = (
     Case(1, 72, 0, 100, 70),
@@ -170,8 +236,11 @@ CASES = (
         dataclasses.replace(RING, token_groups=2, tokens=32, splits=3),
     ),
     Case(2, 128, 6, 1300, 130, "bfloat16", hopper.Tiling(2, 1, 128, 2)),
+    Case(3, 128, 8, 1299, 5, "bfloat16", HELD),
+    Case(1, 136, 0, 1302, 3, "bfloat16", dataclasses.replace(RING, tokens=8), True),
+    Case(1, 136, 8, 1299, 3, "float16", dataclasses.replace(HELD, row_groups=1)),
 )
-"""Ragged sizes; then whole rings, splits and every form of two warpgroups."""
+"""Ragged sizes; then whole rings, splits, every form of two warpgroups, plain, held."""
 
 KERNEL = Kernel(
     NAME,
@@ -180,5 +249,6 @@ KERNEL = Kernel(
     majors=(9,),
     cases=CASES,
     module=__name__,
+    settle=settle,
     seconds=seconds,
 )

@@ -82,7 +82,7 @@ def _prepared(packed: PackedWeight, backend: str) -> PackedWeight:
     known, layouts = dispatch.known(), dict(packed.layouts)
     for name in _names(bare, backend):
         derive = over_stack(known[name].prepare, packed.out_order.ndim - 1)
-        layouts[name] = jax.jit(derive)(bare)
+        layouts[name] = known[name].settle(jax.jit(derive)(bare), bare)
     return dataclasses.replace(packed, layouts=layouts)
 
 

@@ -1,10 +1,11 @@
-"""Runs the PTX of one block of the sparse kernel, without a GPU.
+"""Runs the PTX of one block or one cluster of the sparse kernel, without a GPU.
 
 Every warpgroup is one thread of control with 128 lanes. What the hardware does on its
 own is queued and happens later, in an order drawn at random: copies of the tensor
 memory engine, cp.async, and sparse products, which read their metadata and sums from
-the registers as they are by then. Barriers count arrivals and bytes. So a race shows as
-a wrong result for some seed, a barrier that never opens as a `Fault`.
+the registers as they are by then. Barriers count arrivals and bytes. The blocks of a
+cluster take turns at random; the shared memory of one that has ended is gone. So a race
+shows as a wrong result for some seed, a barrier that never opens as a `Fault`.
 
 What only hardware knows stays open: whether an instruction does what the PTX ISA says.
 """
@@ -20,6 +21,8 @@ from bench import gpu_faults
 LANES = 128
 SPACE = 40
 """Bits of an address inside one array of global memory."""
+WINDOW = 24
+"""Bits of an address inside the shared memory of one block of a cluster."""
 
 
 class Fault(Exception):
@@ -93,12 +96,16 @@ class Warpgroup:
         self.registers: dict[str, np.ndarray] = {}
         self.products: list[tuple[int, Callable[[], None]]] = []  # in order
         self.copies: list[tuple[int, Callable[[], None]]] = []
-        self.product_group = self.copy_group = 0
+        self.product_group = self.copy_group = self.meets = 0
         self.until: Callable[[], bool] = lambda: True
         thread = np.arange(LANES, dtype=np.uint64) + np.uint64(LANES * number)
         special = {"%tid.x": thread}
-        for axis, at in zip("xyz", machine.at, strict=True):
-            special[f"%ctaid.{axis}"] = np.full(LANES, at, np.uint64)
+        rank, row = machine.rank, len(machine.cluster)
+        places = {"ctaid": machine.at, "cluster_ctaid": (rank, 0, 0)}
+        places["cluster_nctaid"] = (row, 1, 1)
+        for name, place in places.items():
+            for axis, at in zip("xyz", place, strict=True):
+                special[f"%{name}.{axis}"] = np.full(LANES, at, np.uint64)
         self.registers |= special
 
     # Operands
@@ -121,10 +128,13 @@ class Warpgroup:
         kind = {32: np.uint32, 64: np.uint64}[bits]
         return self.value(name).astype(kind).view({32: np.int32, 64: np.int64}[bits])
 
-    def write(self, name: str, value: np.ndarray, bits: int = 64) -> None:
-        """Sets a register."""
+    def write(self, name: str, value: np.ndarray, bits: int, mask: np.ndarray) -> None:
+        """Sets a register in some lanes."""
         kind = np.uint32 if bits == 32 else np.uint64
-        self.registers[name] = np.asarray(value).astype(kind).astype(np.uint64)
+        new = np.asarray(value).astype(kind).astype(np.uint64)
+        if not mask.all():
+            new = np.where(mask, new, self.registers.get(name, np.uint64(0)))
+        self.registers[name] = new
 
     def address(self, text: str) -> np.ndarray:
         """[register+offset]."""
@@ -158,7 +168,7 @@ class Warpgroup:
             if self.asynchronous(operation, operands, mask):
                 yield
             else:
-                self.arithmetic(operation, operands)
+                self.arithmetic(operation, operands, mask)
 
     def asynchronous(
         self, operation: str, operands: list[str], mask: np.ndarray
@@ -174,6 +184,12 @@ class Warpgroup:
                 machine.arrived += 1
                 goal = -(-machine.arrived // machine.groups) * machine.groups
                 self.until = lambda: machine.arrived >= goal
+        elif operation.startswith("barrier.cluster.arrive"):
+            machine.meeting.arrived += 1
+            everyone = machine.groups * len(machine.cluster)
+            self.meets = -(-machine.meeting.arrived // everyone) * everyone
+        elif operation.startswith("barrier.cluster.wait"):
+            self.until = lambda: machine.meeting.arrived >= self.meets
         elif operation.startswith("mbarrier.init"):
             if mask.any():
                 at, count = self.address(operands[0])[0], self.value(operands[1])[0]
@@ -195,7 +211,7 @@ class Warpgroup:
             elif mask.any():
                 raise Fault("several lanes start one copy of the engine")
         elif operation.startswith("cp.async.cg"):
-            self.copy(operands)
+            self.copy(operands, mask)
         elif operation.startswith("cp.async.commit"):
             self.copy_group += 1
         elif operation.startswith("cp.async.wait"):
@@ -210,8 +226,8 @@ class Warpgroup:
             self.until = lambda: all(
                 group >= last_product for group, _ in self.products
             )
-        elif operation.startswith("st.global"):
-            self.store(operands, mask)
+        elif operation.startswith("st."):
+            self.store(operation, operands, mask)
         else:
             return False
         return True
@@ -236,19 +252,19 @@ class Warpgroup:
 
         machine.bulk.append(arrive)
 
-    def copy(self, operands: list[str]) -> None:
+    def copy(self, operands: list[str], mask: np.ndarray) -> None:
         """cp.async of 16 bytes per lane, zeros behind what is read."""
         machine, number = self.machine, self.number
         to, source = self.address(operands[0]), self.address(operands[1])
-        count = self.value(operands[3])
-        order = machine.random.permutation(LANES)
+        count = self.value(operands[-1])
+        order = machine.random.permutation(np.flatnonzero(mask))
         for lanes in np.array_split(order, 2):
 
             def arrive(lanes: np.ndarray = lanes) -> None:
                 for lane in lanes:
                     data = np.zeros(16, np.uint8)
                     if count[lane]:
-                        data[:] = machine.memory(source[lane], 16)
+                        data[:] = machine.memory(source[lane], 16, "copied")
                     place = int(to[lane]) + np.arange(16)
                     machine.shared[place] = data
                     machine.unfenced[place] = number + 1
@@ -291,20 +307,32 @@ class Warpgroup:
         low, high = (self.machine.shared[place + k].astype(np.uint32) for k in (0, 1))
         return decoded(low | high << 8, kind)
 
-    def store(self, operands: list[str], mask: np.ndarray) -> None:
-        """To global memory, 4 or 8 bytes."""
-        at = self.address(operands[0])
-        names = re.findall(r"%\w+", operands[1])
-        for offset, name in enumerate(names):
-            data = self.value(name).astype(np.uint32)
+    def store(self, operation: str, operands: list[str], mask: np.ndarray) -> None:
+        """To global or shared memory, 2 or 4 bytes per register."""
+        machine, at = self.machine, self.address(operands[0])
+        size = int(operation[-2:]) // 8
+        for k, name in enumerate(re.findall(r"%\w+", operands[1])):
+            data = self.value(name).astype({2: np.uint16, 4: np.uint32}[size])
             for lane in np.flatnonzero(mask):
-                place = self.machine.memory(at[lane] + np.uint64(4 * offset), 4)
+                start = int(at[lane]) + size * k
+                space = "" if "shared" in operation else "stored"
+                place = machine.bytes(start, size, space)
                 place[:] = np.frombuffer(data[lane].tobytes(), np.uint8)
+                if "shared" in operation:
+                    machine.unfenced[start : start + size] = self.number + 1
 
-    def arithmetic(self, operation: str, operands: list[str]) -> None:
+    def arithmetic(self, operation: str, operands: list[str], mask: np.ndarray) -> None:
         """One instruction on registers."""
         name, *kinds = operation.replace("::entry", "").split(".")
         bits = 32 if kinds and kinds[-1].endswith("32") else 64
+        if name == "ld" and "_param_" not in operands[1]:
+            shared = next((kind for kind in kinds if "shared" in kind), "")
+            for k, target in enumerate(re.findall(r"%\w+", operands[0])):
+                size = int(kinds[-1][1:]) // 8
+                self.write(
+                    target, self.load(operands[1], shared, size, k, mask), bits, mask
+                )
+            return
         with np.errstate(over="ignore"):
             value = self.calculated(name, kinds, bits, operands)
         if (
@@ -317,15 +345,22 @@ class Warpgroup:
         if name in ("cvt",) and kinds[0] == "u32":
             bits = 32
         for target in operands[0].split("|"):
-            self.write(target, value, bits)
+            self.write(target, value, bits, mask)
 
     def calculated(
         self, name: str, kinds: list[str], bits: int, operands: list[str]
     ) -> np.ndarray:
         """The result of an instruction on registers, lane by lane."""
-        v = [self.value(g) for g in operands[1:] if not g.startswith("[")]
-        if name == "ld":
-            return self.load(operands, shared="shared" in kinds)
+        v = [self.value(g) for g in operands[1:] if g[0] not in "[{"]
+        if name == "ld":  # a parameter
+            return self.value(operands[1].strip("[]"))
+        if name == "mapa":
+            return v[0] & np.uint64(2**WINDOW - 1) | v[1] + np.uint64(1) << np.uint64(
+                WINDOW
+            )
+        if name == "add" and kinds[-1] == "f32":
+            left, right = (u.astype(np.uint32).view(np.float32) for u in v)
+            return (left + right).astype(np.float32).view(np.uint32)
         if name == "elect":
             return np.arange(LANES) % 32 == 0
         if name == "shfl":  # of lane 0
@@ -335,8 +370,13 @@ class Warpgroup:
         if name == "selp":
             return np.where(v[2].astype(bool), v[0], v[1])
         if name == "cvt" and kinds[0] == "rn":
-            high, low = (u.astype(np.uint32).view(np.float32) for u in v)
-            return encoded(high, kinds[1]) << np.uint64(16) | encoded(low, kinds[1])
+            *high, low = (
+                encoded(u.astype(np.uint32).view(np.float32), kinds[1]) for u in v
+            )
+            return high[0] << np.uint64(16) | low if high else low
+        if name == "mov" and operands[1].startswith("{"):  # two halves, the low first
+            low, high = (self.value(g) for g in re.findall(r"%\w+", operands[1]))
+            return high << np.uint64(16) | low
         if name == "cvt" and kinds[:2] == ["s64", "s32"]:
             return self.signed(operands[1], 32).astype(np.int64)
         if name == "mul" and "wide" in kinds:
@@ -361,6 +401,8 @@ class Warpgroup:
             "mad": lambda a, b, c: a * b + c,
             "and": lambda a, b: a & b,
             "or": lambda a, b: a | b,
+            "div": lambda a, b: a // b,
+            "rem": lambda a, b: a % b,
             "xor": lambda a, b: a ^ b,
             "shl": lambda a, b: a << b,
             "shr": lambda a, b: a >> b,
@@ -388,50 +430,65 @@ class Warpgroup:
             result = result & other if kinds[1] == "and" else result | other
         return result
 
-    def load(self, operands: list[str], *, shared: bool) -> np.ndarray:
-        """32 bits of shared or global memory, or a parameter."""
-        if "_param_" in operands[1]:
-            return self.value(operands[1].strip("[]"))
-        at, machine = self.address(operands[1]), self.machine
-        words = np.zeros(LANES, np.uint64)
-        for lane in range(LANES):
-            place = int(at[lane])
-            data = (
-                machine.shared[place : place + 4]
-                if shared
-                else machine.memory(at[lane], 4)
-            )
-            words[lane] = np.frombuffer(data.tobytes(), np.uint32)[0]
+    def load(
+        self, operand: str, space: str, size: int, number: int, mask: np.ndarray
+    ) -> np.ndarray:
+        """The number-th register of a load, 2 or 4 bytes, from a space or global."""
+        at, words = self.address(operand), np.zeros(LANES, np.uint64)
+        kind = {2: np.uint16, 4: np.uint32}[size]
+        for lane in np.flatnonzero(mask):
+            block, place = self.machine, int(at[lane]) + number * size
+            if space == "shared::cluster" and place >> WINDOW:
+                block = block.cluster[(place >> WINDOW) - 1]
+                place %= 2**WINDOW
+                if block.ended:
+                    raise Fault("shared memory of a block that has ended is read")
+            words[lane] = np.frombuffer(
+                block.bytes(place, size, "" if space else "loaded"), kind
+            )[0]
         return words
 
 
+class Meeting:
+    """The barrier of a cluster: arrivals of warpgroups so far."""
+
+    arrived = 0
+
+
 class Machine:
-    """One block.
+    """One block, alone or in a cluster.
 
     Args:
       ptx: of the kernel.
-      parameters: number of a parameter -> array in global memory.
+      parameters: arrays in global memory, by what happens to them: "loaded", "copied"
+        or "stored". Numbers of parameters follow the first uses in the program.
       maps: tensor maps in their order.
       groups: warpgroups.
       at: the block's place in the grid, (x, y, z).
       seed: of the order in which things happen.
+      rank: in the cluster, along x.
     """
 
     def __init__(
         self,
         ptx: str,
-        parameters: dict[int, np.ndarray],
+        parameters: dict[str, np.ndarray],
         maps: list[TensorMap],
         groups: int,
         at: tuple[int, int, int],
         seed: int,
+        rank: int = 0,
     ) -> None:
+        self.rank, self.cluster, self.meeting = rank, [self], Meeting()
+        self.ended = False
         self.program = statements(ptx)
         self.labels = {t[:-1]: k for k, t in enumerate(self.program) if t.endswith(":")}
         self.parameters = {
             k: a.view(np.uint8).reshape(-1) for k, a in parameters.items()
         }
+        self.roles: dict[int, str] = {}
         self.maps, self.groups, self.at = maps, groups, at
+        self.warpgroups: list[Warpgroup] = []
         self.random = np.random.default_rng(seed)
         self.shared = np.full(256 * 1024, 0xFF, np.uint8)  # NaN until it is written
         self.unfenced = np.zeros(256 * 1024, np.uint8)
@@ -441,34 +498,26 @@ class Machine:
         #: How soon things happen; some runs put off everything.
         self.haste = float(self.random.choice([0.0, 0.1, 0.5, 0.9]))
 
-    def memory(self, at: Any, count: int) -> np.ndarray:
+    def memory(self, at: Any, count: int, role: str) -> np.ndarray:
         """Bytes of global memory."""
         number, place = int(at) >> SPACE, int(at) % 2**SPACE
-        array = self.parameters[number - 1]
+        if self.roles.setdefault(number, role) != role:
+            raise Fault(f"parameter {number - 1} is {self.roles[number]} and {role}")
+        array = self.parameters[role]
         if place + count > array.size:
             raise Fault(f"byte {place} of parameter {number - 1} does not exist")
         return array[place : place + count]
 
-    def run(self) -> None:
-        """The block from start to end."""
-        warpgroups = [Warpgroup(self, k) for k in range(self.groups)]
-        going = {w: w.run() for w in warpgroups}
-        while going:
-            ready = [w for w in going if w.until()]
-            if ready and self.random.random() >= self.haste:
-                warpgroup = ready[self.random.integers(len(ready))]
-                warpgroup.until = lambda: True
-                if next(going[warpgroup], self) is self:
-                    del going[warpgroup]
-            elif not self.happen(warpgroups) and not ready:
-                raise Fault("every warpgroup waits, and nothing is on its way")
+    def bytes(self, at: int, count: int, role: str) -> np.ndarray:
+        """Bytes of global memory, without a role of shared memory."""
+        return self.memory(at, count, role) if role else self.shared[at : at + count]
 
-    def happen(self, warpgroups: list[Warpgroup]) -> bool:
+    def happen(self) -> bool:
         """One thing that was started, drawn at random; False if there is none."""
         queues: list[tuple[list[Any], int]] = []
         if self.bulk:
             queues.append((self.bulk, int(self.random.integers(len(self.bulk)))))
-        for warpgroup in warpgroups:
+        for warpgroup in self.warpgroups:
             if warpgroup.products:
                 queues.append((warpgroup.products, 0))
             if warpgroup.copies:
@@ -480,6 +529,29 @@ class Machine:
         thing = queue.pop(place)
         (thing if callable(thing) else thing[1])()
         return True
+
+
+def run(cluster: list[Machine]) -> None:
+    """The blocks of a cluster in the order of their ranks, from start to end."""
+    random, meeting = cluster[0].random, Meeting()
+    for block in cluster:
+        block.cluster, block.meeting = cluster, meeting
+    for block in cluster:
+        block.warpgroups = [Warpgroup(block, k) for k in range(block.groups)]
+    going = {w: w.run() for block in cluster for w in block.warpgroups}
+    while going:
+        ready = [w for w in going if w.until()]
+        if ready and random.random() >= cluster[0].haste:
+            warpgroup = ready[random.integers(len(ready))]
+            warpgroup.until = lambda: True
+            if next(going[warpgroup], cluster) is cluster:
+                del going[warpgroup]
+                block = warpgroup.machine
+                block.ended = not any(w in going for w in block.warpgroups)
+            continue
+        order = random.permutation(len(cluster))
+        if not any(cluster[k].happen() for k in order) and not ready:
+            raise Fault("every warpgroup waits, and nothing is on its way")
 
 
 def spread(stored: np.ndarray, words: np.ndarray, selector: int) -> np.ndarray:

@@ -71,7 +71,7 @@ def test_a_part_gets_its_share_of_what_the_others_left(tmp_path, monkeypatch):
     assert sum(part.share for part in gpu.PARTS_OF_RUN.values()) == pytest.approx(1)
 
 
-FORM = gpu_parts.Form(False, hopper.Tiling(tokens=8), "bfloat16")
+FORM = gpu_parts.Form(hopper.Source.PLAIN, hopper.Tiling(tokens=8), "bfloat16")
 
 
 def test_a_wrong_case_leaves_what_is_needed_to_understand_it(tmp_path, monkeypatch):
@@ -119,16 +119,24 @@ def test_every_form_of_the_kernel_is_checked(monkeypatch):
     forms = gpu_parts.forms()
     assert len({form.name for form in forms}) == len(forms)
     cuts = {
-        (f.gathered, f.cut.tokens, f.cut.row_groups, f.cut.token_groups) for f in forms
+        (f.source, f.cut.tokens, f.cut.row_groups, f.cut.token_groups) for f in forms
     }
-    for tiles, blocks in ((1, 2), (1, 1), (64, 1), (64, 2)):
-        for n in (1, 9, 20, 40, 100, 1000):
-            cut = wgmma_sp.tiling(n, tiles, blocks, 64)
-            assert (tiles > 1, cut.tokens, cut.row_groups, cut.token_groups) in cuts
+    for tiles, blocks, plain in (
+        (1, 2, 0),
+        (1, 2, 1),
+        (1, 1, 1),
+        (64, 1, 0),
+        (64, 2, 0),
+    ):
+        shape = wgmma_sp.Shape(tiles, blocks, 64, 8192, bool(plain))
+        for n in (1, 9, 20, 40, 64, 100, 1000):
+            cut = wgmma_sp.tiling(n, shape)
+            source = shape.source(n, cut)
+            assert (source, cut.tokens, cut.row_groups, cut.token_groups) in cuts
     for what in ("in_flight", "splits", "depth"):
         assert len({getattr(form.cut, what) for form in forms}) == 2
     for form in forms:
-        listed = 512 * 43 if form.gathered else 0
+        listed = 512 * 43 if form.source is hopper.Source.LISTED else 0
         assert form.cut.shared_bytes + listed <= support.SHARED_BYTES - 2048
 
 
@@ -159,12 +167,13 @@ def test_the_whole_command_runs_without_a_gpu(tmp_path, monkeypatch, capsys):
 
 
 SIDE = 8192
+SHAPE = wgmma_sp.Shape(1, 128, 64, SIDE, plain=True)
 
 
 def test_the_limit_is_below_every_prediction_and_above_half_of_dense():
     for n in (1, 16, 64, 1024, 4096):
         sizes = gpu_parts.two_of_four(SIDE, SIDE).product(n)
-        least = min(c[0] for c in wgmma_sp._cuts(n, 1, 128, 64))
+        least = min(c[0] for c in wgmma_sp.cuts(n, SHAPE))
         assert cost.floor(sizes) < least
     # 2:4 with many tokens: 1.2 times is what tuned libraries reach.
     sizes = gpu_parts.two_of_four(SIDE, SIDE).product(4096)

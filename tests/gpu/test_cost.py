@@ -1,21 +1,25 @@
 """Predicted times: what they rest on, and the choices that follow from them."""
 
+import dataclasses
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexhinm_jax.gpu import cost, hopper, support, wgmma_sp
+from flexhinm_jax.gpu import cost, support, wgmma_sp
+from flexhinm_jax.gpu.hopper import Source
+from flexhinm_jax.gpu.wgmma_sp import Shape
 
 SIDE = 8192
 
 
 def predicted(n, v, dense, kept, o=SIDE, i=SIDE):
-    """(sparse, expanded, dense) seconds."""
+    """(sparse, expanded, dense) seconds; a single tile is in its own order."""
     stored, tiles = dense + kept // 2, o // v
     sizes = cost.Sizes(n, o, i, tiles, stored, dense + kept)
-    cuts = wgmma_sp._cuts(n, tiles, -(-v // 64), -(-stored // 64))
+    shape = Shape(tiles, -(-v // 64), -(-stored // 64), i, plain=tiles == 1)
+    cuts = wgmma_sp.cuts(n, shape)
     return min(cuts)[0], cost.expanded(sizes), cost.dense(n, o, i)
 
 
@@ -45,10 +49,22 @@ def test_many_tokens_pay_for_writing_the_matrix_out(n, weight):
     assert expanded < sparse
 
 
-def test_two_of_four_loses_to_a_held_matrix_from_64_tokens_on():
-    assert [
-        predicted(n, *TWO_OF_FOUR)[0] < predicted(n, *TWO_OF_FOUR)[2] for n in (32, 64)
-    ] == [True, False]
+def test_two_of_four_wins_against_a_held_matrix_up_to_64_tokens():
+    faster = [predicted(n, *TWO_OF_FOUR)[0::2] for n in (32, 64, 256)]
+    assert [sparse < dense for sparse, dense in faster] == [True, True, False]
+
+
+@pytest.mark.parametrize("n", [1, 4, 8])
+@pytest.mark.parametrize("hinm", HINM, ids=str)
+def test_an_order_per_tile_is_free_at_decode(n, hinm):
+    assert predicted(n, *hinm)[0] < 1.06 * predicted(n, *TWO_OF_FOUR)[0]
+
+
+@pytest.mark.parametrize("n", [1024, 4096])
+def test_an_order_per_tile_is_free_at_prefill_from_128_rows_on(n):
+    plain = predicted(n, *TWO_OF_FOUR)[0]
+    ratios = [predicted(n, *hinm)[0] / plain for hinm in HINM]
+    assert ratios[0] > 1.5 and max(ratios[1:]) < 1.06
 
 
 def test_three_quarters_win_at_64_tokens_still():
@@ -62,42 +78,86 @@ def test_a_dense_product_takes_what_was_measured():
     assert cost.dense(4096, SIDE, SIDE) == pytest.approx(696e-6, rel=0.01)
 
 
-@given(
-    n=st.integers(1, 5000),
-    tiles=st.integers(1, 300),
+SHAPES = st.builds(
+    Shape,
+    tiles=st.sampled_from([1, 3, 8, 64, 128, 300]),
     blocks=st.integers(1, 130),
     steps=st.integers(1, 300),
-)
-def test_every_cut_fits_the_chip(n, tiles, blocks, steps):
-    cut = wgmma_sp.tiling(n, tiles, blocks, steps)
-    per = -(-steps // cut.splits)
-    listed = 512 * per if tiles > 1 else 0
-    assert cut.shared_bytes + listed + 2048 <= support.SHARED_BYTES
-    assert blocks % cut.row_groups == 0
-    assert tiles == 1 or per <= 256, "a box of the copy engine has 256 rows at most"
-    assert cut.width >= min(n, 64) and cut.splits <= steps
-    assert tiles == 1 or cut.tokens >= 16, "a gather brings 16 tokens"
-
-
-@given(
-    n=st.integers(1, 5000),
-    tiles=st.sampled_from([1, 8, 64, 128]),
-    blocks=st.integers(1, 130),
-    steps=st.integers(1, 128),
-)
-def test_splits_write_little_and_fill_the_chip(n, tiles, blocks, steps):
-    cut = wgmma_sp.tiling(n, tiles, blocks, steps)
-    fits = lambda s: wgmma_sp._room(  # noqa: E731
-        hopper.Tiling(cut.row_groups, cut.token_groups, cut.tokens, s),
-        steps if tiles > 1 else 0,
+    inputs=st.integers(8, 40000),
+).flatmap(
+    lambda s: st.sampled_from(
+        [s, s._replace(tiles=1, inputs=128 * s.steps, plain=True)]
     )
-    if cut.splits == 1 or not fits(cut.splits - 1)[0]:
+)
+
+
+@given(n=st.integers(1, 5000), shape=SHAPES)
+def test_every_cut_fits_the_chip(n, shape):
+    cut = wgmma_sp.tiling(n, shape)
+    source = shape.source(n, cut)
+    per = -(-shape.steps // cut.splits)
+    more = {
+        Source.LISTED: 512 * per,
+        Source.HELD: 512 * cut.depth + 2 * n * shape.inputs,
+    }
+    needed = cut.shared_bytes + more.get(source, 0) + 2048
+    assert needed <= support.SHARED_BYTES
+    sums = 4 * 64 * cut.groups * cut.tokens
+    assert sums <= 2 * 64 * 64 * cut.depth * cut.row_groups, "they take those of values"
+    assert shape.blocks % cut.row_groups == 0
+    if source is Source.LISTED:
+        assert per <= 256, "a box of the copy engine has 256 rows at most"
+        assert cut.tokens >= 16, "a gather brings 16 tokens"
+    if source is Source.HELD:
+        assert shape.inputs % 8 == 0 and cut.width >= n
+    assert cut.width >= min(n, 64) and cut.splits <= max(shape.steps, 1)
+
+
+@given(n=st.integers(1, 5000), shape=SHAPES)
+def test_splits_exchange_little_and_fill_the_chip(n, shape):
+    cut = wgmma_sp.tiling(n, shape)
+
+    def room(splits):
+        one = dataclasses.replace(cut, splits=splits, depth=4)
+        source = shape.source(n, one)
+        return wgmma_sp._room(one, source, shape.steps, 2 * n * shape.inputs)
+
+    if cut.splits == 1 or not room(cut.splits - 1)[0]:
         return  # fewer do not fit
-    rows = tiles * blocks * 64
+    rows = shape.tiles * shape.blocks * 64
     padded = -(-n // cut.width) * cut.width
-    assert 8 * cut.splits * rows * padded <= 0.25 * rows * steps * 144
-    _, resident = fits(cut.splits)
-    grid = tiles * blocks // cut.row_groups * (padded // cut.width)
-    alone, split = (grid * s / (cost.CORES * resident) for s in (1, cut.splits))
-    lost = lambda waves: math.ceil(waves) / waves  # noqa: E731
-    assert lost(split) < lost(alone), "splits that leave no fuller waves"
+    sums = 4 * (cut.splits - 1) * rows * padded
+    assert sums <= 0.25 * rows * shape.steps * 144
+    if not room(1)[0]:
+        return
+    grid = shape.tiles * shape.blocks // cut.row_groups * (padded // cut.width)
+
+    def lost(splits):
+        waves = grid / (cost.CORES * room(splits)[1] // splits)
+        return math.ceil(waves) / waves
+
+    assert lost(cut.splits) < lost(1), "splits that leave no fuller waves"
+
+
+@pytest.mark.parametrize("n", [1, 8, 16])
+@pytest.mark.parametrize("weight", [TWO_OF_FOUR, *HINM, *THREE_QUARTERS])
+def test_decoding_a_large_matrix_takes_one_wave(n, weight):
+    v, dense, kept = weight
+    steps, tiles = (dense + kept // 2) // 64, SIDE // v
+    shape = Shape(tiles, -(-v // 64), steps, SIDE, tiles == 1)
+    cut = wgmma_sp.tiling(n, shape)
+    assert cut.tokens == (8 if n <= 8 else 16)
+    source = shape.source(n, cut)
+    one = dataclasses.replace(cut, depth=4)
+    resident = wgmma_sp._room(one, source, steps, 2 * n * SIDE)[1]
+    clusters = tiles * shape.blocks // cut.row_groups
+    places = cost.CORES * resident // cut.splits
+    assert 0.9 < clusters / places <= 1
+
+
+def test_few_tokens_in_a_plain_order_need_no_other_program():
+    shape = Shape(1, 128, 64, SIDE, plain=True)
+    sources = [shape.source(n, wgmma_sp.tiling(n, shape)) for n in (1, 8, 30, 1024)]
+    assert [source.name for source in sources] == ["PLAIN", "STREAM", "PLAIN", "STREAM"]
+    odd = shape._replace(inputs=SIDE - 8)  # the stream ends later than x
+    assert odd.source(8, wgmma_sp.tiling(8, odd)) is Source.PLAIN

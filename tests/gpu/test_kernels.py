@@ -40,13 +40,14 @@ mosaic = pytest.mark.skipif(
 )
 
 
-def weight(t, v, dense, groups, i, dtype=jnp.bfloat16, seed=0):
-    """A packed weight of random everything."""
+def weight(t, v, dense, groups, i, dtype=jnp.bfloat16, seed=0, plain=False):
+    """A packed weight of random everything; with `plain` the first columns of x."""
     rng = np.random.default_rng(seed)
     pairs = np.array([a | b << 2 for a in range(4) for b in range(a + 1, 4)], np.uint32)
     nibbles = pairs[rng.integers(0, 6, (t, v, -(-groups // 8) * 8))]
     nibbles[..., groups:] = 0
-    columns = np.stack([rng.permutation(i)[: dense + 4 * groups] for _ in range(t)])
+    order = np.arange if plain else rng.permutation
+    columns = np.stack([order(i)[: dense + 4 * groups] for _ in range(t)])
     value = lambda c: jnp.asarray(rng.standard_normal((t, v, c)), dtype)  # noqa: E731
     return PackedWeight(
         dense_index=jnp.asarray(columns[:, :dense], jnp.int32),
@@ -64,8 +65,7 @@ def weight(t, v, dense, groups, i, dtype=jnp.bfloat16, seed=0):
 
 
 def prepared(kernel, packed):
-    ready = jax.jit(kernel.prepare)(packed)
-    return dataclasses.replace(packed, layouts={kernel.name: ready})
+    return dataclasses.replace(packed, layouts={kernel.name: kernel.layout(packed)})
 
 
 def inputs(n, i, dtype, seed=1):
@@ -98,8 +98,35 @@ def test_sparse_tensor_cores_serve_sizes_that_fill_no_tile():
 
 @mosaic
 def test_fused_kernel_serves_dense_and_two_of_four_columns_of_ragged_sizes():
-    packed = weight(2, 20, dense=13, groups=29, i=150, dtype=jnp.float16)
+    """x is held in shared memory: its rows have whole chunks."""
+    packed = weight(2, 20, dense=13, groups=29, i=152, dtype=jnp.float16)
     assert_serves(WGMMA, packed, n=5, dtype=jnp.float16)
+
+
+@mosaic
+def test_columns_in_their_own_order_need_no_index():
+    packed = weight(1, 40, 0, 38, 152, plain=True)
+    assert "index" not in prepared(WGMMA, packed).layouts["wgmma_sp"]
+    assert_serves(WGMMA, packed, n=3)
+
+
+@pytest.mark.parametrize(
+    "change, settled",
+    [
+        (lambda i: i, True),
+        (lambda i: i.at[0, [3, 9]].set(i[0, jnp.array([9, 3])]), False),
+        (lambda i: i.at[0, -1].set(-1), False),
+    ],
+)
+def test_an_index_leaves_where_all_matrices_of_a_stack_have_their_own_order(
+    change, settled
+):
+    """The second matrix of two decides."""
+    packed = weight(1, 8, 0, 32, 128, plain=True)
+    other = dataclasses.replace(packed, nm_index=change(packed.nm_index))
+    stack = jax.tree.map(lambda *a: jnp.stack(a), packed, other)
+    ready = jax.jit(jax.vmap(WGMMA.prepare))(stack)
+    assert ("index" not in WGMMA.settle(ready, stack)) == settled
 
 
 SLOW = [
@@ -129,29 +156,31 @@ def test_every_cut_serves(sizes, n, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [(1, 1), (2, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("in_flight", [0, 1])
-@pytest.mark.parametrize("gathered", [False, True])
-def test_a_full_pipeline_has_no_race(groups, gathered, in_flight):
+@pytest.mark.parametrize("source", hopper.Source)
+def test_a_full_pipeline_has_no_race(groups, source, in_flight):
     """More steps than slots, so every slot is filled again while others are read."""
     rows, tokens = groups
-    packed = weight(1, 64 * rows, 0, 224, 896)
+    plain = source is hopper.Source.PLAIN
+    packed = weight(1, 64 * rows, 0, 224, 896, plain=plain)
     ready = jax.jit(layouts.tiles)(packed)
     cut = hopper.Tiling(rows, tokens, 16, depth=4, in_flight=in_flight)
     x = inputs(cut.width, 896, packed.dtype)
-    given, index = x.T, ready["index"]
-    if not gathered:
-        given, index = layouts.gather(x, index.reshape(-1)), None
+    stream, index = x, ready["index"]
+    if source is hopper.Source.STREAM:
+        stream = layouts.gather(x, index.reshape(-1))
     with support.interpreted(detect_races=True):
         y = hopper.product(
             ready["values"],
             ready["meta"],
-            given,
+            stream,
             ready["order"],
             packed.shape[0],
             jnp.float32,
             cut,
-            index,
+            source,
+            None if source in (hopper.Source.STREAM, hopper.Source.PLAIN) else index,
         )
-    np.testing.assert_allclose(y.T, exact(x, packed), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(y, exact(x, packed), rtol=1e-5, atol=1e-4)
 
 
 @mosaic
@@ -161,10 +190,12 @@ def test_a_long_product_of_the_self_check_is_right_when_interpreted():
     case = wgmma_sp.CASES[2]
     with support.interpreted(detect_races=False):
         rng = np.random.default_rng(0)
-        assert selfcheck.right("wgmma_sp", WGMMA.prepare, WGMMA.run, rng, case)
+        assert selfcheck.right("wgmma_sp", WGMMA.layout, WGMMA.run, rng, case)
 
 
-@pytest.mark.parametrize("fault", ["rings", "splits", "half", "token groups", "ragged"])
+@pytest.mark.parametrize(
+    "fault", ["rings", "splits", "half", "token groups", "ragged", "plain", "held"]
+)
 def test_some_product_of_the_self_check_shows(fault):
     steps = lambda c: (c.dense / 2 + c.groups) / 32  # noqa: E731
     cut = lambda c: c.cut or hopper.Tiling()  # noqa: E731
@@ -173,6 +204,8 @@ def test_some_product_of_the_self_check_shows(fault):
         "splits": lambda c: cut(c).splits == 3,
         "half": lambda c: c.dtype == "float16",
         "token groups": lambda c: cut(c).token_groups == 2 and c.tokens % 64,
+        "plain": lambda c: c.plain and c.tokens % 8,
+        "held": lambda c: cut(c).held and cut(c).splits > 2 and c.tiles > 1,
         "ragged": lambda c: c.rows % 64 and c.tokens % 8,
     }[fault]
     assert any(map(shows, wgmma_sp.CASES))
@@ -215,6 +248,7 @@ def test_kernels_lower_for_cuda_without_a_gpu(name):
         (dict(row_groups=2, token_groups=2), "2 x 2"),
         (dict(depth=3), "depth=3"),
         (dict(in_flight=2), "in_flight=2"),
+        (dict(splits=9), "splits=9"),
     ],
 )
 def test_a_wrong_cut_is_refused(change, message):

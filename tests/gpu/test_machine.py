@@ -14,6 +14,8 @@ import pytest
 
 from bench import gpu_compile
 from flexhinm_jax.gpu import hopper, layouts, selfcheck
+from flexhinm_jax.gpu.hopper import Source, Tiling
+from tests.gpu import machine
 from tests.gpu.machine import Fault, Machine, TensorMap
 
 pytestmark = pytest.mark.skipif(
@@ -25,86 +27,134 @@ STEPS = 9
 SEEDS = 6
 
 
+class Form(NamedTuple):
+    """What is multiplied, and how; with 0 tokens as many as a block has."""
+
+    cut: Tiling
+    source: Source = Source.STREAM
+    tiles: int = 1
+    rows: int = 64
+    tokens: int = 0
+    dtype: str = "bfloat16"
+    result: str = "float32"
+
+
 class Product(NamedTuple):
     """One kernel: its text, what it reads, what it must write."""
 
     ptx: str
-    cut: hopper.Tiling
+    form: Form
     values: np.ndarray
     meta: np.ndarray
     x: np.ndarray
     order: np.ndarray
-    index: np.ndarray | None
+    index: np.ndarray
     want: np.ndarray
 
     def maps(self) -> list[TensorMap]:
         """What the engine copies, in the order of the kernel's parameters."""
+        cut, source, index = self.form.cut, self.form.source, self.index
         t, r, c = self.values.shape
-        rows = min(r, 64 * self.cut.row_groups)
+        rows = min(r, 64 * cut.row_groups)
         tiled = self.values.reshape(t, r // 8, 8, c // 64, 64).transpose(0, 1, 3, 2, 4)
         values = TensorMap(tiled, (1, rows // 8, 1, 8, 64), 128)
         by_step = self.meta.transpose(0, 2, 1, 3)
-        meta = TensorMap(by_step, (1, 1, self.cut.row_groups, 256), 0)
-        if self.index is not None:
-            per = -(-self.index.shape[1] // self.cut.splits)
-            return [TensorMap(self.index, (1, per, 128), 0), values, meta]
+        meta = TensorMap(by_step, (1, 1, cut.row_groups, 256), 0)
+        if source is Source.LISTED:
+            per = -(-index.shape[1] // cut.splits)
+            return [TensorMap(index, (1, per, 128), 0), values, meta]
+        if source is Source.HELD:
+            return [values, meta, TensorMap(index, (1, 1, 128), 0)]
+        if source is Source.PLAIN:
+            return [values, meta]
         n, width = self.x.shape
         x = self.x.reshape(n // 8, 8, width // 64, 64).transpose(0, 2, 1, 3)
-        return [values, meta, TensorMap(x, (self.cut.width // 8, 2, 8, 64), 128)]
+        return [values, meta, TensorMap(x, (cut.width // 8, 2, 8, 64), 128)]
 
     def run(self, seed: int, spoil: Any = None) -> int:
-        """Wrong elements of the result, all blocks run one after the other."""
-        tiles, blocks = self.meta.shape[:2]
+        """Wrong elements of the result, clusters run one after the other."""
+        cut, (tiles, blocks) = self.form.cut, self.meta.shape[:2]
         ptx = self.ptx if spoil is None else spoil(self.ptx)
         assert spoil is None or ptx != self.ptx
-        y = np.full((self.cut.splits, *self.want.shape), np.nan, np.float32)
-        parameters = {0: self.order, 1: y, 3: self.x}
-        for row in range(tiles * blocks // self.cut.row_groups):
-            for split in range(self.cut.splits):
-                at, groups = (split, 0, row), self.cut.groups
-                Machine(ptx, parameters, self.maps(), groups, at, seed).run()
-        return int((y.sum(0) != self.want).sum())
+        kind = {"float32": np.float32, "bfloat16": np.uint16}[self.form.result]
+        y = np.zeros(self.want.shape, kind)
+        y.view(np.uint8)[...] = 0xFF  # NaN
+        parameters = {"loaded": self.order, "copied": self.x, "stored": y}
+        for row in range(tiles * blocks // cut.row_groups):
+            for token in range(-(-self.want.shape[0] // cut.width)):
+                places = [(token * cut.splits + k, row, 0) for k in range(cut.splits)]
+                if cut.splits == 1:
+                    places = [(0, token, row)]
+                cluster = [
+                    Machine(ptx, parameters, self.maps(), cut.groups, at, seed, rank)
+                    for rank, at in enumerate(places)
+                ]
+                machine.run(cluster)
+        if kind is np.uint16:
+            y = machine.decoded(y, self.form.result)
+        return int((y != self.want).sum())
 
 
-def compiled(cut: hopper.Tiling, tiles: int, rows: int, dtype: str) -> Product:
+def compiled(form: Form) -> Product:
     """A product of small integers, ragged in its columns."""
     rng = np.random.default_rng(0)
-    packed, w = selfcheck.example(rng, tiles, rows, 6, 32 * STEPS - 3, dtype)
-    x = rng.integers(-2, 3, (cut.width, w.shape[1])).astype(np.float32)
-    ready, activations = layouts.tiles(packed), jnp.asarray(x, dtype)
-    index = ready["index"] if tiles > 1 else None
-    activations = (
-        activations.T
-        if tiles > 1
-        else layouts.gather(activations, ready["index"].reshape(-1))
-    )
+    cut, source, dtype = form.cut, form.source, form.dtype
+    packed, w = selfcheck.example(rng, form.tiles, form.rows, 8, 32 * STEPS - 7, dtype)
+    ready = layouts.tiles(packed)
+    index, out = ready["index"], jnp.dtype(form.result)
+    x = rng.integers(-1, 2, (form.tokens or cut.width, w.shape[1])).astype(np.float32)
+    activations = jnp.asarray(x, dtype)
+    if source is Source.PLAIN:  # the columns of the stream that exist are the inputs
+        stream = layouts.gather(activations, index.reshape(-1))
+        activations = stream[:, : 128 * STEPS - 8]
+    if source is Source.STREAM:
+        activations = layouts.gather(activations, index.reshape(-1))
+    indexed = source in (Source.LISTED, Source.HELD)
     arrays = [ready["values"], ready["meta"], activations, ready["order"]]
+    arrays += [index] if indexed else []
 
     def run(*arrays: Any) -> Any:
         values, meta, x, order, *index = arrays
-        out, f32 = packed.shape[0], jnp.dtype(jnp.float32)
-        return hopper.product(values, meta, x, order, out, f32, cut, *index)
+        return hopper.product(
+            values, meta, x, order, packed.shape[0], out, cut, source, *index
+        )
 
-    arrays += [] if index is None else [index]
     shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays)
     chip = gpu_compile.CHIPS["h200"]
     case = gpu_compile.Case("wgmma_sp", "small", run, shapes, "", "")
     text = gpu_compile.dump(case, chip, gpu_compile.mesh_of(chip))
-    raw = [np.array(a) for a in arrays]
-    raw = [a.view(np.uint16) if a.itemsize == 2 else a for a in raw]
-    listed = None if index is None else raw[4]
-    values, meta, taken, order = raw[:4]
-    return Product(text[".ptx"], cut, values, meta, taken, order, listed, w @ x.T)
+    if source is Source.LISTED:
+        activations = activations.T
+    raw = [
+        np.array(a)
+        for a in (ready["values"], ready["meta"], activations, ready["order"], index)
+    ]
+    values, meta, taken, order, listed = (
+        a.view(np.uint16) if a.itemsize == 2 else a for a in raw
+    )
+    want = x @ w.T
+    if form.result == "bfloat16":
+        assert np.abs(want).max() <= 256, "exact in bfloat16"
+    return Product(text[".ptx"], form, values, meta, taken, order, listed, want)
 
 
-ROWS = hopper.Tiling(1, 1, 16)
-GATHERED = hopper.Tiling(1, 2, 32)
+ROWS = Form(Tiling(1, 1, 16))
+TURNED = Form(Tiling(1, 2, 32), Source.LISTED, 2, dtype="float16")
+SPLIT = Form(Tiling(2, 1, 8, 2, 5), Source.PLAIN, 1, 128, 5)
+TAKEN = Form(Tiling(2, 1, 8, 2, held=True), Source.HELD, 1, 128, 3)
 FORMS = {
-    "rows": (ROWS, 1, 64, "bfloat16"),
-    "8 tokens, 2 splits, ragged": (hopper.Tiling(1, 1, 8, 2), 1, 56, "float16"),
-    "2 row groups": (hopper.Tiling(2, 1, 16), 1, 128, "bfloat16"),
-    "gathered, 2 token groups": (GATHERED, 2, 64, "float16"),
-    "gathered, 2 row groups": (hopper.Tiling(2, 1, 16, 1, 5), 2, 128, "bfloat16"),
+    "rows": ROWS,
+    "2 row groups": Form(Tiling(2, 1, 16), rows=128, result="bfloat16"),
+    "8 tokens, 3 splits": Form(Tiling(1, 1, 8, 3), rows=56, dtype="float16"),
+    "2 token groups, 2 splits": Form(Tiling(1, 2, 16, 2)),
+    "plain, 2 row groups, 2 splits": SPLIT,
+    "plain, 2 blocks of tokens": Form(Tiling(1, 1, 8), Source.PLAIN, tokens=11),
+    "gathered, 2 token groups": TURNED,
+    "gathered, 2 row groups": Form(
+        Tiling(2, 1, 16, 1, 5), Source.LISTED, 2, 128, dtype="bfloat16"
+    ),
+    "held, 2 row groups, 2 splits": TAKEN,
+    "held, 1 token": Form(Tiling(1, 1, 8, held=True), Source.HELD, 2, tokens=1),
 }
 
 
@@ -114,7 +164,7 @@ def products():
 
     def get(name: str) -> Product:
         if name not in kept:
-            kept[name] = compiled(*FORMS[name])
+            kept[name] = compiled(FORMS[name])
         return kept[name]
 
     return get
@@ -142,6 +192,40 @@ def wrong_parity(ptx: str) -> str:
 
 def no_fence(ptx: str) -> str:
     return ptx.replace("fence.proxy.async.shared::cta;", "")
+
+
+def no_meeting(number: int) -> Any:
+    """Without a meeting of the cluster; number 0 is that of the barriers."""
+
+    def spoil(ptx: str) -> str:
+        lines = re.findall(r"barrier\.cluster\.\S+;", ptx)
+        assert len(lines) == 6, lines
+        pieces = re.split(r"barrier\.cluster\.\S+;", ptx)
+        lines[2 * number : 2 * number + 2] = ["", ""]
+        return "".join(a + b for a, b in zip(pieces, [*lines, ""], strict=True))
+
+    return spoil
+
+
+def no_sync_of_groups(ptx: str) -> str:
+    """The two warpgroups do not wait for each other before they hand sums over."""
+    start = ptx.rindex("mbarrier.try_wait")
+    end = ptx.index(";", start)
+    wait = re.sub(
+        r"mbarrier\.try_wait\S+ P1, .*", "setp.eq.s32 P1, 0, 0", ptx[start:end]
+    )
+    assert start < ptx.index("st.shared.v2")
+    return ptx[:start] + wait + ptx[end:]
+
+
+def other_order(ptx: str) -> str:
+    """Sums of the first block twice instead of those of the second."""
+    return re.sub(r"(mapa\.shared::cluster\.u32 \S+ \S+), (%r\d+)", r"\1, 0", ptx)
+
+
+def ungrouped_copies(ptx: str) -> str:
+    """x is read before all of it is held."""
+    return re.sub(r"cp\.async\.wait_group\s+0;", "", ptx, count=1)
 
 
 def shorter_wait(ptx: str) -> str:
@@ -174,6 +258,15 @@ def other_stride(ptx: str) -> str:
         ("gathered, 2 token groups", no_fence),
         ("gathered, 2 token groups", shorter_gather),
         ("gathered, 2 token groups", other_selector),
+        ("plain, 2 row groups, 2 splits", no_fence),
+        ("plain, 2 row groups, 2 splits", shorter_gather),
+        ("8 tokens, 3 splits", no_meeting(1)),
+        ("plain, 2 row groups, 2 splits", no_meeting(2)),
+        ("plain, 2 row groups, 2 splits", other_order),
+        ("2 token groups, 2 splits", no_sync_of_groups),
+        ("held, 2 row groups, 2 splits", no_fence),
+        ("held, 2 row groups, 2 splits", ungrouped_copies),
+        ("held, 2 row groups, 2 splits", wrong_parity),
     ],
 )
 def test_a_spoilt_program_is_caught(products, name, spoil):
@@ -181,11 +274,11 @@ def test_a_spoilt_program_is_caught(products, name, spoil):
 
 
 def test_a_product_in_flight_while_metadata_are_loaded_is_caught():
-    assert caught(compiled(hopper.Tiling(1, 1, 16, in_flight=1), 1, 64, "bfloat16"))
+    assert caught(compiled(Form(Tiling(1, 1, 16, in_flight=1))))
 
 
 def test_a_slot_that_is_filled_too_early_is_caught(monkeypatch):
     """One step more ahead: the slot that the other warpgroup still reads."""
     early = property(lambda cut: cut.depth - cut.in_flight)
-    monkeypatch.setattr(hopper.Tiling, "ahead", early)
-    assert caught(compiled(GATHERED, 2, 64, "float16"))
+    monkeypatch.setattr(Tiling, "ahead", early)
+    assert caught(compiled(TURNED))

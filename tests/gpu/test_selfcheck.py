@@ -161,5 +161,7 @@ def test_without_a_gpu_nothing_is_checked(child, monkeypatch):
 )
 def test_examples_are_what_they_claim(case):
     sizes = case.tiles, case.rows, case.dense, case.groups
-    packed, w = selfcheck.example(np.random.default_rng(0), *sizes, case.dtype)
+    packed, w = selfcheck.example(
+        np.random.default_rng(0), *sizes, case.dtype, case.plain
+    )
     np.testing.assert_array_equal(np.asarray(unpack(packed), np.float32), w)
