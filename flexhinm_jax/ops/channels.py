@@ -25,7 +25,7 @@ from jax import Array, lax
 
 from flexhinm_jax.ops import assignment, draws, masks, regions
 
-UNROLL = 16  # rows per step of the max-reduction: keeps the accumulator in registers
+UNROLL = 8  # rows per step of the max-reduction: keeps the accumulator in registers
 ROUNDS = 2  # of exchanges per gain matrix; more is lost on the next sample
 
 

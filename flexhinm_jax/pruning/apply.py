@@ -24,6 +24,7 @@ from flexhinm_jax.pruning.solve import (
     in_stacks,
     keys_for,
     method_for,
+    over_matrices,
     scaled,
     settled,
     split,
@@ -95,7 +96,8 @@ def decide_leaves(
         tasks[path] = Task(own, leaves.like(use), weight, (keys, state))
     plans: dict[str, Plan] = {}
     with states_of(method):
-        for part in in_stacks(_decide, tasks):
+        concrete = all(map(checks.is_concrete, jax.tree.leaves((states, leaves))))
+        for part in in_stacks(_decide, tasks, of_any_model=concrete):
             plans |= part
     plans = {
         path: settled(
@@ -143,7 +145,8 @@ def rounded(plans: dict[str, Plan], leaves: Leaves, uses: Uses) -> dict[str, Pla
 
 @functools.partial(jax.jit, static_argnames="method")
 def _decide(method, w, keys, states):
-    return jax.vmap(lambda w, k, s: method.decide(s, w, key=k))(w, keys, states)
+    one = lambda w, k, s: method.decide(s, w, key=k)  # noqa: E731
+    return over_matrices(one, w.ndim - 2)(w, keys, states)
 
 
 def check_finite(plans: Mapping[str, Plan], methods: Mapping[str, Method]) -> None:

@@ -18,6 +18,7 @@ extreme size are scaled, matrices that no input reached keep their largest weigh
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import zlib
@@ -43,6 +44,11 @@ logger = logging.getLogger("flexhinm_jax")
 
 #: Weights in one vmapped call; more are split, so that memory stays bounded.
 MAX_STACK_WEIGHTS = 1 << 24
+
+#: The same on a CPU for a program that other models are to use: a larger stack is not
+#: faster there (384 x 384, FlexHiNM with Gyro: .10 CPU seconds per matrix alone and in
+#: a stack of 8), and a program for one matrix serves every model that has its shape.
+MAX_STACK_WEIGHTS_ON_CPU = 1 << 15
 
 #: Weights below 2^40 and above 2^-40 are solved as they are.
 MAX_EXPONENT = 40
@@ -209,7 +215,7 @@ def solve_leaves(
             method, key, leaves, use, stats.get(path), sparsity, before
         )
     states: dict[str, State] = {}
-    for part in in_stacks(_solve, tasks):
+    for part in in_stacks(_solve, tasks, of_any_model=True):
         states |= part
         if progress is not None:
             progress(len(states), len(tasks))
@@ -411,7 +417,7 @@ def split(state: State) -> tuple[State, dict[str, Any]]:
 @functools.partial(jax.jit, static_argnames="method")
 def _solve(method, w, keys, stats, sparsity, prev):
     one = functools.partial(solve_matrix, method)
-    return jax.vmap(one)(w, keys, stats, sparsity, prev)
+    return over_matrices(one, w.ndim - 2)(w, keys, stats, sparsity, prev)
 
 
 def solve_matrix(
@@ -426,8 +432,27 @@ def solve_matrix(
     return method.solve(key, w, stats, sparsity=sparsity, prev=prev)
 
 
+def over_matrices(one: Callable[..., Any], axes: int) -> Callable[..., Any]:
+    """`one`, written for one matrix, over the leading axes of a stack in one vmap.
+
+    Args:
+      one: function of trees of arrays.
+      axes: how many stack axes the arrays have; without any, `one` itself.
+    """
+    if axes == 0:
+        return one
+
+    def over(*trees: Any) -> Any:
+        stack = jax.tree.leaves(trees)[0].shape[:axes]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), trees)
+        results = jax.vmap(one)(*flat)
+        return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), results)
+
+    return over
+
+
 def in_stacks(
-    run: Callable[..., Any], tasks: Mapping[Any, Task]
+    run: Callable[..., Any], tasks: Mapping[Any, Task], *, of_any_model: bool = False
 ) -> Iterator[dict[Any, Any]]:
     """Runs `run(method, weight, *others)` once per stack of equal matrices.
 
@@ -435,35 +460,38 @@ def in_stacks(
     weights; one task is never split.
 
     Args:
-      run: takes a method and trees of arrays with one leading axis, [matrices, ...].
+      run: takes a method and trees of arrays with the same leading axes: those of the
+        task, or one of several tasks.
       tasks: name -> task.
+      of_any_model: compile programs that serve other models too. Stacks are filled up
+        to a round number of tasks by repeating the last one, and on a CPU only small
+        matrices are stacked.
 
     Yields:
       name -> result with the leading stack axes of the task, stack by stack.
     """
+    limit, rounded = MAX_STACK_WEIGHTS, lambda count: count
+    if of_any_model:
+        rounded = round_count
+        if jax.default_backend() == "cpu":
+            limit = min(limit, MAX_STACK_WEIGHTS_ON_CPU)
     groups: dict[Hashable, dict[Any, Task]] = defaultdict(dict)
     for name, task in tasks.items():
         groups[_signature(task)][name] = task
     for group in groups.values():
-        for part in _parts(group):
-            arrays = [_flat(task) for task in part.values()]
+        for part in _parts(group, limit, rounded):
+            arrays = [(task.weight(), *task.others) for task in part.values()]
             method = next(iter(part.values())).method
-            stacked = arrays[0]
-            if len(arrays) > 1:  # of one task nothing is copied
-                stacked = jax.tree.map(lambda *xs: jnp.concatenate(xs), *arrays)
+            if len(arrays) == 1:  # of one task nothing is copied
+                yield dict.fromkeys(part, run(method, *arrays[0]))
+                continue
+            stacks = [task.like.shape[:-2] for task in part.values()]
+            arrays += arrays[-1:] * (rounded(len(arrays)) - len(arrays))
+            axes = tuple(x[0].ndim - 2 for x in arrays)
+            joined = _join(arrays, axes)
             del arrays
-            results, end, out = run(method, *stacked), 0, {}
-            for name, task in part.items():
-                *stack, _, _ = task.like.shape
-                start, end = end, end + math.prod(stack)
-                own = results
-                if len(part) > 1:
-                    own = jax.tree.map(lambda x: x[start:end], results)  # noqa: B023
-                out[name] = jax.tree.map(
-                    lambda x: x.reshape(*stack, *x.shape[1:]),  # noqa: B023
-                    own,
-                )
-            yield out
+            results = _part(run(method, *joined), tuple(stacks))
+            yield dict(zip(part, results, strict=True))
 
 
 def _signature(task: Task) -> Hashable:
@@ -473,20 +501,47 @@ def _signature(task: Task) -> Hashable:
     return task.method, structure, tuple((x.shape[axes:], str(x.dtype)) for x in leaves)
 
 
-def _flat(task: Task) -> Any:
-    """The arrays of a task with one leading axis."""
-    axes = len(task.like.shape) - 2
-    arrays = task.weight(), *task.others
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), arrays)
+def round_count(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: at most a third is repeated."""
+    power = 1 << (count - 1).bit_length()
+    return power if 4 * count > 3 * power or power < 4 else 3 * power // 4
 
 
-def _parts(group: dict[Any, Task]) -> Iterator[dict[Any, Task]]:
-    """Whole tasks, as many as fit into `MAX_STACK_WEIGHTS`, at least one."""
+@functools.partial(jax.jit, static_argnames="axes")
+def _join(arrays: list[Any], axes: tuple[int, ...]) -> Any:
+    """The arrays of tasks with one leading axis in place of so many of each."""
+
+    def join(*xs: Array) -> Array:
+        parts = zip(xs, axes, strict=True)
+        return jnp.concatenate([x.reshape(-1, *x.shape[n:]) for x, n in parts])
+
+    return jax.tree.map(join, *arrays)
+
+
+@functools.partial(jax.jit, static_argnames="stacks")
+def _part(results: Any, stacks: tuple[tuple[int, ...], ...]) -> list[Any]:
+    """The results of every task, with its stack axes: one program for all slices."""
+    ends = list(itertools.accumulate(map(math.prod, stacks)))
+
+    def own(stack: tuple[int, ...], end: int) -> Any:
+        start = end - math.prod(stack)
+        return jax.tree.map(
+            lambda x: x[start:end].reshape(*stack, *x.shape[1:]), results
+        )
+
+    return [own(stack, end) for stack, end in zip(stacks, ends, strict=True)]
+
+
+def _parts(
+    group: dict[Any, Task], limit: int, rounded: Callable[[int], int]
+) -> Iterator[dict[Any, Task]]:
+    """Whole tasks, as many as fit into `limit` weights, at least one."""
     part: dict[Any, Task] = {}
     filled = 0
     for name, task in group.items():
         size = math.prod(task.like.shape)
-        if part and filled + size > MAX_STACK_WEIGHTS:
+        more = rounded(len(part) + 1) - len(part)
+        if part and filled + more * size > limit:
             yield part
             part, filled = {}, 0
         part[name], filled = task, filled + size

@@ -161,14 +161,15 @@ def solve_stack(
     Args:
       stats: [*stack, ...], of the stack of inputs that every member of a cut reads.
       method: static.
-      w: [members * stack, o, i].
-      keys: [members * stack].
-      cross: f32[members * stack, o, i] or None.
-      target_mean: f32[members * stack, o] or None.
-      sparsity: f32[members * stack] or None.
+      w: [*lead, o, i]; the leading axes hold any number of members of that stack, one
+        after the other, here and below.
+      keys: [*lead].
+      cross: f32[*lead, o, i] or None.
+      target_mean: f32[*lead, o] or None.
+      sparsity: f32[*lead] or None.
     """
     # Here it costs no copy of the Gram matrices.
-    axes = stats.mean.ndim - 1
+    axes, lead = stats.mean.ndim - 1, w.shape[:-2]
     stats = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), stats)
     stack = stats.mean.shape[0]
 
@@ -182,12 +183,12 @@ def solve_stack(
         return plan, squared(lost, stats.gram) / total, method.diagnostics(state)
 
     members = jax.tree.map(
-        lambda x: x.reshape(-1, stack, *x.shape[1:]),
+        lambda x: x.reshape(-1, stack, *x.shape[len(lead) :]),
         (w, keys, cross, target_mean, sparsity),
     )
     over = jax.vmap(jax.vmap(one), in_axes=(None, 0, 0, 0, 0, 0))
     results = over(stats, *members)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[2:]), results)
 
 
 def squared(w: Array, gram: Array) -> Array:

@@ -1,3 +1,6 @@
+from typing import Any
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,6 +130,33 @@ def test_a_stack_over_the_memory_limit_is_split_without_changing_results(monkeyp
     _, split = pruned(method, 0.6)
     for path, plan in whole.plans.items():
         np.testing.assert_array_equal(plan.support.keep, split.plans[path].support.keep)
+
+
+def equal_matrices(count):
+    def apply(params, x):
+        return sum(x @ w for w in params)
+
+    params = list(jax.random.normal(jax.random.key(5), (6, 8, 16)))[:count]
+    method = fh.Magnitude(fh.FlexHiNM(4))
+    return fh.prune(
+        apply, params, [jnp.ones((2, 8))], method, sparsity=0.5, key=KEY
+    ).plans
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 15], ids=["alone", "stacked"])
+def test_models_with_other_numbers_of_equal_matrices_share_programs(monkeypatch, limit):
+    monkeypatch.setattr(solve, "MAX_STACK_WEIGHTS_ON_CPU", limit)
+    six = equal_matrices(6)
+    programs: Any = solve._solve
+    before = programs._cache_size()
+    five = equal_matrices(5)
+    assert programs._cache_size() == before
+    chex.assert_trees_all_equal(five, {path: six[path] for path in five})
+
+
+def test_round_counts_repeat_at_most_a_third():
+    rounded = [solve.round_count(count) for count in range(1, 18)]
+    assert rounded == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24]
 
 
 def test_a_rule_gives_a_leaf_its_own_pattern_and_sparsity():
