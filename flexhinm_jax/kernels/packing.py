@@ -23,6 +23,7 @@ from flexhinm_jax.kernels.validation import (
     verify_packed,
     verify_plan,
 )
+from flexhinm_jax.ops import masks
 from flexhinm_jax.paths import over_stack
 from flexhinm_jax.types import BlockDiagonal, Layout, PackedWeight, Plan, Regions
 
@@ -119,9 +120,9 @@ def pack_to(
     def gather(start, end, size):
         p = start[:, None] + jnp.arange(size, dtype=jnp.int32)
         live = p < end[:, None]
-        column = jnp.take_along_axis(r.in_order, jnp.minimum(p, i - 1), axis=1)
+        column = masks.take(r.in_order, jnp.minimum(p, i - 1), axis=1)
         column = jnp.where(live, column, 0)
-        take = lambda x: jnp.take_along_axis(x, column[:, None], axis=2)  # noqa: E731
+        take = lambda x: masks.take(x, column[:, None], axis=2)  # noqa: E731
         kept = take(keep) & live[:, None]
         return column, jnp.where(kept, take(weight), jnp.zeros((), weight.dtype)), kept
 
@@ -133,7 +134,7 @@ def pack_to(
     # Kept positions first, both halves in ascending order: strictly increasing.
     position = jnp.argsort(~groups, axis=-1, stable=True)[..., : r.n]
     position = position.astype(jnp.uint32)
-    values = jnp.take_along_axis(nm_weight.reshape(groups.shape), position, axis=-1)
+    values = masks.take(nm_weight.reshape(groups.shape), position, axis=-1)
     packed = PackedWeight(
         dense_index=dense_index,
         dense_values=dense_values,

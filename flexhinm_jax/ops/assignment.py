@@ -24,6 +24,8 @@ import optax
 from jax import Array, lax
 from scipy import optimize
 
+from flexhinm_jax.ops import masks
+
 #: Relative improvement below which an exchange is float noise.
 TOLERANCE = 1e-6
 
@@ -47,7 +49,7 @@ def partners(delta: Array) -> Array:
     # min of the matching indices instead of argmax: reduces along the major axis
     first = jnp.where(delta == best[..., None, :], place[:, None], g - 1)
     choice = jnp.min(first, axis=-2)
-    mutual = jnp.take_along_axis(choice, choice, axis=-1) == place
+    mutual = masks.take(choice, choice, axis=-1) == place
     return jnp.where(mutual & (best > 0), choice, place)
 
 
@@ -63,16 +65,17 @@ def swaps(gain: Array, rounds: int) -> Array:
       least that of the identity.
     """
     g = gain.shape[-1]
-    order = jnp.broadcast_to(jnp.arange(g, dtype=jnp.int32), gain.shape[:-1])
-    for left in reversed(range(rounds)):
-        own = jnp.diagonal(gain, axis1=-2, axis2=-1)
+    same = jnp.broadcast_to(jnp.arange(g, dtype=jnp.int32), gain.shape[:-1])
+
+    def exchange(_, order):
+        now = masks.take(gain, order[..., None, :], axis=-1)
+        own = jnp.diagonal(now, axis1=-2, axis2=-1)
         both = own[..., :, None] + own[..., None, :]
-        delta = gain + jnp.swapaxes(gain, -1, -2) - both
+        delta = now + jnp.swapaxes(now, -1, -2) - both
         partner = partners(delta - TOLERANCE * both)
-        order = jnp.take_along_axis(order, partner, axis=-1)
-        if left:
-            gain = jnp.take_along_axis(gain, partner[..., None, :], axis=-1)
-    return order
+        return masks.take(order, partner, axis=-1)
+
+    return lax.fori_loop(0, rounds, exchange, same)
 
 
 def hungarian(gain: Array) -> Array:
@@ -111,9 +114,7 @@ def exchanges(scores: Array, table: Array) -> tuple[Array, Array]:
     """
     t, v = table.shape
     fit = scores[table]  # [t, v, t]
-    own = jnp.take_along_axis(
-        fit, jnp.arange(t, dtype=jnp.int32)[:, None, None], axis=2
-    )
+    own = masks.take(fit, jnp.arange(t, dtype=jnp.int32)[:, None, None], axis=2)
     move = fit - own
     best = jnp.max(move, axis=1)
     index = jnp.arange(v, dtype=jnp.int32)[:, None]

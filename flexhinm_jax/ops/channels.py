@@ -102,7 +102,7 @@ def search(
             choice = assignment.swaps(gain, ROUNDS)
         else:
             choice = accept_better(gain, assignment.hungarian(gain))
-        moved = jnp.take_along_axis(sub[..., 0], choice, axis=1)
+        moved = masks.take(sub[..., 0], choice, axis=1)
         return table.at[:, units_of, 0].set(moved)
 
     def sweep(table, key):
@@ -110,7 +110,7 @@ def search(
         drawn = jnp.argsort(bits[0], stable=True).astype(jnp.int32)
         shift = (bits[1:] % m).astype(jnp.int32)
         turn = (slot + shift[..., None]) % m
-        table = jnp.take_along_axis(table, turn, axis=2)
+        table = masks.take(table, turn, axis=2)
 
         def one(g, table):
             at = lax.dynamic_slice_in_dim(drawn, g * block, block)
@@ -118,7 +118,7 @@ def search(
 
         table = lax.fori_loop(0, units // block, one, table)
         back = (slot - shift[..., None]) % m
-        table = jnp.take_along_axis(table, back, axis=2)
+        table = masks.take(table, back, axis=2)
         return table, regions.value(tiles, ordered(table)) if trace else None
 
     def ordered(table):
@@ -134,7 +134,7 @@ def search(
 def accept_better(gain: Array, choice: Array) -> Array:
     """`choice` where it gains more than the identity, else the identity, per tile."""
     before = jnp.sum(jnp.diagonal(gain, axis1=-2, axis2=-1), axis=-1)
-    after = jnp.take_along_axis(gain, choice[..., None], axis=-1)[..., 0]
+    after = masks.take(gain, choice[..., None], axis=-1)[..., 0]
     better = jnp.sum(after, axis=-1) > before * (1 + assignment.TOLERANCE)
     same = jnp.arange(choice.shape[-1], dtype=jnp.int32)
     return jnp.where(better[..., None], choice, same)

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flexhinm_jax.ops import assignment, draws
+from flexhinm_jax.ops import assignment, draws, masks
 
 RHO = 0.75  # measured .735-.80 for |w|; a multiple of 1/4, see `gradient`
 SHARE = 0.25  # of the rows may move in one step
@@ -196,7 +196,7 @@ def exchange(drawn, state, scores, whole, counts):
     tile = jnp.arange(t, dtype=jnp.int32)
     movable = max(1, round(SHARE * v))
     drawn = jnp.argsort(drawn, axis=1, stable=True).astype(jnp.int32)[:, :movable]
-    rows = jnp.take_along_axis(table, drawn, axis=1).reshape(-1)
+    rows = masks.take(table, drawn, axis=1).reshape(-1)
     teams = jnp.arange(t * movable, dtype=jnp.int32).reshape(t, movable)
     delta, slot = assignment.exchanges(fits(whole[rows], c, level), teams)
     # Pairs with a negative bound are tried as well: the exact f decides.
@@ -211,8 +211,9 @@ def exchange(drawn, state, scores, whole, counts):
     gain = new_f - f
     gain += gain[partner]
     ok = (partner != tile) & (gain > assignment.TOLERANCE * (f + f[partner]))
+    here = ok[:, None] & (jnp.arange(v, dtype=jnp.int32) == at[:, None])
     return (
-        table.at[tile, at].set(jnp.where(ok, row[partner], row)),
+        jnp.where(here, row[partner][:, None], table),
         jnp.where(ok[:, None], new, c),
         jnp.where(ok, new_f, f),
         jnp.where(ok, new_level, level),
@@ -243,7 +244,7 @@ def divide(drawn, state, scores, counts):
     x = scores[rows]  # [pairs, 2v, i]
     mean = jnp.mean(x, axis=1)
     first = (drawn[t : t + pairs] % (2 * v)).astype(jnp.int32)
-    direction = jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0] - mean
+    direction = masks.take(x, first[:, None, None], axis=1)[:, 0] - mean
 
     def along(direction):
         return jnp.einsum("pri,pi->pr", x, direction, precision="highest")
@@ -258,7 +259,7 @@ def divide(drawn, state, scores, counts):
     def cut(_, carry):
         """The upper halves of all pairs, then the lower halves, and their sums."""
         order = jnp.argsort(-along(carry[0]), axis=1, stable=True)
-        new = jnp.take_along_axis(rows, order, axis=1).reshape(pairs, 2, v)
+        new = masks.take(rows, order, axis=1).reshape(pairs, 2, v)
         new = new.swapaxes(0, 1).reshape(2 * pairs, v)
         new_c = tile_sums(scores, new)
         new_f, new_level = worth(new_c, counts)

@@ -13,6 +13,15 @@ COUNTED = 16  # up to this group size ranks are counted pairwise, above it sorte
 WRITTEN_OUT = 8  # up to this one the pairs are written out
 
 
+def take(x: Array, index: Array, axis: int) -> Array:
+    """`jnp.take_along_axis` for indices that are in bounds.
+
+    That function fills what is out of bounds, which costs two more kernels to compile
+    and to run at every call.
+    """
+    return jnp.take_along_axis(x, index, axis=axis, mode="promise_in_bounds")
+
+
 def ranks(scores: Array) -> Array:
     """Position of every entry in the descending order of the last axis.
 

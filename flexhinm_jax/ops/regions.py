@@ -142,8 +142,8 @@ def group_scores(order: Array, start: Array, tiles: Array, m: int) -> Array:
     """
     t, v, i = tiles.shape
     p = start[:, None] + jnp.arange(i // m * m, dtype=jnp.int32)
-    index = jnp.take_along_axis(order, jnp.minimum(p, i - 1), axis=1)
-    return jnp.take_along_axis(tiles, index[:, None], axis=2).reshape(t, v, -1, m)
+    index = masks.take(order, jnp.minimum(p, i - 1), axis=1)
+    return masks.take(tiles, index[:, None], axis=2).reshape(t, v, -1, m)
 
 
 def kept(
@@ -167,10 +167,10 @@ def kept(
     chosen = (masks.group_ranks(groups) < n).reshape(t, v, -1)
     p = jnp.arange(i, dtype=jnp.int32)
     at = jnp.clip(p - dense_end[:, None], 0, chosen.shape[-1] - 1)
-    chosen = jnp.take_along_axis(chosen, at[:, None], axis=2)
+    chosen = masks.take(chosen, at[:, None], axis=2)
     in_nm = (p >= dense_end[:, None]) & (p < nm_end[:, None])
     keep = (p < dense_end[:, None])[:, None] | (in_nm[:, None] & chosen)
-    return jnp.take_along_axis(keep, jnp.argsort(order, axis=1)[:, None], axis=2)
+    return masks.take(keep, jnp.argsort(order, axis=1)[:, None], axis=2)
 
 
 def value(tiles: Array, columns: Columns) -> Array:
@@ -186,7 +186,7 @@ def value(tiles: Array, columns: Columns) -> Array:
     order, dense, m = columns.order, columns.dense, columns.m
     t, _, i = tiles.shape
     tiles = tiles.astype(jnp.float32)
-    column = jnp.take_along_axis(jnp.sum(tiles, axis=1), order, axis=1)
+    column = masks.take(jnp.sum(tiles, axis=1), order, axis=1)
     in_dense = jnp.arange(i, dtype=jnp.int32) < dense
     groups = group_scores(order, jnp.full((t,), dense, jnp.int32), tiles, m)
     live = jnp.arange(i // m, dtype=jnp.int32) < columns.h
@@ -213,7 +213,7 @@ def boundary_curve(tiles: Array, k: Array, n: int, m: int) -> Callable[[Array], 
     t, _, i = tiles.shape
     size = i // m
     order = ranked(jnp.sum(tiles, axis=1, dtype=jnp.float32))
-    rows = jnp.take_along_axis(
+    rows = masks.take(
         jnp.swapaxes(tiles, 1, 2).astype(jnp.float32), order[..., None], axis=1
     )
     dense_sums = jnp.cumsum(jnp.sum(rows, axis=(0, 2)))
@@ -358,16 +358,14 @@ def absorb(tiles: Array, columns: Columns) -> Columns:
     n, m = columns.n, columns.m
     i = order.shape[-1]
     p = jnp.arange(i, dtype=jnp.int32)
-    column = jnp.take_along_axis(jnp.sum(tiles, axis=1), order, axis=1)
+    column = masks.take(jnp.sum(tiles, axis=1), order, axis=1)
     pruned = i - dense - m * h
     new = jnp.minimum(dense // n, pruned // (m - n))
     # dense and pruned columns by score, the groups where they are
     section = jnp.where(p < dense, 0, jnp.where(p < dense + m * h, 1, 2))
     by_score = jnp.argsort(jnp.where(section == 1, 0, -column), axis=1, stable=True)
     by_section = jnp.argsort(section[by_score], axis=1, stable=True)
-    order = jnp.take_along_axis(
-        order, jnp.take_along_axis(by_score, by_section, axis=1), axis=1
-    )
+    order = masks.take(order, masks.take(by_score, by_section, axis=1), axis=1)
     left = dense - n * new
     group, slot = (p - left) // m, (p - left) % m
     source = jnp.where(
@@ -412,10 +410,10 @@ def shrink(scores: Array, prev: Support, k: Array, steps: Steps) -> Support:
     tiles = jnp.where(keep, tiles, 0).astype(jnp.float32)
     p = jnp.arange(i, dtype=jnp.int32)
     # Dense columns by score; the rest of the order is untouched.
-    column = jnp.take_along_axis(jnp.sum(tiles, axis=1), order, axis=1)
+    column = masks.take(jnp.sum(tiles, axis=1), order, axis=1)
     by_score = ranked(jnp.where(p < dense, column, -1.0 - p))
-    order = jnp.take_along_axis(order, by_score, axis=1)
-    sums = jnp.cumsum(jnp.take_along_axis(column, by_score, axis=1), axis=1)
+    order = masks.take(order, by_score, axis=1)
+    sums = jnp.cumsum(masks.take(column, by_score, axis=1), axis=1)
     old_groups = jnp.sum(group_scores(order, dense_end, tiles, m), axis=(1, 3))
     slot = jnp.arange(size, dtype=jnp.int32)
     old_groups = jnp.where(slot < old, old_groups, -1.0)
@@ -456,12 +454,12 @@ def shrink(scores: Array, prev: Support, k: Array, steps: Steps) -> Support:
     in_fresh = (p >= d) & (p < d + m * q)
     in_old = (p >= dense) & (p < dense + m * old)
     group = jnp.where(in_fresh, (p - d) // m, size + (p - dense) // m)
-    group_rank = jnp.take_along_axis(
+    group_rank = masks.take(
         rank, jnp.broadcast_to(jnp.clip(group, 0, 2 * size - 1), (t, i)), axis=1
     )
     chosen = (in_fresh | in_old) & (group_rank < h)
     section = jnp.where(p < d, -1, jnp.where(chosen, group_rank, 2 * size))
-    new_order = jnp.take_along_axis(
+    new_order = masks.take(
         fresh_order, jnp.argsort(section, axis=1, stable=True), axis=1
     )
     new = Columns(new_order, d, h, n, m).regions(before.out_order)
