@@ -35,6 +35,9 @@ __all__ = [
     "swap",
 ]
 
+MARKER = "config.json"
+"""File by which an earlier output is recognised."""
+
 
 class InUse(OSError):
     """Another process is writing there."""
@@ -131,16 +134,13 @@ def file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def directory(
-    path: str | os.PathLike, *, overwrite: bool = False, marker: str = "config.json"
-) -> Iterator[Path]:
+def directory(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty temporary sibling of `path`, which becomes `path` on success.
 
     Args:
       path: directory to write; missing parents are created.
-      overwrite: replaces an existing directory that is empty or holds `marker`. Any
-        other directory stays: it is not something that this package wrote.
-      marker: file by which an earlier output is recognised.
+      overwrite: replaces an existing directory that is empty or holds a config.json.
+        Any other directory stays: it is not something that this package wrote.
 
     Yields:
       Path of the directory to fill.
@@ -151,22 +151,19 @@ def directory(
     """
     target = Path(os.path.realpath(path))
     with locked(path), _sibling(target) as temporary:
-        check_directory(path, overwrite=overwrite, marker=marker)
+        check_directory(path, overwrite=overwrite)
         temporary.mkdir()
         yield temporary
         flush(temporary)
         swap(temporary, target)
 
 
-def check_directory(
-    path: str | os.PathLike, *, overwrite: bool = False, marker: str = "config.json"
-) -> None:
+def check_directory(path: str | os.PathLike, *, overwrite: bool = False) -> None:
     """Raises what `directory` would raise, for asking before a long computation.
 
     Args:
       path: the directory that is going to be written.
       overwrite: an earlier output there may be replaced.
-      marker: file by which an earlier output is known.
 
     Raises:
       FileExistsError: `path` exists and may not be replaced.
@@ -178,9 +175,9 @@ def check_directory(
         raise FileExistsError(f"{path} is a file; name a directory")
     if not overwrite:
         raise _exists(path)
-    if any(target.iterdir()) and not (target / marker).is_file():
+    if any(target.iterdir()) and not (target / MARKER).is_file():
         raise FileExistsError(
-            f"{path} has no {marker}, so it is not an earlier output and is not"
+            f"{path} has no {MARKER}, so it is not an earlier output and is not"
             " replaced; remove it by hand or choose another directory"
         )
 

@@ -185,9 +185,9 @@ class PermLLM(LearnedMethod):
             "error": jnp.zeros((2,), jnp.float32),
         }
         state = State({"logits": jnp.zeros((k, b, b), jnp.float32)}, fixed)
-        return self._fit(state, w, output_error(w, stats))
+        return self._fit(state, output_error(w, stats))
 
-    def _fit(self, state: State, w: Array, error: Any) -> State:
+    def _fit(self, state: State, error: Any) -> State:
         """Fits the logits to the layer; the best order seen becomes the start."""
 
         def loss(learned, progress):

@@ -232,8 +232,7 @@ def _check_leaf(path: str, use: Use, sharding: NamedSharding, pattern: Pattern) 
         if run is None or (unit is not None and run % unit == 0):
             continue
         what, why = _reason(pattern, side, unit, run)
-        size = math.prod(f.size for f in factors)
-        legal = _proposal(pattern, use, sharding, side, unit, size)
+        legal = _proposal(pattern, use, sharding)
         raise ValueError(
             f"{path}: sharding {sharding.spec} on a mesh of {dict(sharding.mesh.shape)}"
             f" splits {what}: {why}. {legal}"
@@ -268,14 +267,7 @@ def _reason(pattern: Pattern, side: str, unit: int | None, run: int) -> tuple[st
     return part, f"{pattern} puts rows of all shards into one tile"
 
 
-def _proposal(
-    pattern: Pattern,
-    use: Use,
-    sharding: NamedSharding,
-    side: str,
-    unit: int | None,
-    size: int,
-) -> str:
+def _proposal(pattern: Pattern, use: Use, sharding: NamedSharding) -> str:
     """A sharding that is legal, in words and as a spec."""
     rows = pattern.units().rows
     out = use.layout.out[0].axis
