@@ -60,9 +60,10 @@ from flexhinm_jax.training.gradual import gradual
 from flexhinm_jax.training.hyper import hyper_prune
 from flexhinm_jax.training.mask_optimizers import relative
 from flexhinm_jax.training.optimizers import keep_from_zeros, keep_sparse
+from flexhinm_jax.training.phases import Duration, Phase
 from flexhinm_jax.training.pulling import prox_sparse, scale_by_adam_s
 from flexhinm_jax.training.reconstruct import Reconstruct, reconstruct
-from flexhinm_jax.training.run import Duration, Phase, Run
+from flexhinm_jax.training.run import Run
 from flexhinm_jax.training.schedules import Stage, flexhinm_gp
 from flexhinm_jax.training.sharding import check_sharding
 from flexhinm_jax.training.state import Training, harden, init_training, next_stage

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
-from flexhinm_jax.training.run import At, NotFinite
+from flexhinm_jax.training.phases import At
+from flexhinm_jax.training.run import NotFinite
 from train import language, vision
 from train.lab import programs, results, tasks
 from train.lab.recipes import Recipe

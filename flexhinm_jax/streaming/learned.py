@@ -46,7 +46,8 @@ from flexhinm_jax.streaming.streaming import Limits, Output, Streamed
 from flexhinm_jax.streaming.work import Setting, Work
 from flexhinm_jax.training import few_steps, model_gates
 from flexhinm_jax.training.objectives import Teacher, output_error
-from flexhinm_jax.training.run import Judge, NotFinite, Phase, Run
+from flexhinm_jax.training.phases import Judge, Phase
+from flexhinm_jax.training.run import NotFinite, Run
 from flexhinm_jax.training.state import Training, frozen, init_training
 from flexhinm_jax.training.step import make_step
 from flexhinm_jax.types import State

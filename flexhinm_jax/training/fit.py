@@ -23,7 +23,8 @@ from flexhinm_jax.pruning import apply
 from flexhinm_jax.training import model_gates, sharding
 from flexhinm_jax.training.gradual import Saves, saves
 from flexhinm_jax.training.mask_optimizers import check_ties, tied
-from flexhinm_jax.training.run import At, Duration, Judge, NotFinite, Phase, Row, Run
+from flexhinm_jax.training.phases import At, Duration, Judge, Phase, Row
+from flexhinm_jax.training.run import NotFinite, Run
 from flexhinm_jax.training.state import Training, init_training
 from flexhinm_jax.training.step import LOSS, loss_of, make_step
 from flexhinm_jax.types import State, Uses

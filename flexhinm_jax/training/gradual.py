@@ -23,7 +23,8 @@ from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.pruning import apply, solve
 from flexhinm_jax.training import sharding
-from flexhinm_jax.training.run import Duration, Phase, Row, Run
+from flexhinm_jax.training.phases import Duration, Phase, Row
+from flexhinm_jax.training.run import Run
 from flexhinm_jax.training.schedules import Stage, check_stages
 from flexhinm_jax.training.state import (
     MASK_TX,

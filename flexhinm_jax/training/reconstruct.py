@@ -36,7 +36,8 @@ from flexhinm_jax.sequential.windows import Batch, Fit, Problem
 from flexhinm_jax.tracing.discover import Traced, discover
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.training.optimizers import keep_from_zeros, warmed_adam
-from flexhinm_jax.training.run import Judge, Phase, Run
+from flexhinm_jax.training.phases import Judge, Phase
+from flexhinm_jax.training.run import Run
 from flexhinm_jax.training.schedules import shuffled
 from flexhinm_jax.training.state import Training
 from flexhinm_jax.training.step import make_step

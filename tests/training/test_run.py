@@ -13,7 +13,8 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax.io.checkpoints import Checkpoints
-from flexhinm_jax.training.run import At, Judge, NotFinite, Phase, Run
+from flexhinm_jax.training.phases import At, Judge, Phase
+from flexhinm_jax.training.run import NotFinite, Run
 from tests.test_docs import BLOCK, DOCS
 
 KEY = jax.random.key(0)

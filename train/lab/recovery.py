@@ -26,7 +26,7 @@ from flexhinm_jax.io.checkpoints import Checkpoints
 from flexhinm_jax.models.encoder import EncoderConfig
 from flexhinm_jax.ops.gates import Relaxation
 from flexhinm_jax.tracing import views
-from flexhinm_jax.training.run import At, Row
+from flexhinm_jax.training.phases import At, Row
 from train.lab import optimizers
 from train.lab.packing import Rows
 from train.lab.teacher import Recipe, Sentences, Targets, Teacher, loss_of

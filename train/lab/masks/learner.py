@@ -16,7 +16,7 @@ import optax
 import flexhinm_jax as fh
 from flexhinm_jax.ops import gates
 from flexhinm_jax.training.fit import Learn
-from flexhinm_jax.training.run import At
+from flexhinm_jax.training.phases import At
 from flexhinm_jax.types import State, Uses
 from train.lab import optimizers
 
