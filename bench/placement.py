@@ -35,6 +35,7 @@ from jax.sharding import PartitionSpec as P
 
 import flexhinm_jax as fh
 from bench import report
+from bench.scale import llama
 from bench.study import Row, Study, alone
 from flexhinm_jax.models import decoder
 from flexhinm_jax.pruning import statistics
@@ -77,24 +78,9 @@ class Accelerator:
 
 ACCELERATOR = Accelerator()
 
-LLAMA = {"model_type": "llama", "vocab_size": 32_000}
 MODELS: dict[str, dict[str, Any]] = {
-    "LLaMA-2-7B": LLAMA
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 11_008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "LLaMA-2-70B": LLAMA
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28_672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
+    "LLaMA-2-7B": llama(4096, 11_008, 32, 32),
+    "LLaMA-2-70B": llama(8192, 28_672, 80, 64) | {"num_key_value_heads": 8},
     # About the shape of GLM-4.5-Air.
     "100B, 8 of 128 experts": {
         "model_type": "qwen3_moe",
@@ -165,21 +151,15 @@ class Cut:
 
 def cuts(config: decoder.DecoderConfig, layer: int) -> list[Cut]:
     """The cuts of a block, from the shapes of its weights."""
-    read: dict[str, list[int]] = {
-        "q_proj": [0],
-        "k_proj": [0],
-        "v_proj": [0],
-        "o_proj": [1],
-        "gate_proj": [2],
-        "up_proj": [2],
-        "down_proj": [3],
-    }
+    stages = ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"})
+    stages += ({"down_proj"},)
     experts, found = config.experts, defaultdict(list)
     for key, shape in decoder.block_shapes(config, layer).items():
         kind = key.removesuffix(".weight").rpartition(".")[2]
-        if len(shape) == 2 and kind in read:
-            expert = re.search(r"experts\.\d+", key)
-            found[read[kind][0], expert[0] if expert else ""].append(shape)
+        expert = re.search(r"experts\.\d+", key)
+        for place, kinds in enumerate(stages):
+            if len(shape) == 2 and kind in kinds:
+                found[place, expert[0] if expert else ""].append(shape)
     share = 1.0 if experts is None else experts.chosen / experts.count
     return [
         Cut(f"{place}", sum(o for o, _ in shapes), shapes[0][1], share if name else 1.0)

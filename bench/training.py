@@ -82,9 +82,7 @@ def byte_lm() -> Case:
     uses = fh.discover(apply_fn, params, tokens[:, :-1], rules=dict(config.rules))
 
     def loss_fn(params, tokens):
-        logits = apply_fn(params, tokens[:, :-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return jnp.mean(losses)
+        return language.nats(apply_fn(params, tokens[:, :-1]), tokens)
 
     return Case(params, uses, loss_fn, (tokens,), config.vector_size)
 

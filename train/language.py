@@ -40,6 +40,17 @@ class Config(trainer.Config):
     windows: int = 256
 
 
+def nats(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Mean nats of the next byte, f32[].
+
+    Args:
+      logits: f32[batch, length, 256], of tokens[:, :-1].
+      tokens: i32[batch, length + 1].
+    """
+    score = optax.softmax_cross_entropy_with_integer_labels
+    return jnp.mean(score(logits, tokens[:, 1:]))
+
+
 def task(config: Config, path: Path | None, seeds: tuple[int, ...]) -> tasks.Task:
     """The language task, one lane per seed.
 
@@ -62,8 +73,7 @@ def task(config: Config, path: Path | None, seeds: tuple[int, ...]) -> tasks.Tas
     def bits(params: Any, tokens: jax.Array) -> jax.Array:
         """Mean bits per byte of one lane."""
         logits = apply_fn(params, tokens[:, :-1])
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return jnp.mean(nats) / jnp.float32(math.log(2))
+        return nats(logits, tokens) / jnp.float32(math.log(2))
 
     each = tasks.over_lanes(bits, lanes)
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import flexhinm_jax as fh
 from flexhinm_jax.models import decoder
@@ -218,8 +217,7 @@ def bytes_decoder(
 
     def loss_fn(params: Any, tokens: Any, dense: Any) -> Any:
         logits = apply_fn(params, tokens[:, :-1])
-        score = optax.softmax_cross_entropy_with_integer_labels
-        bits = jnp.mean(score(logits, tokens[:, 1:])) / jnp.float32(math.log(2))
+        bits = language.nats(logits, tokens) / jnp.float32(math.log(2))
         if dense is None:
             return bits, {}
         given = jax.nn.log_softmax(logits)
