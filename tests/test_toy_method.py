@@ -1,18 +1,12 @@
 """The method that docs/architecture.md adds passes the checks of every other method."""
 
-import importlib.util
 import inspect
 
 import pytest
 
 from tests import test_methods
-from tests.test_docs import BLOCK, DOCS
+from tests.pages import added
 
-FILES = {
-    found["title"].rsplit("/", 1)[1]: found["code"]
-    for found in BLOCK.finditer((DOCS / "architecture.md").read_text())
-    if (found["title"] or "").startswith("flexhinm_jax/methods/")
-}
 PATTERNS = ("2:4", "flexhinm")
 CHECKS = {
     name: check
@@ -30,15 +24,9 @@ CASES = [
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
     """A copy of METHODS with the page's file and line added; its name beside it."""
-    (file, source), (_, line) = FILES.items()
-    path = tmp_path_factory.mktemp("methods") / file
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    added = eval("{" + line + "}", vars(module))
-    assert not added.keys() & test_methods.METHODS.keys()
-    return test_methods.METHODS | added, next(iter(added))
+    own = added("methods", tmp_path_factory.mktemp("methods"))
+    assert not own.keys() & test_methods.METHODS.keys()
+    return test_methods.METHODS | own, next(iter(own))
 
 
 @pytest.mark.once

@@ -1,7 +1,5 @@
 """The pattern that docs/architecture.md adds works with methods, packed and sharded."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,13 +14,8 @@ from flexhinm_jax.methods import METHODS
 from flexhinm_jax.pruning.apply import dense_weight
 from flexhinm_jax.training.sharding import check_sharding
 from tests.cases import SHAPE, stats, weight
-from tests.test_docs import BLOCK, DOCS
+from tests.pages import added
 
-FILES = {
-    found["title"].rsplit("/", 1)[1]: found["code"]
-    for found in BLOCK.finditer((DOCS / "architecture.md").read_text())
-    if (found["title"] or "").startswith("flexhinm_jax/patterns/")
-}
 KEY = jax.random.key(0)
 ANY = [name for name, method in METHODS.items() if not method.chooses_groups]
 
@@ -30,13 +23,7 @@ ANY = [name for name, method in METHODS.items() if not method.chooses_groups]
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
     """PATTERNS with the file and the line of the page."""
-    (file, source), (_, line) = FILES.items()
-    path = tmp_path_factory.mktemp("patterns") / file
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return patterns.PATTERNS | eval("{" + line + "}", vars(module))
+    return patterns.PATTERNS | added("patterns", tmp_path_factory.mktemp("patterns"))
 
 
 @pytest.fixture

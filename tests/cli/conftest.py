@@ -1,14 +1,12 @@
 """A tiny encoder as Hugging Face would save it, and text it can read."""
 
-import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
-import tokenizers
 
-from flexhinm_jax.models import encoder
+from tests.models.directories import make_encoder_directory
 
 WORDS = (
     "[PAD] [UNK] [CLS] [SEP] the a cat dog sat ran on under mat tree fast slow".split()
@@ -20,36 +18,35 @@ CONFIG = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "intermediate_size": 64,
     "max_position_embeddings": 16,
     "hidden_act": "gelu",
     "pad_token_id": 0,
 }
 
 
-@pytest.fixture
-def model_dir(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: k for k, w in enumerate(WORDS)}, "[UNK]")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = encoder.EncoderConfig.from_dict(CONFIG)
-    params = encoder.init(jax.random.key(0), config)
-    params["pooler.dense.weight"] = jax.random.normal(jax.random.key(1), (32, 32))
-    params["embeddings.position_ids"] = np.arange(16, dtype=np.int64)[None]
-    safetensors.numpy.save_file(
-        {name: np.asarray(leaf) for name, leaf in params.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Directories by the width inside their feed-forward blocks."""
+    more = {
+        "pooler.dense.weight": jax.random.normal(jax.random.key(1), (32, 32)),
+        "embeddings.position_ids": np.arange(16, dtype=np.int64)[None],
+    }
+    folder = tmp_path_factory.mktemp("encoders")
+    for width in (32, 64):
+        config = CONFIG | {"intermediate_size": width}
+        make_encoder_directory(folder / str(width), config, WORDS, **more)
     return folder
+
+
+@pytest.fixture
+def width():
+    """All weights of a layer are alike, so that one solver is compiled."""
+    return 32
+
+
+@pytest.fixture
+def model_dir(made, width, tmp_path):
+    return shutil.copytree(made / str(width), tmp_path / "model")
 
 
 @pytest.fixture

@@ -12,6 +12,11 @@ from flexhinm_jax.cli.main import main  # noqa: E402
 from flexhinm_jax.io import huggingface  # noqa: E402
 from tests.models import encoder_cases  # noqa: E402
 
+#: Few shapes, so that little is compiled.
+DEIT = encoder_cases.CASES["deit, distilled"] | {"intermediate_size": 16}
+VIT = encoder_cases.CASES["vit"] | {"intermediate_size": 16}
+RESNET = encoder_cases.CASES["resnet"] | {"hidden_sizes": [16, 16], "depths": [1, 1]}
+
 IN_ORDER = ("--sequential", "--method", "sparsegpt")
 
 
@@ -33,9 +38,9 @@ def run(folder, command, *options):
 @pytest.mark.parametrize(
     ("case", "order"),
     [
-        (encoder_cases.CASES["deit, distilled"], ()),
-        (encoder_cases.CASES["deit, distilled"], IN_ORDER),
-        (encoder_cases.CASES["resnet"], ()),
+        (DEIT, ()),
+        (DEIT, IN_ORDER),
+        (RESNET, ()),
     ],
 )
 def test_a_classifier_is_pruned_and_compared(folder, case, order, capsys):
@@ -73,7 +78,7 @@ def test_a_classifier_is_pruned_and_compared(folder, case, order, capsys):
     assert model.zeros == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("case", [encoder_cases.CASES["vit"]])
+@pytest.mark.parametrize("case", [VIT])
 def test_a_rule_takes_the_classifier_back(folder, case, capsys):
     options = ["--method", "magnitude", "--rule", "classifier=prune", "--json"]
     assert run(folder, "prune", *options, "--out", folder / "out") == 0
@@ -81,7 +86,7 @@ def test_a_rule_takes_the_classifier_back(folder, case, capsys):
     assert "classifier.weight" in {row["path"] for row in rows}
 
 
-@pytest.mark.parametrize("case", [encoder_cases.CASES["vit"]])
+@pytest.mark.parametrize("case", [VIT])
 def test_inspect_says_what_stays(folder, case, capsys):
     assert run(folder, "inspect", "--json") == 0
     leaves = {x["path"]: x for x in json.loads(capsys.readouterr().out)["leaves"]}
@@ -91,7 +96,7 @@ def test_inspect_says_what_stays(folder, case, capsys):
     assert leaves["vit.encoder.layer.0.output.dense.weight"]["prunable"]
 
 
-@pytest.mark.parametrize("case", [encoder_cases.CASES["vit"]])
+@pytest.mark.parametrize("case", [VIT])
 def test_masks_of_a_classifier_are_learned(folder, case, capsys):
     options = ["--calibration", folder / "pixels.npy", "--steps", 2, "--batch-size", 2]
     assert run(folder, "learn", *options, "--out", folder / "out", "--json") == 0
@@ -100,7 +105,7 @@ def test_masks_of_a_classifier_are_learned(folder, case, capsys):
     assert document["total"]["zeros"] == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("case", [encoder_cases.CASES["vit"]])
+@pytest.mark.parametrize("case", [VIT])
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
@@ -114,13 +119,13 @@ def test_masks_of_a_classifier_are_learned(folder, case, capsys):
 )
 def test_what_is_for_other_models_is_refused(folder, command, options, message, capsys):
     if command == "eval":
-        encoder_cases.write(folder / "out", encoder_cases.CASES["vit"])
+        encoder_cases.write(folder / "out", VIT)
     assert run(folder, command, *options) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("case", [encoder_cases.CASES["vit"]])
+@pytest.mark.parametrize("case", [VIT])
 def test_models_that_read_different_things_are_not_compared(folder, case, capsys):
     encoder_cases.write(folder / "out", encoder_cases.CASES["roberta"])
     assert run(folder, "eval", "--images", folder / "pixels.npy") == 2

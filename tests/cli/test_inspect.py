@@ -7,6 +7,11 @@ import safetensors.numpy
 from flexhinm_jax.cli.main import main
 
 
+@pytest.fixture
+def width():
+    return 64
+
+
 def test_every_leaf_is_listed_as_prunable_or_with_a_reason(model_dir, capsys):
     assert main(["inspect", str(model_dir), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

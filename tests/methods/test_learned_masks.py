@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import flexhinm_jax as fh
+from bench.masks import layer_of, learn, lost
 from flexhinm_jax.ops import masks, prox
 from tests.cases import stats, weight
 from tests.compiled import decide, solve
@@ -60,49 +60,13 @@ def test_weights_as_parameters_take_two_thirds_of_the_memory():
     assert sizes == [weight().size // 4 * 6, weight().size]
 
 
-def layer(seed=0):
-    """The layer of the published comparison: correlated inputs, 64 x 64."""
-    rng = np.random.default_rng(seed)
-    w = rng.normal(size=(64, 64))
-    mix = np.eye(64) + 0.25 * rng.normal(size=(64, 64))
-    x = rng.normal(size=(512, 64)) @ mix * np.exp(0.5 * rng.normal(size=64))
-    gram = jnp.asarray(x.T @ x / 512, jnp.float32)
-    s = fh.Stats(jnp.diag(gram), jnp.zeros(64), jnp.float32(512), gram)
-    return jnp.asarray(w, jnp.float32), s
-
-
-def error(w, pruned, gram):
-    d = w - pruned
-    return jnp.sum((d @ gram) * d) / jnp.sum((w @ gram) * w)
-
-
 def test_learned_masks_reconstruct_better_than_magnitude_and_wanda():
-    w, s = layer()
+    w, s = layer_of(0)  # that of the published comparison, correlated inputs
     found = {}
     for method in (fh.Magnitude(), fh.Wanda()):
         plan = decide(method, solve(method, KEY, w, s), w)
-        found[type(method).__name__] = float(error(w, plan.weight, s.gram))
-    method, steps = fh.MaskLLM(reward=0.0), 600
-    state = solve(method, KEY, w, s)
-    tx = optax.adamw(1e-2, b2=0.95, weight_decay=0.0)
-
-    @jax.jit
-    def step(carry, at):
-        state, opt, key = carry
-        key, sample = jax.random.split(key)
-        state = method.anneal(state, at / steps)
-
-        def loss(learned):
-            now = dataclasses.replace(state, learned=learned)
-            return error(w, decide(method, now, w, key=sample).weight, s.gram)
-
-        updates, opt = tx.update(jax.grad(loss)(state.learned), opt, state.learned)
-        learned = optax.apply_updates(state.learned, updates)
-        return (dataclasses.replace(state, learned=learned), opt, key), None
-
-    start = (state, tx.init(state.learned), KEY)
-    (state, _, _), _ = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.float32))
-    learned = float(error(w, decide(method, state, w).weight, s.gram))
+        found[type(method).__name__] = float(lost(w, plan.weight, s.gram))
+    learned = float(learn(fh.MaskLLM(reward=0.0), 600, KEY, w, s))
     assert learned < 0.85 * found["Wanda"] < found["Magnitude"]
 
 

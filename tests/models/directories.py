@@ -1,6 +1,7 @@
-"""Tiny decoders as Hugging Face would save them: config, tokenizer, random weights."""
+"""Tiny models as Hugging Face would save them: config, tokenizer, random weights."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
-from flexhinm_jax.models import decoder
+from flexhinm_jax.models import decoder, encoder
 from flexhinm_jax.models.decoder import DecoderConfig
 
 BYTES = 256
@@ -37,23 +38,6 @@ LLAMA2 = COMMON | {
     "model_type": "llama",
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
-}
-LLAMA3 = COMMON | {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "rope_theta": 500_000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
-}
-MISTRAL = COMMON | {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "sliding_window": None,
 }
 QWEN2 = COMMON | {
     "architectures": ["Qwen2ForCausalLM"],
@@ -126,6 +110,32 @@ def make_decoder_directory(
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return params
+
+
+def make_encoder_directory(
+    folder: Path, config: dict, words: Sequence[str], **more: np.ndarray
+) -> None:
+    """Writes the directory of a BERT that knows words.
+
+    Args:
+      folder: created; must not exist.
+      config: contents of config.json.
+      words: the vocabulary; "[UNK]", "[CLS]" and "[SEP]" are words 1, 2 and 3.
+      **more: arrays besides those that the encoder reads.
+    """
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    known = {word: k for k, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    sizes = encoder.EncoderConfig.from_dict(config)
+    params = encoder.init(jax.random.key(0), sizes) | more
+    arrays = {name: np.asarray(leaf) for name, leaf in params.items()}
+    write_weights(folder / "model.safetensors", arrays)
 
 
 def write_weights(path: Path, params: dict[str, np.ndarray]) -> None:

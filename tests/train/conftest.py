@@ -1,14 +1,9 @@
 """A tiny encoder directory and sentences in its words, for programs on encoders."""
 
-import json
-
-import jax
 import numpy as np
 import pytest
-import safetensors.numpy
-import tokenizers
 
-from flexhinm_jax.models import encoder
+from tests.models.directories import make_encoder_directory
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] the a of is and cat dog sat ran on under mat".split()
 SIZES = {
@@ -25,18 +20,8 @@ SIZES = {
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps(SIZES))
-    known = {word: k for k, word in enumerate(WORDS)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, "[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    params = encoder.init(jax.random.key(0), encoder.EncoderConfig.from_dict(SIZES))
-    arrays = {name: np.asarray(leaf) for name, leaf in params.items()}
-    safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    folder = tmp_path_factory.mktemp("encoder") / "model"
+    make_encoder_directory(folder, SIZES, WORDS)
     return folder
 
 
