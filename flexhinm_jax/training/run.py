@@ -107,7 +107,8 @@ class Run:
         self.phase = self.done = self.step = self.begun = 0
         self.spent, self.skipped, self._looked = 0.0, 0, 0.0
         self.rows: list[Row] = []
-        self.best, self.lowest, self.last = None, math.inf, None
+        self.best: Any = None
+        self.lowest, self.last = math.inf, None
         self._losses: list[Any] = []  # of the steps since the last row
         self._finite: list[Any] = []  # of the steps since the last check
 

@@ -33,7 +33,7 @@ def test_every_leaf_is_listed_as_prunable_or_with_a_reason(model_dir, capsys):
 def test_zeros_of_a_leaf_are_counted(model_dir, capsys):
     path = model_dir / "model.safetensors"
     stored = safetensors.numpy.load_file(path)
-    stored["pooler.dense.weight"] = np.tile(np.float32([0, 0, 0, 1]), (32, 8))
+    stored["pooler.dense.weight"] = np.tile(np.array([0, 0, 0, 1], np.float32), (32, 8))
     safetensors.numpy.save_file(stored, path, {"format": "pt"})
     main(["inspect", str(model_dir), "--json"])
     leaves = json.loads(capsys.readouterr().out)["leaves"]

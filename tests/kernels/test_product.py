@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -228,7 +229,7 @@ def test_forward_mode_in_a_shard_map():
         f = lambda x, v: fh.sparse_dot(x, with_values(packed, v))  # noqa: E731
         return jax.jvp(f, (x, values), (dx, values))
 
-    specs = dict(in_specs=(P("data"), P("data"), P()), out_specs=P("data"))
+    specs: Any = dict(in_specs=(P("data"), P("data"), P()), out_specs=P("data"))
     sharded = jax.jit(jax.shard_map(along, mesh=mesh, **specs))
     got = sharded(x, dx, values_of(packed))
     close(got, (x @ w.T, x @ w.T + dx @ w.T))
@@ -287,7 +288,7 @@ def test_complex_inputs_and_values_are_multiplied_as_they_are(prepare):
 @pytest.mark.parametrize("rows", [1, 9, 70])
 def test_float64_is_multiplied_and_summed_in_float64(backend, prepare, rows):
     with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
+        rng: Any = np.random.default_rng(0)
         packed, w = packed_of(dtype=jnp.float64)
         packed, exact = prepare(packed), np.asarray(w)
         x = rng.standard_normal((rows, 32))
@@ -305,7 +306,7 @@ def test_float64_of_one_factor_or_of_the_result_is_kept():
     with jax.enable_x64(True):
         packed, w = packed_of(dtype=jnp.float32)
         exact = np.asarray(w, np.float64)
-        x = np.random.default_rng(0).standard_normal((5, 32))
+        x: Any = np.random.default_rng(0).standard_normal((5, 32))
         y = fh.sparse_dot(x, packed)
         np.testing.assert_allclose(y, x @ exact.T, rtol=0, atol=1e-13)
         x = x.astype(np.float32)
@@ -321,7 +322,7 @@ def test_float64_factors_are_multiplied_in_float64():
 
     with jax.enable_x64(True):
         packed, w = packed_of(dtype=jnp.float64)
-        rng = np.random.default_rng(0)
+        rng: Any = np.random.default_rng(0)
         a, b = rng.standard_normal((4, 4, 4)), rng.standard_normal((8, 4, 4))
         packed = dataclasses.replace(
             packed,

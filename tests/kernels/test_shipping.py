@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,4 +143,5 @@ def test_every_pytree_of_the_library_can_be_an_argument_of_an_exported_program()
     exported = export.export(jax.jit(lambda tree: tree))(tree)
     back = export.deserialize(exported.serialize())
     assert back.in_tree == jax.tree.structure(((tree,), {}))
-    assert back.call(tree)["weight"].layout == layout
+    called: Any = back.call(tree)
+    assert called["weight"].layout == layout

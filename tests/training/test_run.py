@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def test_a_row_holds_the_mean_loss_since_the_last_one():
     assert seen == [(2, 0.5), (4, 2.5), (5, 4.0)]
     assert [row["stage"] for row in rows] == [0, 1, 1]
     assert run.rows == rows and list(run) == []
-    np.testing.assert_array_equal(run.training.params["w"], [23, 23])
+    np.testing.assert_array_equal(run.now().params["w"], [23, 23])
 
 
 def test_phases_begin_end_and_anneal():
@@ -174,7 +175,8 @@ def test_what_does_not_fit_is_refused():
         loss_fn = lambda p, x: jnp.sum(x @ p["w"])  # noqa: E731
         uses = fh.discover(loss_fn, params, x)
         given = (method, loss_fn, params, uses, batch_at, stages, optax.sgd(0.1))
-        fh.gradual(*given, key=KEY, log_evry=3)
+        wrong: Any = {"log_evry": 3}
+        fh.gradual(*given, key=KEY, **wrong)
 
 
 TRACKERS = {
