@@ -21,9 +21,16 @@ from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.pruning import apply
 from flexhinm_jax.training import model_gates, sharding
-from flexhinm_jax.training.gradual import Saves, saves
 from flexhinm_jax.training.mask_optimizers import check_ties, tied
-from flexhinm_jax.training.phases import At, Duration, Judge, Phase, Row
+from flexhinm_jax.training.phases import (
+    At,
+    Duration,
+    Judge,
+    Phase,
+    Row,
+    Saves,
+    saves,
+)
 from flexhinm_jax.training.run import NotFinite, Run
 from flexhinm_jax.training.state import Training, init_training
 from flexhinm_jax.training.step import LOSS, loss_of, make_step

@@ -6,9 +6,8 @@ and all others (the support is found anew and the optimiser keeps its zeros).
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,11 @@ from jax import Array
 
 from flexhinm_jax import arguments
 from flexhinm_jax.io import fingerprint
-from flexhinm_jax.io.checkpoints import Checkpoints, Resume
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.pruning import apply, solve
 from flexhinm_jax.training import sharding
-from flexhinm_jax.training.phases import Duration, Phase, Row
+from flexhinm_jax.training.phases import Duration, Phase, Row, Saves, saves
 from flexhinm_jax.training.run import Run
 from flexhinm_jax.training.schedules import Stage, check_stages
 from flexhinm_jax.training.state import (
@@ -36,38 +34,6 @@ from flexhinm_jax.training.state import (
 )
 from flexhinm_jax.training.step import LOSS, Step, make_step
 from flexhinm_jax.types import Plan, State, Stats, Uses
-
-
-class Saves(TypedDict, total=False):
-    """How a run is saved, as `fit` and `gradual` are told."""
-
-    checkpoints: str | os.PathLike | Checkpoints | None
-    save_every: int
-    keep_last: int
-    resume: Resume
-
-
-def saves(name: str, told: Saves) -> Checkpoints | None:
-    """The checkpoints of a run; removes what concerns them from the options.
-
-    Raises:
-      ValueError: a count out of range, or a resumed run without a folder.
-    """
-    folder = told.pop("checkpoints", None)
-    every, last = told.pop("save_every", 100), told.pop("keep_last", 2)
-    resume = told.pop("resume", False)
-    arguments.count(every, f"{name}: save_every", 1)
-    arguments.count(last, f"{name}: keep_last", 1)
-    if isinstance(folder, Checkpoints):
-        return folder
-    if folder is None:
-        Checkpoints("", every, last, resume)  # refuses unknown words
-        if resume:
-            raise ValueError(
-                f"{name}: resume={resume!r} needs the folder: checkpoints="
-            )
-        return None
-    return Checkpoints(folder, every, last, resume)
 
 
 class Told(Saves, total=False):

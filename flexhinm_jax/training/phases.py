@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 from flexhinm_jax import arguments
-from flexhinm_jax.io.checkpoints import Checkpoints
+from flexhinm_jax.io.checkpoints import Checkpoints, Resume
 from flexhinm_jax.training.state import Training
 from flexhinm_jax.training.step import Step
 
@@ -134,3 +135,35 @@ class Options:
         arguments.count(self.max_skipped, "max_skipped", 0)
         if self.tracker is not None:
             arguments.function(self.tracker, "tracker", "tracker(step, row)")
+
+
+class Saves(TypedDict, total=False):
+    """How a run is saved, as `fit` and `gradual` are told."""
+
+    checkpoints: str | os.PathLike | Checkpoints | None
+    save_every: int
+    keep_last: int
+    resume: Resume
+
+
+def saves(name: str, told: Saves) -> Checkpoints | None:
+    """The checkpoints of a run; removes what concerns them from the options.
+
+    Raises:
+      ValueError: a count out of range, or a resumed run without a folder.
+    """
+    folder = told.pop("checkpoints", None)
+    every, last = told.pop("save_every", 100), told.pop("keep_last", 2)
+    resume = told.pop("resume", False)
+    arguments.count(every, f"{name}: save_every", 1)
+    arguments.count(last, f"{name}: keep_last", 1)
+    if isinstance(folder, Checkpoints):
+        return folder
+    if folder is None:
+        Checkpoints("", every, last, resume)  # refuses unknown words
+        if resume:
+            raise ValueError(
+                f"{name}: resume={resume!r} needs the folder: checkpoints="
+            )
+        return None
+    return Checkpoints(folder, every, last, resume)

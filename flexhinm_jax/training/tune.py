@@ -27,7 +27,8 @@ from flexhinm_jax.training import objectives
 from flexhinm_jax.training.gradual import Saves, saves
 from flexhinm_jax.training.objectives import Teacher
 from flexhinm_jax.training.optimizers import keep_from_zeros, warmed_adam
-from flexhinm_jax.training.run import Judge, Phase, Row, Run
+from flexhinm_jax.training.phases import Judge, Phase, Row
+from flexhinm_jax.training.run import Run
 from flexhinm_jax.training.schedules import shuffled
 from flexhinm_jax.training.state import Training
 from flexhinm_jax.training.step import make_step
