@@ -158,22 +158,25 @@ def check_finite(plans: Mapping[str, Plan], methods: Mapping[str, Method]) -> No
     }
     finite = jax.device_get(
         {
-            path: [
-                jnp.isfinite(x).all()
-                for x in arrays
-                if jnp.issubdtype(x.dtype, jnp.floating)
-            ]
+            path: _all_finite(
+                [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+            )
             for path, arrays in parts.items()
         }
     )
     for path, known in finite.items():
-        if not all(known):
+        if not known:
             raise ValueError(
                 f"{path}: {type(methods[path]).__name__} gave NaN or infinite weights "
                 "from finite ones: its problem is too badly conditioned; give more "
                 "damping, more calibration tokens or another method, or exclude the "
                 f"leaf with {arguments.say('skip')}"
             )
+
+
+@jax.jit
+def _all_finite(arrays: list[Array]) -> Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
 
 
 @contextlib.contextmanager

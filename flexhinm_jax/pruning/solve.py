@@ -303,7 +303,7 @@ def scale_of(w: Array, path: str) -> np.ndarray | None:
     Raises:
       ValueError: weights with NaN or infinity.
     """
-    top = jnp.max(jnp.abs(w), axis=(-2, -1))
+    top = _largest(w)
     if isinstance(top, Tracer):
         return None  # traced for shapes alone, as when a run looks for its checkpoint
     largest = np.asarray(meshes.whole(top), np.float64)
@@ -316,6 +316,11 @@ def scale_of(w: Array, path: str) -> np.ndarray | None:
     # 2^120 and its inverse are both normal numbers of float32.
     scale = np.ldexp(1.0, np.where(extreme, -np.clip(exponent, -120, 120), 0))
     return scale[..., None, None].astype(np.float32)
+
+
+@jax.jit
+def _largest(w: Array) -> Array:
+    return jnp.max(jnp.abs(w), axis=(-2, -1))
 
 
 def scaled(weight: Callable[[], Any], scale: np.ndarray | None) -> Callable[[], Any]:
