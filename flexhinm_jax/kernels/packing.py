@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments, checks
@@ -225,6 +225,26 @@ def scales(packed: PackedWeight) -> Array:
 def accumulator(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of sums of products: float32, or that of the factors if wider."""
     return jnp.result_type(jnp.float32, dtype)
+
+
+def rows_of(table: Array, index: Array) -> Array:
+    """Rows `index` of tables [..., i, n], [..., *index.shape, n]; unsigned, in range.
+
+    Indexing would add a test of every element for negative and large indices.
+    """
+    lead = table.ndim - 2
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(*range(lead), lead + index.ndim),
+        collapsed_slice_dims=(lead,),
+        start_index_map=(lead,),
+    )
+    return lax.gather(
+        table,
+        index[..., None],
+        numbers,
+        (*table.shape[:lead], 1, table.shape[-1]),
+        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
 
 
 def block_product(x: Array, factor: BlockDiagonal | None, axis: int = -1) -> Array:

@@ -34,7 +34,12 @@ from jax.typing import DTypeLike
 
 from flexhinm_jax import jax_versions
 from flexhinm_jax.kernels import positions
-from flexhinm_jax.kernels.packing import accumulator, spread_nan, stored_columns
+from flexhinm_jax.kernels.packing import (
+    accumulator,
+    rows_of,
+    spread_nan,
+    stored_columns,
+)
 from flexhinm_jax.ops import words
 from flexhinm_jax.types import PackedWeight, exportable
 
@@ -330,26 +335,6 @@ def chunk_of(rows: int) -> int:
         return rows
     parts = -(-rows // CHUNK)
     return -(-rows // (parts * VECTOR)) * VECTOR
-
-
-def rows_of(table: Array, index: Array) -> Array:
-    """Rows `index` of tables [..., i, n], [..., *index.shape, n]; unsigned, in range.
-
-    Indexing would add a test of every element for negative and large indices.
-    """
-    lead = table.ndim - 2
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=(*range(lead), lead + index.ndim),
-        collapsed_slice_dims=(lead,),
-        start_index_map=(lead,),
-    )
-    return lax.gather(
-        table,
-        index[..., None],
-        numbers,
-        (*table.shape[:lead], 1, table.shape[-1]),
-        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-    )
 
 
 def add_terms(

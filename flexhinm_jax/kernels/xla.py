@@ -40,10 +40,10 @@ from flexhinm_jax.kernels import positions, terms
 from flexhinm_jax.kernels.packing import (
     accumulator,
     block_columns,
+    rows_of,
     spread_nan,
     stored_columns,
 )
-from flexhinm_jax.kernels.terms import rows_of
 from flexhinm_jax.ops.words import position_bits
 from flexhinm_jax.types import PackedWeight
 

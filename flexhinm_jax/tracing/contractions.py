@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from flexhinm_jax.tracing import views
-from flexhinm_jax.tracing.views import Atom, Dims, View, Where
+from flexhinm_jax.tracing.views import Atom, Dims, Lookup, View, Where
 from flexhinm_jax.types import AxisFactor, Layout, PackedWeight
 
 
@@ -120,6 +120,12 @@ class Tracked(Followed):
         """The leaf."""
         return (self,)
 
+    @property
+    def lookup(self) -> Lookup | None:
+        """The lookup that some factor of the leaf is read with, if there is one."""
+        index = self.view.index
+        return next((at for _, at in index if isinstance(at, Lookup)), None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
@@ -206,13 +212,13 @@ class Product:
     def index(self) -> dict[AxisFactor, Any]:
         """Position per stack factor that the program indexed away."""
         index = self.weight.view.index
-        return {a.factor: at for a, at in index if not isinstance(at, tuple)}
+        return {a.factor: at for a, at in index if not isinstance(at, Lookup)}
 
     @property
     def route(self) -> tuple[Atom, Any] | None:
         """The factor whose entry every token has of its own, and the lookup."""
         index = self.weight.view.index
-        return next((pair for pair in index if isinstance(pair[1], tuple)), None)
+        return next((pair for pair in index if isinstance(pair[1], Lookup)), None)
 
     def routes(self) -> Array | None:
         """Entry of the routed factor per token, i32[tokens]; None without one."""
@@ -433,6 +439,40 @@ class Product:
             elif eqn.primitive.name in RESHAPES:
                 y = y.reshape(eqn.outvars[0].aval.shape)
         return y
+
+    def is_along_outputs(self, leaf: Tracked, moves: Sequence[Any]) -> bool:
+        """Whether a leaf is `[*stack, o]` of this product in this very order.
+
+        Args:
+          leaf: what is added to its result, or multiplied with it.
+          moves: equations that move the result around before that.
+        """
+        layout = self.layout
+        shape = (*layout.stack_shape, layout.matrix_shape[0])
+        if math.prod(leaf.shape) != math.prod(shape):
+            return False
+        index = self.index
+        steps = [math.prod(shape[k + 1 :]) for k in range(len(layout.stack))]
+        ours = [
+            (s, index[f])
+            for s, f in zip(steps, layout.stack, strict=True)
+            if f in index
+        ]
+        strides = [math.prod(leaf.shape[d + 1 :]) for d in range(len(leaf.shape))]
+        theirs = [(a.stride * strides[a.axis], at) for a, at in leaf.view.index]
+        theirs.sort(key=lambda pair: -pair[0])
+        if len(ours) != len(theirs):
+            return False
+        for (step, at), (other, there) in zip(ours, theirs, strict=True):
+            same = at == there if isinstance(at, int) else at is there
+            if step != other or not same:
+                return False
+        # Numbers in the place of results, moved as the program moves these, must meet
+        # the leaf in its own order: only then the same permutation sorts both.
+        at_zero = tuple(0 if f in index else slice(None) for f in layout.stack)
+        order = np.arange(math.prod(shape)).reshape(shape)[at_zero]
+        result = self.moved(np.expand_dims(order, -2), moves)
+        return np.array_equal(result, views.positions(leaf.view, leaf.shape))
 
 
 @dataclasses.dataclass(frozen=True)

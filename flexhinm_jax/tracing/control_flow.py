@@ -355,7 +355,7 @@ def visit_shard_map(
         if not isinstance(v, Followed):
             continue
         split_over = [axis for axis in spec if axis is not None]
-        simple = isinstance(v, Tracked) and v.view.lookup is None
+        simple = isinstance(v, Tracked) and v.lookup is None
         if split_over or not p["check_vma"] or not simple:
             over = "with check_vma=False" if not p["check_vma"] else ""
             over = f"over mesh axes {split_over}" if split_over else over

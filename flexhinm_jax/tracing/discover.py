@@ -16,18 +16,16 @@ import dataclasses
 import difflib
 import functools
 import logging
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax import numpy as jnp
 
 from flexhinm_jax import arguments
 from flexhinm_jax.patterns import Pattern
-from flexhinm_jax.tracing import contractions, scales, views
+from flexhinm_jax.tracing import contractions, scales
 from flexhinm_jax.tracing.contractions import (
     Followed,
     Kind,
@@ -422,7 +420,7 @@ class Finder(Visitor):
         contraction = self.contractions[product.weight.path, at]
         seen = zip(product.readings, contraction.readings, strict=True)
         for p, reading in seen:
-            if along_outputs(p, leaf, moves):
+            if p.is_along_outputs(leaf, moves):
                 reading.bias = leaf.path
                 self.added.setdefault(leaf.path, {})[where] = contraction.path
 
@@ -433,7 +431,7 @@ class Finder(Visitor):
         del where
         product = self.products[at]
         contraction = self.contractions[product.weight.path, at]
-        fitting = [p for p in product.readings if along_outputs(p, leaf, moves)]
+        fitting = [p for p in product.readings if p.is_along_outputs(leaf, moves)]
         if product.weight.on_grid and contraction.scale is None and fitting:
             contraction.scale = scales.of_outputs(leaf.path, fitting[0].layout)
             reason = Stop(f"the scale of {product.weight.path!r}")
@@ -582,38 +580,3 @@ def mixes(contractions: list[Contraction], layout: Layout) -> bool:
         for first in [next(iter(windows.values()))]
         for other in windows.values()
     )
-
-
-def along_outputs(product: Product, leaf: Tracked, moves: tuple[Any, ...]) -> bool:
-    """Whether a leaf is `[*stack, o]` of the product in this very order.
-
-    Args:
-      product: a product.
-      leaf: what is added to its result, or multiplied with it.
-      moves: equations that move the result around before that.
-    """
-    layout = product.layout
-    shape = (*layout.stack_shape, layout.matrix_shape[0])
-    if math.prod(leaf.shape) != math.prod(shape):
-        return False
-    steps = [math.prod(shape[k + 1 :]) for k in range(len(layout.stack))]
-    ours = [
-        (s, product.index[f])
-        for s, f in zip(steps, layout.stack, strict=True)
-        if f in product.index
-    ]
-    strides = [math.prod(leaf.shape[d + 1 :]) for d in range(len(leaf.shape))]
-    theirs = [(a.stride * strides[a.axis], at) for a, at in leaf.view.index]
-    theirs.sort(key=lambda pair: -pair[0])
-    if len(ours) != len(theirs):
-        return False
-    for (step, at), (other, there) in zip(ours, theirs, strict=True):
-        same = at == there if isinstance(at, int) else at is there
-        if step != other or not same:
-            return False
-    # Numbers in the place of results, moved as the program moves these, must meet the
-    # leaf in its own order: only then the same permutation sorts both.
-    at_zero = tuple(0 if f in product.index else slice(None) for f in layout.stack)
-    order = np.arange(math.prod(shape)).reshape(shape)[at_zero]
-    result = product.moved(np.expand_dims(order, -2), moves)
-    return np.array_equal(result, views.positions(leaf.view, leaf.shape))

@@ -34,7 +34,7 @@ def looked_up(eqn: Any, weight: Any, rest: list) -> list[Tracked] | None:
       weight: its operand.
       rest: its indices.
     """
-    if not isinstance(weight, Tracked) or weight.view.lookup is not None:
+    if not isinstance(weight, Tracked) or weight.lookup is not None:
         return None
     numbers, slices = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     dims, shape = weight.view.dims, views.sizes(weight.view.dims)

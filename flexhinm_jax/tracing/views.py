@@ -116,11 +116,6 @@ class View(NamedTuple):
     index: tuple[tuple[Atom, Any], ...] = ()
     changes: tuple[Change, ...] = ()
 
-    @property
-    def lookup(self) -> Lookup | None:
-        """The lookup that some factor is read with, if there is one."""
-        return next((at for _, at in self.index if isinstance(at, Lookup)), None)
-
 
 def whole(shape: Sequence[int]) -> View:
     """The view of an untouched leaf."""

@@ -173,7 +173,7 @@ def stopped(
     """Runs an equation on dense values: (outputs, state)."""
     for v in operands:
         for leaf in tracked(v):
-            visitor.stop(where, leaf, LOOKUP if leaf.view.lookup else reason)
+            visitor.stop(where, leaf, LOOKUP if leaf.lookup else reason)
     outs = jax_versions.bind(eqn, plain(operands))
     ran(where, eqn, operands, outs, visitor)
     return outs, state
@@ -215,7 +215,7 @@ def settled(operands: list, visitor: Visitor, where: Where) -> list:
     out = list(operands)
     for k, v in enumerate(operands):
         others = [w for n, w in enumerate(operands) if n != k]
-        is_read = isinstance(v, Tracked) and v.view.lookup is not None
+        is_read = isinstance(v, Tracked) and v.lookup is not None
         if is_read and any(isinstance(w, Followed) for w in others):
             visitor.stop(where, v, LOOKUP)
             out[k] = v.dense()
@@ -233,7 +233,7 @@ def match(eqn: Any, operands: list) -> Product | Stop:
         return Stop("contracted with another parameter", kind)
     weight = next(v for v in operands if isinstance(v, Tracked))
     matcher = MATCHERS[eqn.primitive.name]
-    if weight.view.lookup is not None:
+    if weight.lookup is not None:
         matcher = experts.match_routed if matcher is match_dot else no_lookup
     product = matcher(eqn, operands)
     return product if isinstance(product, Stop) else product.obstacle or product

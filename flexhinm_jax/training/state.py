@@ -123,7 +123,7 @@ def init_training(
     mesh = sharding.mesh_of(params)
     check_method(method)
     arguments.key(key)
-    Leaves.of(params).dense(uses)
+    leaves = Leaves.of(params).dense(uses)
     arguments.by_path(states, State, "states", "solve()", uses.leaves)
     if tx is not None:
         arguments.optimiser(tx, "tx")
@@ -136,7 +136,7 @@ def init_training(
         )
     like, opt, learned_opt = params, (), ()
     if isinstance(method, LearnedMethod):
-        keep = _keep_all(params, uses)
+        keep = _keep_all(leaves, uses)
     else:
         params, keep = _pruned(method, states, params, uses)
     params, keep = owned(_as_params(params, like)), owned(_as_params(keep, like))
@@ -269,9 +269,8 @@ def learned_trees(states: Mapping[str, State]) -> dict[str, Any]:
     return {path: state.learned for path, state in states.items()}
 
 
-def _keep_all(params: Any, uses: Uses) -> Any:
+def _keep_all(leaves: Leaves, uses: Uses) -> Any:
     """Supports that keep everything, on the leaves that will be pruned."""
-    leaves = Leaves.of(params)
     masks = {
         path: jnp.ones(leaf.shape, bool) if path in uses.leaves else None
         for path, leaf in leaves.items()
@@ -283,15 +282,16 @@ def _pruned(
     method: Method, states: Mapping[str, State], params: Any, uses: Uses
 ) -> tuple[Any, Any]:
     """Parameters with exact zeros and their supports, under hard plans."""
-    plans = apply.decide(method, states, sharding.gather(params), uses)
+    leaves = Leaves.of(sharding.gather(params))
+    plans = apply.decide(method, states, leaves, uses)
     for path, plan in plans.items():
         if plan.left is not None or plan.right is not None:
             raise ValueError(
                 f"{path}: {type(method).__name__} multiplies the weight by block-"
                 "diagonal factors; its product has no zeros to keep while training"
             )
-    params = apply.densify(plans, sharding.gather(params), uses)
-    return params, apply.keep_tree(plans, params, uses)
+    keep = apply.keep_tree(plans, leaves, uses)
+    return apply.densify(plans, leaves, uses), keep
 
 
 def _as_params(x: Any, like: Any) -> Any:
