@@ -21,6 +21,11 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, Tracer | jax.ShapeDtypeStruct)
 
 
+def are_concrete(tree: Any) -> bool:
+    """`is_concrete` of every leaf of a tree."""
+    return all(map(is_concrete, jax.tree.leaves(tree)))
+
+
 def matrix(shape: tuple[int, ...], path: str = "weight") -> None:
     """Raises ValueError unless `shape` is that of one non-empty `[o, i]` matrix."""
     if len(shape) != 2 or 0 in shape:

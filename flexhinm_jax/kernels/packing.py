@@ -294,7 +294,7 @@ def unpack(packed: PackedWeight) -> Array:
             f"kernels.unpack got {arguments.shown(packed)}: need one PackedWeight, a "
             "leaf of what pack() returned"
         )
-    if all(map(checks.is_concrete, jax.tree.leaves(packed))):
+    if checks.are_concrete(packed):
         verify_packed(packed)
     return _unpack(dataclasses.replace(packed, layouts={}))
 

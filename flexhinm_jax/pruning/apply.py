@@ -81,8 +81,7 @@ def decide_leaves(
     tasks, around = {}, {}
     for path, state in states.items():
         use = uses.leaves[path]
-        learning = not all(map(checks.is_concrete, jax.tree.leaves(state.learned)))
-        if learning and path in leaves.on_grid:
+        if path in leaves.on_grid and not checks.are_concrete(state.learned):
             raise ValueError(
                 f"{path}: is stored in eight bits, whose steps have no derivative, so "
                 "nothing can be learned through it; learn on the dequantised weights, "
@@ -96,7 +95,7 @@ def decide_leaves(
         tasks[path] = Task(own, leaves.like(use), weight, (keys, state))
     plans: dict[str, Plan] = {}
     with states_of(method):
-        concrete = all(map(checks.is_concrete, jax.tree.leaves((states, leaves))))
+        concrete = checks.are_concrete((states, list(leaves.values())))
         for part in in_stacks(_decide, tasks, of_any_model=concrete):
             plans |= part
     plans = {
