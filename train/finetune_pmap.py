@@ -26,6 +26,7 @@ import numpy as np
 import flexhinm_jax as fh
 from flexhinm_jax.training.phases import At
 from flexhinm_jax.training.run import NotFinite
+from flexhinm_jax.training.sharding import split_batch
 from train import language, vision
 from train.lab import programs, results, tasks
 from train.lab.recipes import Recipe
@@ -54,30 +55,6 @@ def devices(count: int) -> list[Any]:
             f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
     return found[:count]
-
-
-def share(batch: Any, count: int, axis: int) -> Any:
-    """A batch with a new first axis over devices, from whole parts of axis `axis`.
-
-    Args:
-      batch: tree of arrays.
-      count: number of devices.
-      axis: the axis over examples.
-
-    Raises:
-      ValueError: the number of examples is not a multiple of `count`.
-    """
-
-    def cut(x: np.ndarray) -> np.ndarray:
-        if x.shape[axis] % count:
-            near = x.shape[axis] // count * count or count
-            raise ValueError(
-                f"batch_size={x.shape[axis]} is not a multiple of devices={count}; "
-                f"choose --batch-size {near}, or another number of devices"
-            )
-        return np.stack(np.split(x, count, axis))
-
-    return jax.tree.map(cut, batch)
 
 
 def finetune(
@@ -137,7 +114,7 @@ def finetune(
             fh.Phase(together, last, end=hard),
             fh.Phase(together, steps - last, progress=lambda _: 1.0),
         ],
-        lambda step: (share(task.batch_at(step), len(on), 1),),
+        lambda step: (split_batch(task.batch_at(step), len(on), 1),),
         before=before,
         every=config.every,
     )
@@ -197,7 +174,7 @@ def main() -> None:
         if isinstance(config, language.Config):
             make = language.task
         task = make(config, args.data, args.seeds)
-        share(task.batch_at(0), args.devices, 1)
+        split_batch(task.batch_at(0), args.devices, 1)
         folder = args.out or Path("out") / f"pmap-{config.name}"
         dense = Trainer(task, config).dense(folder)
         training = finetune(

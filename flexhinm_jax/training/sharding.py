@@ -82,18 +82,25 @@ def shard_batch(batch: Any, mesh: Mesh, axis: str = "data") -> Any:
     return jax.tree_util.tree_map_with_path(put, batch)
 
 
-def split_batch(batch: Any, devices: int) -> Any:
+def split_batch(batch: Any, devices: int, axis: int = 0) -> Any:
     """The batch with a leading device axis, for `jax.pmap`.
 
+    Args:
+      batch: tree of arrays.
+      devices: how many share it, each a whole part.
+      axis: of the examples.
+
     Raises:
-      ValueError: a leaf whose first axis the devices do not divide.
+      ValueError: a leaf whose axis of examples the devices do not divide.
     """
     arguments.count(devices, "devices", 1)
 
     def split(path: tuple, x: Any) -> Any:
-        rows = np.shape(x)[0] if np.ndim(x) else 0
+        rows = np.shape(x)[axis] if np.ndim(x) > axis else 0
         _check_rows(rows, devices, jax.tree_util.keystr(path) or "batch")
-        return x.reshape(devices, rows // devices, *x.shape[1:])
+        parts = devices, rows // devices
+        cut = x.reshape(*x.shape[:axis], *parts, *x.shape[axis + 1 :])
+        return np.moveaxis(cut, axis, 0)
 
     return jax.tree_util.tree_map_with_path(split, batch)
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from flexhinm_jax.training.sharding import split_batch
 from train import finetune_pmap, language, vision
 from train.lab import programs
 from train.lab.trainer import Config
@@ -59,10 +60,11 @@ def test_bad_data_ends_a_program_with_one_line(monkeypatch, tmp_path):
 
 
 def test_batches_and_devices_that_do_not_fit_are_refused():
-    batch = np.zeros((1, 6, 2))
-    assert finetune_pmap.share(batch, 3, 1).shape == (3, 1, 2, 2)
-    with pytest.raises(ValueError, match="batch_size=6 is not a multiple of devices=4"):
-        finetune_pmap.share(batch, 4, 1)
+    batch = np.arange(24).reshape(2, 6, 2)
+    parts = np.stack(np.split(batch, 3, 1))
+    np.testing.assert_array_equal(split_batch(batch, 3, 1), parts)
+    with pytest.raises(ValueError, match="6 rows do not divide over 4 devices"):
+        split_batch(batch, 4, 1)
     with pytest.raises(ValueError, match="--devices 0: need at least one"):
         finetune_pmap.devices(0)
     assert jax.devices(), "from here on the number of devices is fixed"
