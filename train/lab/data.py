@@ -12,6 +12,7 @@ import struct
 import sysconfig
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -284,18 +285,33 @@ def text(path: Path | None, length: int, limit: int = 8_000_000) -> Text:
     )
 
 
+def files(root: Path, pattern: str, *skipped: str) -> dict[str, Path]:
+    """Files below a folder by their names, sorted, without tests and what is installed.
+
+    Args:
+      root: the folder.
+      pattern: of the last part of a name.
+      *skipped: further folders that are passed over.
+    """
+    paths = {p.relative_to(root).as_posix(): p for p in root.rglob(pattern)}
+    passed = _SKIPPED_FOLDERS.union(skipped)
+    return {n: paths[n] for n in sorted(paths) if passed.isdisjoint(n.split("/"))}
+
+
+def by_checksum(names: Iterable[str]) -> list[str]:
+    """Names mixed, but always alike: a limit does not cut the alphabet off."""
+    return sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))
+
+
 def _standard_library(limit: int) -> tuple[bytes, bytes]:
-    root = Path(sysconfig.get_path("stdlib"))
-    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
+    found = files(Path(sysconfig.get_path("stdlib")), "*.py")
     parts: dict[bool, list[bytes]] = {True: [], False: []}
-    # By checksum, so that a limit does not cut the alphabet off.
-    for name in sorted(names, key=lambda n: (zlib.crc32(n.encode()), n)):
+    for name in by_checksum(found):
         if limit <= 0:
             break
-        if _SKIPPED_FOLDERS.isdisjoint(name.split("/")):
-            source = (root / name).read_bytes()[:limit]
-            limit -= len(source)
-            parts[zlib.crc32(name.encode()[::-1]) % 10 == 0].append(source)
+        source = found[name].read_bytes()[:limit]
+        limit -= len(source)
+        parts[zlib.crc32(name.encode()[::-1]) % 10 == 0].append(source)
     return b"".join(parts[False]), b"".join(parts[True])
 
 

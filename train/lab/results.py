@@ -20,9 +20,9 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
 
 import flexhinm_jax as fh
+from flexhinm_jax.cli import console
 from flexhinm_jax.io.checkpoints import Checkpoints
 from flexhinm_jax.io.records import read_lines, write_lines
 
@@ -99,15 +99,15 @@ def follow(
 @contextlib.contextmanager
 def _bar(title: str, total: int, start: int) -> Iterator[Callable[[dict], None]]:
     """A bar on a terminal, and what shows a record beside it."""
-    console = Console(stderr=True)
+    terminal = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[last]}"),
-        console=console,
-        disable=not console.is_terminal,
+        console=terminal,
+        disable=not terminal.is_terminal,
     )
     task = bar.add_task(title, total=total, completed=start, last="")
 
@@ -170,16 +170,9 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    table = Table(title=title)
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    """Prints a table; figures, all but the first column, to the right."""
+    aligned = [columns[0], *(f">{name}" for name in columns[1:])]
+    console.Console().result({}, title, console.table(aligned, rows))
 
 
 def curves(

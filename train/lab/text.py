@@ -28,22 +28,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flexhinm_jax.io.sources import read_sentences
+from train.lab.data import by_checksum, files
 
 Split = Literal["calibration", "evaluation"]
 
 MIN_WORDS, MAX_WORDS = 6, 40
-
-# Tests, bundled data and what others install into the same folder.
-_SKIPPED_FOLDERS = {
-    "__pycache__",
-    "dist-packages",
-    "encodings",
-    "idle_test",
-    "lib2to3",
-    "site-packages",
-    "test",
-    "tests",
-}
 
 
 def sentences(split: Split, limit: int | None = None) -> list[str]:
@@ -134,19 +123,12 @@ def split_of(document: str) -> Split:
 def documents() -> Iterator[tuple[str, str]]:
     """Yields (name, text) of every document, sorted by name within each source."""
     library = Path(sysconfig.get_path("stdlib"))
-    for name, path in _files(library, "*.py"):
+    for name, path in files(library, "*.py", "encodings").items():
         for part, text in _prose(path):
             yield f"python/{name}{part}", text
     descriptions = _scikit_learn() / "datasets" / "descr"
-    for name, path in _files(descriptions, "*.rst"):
+    for name, path in files(descriptions, "*.rst").items():
         yield f"scikit-learn/{name}", path.read_text(encoding="utf-8")
-
-
-def _files(root: Path, pattern: str) -> Iterator[tuple[str, Path]]:
-    paths = {p.relative_to(root).as_posix(): p for p in root.rglob(pattern)}
-    for name in sorted(paths):
-        if not _SKIPPED_FOLDERS.intersection(name.split("/")):
-            yield name, paths[name]
 
 
 def _scikit_learn() -> Path:
@@ -181,9 +163,9 @@ def _prose(path: Path) -> Iterator[tuple[str, str]]:
 
 def _docstrings(root: Path) -> Iterator[str]:
     """Yields the docstrings of each source file, in an order mixed by checksum."""
-    files = dict(_files(root, "*.py"))
-    for name in sorted(files, key=lambda name: (zlib.crc32(name.encode()), name)):
-        for _, text in _prose(files[name]):
+    found = files(root, "*.py", "encodings")
+    for name in by_checksum(found):
+        for _, text in _prose(found[name]):
             yield text
 
 
