@@ -92,6 +92,7 @@ class Form(NamedTuple):
         c, how = self.cut, self.source.name.lower()
         groups = f"{c.row_groups}x{c.token_groups}"
         parts = [how, f"n{c.tokens}", groups, f"splits{c.splits}", f"d{c.depth}"]
+        parts += [f"shared{c.sharing}"] if c.sharing > 1 else []
         return "-".join([*parts, f"flight{c.in_flight}", self.dtype])
 
 
@@ -121,6 +122,9 @@ def forms() -> list[Form]:
                 cut = dataclasses.replace(cut, held=source is Source.HELD)
                 dtype = ("bfloat16", "float16")[len(made) // 2 % 2]
                 made.append(Form(source, cut, dtype))
+    for tokens, splits, sharing in ((64, 2, 2), (64, 1, 4), (128, 1, 2), (128, 2, 4)):
+        cut = hopper.Tiling(2, 1, tokens, splits, sharing=sharing)
+        made.append(Form(Source.STREAM, cut, ("bfloat16", "float16")[sharing // 4]))
     return made
 
 
@@ -139,7 +143,8 @@ def one_form(form: Form, out: Path, run: Callable[..., Any] = wgmma_sp.matmul) -
     steps = 41 if HAS_GPU else 3
     tiles = 3 if form.source in (Source.LISTED, Source.HELD) else 1
     plain = form.source is Source.PLAIN
-    rows = 64 * form.cut.row_groups - (8 if form.cut.row_groups == 1 else 0)
+    rows = 64 * form.cut.row_groups * form.cut.sharing
+    rows -= 8 if form.cut.row_groups == 1 else 0
     tokens = form.cut.width + (3 if HAS_GPU else -3)
     sizes = (0, 32 * steps - 2) if plain else (8, 32 * steps - 7)
     case = selfcheck.Case(tiles, rows, *sizes, tokens, form.dtype, form.cut, plain)

@@ -73,6 +73,7 @@ class Block:
       resident: blocks that fit a multiprocessor at a time.
       source: how activations come.
       helper: whether a program before it brings them into order.
+      sharing: blocks that fetch them together.
     """
 
     row_groups: int
@@ -82,6 +83,7 @@ class Block:
     resident: int
     source: Source
     helper: bool
+    sharing: int = 1
 
 
 def dense(n: int, o: int, i: int) -> float:
@@ -141,13 +143,16 @@ def sparse(sizes: Sizes, block: Block, steps: int, blocks: int) -> float:
         source, x
     )
     once = 2 * n * sizes.i if source is Source.HELD else 0
-    cache = grid * (steps * (values + fetched + listed) + block.splits * once)
+    cache = grid * (
+        steps * (values + fetched / block.sharing + listed) + block.splits * once
+    )
     warpgroups = block.row_groups * block.token_groups
     operands = 4 * warpgroups * (64 * block.tokens + 2048)
     shared = grid * (steps * (values + x + listed + operands) + block.splits * once)
     tensor = grid * steps * warpgroups * 4 * block.tokens / 2 / (CORES * CLOCK)
     bound = max(memory / MEMORY, cache / CACHE, shared / SHARED, tensor)
-    waves = grid / (CORES * block.resident // block.splits)
+    cluster = block.splits * block.sharing
+    waves = grid * block.splits / (CORES * block.resident // cluster * cluster)
     bound *= -(-waves // 1) / waves
     helper = START + 4 * n * sizes.i / MEMORY if block.helper else 0.0
     sums = 4 * (block.splits - 1) * rows * width / REMOTE

@@ -21,7 +21,7 @@ from jax import Array, lax
 from flexhinm_jax.gpu import ptx, support
 from flexhinm_jax.gpu.layouts import ROWS, STEP
 
-MOST_SPLITS = 8
+MOST_BLOCKS = 8
 """Blocks of a cluster that every Hopper GPU can place."""
 
 
@@ -49,6 +49,8 @@ class Tiling:
         or 1 to try on a GPU. The registers of their metadata may be written again by
         then; whether an instruction has read them when it begins is not documented.
       held: x lies in shared memory, if tiles read it by an index (`Source.HELD`).
+      sharing: blocks along the rows, of one cluster, that fetch tiles of x together,
+        a part each for all of them (`Source.STREAM`).
     """
 
     row_groups: int = 1
@@ -58,6 +60,7 @@ class Tiling:
     depth: int = 4
     in_flight: int = 0
     held: bool = False
+    sharing: int = 1
 
     def __post_init__(self) -> None:
         """Checks the numbers against each other."""
@@ -67,10 +70,20 @@ class Tiling:
             raise ValueError(
                 f"{self.row_groups} x {self.token_groups} warpgroups; 1 or 2 in all"
             )
-        if self.depth < 4 or not 1 <= self.splits <= MOST_SPLITS:
+        if self.depth < 4 or not 1 <= self.splits <= MOST_BLOCKS:
             raise ValueError(
                 f"depth={self.depth} must be >= 4, splits={self.splits} "
-                f"between 1 and {MOST_SPLITS}"
+                f"between 1 and {MOST_BLOCKS}"
+            )
+        cluster = self.splits * self.sharing
+        if (
+            self.sharing not in (1, 2, 4)
+            or cluster > MOST_BLOCKS
+            or (self.sharing > 1 and (self.in_flight or self.width < 8 * self.sharing))
+        ):
+            raise ValueError(
+                f"sharing={self.sharing} must be 1, 2 or 4, with splits {cluster} <= "
+                f"{MOST_BLOCKS} blocks, nothing in flight and 8 tokens for each block"
             )
         if self.in_flight not in (0, 1):
             raise ValueError(f"in_flight={self.in_flight} must be 0 or 1")
@@ -132,6 +145,11 @@ class Launch:
     def splits(self) -> int:
         """Blocks that share the columns of a tile, none without a step."""
         return -(-self.steps // self.per)
+
+    @property
+    def sharing(self) -> int:
+        """Blocks that fetch x together; the interpreter knows no such copies."""
+        return 1 if support.interpreting() else self.tiling.sharing
 
     @property
     def by_threads(self) -> bool:
@@ -204,7 +222,7 @@ def _kernel(launch: Launch, result: jax.ShapeDtypeStruct) -> Any:
     """The Pallas kernel for static sizes."""
     plgpu, tiling = support.mosaic(), launch.tiling
     instructions = _instructions(launch)
-    together = launch.splits > 1 and result.ndim == 2
+    together = result.ndim == 2  # the interpreter sums outside
 
     def body(*references: Any, **scratch: Any) -> None:
         block = _Block(launch, instructions, references, scratch)
@@ -212,10 +230,13 @@ def _kernel(launch: Launch, result: jax.ShapeDtypeStruct) -> Any:
         acc = block.multiply()
         block.store(block.combine(acc) if together else acc)
 
+    sharing = launch.sharing
     columns = -(-result.shape[-2] // tiling.width)
-    grid: dict[str, int] = {"row": launch.tiles * launch.blocks, "token": columns}
-    cluster = {"split": launch.splits} if together else {}
-    grid |= {} if together else {"split": launch.splits}
+    rows = launch.tiles * launch.blocks // sharing
+    grid: dict[str, int] = {"row": rows, "token": columns}
+    cluster = {"peer": sharing, "split": launch.splits}
+    if not together or sharing * launch.splits == 1:
+        grid, cluster = grid | {"split": launch.splits}, {}
     return plgpu.kernel(
         body,
         out_type=result,
@@ -252,6 +273,10 @@ def _scratch(launch: Launch) -> dict[str, Any]:
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=depth),
         "sync": plgpu.Barrier(num_arrivals=tiling.groups),
     }
+    if launch.sharing > 1:
+        scratch["free"] = plgpu.ClusterBarrier(
+            collective_axes=("peer",), num_arrivals=tiling.groups, num_barriers=depth
+        )
     if source is Source.LISTED:
         scratch["i_s"] = plgpu.SMEM((launch.per, *indices), jnp.int32)
         scratch["ready"] = plgpu.Barrier(num_arrivals=1)
@@ -279,6 +304,7 @@ class _Instructions:
       arrive: waits for the copies of the step in use.
       drained: waits for all copies.
       combine: adds the sums of the other blocks of a cluster to those of the first.
+      meet: waits for all blocks of the cluster.
       scatter: stores an accumulator to rows of the result.
     """
 
@@ -295,6 +321,7 @@ class _Instructions:
     arrive: Any
     drained: Any
     combine: Any
+    meet: Any
     scatter: Any
 
 
@@ -354,8 +381,12 @@ def _instructions(launch: Launch) -> _Instructions:
         arrive=inline(ptx.await_copies(tiling.ahead - 1), (), nothing),
         drained=inline(ptx.await_copies(0), (), nothing),
         combine=inline(
-            ptx.combine(launch.splits), (wgmma, ref(of_values), scalar), None, held
+            ptx.combine(launch.splits),
+            (wgmma, ref(of_values), scalar, scalar),
+            None,
+            held,
         ),
+        meet=inline(ptx.meet, (), nothing),
         scatter=inline(
             ptx.scatter_rows,
             (wgmma, wgmma.reduce(1), ref(), scalar),
@@ -387,6 +418,8 @@ class _Block:
         self.scratch = scratch
         self.group = lax.axis_index("group")
         row, token, split = (lax.axis_index(a) for a in ("row", "token", "split"))
+        self.peer = lax.axis_index("peer") if launch.sharing > 1 else jnp.int32(0)
+        row = row * launch.sharing + self.peer
         self.tile, self.block = lax.div(row, launch.blocks), lax.rem(row, launch.blocks)
         self.split, self.first = split, split * launch.per
         self.count = jnp.minimum(launch.per, launch.steps - self.first)
@@ -466,7 +499,12 @@ class _Block:
         if self.launch.source is Source.STREAM:
             columns = pl.ds(at * 2 * STEP, 2 * STEP)
             tokens = pl.ds(self.token, tiling.width)
-            copy(self.x_g.at[tokens, columns], self.scratch["x_s"].at[slot], full)
+            copy(
+                self.x_g.at[tokens, columns],
+                self.scratch["x_s"].at[slot],
+                full,
+                collective_axes="peer" if self.launch.sharing > 1 else None,
+            )
         if self.launch.source is Source.HELD:
             copy(self.lists[0].at[self.tile, at], self.scratch["i_s"].at[slot], full)
 
@@ -518,18 +556,41 @@ class _Block:
             x = x_s.at[slot, :, part] if self.launch.turned else x_s.at[slot, part]
         a = self.scratch["a_s"].at[slot, pl.ds(self.row_group * ROWS, ROWS)]
         acc = self.do.multiply(acc, words, a, x)
+        if self.launch.sharing > 1:
+            self._free(k)
         self.weights(k + tiling.ahead)
         if self.launch.by_threads:
             self.activations(k + tiling.ahead)
         return acc
 
+    def _free(self, k: Any) -> None:
+        """Gives the slot of step k to all that share x, takes the one filled next.
+
+        That is the slot of the step before: all of them have ended its product.
+        """
+        from jax.experimental import pallas as pl
+
+        plgpu, depth, free = support.mosaic(), self.tiling.depth, self.scratch["free"]
+        plgpu.barrier_arrive(free.at[lax.rem(k, depth)])
+        filled = (k > 0) & (k + self.tiling.ahead < self.count)
+
+        @pl.when(filled & (self.group == 0))
+        def _take() -> None:
+            plgpu.barrier_wait(free.at[lax.rem(k + self.tiling.ahead, depth)])
+
     def combine(self, acc: Array) -> Array:
-        """The sums of all blocks of the cluster, in the first one.
+        """The sums of the blocks that share a tile, in the first one.
 
         They lie where the values were, which no product reads any more.
         """
-        self._meet()
-        return self.do.combine(acc, self.scratch["a_s"], self.split)
+        splits = self.launch.splits
+        if splits > 1:
+            self._meet()
+            first = self.peer * splits
+            return self.do.combine(acc, self.scratch["a_s"], self.split, first)
+        if self.launch.sharing > 1:  # nobody ends while others signal to it
+            self.do.meet()
+        return acc
 
     def store(self, acc: Array) -> None:
         """Writes the accumulator to the original rows."""

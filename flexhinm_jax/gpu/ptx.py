@@ -465,6 +465,22 @@ def await_copies(pending: int) -> Any:
     return wait
 
 
+def meet(ctx: Any) -> None:
+    """All threads of a cluster come to here before one of them goes on."""
+    del ctx
+    from jaxlib.mlir.dialects import llvm
+
+    for text in ("arrive.release", "wait.acquire"):
+        llvm.inline_asm(
+            None,
+            [],
+            f"barrier.cluster.{text}.aligned;",
+            "",
+            asm_dialect=0,
+            has_side_effects=True,
+        )
+
+
 def combine(splits: int) -> Any:
     """Adds the accumulators of all blocks of a cluster to that of the first one.
 
@@ -472,14 +488,14 @@ def combine(splits: int) -> Any:
       splits: blocks, in one line.
 
     Returns:
-      A function (ctx, acc, scratch, rank) -> acc. scratch: shared memory that nobody
-      else uses, 4 bytes per sum of the block. The result is that of the block with rank
-      0, the others return anything. Sums are added in the order of the ranks. There is
-      no such function in the interpreter, which sees no memory of another block.
+      A function (ctx, acc, scratch, split, first) -> acc. scratch: shared memory that
+      nobody else uses, 4 bytes per sum of the block; first: rank of split 0 in the
+      cluster. The result is that of split 0, the others return anything. Sums are added
+      in the order of the splits. There is no such function in the interpreter, which
+      sees no memory of another block.
     """
 
-    def add(ctx: Any, acc: Any, scratch: Any, rank: Any) -> Any:
-        del ctx
+    def add(ctx: Any, acc: Any, scratch: Any, split: Any, first: Any) -> Any:
         from jax.experimental.mosaic.gpu import fragmented_array as fa
         from jax.experimental.mosaic.gpu import utils
         from jaxlib.mlir import ir
@@ -507,17 +523,19 @@ def combine(splits: int) -> Any:
         for j, pair in enumerate(pairs):
             text = f"st.shared.v2.f32 [$0+{1024 * j}], {{$1, $2}};"
             asm(None, [own, *halves(pair)], text, "r,f,f")
-        asm(None, [], "barrier.cluster.arrive.release.aligned;", "")
-        asm(None, [], "barrier.cluster.wait.acquire.aligned;", "")
+        meet(ctx)
         sums = [halves(pair) for pair in pairs]
         for other in range(1, splits):
             there = asm(
-                i32, [own, c(other)], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r"
+                i32,
+                [own, arith.addi(first.registers.item(), c(other))],
+                "mapa.shared::cluster.u32 $0, $1, $2;",
+                "=r,r,r",
             )
             for j in range(len(pairs)):
                 both: Any = asm(
                     llvm.StructType.get_literal([f32] * 2),
-                    [there, rank.registers.item()],
+                    [there, split.registers.item()],
                     "{ .reg .pred p; mov.b32 $0, 0; mov.b32 $1, 0; "
                     "setp.eq.s32 p, $3, 0; "
                     f"@p ld.shared::cluster.v2.f32 {{$0, $1}}, [$2+{1024 * j}]; }}",
@@ -526,8 +544,7 @@ def combine(splits: int) -> Any:
                 more = [llvm.extractvalue(f32, both, [k]) for k in (0, 1)]
                 sums[j] = [arith.addf(a, b) for a, b in zip(sums[j], more, strict=True)]
         # The shared memory that was read lives as long as its block.
-        asm(None, [], "barrier.cluster.arrive.release.aligned;", "")
-        asm(None, [], "barrier.cluster.wait.acquire.aligned;", "")
+        meet(ctx)
         registers = np.array([vector.from_elements(two, s) for s in sums], dtype=object)
         return fa.FragmentedArray(
             _registers=registers.reshape(acc.registers.shape),

@@ -9,8 +9,9 @@ the index lists come beside the metadata. Dense and 2:4 columns of a tile are on
 places when a block stores its result.
 
 How a product is cut (`tiling`) is what `cost` predicts to be fastest; nothing has been
-tuned on a device. In-kernel gathers read x once per 64 or 128 rows: with 64 rows per
-tile and many tokens that traffic, not the tensor cores, sets the pace.
+tuned on a device. Where all blocks read the same columns, those of a cluster fetch x
+together. In-kernel gathers read x once per 64 or 128 rows: with 64 rows per tile and
+many tokens that traffic, not the tensor cores, sets the pace.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from flexhinm_jax.gpu import cost, hopper, layouts, support
-from flexhinm_jax.gpu.hopper import MOST_SPLITS, Source
+from flexhinm_jax.gpu.hopper import MOST_BLOCKS, Source
 from flexhinm_jax.gpu.kernel import Kernel
 from flexhinm_jax.gpu.layouts import ROWS, STEP
 from flexhinm_jax.gpu.selfcheck import Case
@@ -157,7 +158,7 @@ def cuts(n: int, sizes: Shape) -> Iterator[tuple[float, int, hopper.Tiling]]:
     number = 0
     for form in _forms(n, sizes):
         fewest = None
-        for splits in range(1, MOST_SPLITS + 1):
+        for splits in range(1, MOST_BLOCKS // form.sharing + 1):
             cut = dataclasses.replace(form, splits=splits)
             source = sizes.source(n, cut)
             depth, resident = _room(cut, source, steps, 2 * n * inputs)
@@ -167,7 +168,7 @@ def cuts(n: int, sizes: Shape) -> Iterator[tuple[float, int, hopper.Tiling]]:
                 sizes.whole and n % cut.width == 0
             )
             groups = cut.row_groups, cut.token_groups, cut.tokens
-            block = cost.Block(*groups, splits, resident, source, helper)
+            block = cost.Block(*groups, splits, resident, source, helper, cut.sharing)
             fewest = fewest or splits
             worth = splits * LEAST <= steps
             partial = cost.exchanged_bytes(product, block)
@@ -208,7 +209,12 @@ def _forms(n: int, sizes: Shape) -> Iterator[hopper.Tiling]:
     if few:
         yield from (hopper.Tiling(rows, 1, few) for rows in pairs)
     else:
+        few = 128
         yield hopper.Tiling(2, 1, 128) if 2 in pairs else hopper.Tiling(1, 2, 64)
+    if few >= 64 and sizes.tiles == 1:
+        for sharing in (2, 4):
+            if sizes.blocks % (2 * sharing) == 0:
+                yield hopper.Tiling(2, 1, few, sharing=sharing)
 
 
 def seconds(n: int, packed: PackedWeight) -> float:
@@ -219,6 +225,7 @@ def seconds(n: int, packed: PackedWeight) -> float:
 RING = hopper.Tiling(depth=4)
 """The shallowest pipeline: 40 steps fill each of its slots ten times."""
 
+SHARED = dataclasses.replace(RING, row_groups=2, sharing=2, splits=2)
 HELD = dataclasses.replace(RING, row_groups=2, tokens=8, splits=4, held=True)
 
 CASES = (
@@ -236,11 +243,13 @@ CASES = (
         dataclasses.replace(RING, token_groups=2, tokens=32, splits=3),
     ),
     Case(2, 128, 6, 1300, 130, "bfloat16", hopper.Tiling(2, 1, 128, 2)),
+    Case(1, 512, 0, 1302, 70, "bfloat16", SHARED, True),
+    Case(1, 512, 0, 1302, 130, "float16", hopper.Tiling(2, 1, 128, sharing=4), True),
     Case(3, 128, 8, 1299, 5, "bfloat16", HELD),
     Case(1, 136, 0, 1302, 3, "bfloat16", dataclasses.replace(RING, tokens=8), True),
     Case(1, 136, 8, 1299, 3, "float16", dataclasses.replace(HELD, row_groups=1)),
 )
-"""Ragged sizes; then whole rings, splits, every form of two warpgroups, plain, held."""
+"""Ragged sizes; then whole rings and every form of warpgroups, x and clusters."""
 
 KERNEL = Kernel(
     NAME,

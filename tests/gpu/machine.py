@@ -4,12 +4,14 @@ Every warpgroup is one thread of control with 128 lanes. What the hardware does 
 own is queued and happens later, in an order drawn at random: copies of the tensor
 memory engine, cp.async, and sparse products, which read their metadata and sums from
 the registers as they are by then. Barriers count arrivals and bytes. The blocks of a
-cluster take turns at random; the shared memory of one that has ended is gone. So a race
-shows as a wrong result for some seed, a barrier that never opens as a `Fault`.
+cluster take turns at random, and one may fall behind; the shared memory of one that has
+ended is gone. So a race shows as a wrong result for some seed, a barrier that never
+opens as a `Fault`.
 
 What only hardware knows stays open: whether an instruction does what the PTX ISA says.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -100,9 +102,10 @@ class Warpgroup:
         self.until: Callable[[], bool] = lambda: True
         thread = np.arange(LANES, dtype=np.uint64) + np.uint64(LANES * number)
         special = {"%tid.x": thread}
-        rank, row = machine.rank, len(machine.cluster)
-        places = {"ctaid": machine.at, "cluster_ctaid": (rank, 0, 0)}
-        places["cluster_nctaid"] = (row, 1, 1)
+        line, blocks = machine.line, len(machine.cluster)
+        inside = (machine.rank % line, machine.rank // line, 0)
+        places = {"ctaid": machine.at, "cluster_ctaid": inside}
+        places["cluster_nctaid"] = (line, blocks // line, 1)
         for name, place in places.items():
             for axis, at in zip("xyz", place, strict=True):
                 special[f"%{name}.{axis}"] = np.full(LANES, at, np.uint64)
@@ -194,6 +197,10 @@ class Warpgroup:
             if mask.any():
                 at, count = self.address(operands[0])[0], self.value(operands[1])[0]
                 machine.barriers[int(at)] = Barrier(int(count))
+        elif operation.startswith("mbarrier.arrive.shared::cluster"):
+            for place in self.address(operands[1])[mask]:
+                block, at = machine.peer(int(place))
+                block.barriers[at].change(1, 0)
         elif operation.startswith("mbarrier.arrive"):
             barrier = machine.barriers[int(self.address(operands[1])[0])]
             expected = (
@@ -207,7 +214,7 @@ class Warpgroup:
             self.until = lambda: barrier.phase != parity
         elif operation.startswith("cp.async.bulk"):
             if int(mask.sum()) == 1:
-                self.bulk(operands)
+                self.bulk(operation, operands)
             elif mask.any():
                 raise Fault("several lanes start one copy of the engine")
         elif operation.startswith("cp.async.cg"):
@@ -232,25 +239,30 @@ class Warpgroup:
             return False
         return True
 
-    def bulk(self, operands: list[str]) -> None:
-        """A copy of the tensor memory engine."""
+    def bulk(self, operation: str, operands: list[str]) -> None:
+        """A copy of the tensor memory engine, to this block or to several."""
         machine = self.machine
         to = int(self.address(operands[0])[0])
         names = re.findall(r"%\w+|\d+", operands[1])
         number = int(self.value(names[0])[0]) % 2**SPACE // 128
         source = machine.maps[number]
         at = tuple(int(self.signed(name, 32)[0]) for name in names[1:])[::-1]
-        barrier = machine.barriers[int(self.address(operands[2])[0])]
+        signal, targets = int(self.address(operands[2])[0]), [machine]
+        if "multicast" in operation:
+            bits = int(self.value(operands[3])[0])
+            targets = [b for k, b in enumerate(machine.cluster) if bits >> k & 1]
 
-        def arrive() -> None:
+        def arrive(block: "Machine") -> None:
+            if block.ended:
+                raise Fault("a copy arrives in a block that has ended")
             data = source.read(at)
             place = to + np.arange(data.size)
             if source.swizzle:
                 place = gpu_faults.swizzled(place, source.swizzle)
-            machine.shared[place] = data
-            barrier.change(0, -data.size)
+            block.shared[place] = data
+            block.barriers[signal].change(0, -data.size)
 
-        machine.bulk.append(arrive)
+        machine.bulk += [functools.partial(arrive, block) for block in targets]
 
     def copy(self, operands: list[str], mask: np.ndarray) -> None:
         """cp.async of 16 bytes per lane, zeros behind what is read."""
@@ -404,6 +416,7 @@ class Warpgroup:
             "div": lambda a, b: a // b,
             "rem": lambda a, b: a % b,
             "xor": lambda a, b: a ^ b,
+            "not": lambda a: a ^ np.uint64(1 if kinds == ["pred"] else 2**64 - 1),
             "shl": lambda a, b: a << b,
             "shr": lambda a, b: a >> b,
         }
@@ -438,11 +451,8 @@ class Warpgroup:
         kind = {2: np.uint16, 4: np.uint32}[size]
         for lane in np.flatnonzero(mask):
             block, place = self.machine, int(at[lane]) + number * size
-            if space == "shared::cluster" and place >> WINDOW:
-                block = block.cluster[(place >> WINDOW) - 1]
-                place %= 2**WINDOW
-                if block.ended:
-                    raise Fault("shared memory of a block that has ended is read")
+            if space == "shared::cluster":
+                block, place = block.peer(place)
             words[lane] = np.frombuffer(
                 block.bytes(place, size, "" if space else "loaded"), kind
             )[0]
@@ -466,7 +476,8 @@ class Machine:
       groups: warpgroups.
       at: the block's place in the grid, (x, y, z).
       seed: of the order in which things happen.
-      rank: in the cluster, along x.
+      rank: in the cluster, x first.
+      line: blocks of the cluster along x.
     """
 
     def __init__(
@@ -478,8 +489,10 @@ class Machine:
         at: tuple[int, int, int],
         seed: int,
         rank: int = 0,
+        line: int = 1,
     ) -> None:
-        self.rank, self.cluster, self.meeting = rank, [self], Meeting()
+        self.rank, self.line = rank, line
+        self.cluster, self.meeting = [self], Meeting()
         self.ended = False
         self.program = statements(ptx)
         self.labels = {t[:-1]: k for k, t in enumerate(self.program) if t.endswith(":")}
@@ -507,6 +520,14 @@ class Machine:
         if place + count > array.size:
             raise Fault(f"byte {place} of parameter {number - 1} does not exist")
         return array[place : place + count]
+
+    def peer(self, at: int) -> tuple["Machine", int]:
+        """The block that an address in the cluster leads to, and where in it."""
+        number, place = at >> WINDOW, at % 2**WINDOW
+        block = self.cluster[number - 1] if number else self
+        if block.ended:
+            raise Fault("shared memory of a block that has ended is used")
+        return block, place
 
     def bytes(self, at: int, count: int, role: str) -> np.ndarray:
         """Bytes of global memory, without a role of shared memory."""
@@ -539,10 +560,13 @@ def run(cluster: list[Machine]) -> None:
     for block in cluster:
         block.warpgroups = [Warpgroup(block, k) for k in range(block.groups)]
     going = {w: w.run() for block in cluster for w in block.warpgroups}
+    slow = random.integers(len(cluster) + 1)  # falls behind the others, if one does
     while going:
         ready = [w for w in going if w.until()]
         if ready and random.random() >= cluster[0].haste:
-            warpgroup = ready[random.integers(len(ready))]
+            fast = [w for w in ready if w.machine.rank != slow]
+            turn = fast if fast and random.random() < 0.98 else ready
+            warpgroup = turn[random.integers(len(turn))]
             warpgroup.until = lambda: True
             if next(going[warpgroup], cluster) is cluster:
                 del going[warpgroup]

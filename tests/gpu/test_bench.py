@@ -119,11 +119,13 @@ def test_every_form_of_the_kernel_is_checked(monkeypatch):
     forms = gpu_parts.forms()
     assert len({form.name for form in forms}) == len(forms)
     cuts = {
-        (f.source, f.cut.tokens, f.cut.row_groups, f.cut.token_groups) for f in forms
+        (f.source, f.cut.tokens, f.cut.row_groups, f.cut.token_groups, f.cut.sharing)
+        for f in forms
     }
     for tiles, blocks, plain in (
         (1, 2, 0),
-        (1, 2, 1),
+        (1, 8, 1),
+        (1, 4, 0),
         (1, 1, 1),
         (64, 1, 0),
         (64, 2, 0),
@@ -132,9 +134,15 @@ def test_every_form_of_the_kernel_is_checked(monkeypatch):
         for n in (1, 9, 20, 40, 64, 100, 1000):
             cut = wgmma_sp.tiling(n, shape)
             source = shape.source(n, cut)
-            assert (source, cut.tokens, cut.row_groups, cut.token_groups) in cuts
+            assert (
+                source,
+                cut.tokens,
+                cut.row_groups,
+                cut.token_groups,
+                cut.sharing,
+            ) in cuts
     for what in ("in_flight", "splits", "depth"):
-        assert len({getattr(form.cut, what) for form in forms}) == 2
+        assert len({getattr(form.cut, what) for form in forms}) > 1
     for form in forms:
         listed = 512 * 43 if form.source is hopper.Source.LISTED else 0
         assert form.cut.shared_bytes + listed <= support.SHARED_BYTES - 2048

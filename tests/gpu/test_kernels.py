@@ -194,7 +194,8 @@ def test_a_long_product_of_the_self_check_is_right_when_interpreted():
 
 
 @pytest.mark.parametrize(
-    "fault", ["rings", "splits", "half", "token groups", "ragged", "plain", "held"]
+    "fault",
+    ["rings", "splits", "half", "token groups", "ragged", "plain", "held", "sharing"],
 )
 def test_some_product_of_the_self_check_shows(fault):
     steps = lambda c: (c.dense / 2 + c.groups) / 32  # noqa: E731
@@ -205,6 +206,7 @@ def test_some_product_of_the_self_check_shows(fault):
         "half": lambda c: c.dtype == "float16",
         "token groups": lambda c: cut(c).token_groups == 2 and c.tokens % 64,
         "plain": lambda c: c.plain and c.tokens % 8,
+        "sharing": lambda c: cut(c).sharing == 2 and cut(c).splits == 2,
         "held": lambda c: cut(c).held and cut(c).splits > 2 and c.tiles > 1,
         "ragged": lambda c: c.rows % 64 and c.tokens % 8,
     }[fault]
@@ -249,6 +251,10 @@ def test_kernels_lower_for_cuda_without_a_gpu(name):
         (dict(depth=3), "depth=3"),
         (dict(in_flight=2), "in_flight=2"),
         (dict(splits=9), "splits=9"),
+        (dict(sharing=3), "sharing=3"),
+        (dict(sharing=2, in_flight=1), "nothing in flight"),
+        (dict(sharing=4, splits=4), "splits 16 <= 8"),
+        (dict(sharing=4, tokens=16), "8 tokens for each"),
     ],
 )
 def test_a_wrong_cut_is_refused(change, message):

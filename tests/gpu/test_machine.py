@@ -69,7 +69,8 @@ class Product(NamedTuple):
             return [values, meta]
         n, width = self.x.shape
         x = self.x.reshape(n // 8, 8, width // 64, 64).transpose(0, 2, 1, 3)
-        return [values, meta, TensorMap(x, (cut.width // 8, 2, 8, 64), 128)]
+        box = (cut.width // 8 // cut.sharing, 2, 8, 64)
+        return [values, meta, TensorMap(x, box, 128)]
 
     def run(self, seed: int, spoil: Any = None) -> int:
         """Wrong elements of the result, clusters run one after the other."""
@@ -82,11 +83,18 @@ class Product(NamedTuple):
         parameters = {"loaded": self.order, "copied": self.x, "stored": y}
         for row in range(tiles * blocks // cut.row_groups):
             for token in range(-(-self.want.shape[0] // cut.width)):
-                places = [(token * cut.splits + k, row, 0) for k in range(cut.splits)]
-                if cut.splits == 1:
+                line, peers = cut.splits, cut.sharing
+                if row % peers:
+                    continue
+                places = [
+                    (token * line + k % line, row + k // line, 0)
+                    for k in range(line * peers)
+                ]
+                if line * peers == 1:
                     places = [(0, token, row)]
+                common = ptx, parameters, self.maps(), cut.groups
                 cluster = [
-                    Machine(ptx, parameters, self.maps(), cut.groups, at, seed, rank)
+                    Machine(*common, at, seed, rank, line)
                     for rank, at in enumerate(places)
                 ]
                 machine.run(cluster)
@@ -147,6 +155,8 @@ FORMS = {
     "2 row groups": Form(Tiling(2, 1, 16), rows=128, result="bfloat16"),
     "8 tokens, 3 splits": Form(Tiling(1, 1, 8, 3), rows=56, dtype="float16"),
     "2 token groups, 2 splits": Form(Tiling(1, 2, 16, 2)),
+    "shared by 2": Form(Tiling(1, 1, 16, sharing=2), rows=128),
+    "shared by 2, 2 splits": Form(Tiling(2, 1, 16, 2, sharing=2), rows=256),
     "plain, 2 row groups, 2 splits": SPLIT,
     "plain, 2 blocks of tokens": Form(Tiling(1, 1, 8), Source.PLAIN, tokens=11),
     "gathered, 2 token groups": TURNED,
@@ -223,6 +233,24 @@ def other_order(ptx: str) -> str:
     return re.sub(r"(mapa\.shared::cluster\.u32 \S+ \S+), (%r\d+)", r"\1, 0", ptx)
 
 
+def not_freed(ptx: str) -> str:
+    """A slot of x is filled before the other block has used it."""
+    waits = list(re.finditer(r"mbarrier\.try_wait\S+ P1, \[[^;]*", ptx))
+    assert len(waits) == 2, "a full slot, a free one"
+    start, end = waits[1].span()
+    return ptx[:start] + "setp.eq.s32 P1, 0, 0" + ptx[end:]
+
+
+def alone(ptx: str) -> str:
+    """The other block gets no x."""
+    return re.sub(r"(complete_tx::bytes)\.multicast::cluster", r"\1", ptx)
+
+
+def no_meeting_at_the_end(ptx: str) -> str:
+    at = ptx.rindex("barrier.cluster.arrive")
+    return ptx[:at] + re.sub(r"barrier\.cluster\.\S+;", "", ptx[at:])
+
+
 def ungrouped_copies(ptx: str) -> str:
     """x is read before all of it is held."""
     return re.sub(r"cp\.async\.wait_group\s+0;", "", ptx, count=1)
@@ -264,6 +292,9 @@ def other_stride(ptx: str) -> str:
         ("plain, 2 row groups, 2 splits", no_meeting(2)),
         ("plain, 2 row groups, 2 splits", other_order),
         ("2 token groups, 2 splits", no_sync_of_groups),
+        ("shared by 2", not_freed),
+        ("shared by 2", alone),
+        ("shared by 2", no_meeting_at_the_end),
         ("held, 2 row groups, 2 splits", no_fence),
         ("held, 2 row groups, 2 splits", ungrouped_copies),
         ("held, 2 row groups, 2 splits", wrong_parity),
