@@ -6,12 +6,13 @@ after reading.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flexhinm_jax.kernels import dispatch
+from flexhinm_jax.kernels import cost, dense, dispatch, xla
 from flexhinm_jax.paths import over_stack
 from flexhinm_jax.types import PackedWeight
 
@@ -28,8 +29,9 @@ def prepare(tree: Any, backend: str = "auto") -> Any:
     Args:
       tree: a `PackedWeight` or any tree with some, such as `result.packed`; stacks
         keep their leading axes.
-      backend: "auto" takes what the device at hand would run: "xla" on CPUs, on GPUs
-        the kernels that "auto" may take, or nothing, because what runs there reads the
+      backend: "auto" takes what the device at hand would run: on CPUs "xla", "dense"
+        or both, whatever is faster for some number of rows of x (`cost`), where products
+        choose between both by their rows; on GPUs the kernels that "auto" may take, or nothing, because what runs there reads the
         canonical arrays; "gpu" or the name of a backend takes that. "dense" holds the
         matrix itself and runs one dense product in place of the packed one, also in its
         gradients, for the memory of that matrix. A weight prepared for a GPU kernel
@@ -37,8 +39,9 @@ def prepare(tree: Any, backend: str = "auto") -> Any:
 
     Returns:
       The same tree with `layouts` filled. The layout of "xla" holds every stored value,
-      2 bytes for its column and the bits of its position beside the canonical arrays;
-      `packed.nbytes` counts all of it.
+      2 bytes for its column and the bits of its position beside the canonical arrays,
+      that of "dense" the matrix with its zeros; `packed.nbytes` counts all of it. Ask
+      for "xla" where the matrix is too large to hold.
 
     Raises:
       ValueError: an unknown backend.
@@ -53,11 +56,14 @@ def prepare(tree: Any, backend: str = "auto") -> Any:
       >>> sorted(fh.kernels.prepare(packed, "xla").layouts)
       ['xla']
     """  # noqa: E501
+    packed = lambda leaf: isinstance(leaf, PackedWeight)  # noqa: E731
+    weights = filter(packed, jax.tree.leaves(tree, is_leaf=packed))
+    cached = sum(map(_dense_bytes, weights)) <= cost.CACHE
 
     def one(leaf: Any) -> Any:
-        return _prepared(leaf, backend) if isinstance(leaf, PackedWeight) else leaf
+        return _prepared(leaf, backend, cached) if packed(leaf) else leaf
 
-    return jax.tree.map(one, tree, is_leaf=lambda v: isinstance(v, PackedWeight))
+    return jax.tree.map(one, tree, is_leaf=packed)
 
 
 def strip(tree: Any) -> Any:
@@ -77,16 +83,23 @@ def strip(tree: Any) -> Any:
     return jax.tree.map(one, tree, is_leaf=lambda v: isinstance(v, PackedWeight))
 
 
-def _prepared(packed: PackedWeight, backend: str) -> PackedWeight:
+def _dense_bytes(packed: PackedWeight) -> int:
+    matrices = math.prod(packed.out_order.shape[:-1])
+    return matrices * math.prod(packed.shape) * packed.dtype.itemsize
+
+
+def _prepared(packed: PackedWeight, backend: str, cached: bool) -> PackedWeight:
     bare = strip(packed.core)
     known, layouts = dispatch.known(), dict(packed.layouts)
-    for name in _names(bare, backend):
+    for name in _names(bare, backend, cached):
         derive = over_stack(known[name].prepare, packed.out_order.ndim - 1)
         layouts[name] = known[name].settle(jax.jit(derive)(bare), bare)
+    if (ready := layouts.get(xla.NAME)) is not None:
+        layouts[xla.NAME] = dataclasses.replace(ready, cached=cached)
     return dataclasses.replace(packed, layouts=layouts)
 
 
-def _names(packed: PackedWeight, backend: str) -> tuple[str, ...]:
+def _names(packed: PackedWeight, backend: str, cached: bool) -> tuple[str, ...]:
     if backend not in ("auto", "gpu"):
         if backend not in dispatch.known():
             raise ValueError(
@@ -103,4 +116,15 @@ def _names(packed: PackedWeight, backend: str) -> tuple[str, ...]:
         raise NotImplementedError(
             "no GPU kernel serves this weight here; see kernels.assume"
         )
-    return tuple(names) or (() if dispatch.capability() else ("xla",))
+    if names or dispatch.capability():
+        return tuple(names)
+    return _names_on_cpu(packed, cached)
+
+
+def _names_on_cpu(packed: PackedWeight, cached: bool) -> tuple[str, ...]:
+    """What some number of rows of x runs fastest with."""
+    if packed.values_dtype != jnp.float32:
+        # The matrix would be widened in every product.
+        return (xla.NAME,)
+    holds = {cost.holds(rows, packed, cached) for rows in cost.ROWS}
+    return tuple(dense.NAME if held else xla.NAME for held in sorted(holds))

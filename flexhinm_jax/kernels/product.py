@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments, jax_versions
 from flexhinm_jax.gpu import support
-from flexhinm_jax.kernels import dense, dispatch, reference, xla
+from flexhinm_jax.kernels import cost, dense, dispatch, reference, xla
 from flexhinm_jax.kernels.dispatch import Choice
 from flexhinm_jax.kernels.packing import accumulator, block_product, scales
 from flexhinm_jax.types import PackedWeight
@@ -191,11 +191,28 @@ def _run(
     if choice.cuda is not None and (gpu or choice.forced):
         return dispatch.known()[choice.cuda].run(x, packed, dtype)
     x = lax.optimization_barrier(x)  # the test for NaN must not compute it again
-    if dense.NAME in (choice.default, *packed.layouts):
+    if choice.default == dense.NAME or _runs_dense(x, packed, choice, transposed, gpu):
         multiply = dense.multiply
     else:
         multiply = dense.multiply_expanded if gpu else xla.multiply
     return multiply(x, packed, dtype, transposed=transposed)
+
+
+def _runs_dense(
+    x: Array, packed: PackedWeight, choice: Choice, transposed: bool, gpu: bool
+) -> bool:
+    """Whether the matrix that a weight holds serves a product.
+
+    Always where it is all that the weight holds, on GPUs and in transposed products.
+    Beside terms it serves the numbers of rows for which these are slower, and a number
+    that is not known before a program runs.
+    """
+    if dense.NAME not in packed.layouts:
+        return False
+    ready, rows = packed.layouts.get(xla.NAME), x.shape[0]
+    if ready is None or transposed or gpu or not isinstance(rows, int):
+        return True
+    return not choice.forced and cost.holds(rows, packed, ready.cached)
 
 
 def _shape(

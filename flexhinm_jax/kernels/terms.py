@@ -33,7 +33,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from flexhinm_jax import jax_versions
-from flexhinm_jax.kernels import positions
+from flexhinm_jax.kernels import cost, positions
 from flexhinm_jax.kernels.packing import (
     accumulator,
     rows_of,
@@ -41,16 +41,10 @@ from flexhinm_jax.kernels.packing import (
     stored_columns,
 )
 from flexhinm_jax.ops import words
-from flexhinm_jax.types import PackedWeight, exportable
+from flexhinm_jax.types import PackedWeight, exportable, static
 
 BLOCK = 8
 """Terms of one loop; more do not fit the registers."""
-
-FEW = 6
-"""Up to so many rows of x the positions select, unless a group has many choices."""
-
-MOST = 32
-"""Products n * m of a group up to which positions select."""
 
 CHUNK = 128
 """Rows of x side by side: more leave the cache, fewer repeat the loads of the terms."""
@@ -59,7 +53,7 @@ SHORT = 16
 """Below so many of them two blocks at once are faster."""
 
 VECTOR = 8
-"""Rows of x are padded to whole vectors, unless there are `FEW`."""
+"""Rows of x are padded to whole vectors, unless there are `cost.FEW`."""
 
 
 Term = Callable[[Array | int, int], tuple[Array, Array]]
@@ -80,12 +74,15 @@ class Terms:
       positions: u32[words, o], the position of every kept value in its group, by
         `words.to_words`; none where a group has too many choices to select.
       inverse: u32[o], storage row of each original row.
+      cached: products may find the weight in the cache, because the tree that it was
+        prepared in fits it (`cost.CACHE`).
     """
 
     values: Array
     columns: Array
     positions: Array
     inverse: Array
+    cached: bool = static(default=True)
 
 
 def terms_of(packed: PackedWeight) -> Terms:
@@ -98,7 +95,7 @@ def terms_of(packed: PackedWeight) -> Terms:
     inner = jnp.stack(inputs_of(packed), axis=-1).reshape(t, v, kept)
     stored = jnp.stack(positions_of(packed), axis=-1).reshape(t, v, kept)
 
-    if not _selects(packed):
+    if not cost.selects(packed):
         stored = stored[..., :0]
 
     def lines(*parts: Array) -> Array:
@@ -119,7 +116,7 @@ def matmul(x: Array, packed: PackedWeight, terms: Terms, dtype: DTypeLike) -> Ar
     A NaN in x makes every output of its row NaN, as in the dense product.
     """
     rows = x.shape[0]
-    if isinstance(rows, int) and rows <= FEW and _selects(packed):
+    if isinstance(rows, int) and rows <= cost.FEW and cost.selects(packed):
         return spread_nan(x, select(x, packed.filled(), terms).astype(dtype))
     return gather(x, terms, dtype)
 
@@ -203,7 +200,7 @@ def inputs_of(packed: PackedWeight) -> tuple[Array, ...]:
     """
     t, v, kept = packed.nm_values.shape
     n, m, groups = packed.n, packed.m, kept // packed.n
-    if not _selects(packed):
+    if not cost.selects(packed):
         spread = jnp.broadcast_to(packed.nm_index[:, None], (t, v, groups * m))
         inner = jnp.take_along_axis(spread, stored_columns(packed), axis=2)
         inner = inner.astype(_narrow(packed))
@@ -238,10 +235,6 @@ def chosen(position: Array, slots: Sequence[Array] | Array, k: int, n: int) -> A
     for j in reversed(range(first, last)):
         y = jnp.where(position == j, slots[j], y)
     return y
-
-
-def _selects(packed: PackedWeight) -> bool:
-    return packed.n * packed.m <= MOST
 
 
 def _mask(bits: int) -> Array:
@@ -331,7 +324,7 @@ def chunk_of(rows: int) -> int:
     """Rows of x side by side: equal parts in whole vectors; one for a symbolic size."""
     if not isinstance(rows, int):
         return VECTOR
-    if rows <= FEW:
+    if rows <= cost.FEW:
         return rows
     parts = -(-rows // CHUNK)
     return -(-rows // (parts * VECTOR)) * VECTOR

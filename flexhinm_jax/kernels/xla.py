@@ -36,7 +36,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from flexhinm_jax import jax_versions
-from flexhinm_jax.kernels import positions, terms
+from flexhinm_jax.kernels import cost, positions, terms
 from flexhinm_jax.kernels.packing import (
     accumulator,
     block_columns,
@@ -49,7 +49,6 @@ from flexhinm_jax.types import PackedWeight
 
 NAME = "xla"
 FEW, FEW_CACHED = 2, 4
-MOST = 32
 MANY = 64
 CACHED_VALUES = 1 << 19
 CHUNK = 128
@@ -62,8 +61,8 @@ class Slots:
 
     Attributes:
       values: n times [t, v, G], the k-th kept value of every group; or once
-        [t, v, D + m * G], all columns with their zeros, for more than `MOST`
-        selections per group.
+        [t, v, D + m * G], all columns with their zeros, for more than
+        `cost.MOST` selections per group.
       positions: u8[t, v, G], all positions of a group in one byte where they fit, as
         the nibble of a 2:4 group does; n times that otherwise; () when expanded.
       index: u32[t, D + m * G], original input of each column.
@@ -92,13 +91,13 @@ def slots_of(packed: PackedWeight) -> Slots:
     index = index.astype(jnp.uint32)
     stored = jnp.arange(o, dtype=jnp.uint32)
     inverse = jnp.zeros_like(stored).at[packed.out_order].set(stored)
-    if n * m > MOST:
+    if not cost.selects(packed):
         slots = block_columns(packed).reshape(t, v, groups, m)
         slots = jnp.swapaxes(slots, -1, -2).reshape(t, v, -1)
         whole = jnp.concatenate([packed.dense_values, slots], axis=-1)
         return Slots((whole,), (), index, inverse)
     values = packed.nm_values.reshape(t, v, groups, n)
-    # At most MOST selections: one byte often holds all positions of a group.
+    # At most `cost.MOST` selections: one byte often holds all positions of a group.
     joint = n * position_bits(m) <= 8
     read = positions.decode_joint if joint else positions.decode
     chosen = read(packed.nm_positions, groups, n, m)
@@ -129,7 +128,7 @@ def form_of(rows: int, packed: PackedWeight) -> str:
         return "tiles"
     whole = packed.filled()
     cached = whole.dense_values.size + whole.nm_values.size <= CACHED_VALUES
-    selects = packed.n * packed.m <= MOST
+    selects = cost.selects(packed)
     if cached and (rows >= MANY or not selects):
         return "terms"
     few = FEW_CACHED if cached else FEW

@@ -15,7 +15,7 @@ import flexhinm_jax as fh
 from flexhinm_jax import kernels
 from flexhinm_jax.gpu import registry, selfcheck, support
 from flexhinm_jax.gpu.kernel import Kernel
-from flexhinm_jax.kernels import dispatch, reference, xla
+from flexhinm_jax.kernels import cost, dispatch, reference, xla
 from tests.cases import MORE_PATTERNS, PATTERNS, targets
 
 ALL = {
@@ -58,7 +58,7 @@ def weights():
 @jax.jit
 def in_every_form(x, packed):
     packed = packed.filled()
-    selects = packed.n * packed.m <= xla.MOST
+    selects = cost.selects(packed)
     names = xla.FORMS if selects else ["terms", "tiles"]
     return {
         **{name: xla.FORMS[name](x, packed) for name in names},
@@ -288,7 +288,7 @@ def test_preparing_keeps_the_weight_and_adds_the_layout():
     packed, w = pack(fh.FlexHiNM(8))
     tree = {"w": packed, "b": jnp.zeros(3)}
     ready = kernels.prepare(tree)
-    assert list(ready["w"].layouts) == ["xla"]
+    assert list(ready["w"].layouts) == ["dense"]  # nothing wins on so small a weight
     assert ready["w"].nbytes > packed.nbytes
     np.testing.assert_array_equal(kernels.unpack(ready["w"]), w)
     bare = kernels.strip(ready)

@@ -1,0 +1,107 @@
+"""Predicted nanoseconds of a product on a CPU: which program runs it.
+
+The rates are fitted to products of 576 x 576 to 4096 x 4096 in float32, 2:4 and 75 %
+FlexHiNM, on one core of a Zen 3 (AVX2). They need not be right to the nanosecond: where
+a packed form and the dense product are close, the dense one runs (`MARGIN`), so a
+weight that holds its matrix as well is never much slower than that.
+
+Weights that come from memory cost a packed form less than the dense product, which
+reads two to four times the bytes: `cached` says whether they do not.
+"""
+
+import dataclasses
+
+from flexhinm_jax.types import PackedWeight
+
+CACHE = 1 << 24
+"""Bytes of dense matrices up to which the weights of a tree stay in the cache."""
+
+MARGIN = 0.95
+"""A packed form runs where it is predicted below this part of the dense time."""
+
+FEW, MOST = 6, 32
+"""Positions select up to so many rows of x, and products n * m of a group."""
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+"""Numbers of rows of x that `prepare` asks about."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A product with one packed matrix.
+
+    Attributes:
+      rows: of x.
+      outputs: rows of the matrix.
+      inputs: columns of the matrix.
+      stored: values that it stores.
+      columns: inputs that its tiles read, all tiles together.
+      selects: its groups are small enough for positions to select.
+      cached: it is in the cache before the product.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    stored: int
+    columns: int
+    selects: bool
+    cached: bool
+
+    @staticmethod
+    def of(rows: int, packed: PackedWeight, cached: bool) -> "Sizes":
+        """Those of a matrix of any stack; a matrix beyond the cache is not in it."""
+        whole = packed.filled()
+        assert whole.dense_index is not None and whole.nm_index is not None
+        assert whole.nm_values is not None
+        dense, groups = whole.dense_index.shape[-1], whole.nm_index.shape[-1]
+        outputs, inputs = packed.shape
+        return Sizes(
+            rows,
+            outputs,
+            inputs,
+            outputs * (dense + whole.nm_values.shape[-1]),
+            packed.tiles * (dense + groups),
+            selects(packed),
+            cached and 4 * outputs * inputs <= CACHE,
+        )
+
+
+def selects(packed: PackedWeight) -> bool:
+    """Whether positions can select among the inputs of a group."""
+    return packed.n * packed.m <= MOST
+
+
+def dense(sizes: Sizes) -> float:
+    """The product with the matrix [i, o]."""
+    rows = sizes.rows
+    each = 0.13 if rows == 1 else 0.16 + 0.035 * rows
+    if not sizes.cached:
+        each += 0.165 if rows == 1 else 0.4 * min(1.0, 16 / rows)
+    return each * sizes.outputs * sizes.inputs
+
+
+def select(sizes: Sizes) -> float:
+    """The prepared product in which positions select (`terms.select`)."""
+    each = 0.2 * sizes.rows + (0 if sizes.cached else 0.25)
+    return 25e3 + each * sizes.stored + 2 * sizes.rows * sizes.columns
+
+
+def gather(sizes: Sizes) -> float:
+    """The prepared product in which values read rows of x^T (`terms.gather`)."""
+    rows = -(-sizes.rows // 8) * 8
+    each = max(1.2, 0.45 + 0.05 * rows) + (0 if sizes.cached else 0.25)
+    moved = rows * (sizes.outputs + sizes.inputs)
+    return 60e3 + moved + each * sizes.stored
+
+
+def prepared(sizes: Sizes) -> float:
+    """The faster prepared product, as `terms.matmul` takes it."""
+    few = sizes.selects and sizes.rows <= FEW
+    return select(sizes) if few else gather(sizes)
+
+
+def holds(rows: int, packed: PackedWeight, cached: bool) -> bool:
+    """Whether so many rows of x run faster with the matrix itself than prepared."""
+    sizes = Sizes.of(rows, packed, cached)
+    return prepared(sizes) > MARGIN * dense(sizes)
