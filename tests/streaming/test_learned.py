@@ -227,6 +227,26 @@ def test_weights_can_be_learned_with_their_masks(model, tmp_path):
     np.testing.assert_array_equal(after[table], before[table])
 
 
+@pytest.mark.slow
+def test_weights_that_are_learned_survive_a_kill(model, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(told):
+        if isinstance(told, Judged) and (told.layer, told.step) == (0, 8):
+            raise Killed
+
+    monkeypatch.setattr(learned, "SAVE_SECONDS", 0.0)
+    options: dict[str, Any] = {"start": Smallest(fh.NM(2, 4))}
+    options |= {"weights_tx": optax.adam(1e-2)}
+    want = learn(model, tmp_path / "want", "hard_concrete", **options)
+    with pytest.raises(Killed):
+        learn(model, tmp_path / "out", "hard_concrete", progress=kill, **options)
+    result = learn(model, tmp_path / "out", "hard_concrete", **options)
+    assert files(tmp_path / "out") == files(tmp_path / "want")
+    assert result.values == want.values
+
+
 @pytest.mark.parametrize("name", ["maskllm", "hyperprune"])
 def test_weights_that_stay_are_not_trained(model, tmp_path, name):
     with pytest.raises(ValueError, match="keeps the weights as they are; leave their"):
