@@ -165,7 +165,7 @@ gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline (.venv-gp
 # Copies run: what they print is kept for the site and never committed.
 NOTEBOOKS := $(wildcard colab/*.ipynb)
 
-notebooks: $(STAMP) ## Execute the notebooks of colab/; the site shows what they print
+notebooks: $(VENV)/.smollm2 ## Execute the notebooks of colab/; the site shows what they print
 	mkdir -p build/notebooks
 	cp $(NOTEBOOKS) build/notebooks
 	$(PY) -m pytest --nbmake --nbmake-timeout=600 --overwrite -n 2 \
