@@ -104,23 +104,28 @@ def add_parser(commands: Any) -> None:
         f"sentences (or samples of a decoder) of a step (default: {BATCH_SENTENCES}, or"
         f" {flags.BATCH_SAMPLES})",
     )
-    group = flags.add_decoders(parser)
-    group.add_argument(
+    _add_decoders(parser)
+    flags.add_pack_values(parser)
+    flags.add_written(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_decoders(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that are for decoders."""
+    add = flags.add_decoders(parser).add_argument
+    add(
         "--weights-rate",
         type=float,
         metavar="R",
         help="train the weights that stay too, norms and biases with them, at this"
         " rate; for hard_concrete (default: weights stay as they are)",
     )
-    group.add_argument(
+    add(
         "--target",
         choices=("seq", "asym"),
         help="what a block is to give: what the dense block gives on the same input"
         " (seq, the default), or what the dense model gives there (asym)",
     )
-    flags.add_pack_values(parser)
-    flags.add_written(parser)
-    parser.set_defaults(run=run)
 
 
 EXAMPLES = """\
