@@ -149,7 +149,7 @@ def whole_model(flags: argparse.Namespace) -> Iterator[Row]:
         np.save(files[0], samples.astype(np.int64))
         joined = np.concatenate([inputs, targets[:, -1:]], 1)
         np.save(files[1], joined.astype(np.int64))
-        for method in ("wanda", "sparsegpt"):
+        for method in flags.methods.split(","):
             out = folder / method
             options = f"--method {method} --pattern 2:4 --statistics block"
             cost, _ = language_models.run("prune", flags.model, out, options, flags)
@@ -202,5 +202,6 @@ if __name__ == "__main__":
     parser = STUDY.parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="one seed, 2:4 alone")
+    add("--methods", default="wanda,sparsegpt", help="of the part model, with commas")
     language_models.add_data(parser)
     STUDY.main(parser)

@@ -191,9 +191,21 @@ def permuted_inverse_factor(h: Array, order: Array) -> Array:
 
 def solve(task: Problem) -> Array:
     """f[o, i]: the dense least-squares weight G H^-1."""
-    flipped = task.cross[:, ::-1].T
-    half = solve_triangular(task.factor, flipped, lower=True)
-    return solve_triangular(task.factor, half, lower=True, trans=1).T[:, ::-1]
+    return solve_by(task.factor, task.cross[:, ::-1])[:, ::-1]
+
+
+def factor_of(h: Array) -> Array:
+    """Lower K with h = K K^T; the diagonal's where h is not definite."""
+    factor = jnp.linalg.cholesky(h, symmetrize_input=False)
+    definite = jnp.all(jnp.isfinite(jnp.diag(factor)))
+    diagonal = lambda: jnp.diag(jnp.sqrt(jnp.diag(h)))  # noqa: E731
+    return lax.cond(definite, lambda: factor, diagonal)
+
+
+def solve_by(factor: Array, g: Array) -> Array:
+    """f[o, i]: G (K K^T)^-1 for a lower K."""
+    half = solve_triangular(factor, g.T, lower=True)
+    return solve_triangular(factor, half, lower=True, trans=1).T
 
 
 def error(solved: Array, task: Problem, lost: Array | None = None) -> Array:

@@ -63,7 +63,7 @@ def test_order_and_regions_are_those_of_the_score():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rho": 0.0}, {"growth": (1.0, 1.2, 1.3)}, {"iterations": 1}]
+    "wrong", [{"rho": 0.0}, {"growth": (1.0, 1.2, 1.3)}, {"iterations": 0}]
 )
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):

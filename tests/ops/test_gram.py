@@ -130,3 +130,15 @@ def test_an_empty_support_stays_zero():
     none = jnp.zeros((16, 32), bool)
     solved = gram.refit(task.weight, none, task.gram, task.cross, 5)
     assert (solved == 0).all()
+
+
+def test_a_factor_solves_for_the_rows_of_a_matrix():
+    h = np.array([[4, 1, 0], [1, 3, 1], [0, 1, 2]], np.float32)
+    g = np.array([[1, 2, 3], [-1, 0, 5]], np.float32)
+    solved = gram.solve_by(gram.factor_of(jnp.asarray(h)), jnp.asarray(g))
+    np.testing.assert_allclose(solved, g @ np.linalg.inv(h), rtol=1e-5)
+
+
+def test_a_matrix_that_is_not_definite_has_the_factor_of_its_diagonal():
+    h = jnp.asarray([[4, 9], [9, 9]], jnp.float32)
+    np.testing.assert_array_equal(gram.factor_of(h), [[2, 0], [0, 3]])
