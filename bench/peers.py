@@ -152,7 +152,8 @@ def whole_model(flags: argparse.Namespace) -> Iterator[Row]:
         for method in flags.methods.split(","):
             out = folder / method
             options = f"--method {method} --pattern 2:4 --statistics block"
-            cost, _ = language_models.run("prune", flags.model, out, options, flags)
+            told = language_models.line("prune", [flags.model], options, flags)
+            cost, _ = language_models.run([*told, "--out", str(out)])
             places = str(flags.model), str(out), str(flags.evaluation)
             ours = language_models.judge(*places, flags.tokens)["perplexity"]
             line = [sys.executable, "-m", "bench.pipeline", str(flags.model), method]
