@@ -6,7 +6,7 @@ with n values of every m and their positions, in the codes of `positions`.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +89,16 @@ def pack(
         )
     dense, nm = sizes(regions)
     verify_plan(plan)
-    one = functools.partial(pack_to, dense=dense, nm=nm, layout=layout)
-    packed = over_stack(one, plan.weight.ndim - 2)(plan)
+    axes = plan.weight.ndim - 2
+    if jax.default_backend() == "cpu":
+        columns = regions.in_order.shape[-1]
+        whole = columns // regions.m * regions.m
+        gather = functools.partial(_gathered, dense=columns, nm=whole)
+        packed = _assembled(_cut(over_stack(gather, axes)(plan), dense, nm), plan)
+    else:
+        one = functools.partial(pack_to, dense=dense, nm=nm)
+        packed = over_stack(one, axes)(plan)
+    packed = dataclasses.replace(packed, layout=layout)
     return packed if values is None else quantise(packed, values)
 
 
@@ -110,6 +118,23 @@ def pack_to(
       The packed weight; a tile with fewer columns has index 0 and value 0. With
       `dense` or `nm` 0 it has None in their place.
     """
+    packed = _assembled(_gathered(plan, dense, nm), plan)
+    return dataclasses.replace(packed, layout=layout)
+
+
+class _Blocks(NamedTuple):
+    """Both blocks of every tile; any more columns than are needed are padding."""
+
+    dense_index: Any  # i32[*stack, t, D]
+    dense_values: Any  # [*stack, t, v, D]
+    nm_index: Any  # i32[*stack, t, H]
+    nm_values: Any  # [*stack, t, v, H / m, n]
+    nm_position: Any  # u32[*stack, t, v, H / m, n]
+
+
+@functools.partial(jax.jit, static_argnames=("dense", "nm"))
+def _gathered(plan: Plan, dense: int, nm: int) -> _Blocks:
+    """The blocks of one matrix, with the sizes of `pack_to`."""
     r = plan.support.regions
     assert r is not None
     o, i = plan.weight.shape
@@ -135,19 +160,45 @@ def pack_to(
     position = jnp.argsort(~groups, axis=-1, stable=True)[..., : r.n]
     position = position.astype(jnp.uint32)
     values = masks.take(nm_weight.reshape(groups.shape), position, axis=-1)
+    return _Blocks(dense_index, dense_values, nm_index, values, position)
+
+
+def _cut(blocks: _Blocks, dense: int, nm: int) -> _Blocks:
+    """The first columns of blocks with all of them, on the host.
+
+    Every weight has its own sizes, and to compile the gathers for each takes half a
+    second; this way they are compiled for the shape of the matrix alone.
+    """
+    whole = _Blocks(*map(np.asarray, blocks))
+    columns, groups = whole.nm_index.shape[-1], whole.nm_values.shape[-2]
+    groups = nm // (columns // groups) if groups else 0
+    return _Blocks(
+        whole.dense_index[..., :dense],
+        whole.dense_values[..., :dense],
+        whole.nm_index[..., :nm],
+        whole.nm_values[..., :groups, :],
+        whole.nm_position[..., :groups, :],
+    )
+
+
+def _assembled(blocks: _Blocks, plan: Plan) -> PackedWeight:
+    """The packed weight of its blocks: JAX arrays, or those of `_cut`."""
+    r = plan.support.regions
+    assert r is not None
+    flat = lambda x: x.reshape(*x.shape[:-2], -1)  # noqa: E731
+    code = positions.encode(flat(blocks.nm_position), r.n, r.m)
     packed = PackedWeight(
-        dense_index=dense_index,
-        dense_values=dense_values,
-        nm_index=nm_index,
-        nm_values=values.reshape(t, o // t, nm // r.m * r.n),
-        nm_positions=positions.encode(position.reshape(t, o // t, -1), r.n, r.m),
+        dense_index=jnp.asarray(blocks.dense_index),
+        dense_values=jnp.asarray(blocks.dense_values),
+        nm_index=jnp.asarray(blocks.nm_index),
+        nm_values=jnp.asarray(flat(blocks.nm_values)),
+        nm_positions=jnp.asarray(code),
         out_order=r.out_order,
         left=plan.left,
         right=plan.right,
-        shape=(o, i),
+        shape=plan.weight.shape[-2:],
         n=r.n,
         m=r.m,
-        layout=layout,
     )
     return canonical(packed)
 

@@ -1,11 +1,14 @@
 import dataclasses
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import flexhinm_jax as fh
+from flexhinm_jax.kernels import packing
 from flexhinm_jax.ops import words
 from flexhinm_jax.types import BlockDiagonal, Plan, Regions, Support
 from tests.cases import PATTERNS, targets
@@ -200,3 +203,19 @@ def test_values_of_a_trained_matrix_take_the_places_that_they_had():
     eight = fh.kernels.quantise(packed, "int8")
     with pytest.raises(ValueError, match="values of eight bits"):
         fh.kernels.with_weight(eight, trained)
+
+
+def test_weights_of_one_shape_are_packed_by_one_program_as_by_one_for_their_sizes():
+    gathered: Any = packing._gathered
+    method = fh.Magnitude(fh.FlexHiNM(4, permute=None))
+    w = jax.random.normal(jax.random.key(2), (8, 24), jnp.float32)
+    programs = set()
+    for sparsity in (0.0, 0.2, 0.4, 0.75, 1.0):
+        state = method.solve(jax.random.key(0), w, None, sparsity=sparsity)
+        plan = method.decide(state, w)
+        dense, nm = packing.sizes(plan.support.regions)
+        packed = fh.kernels.pack(plan)
+        programs.add(gathered._cache_size())
+        chex.assert_trees_all_equal(packed, fh.kernels.pack_to(plan, dense, nm))
+        np.testing.assert_array_equal(fh.kernels.unpack(packed), plan.weight)
+    assert len(programs) == 1
