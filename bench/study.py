@@ -21,6 +21,11 @@ from typing import Any, NamedTuple
 
 from bench import report
 
+#: Environment of a process that computes with one thread: XLA's, then the BLAS's.
+ONE_THREAD = dict.fromkeys(
+    ("NPROC", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+)
+
 
 class Row(NamedTuple):
     """One line of a table.
