@@ -15,7 +15,8 @@ CAPTIONS = {
     "quality.png": "Quality of MiniLM against CPU time, half and three quarters of the "
     "weights gone; named are the best for their time, dashed the one-shot goal",
     "gyro.png": "Share of sum |W| kept by the permutation search against CPU time",
-    "scale.png": "CPU seconds of a solve against the width of a square matrix, 2:4",
+    "scale.png": "CPU seconds of a solve against the width of a square matrix, with "
+    "one thread, and the fitted exponents",
 }
 SENTENCE_ENCODER = ("minilm", "permutation", "gyro", "distill")
 GAIN = 0.01  # of cosine, from one named point to the next
@@ -192,16 +193,19 @@ def gyro(results: Mapping[str, Any], axes: Any) -> None:
 
 
 def scale(results: Mapping[str, Any], axes: Any) -> None:
-    """Seconds against width, both logarithmic, methods named at their last point."""
+    """Seconds against width, both logarithmic, with the exponents that were fitted."""
     rows, (axis,) = rows_of(results, "scale", "Growth with the width"), axes
+    slopes = {
+        r["what"]: r["value"] for r in rows_of(results, "scale", "Exponents of growth")
+    }
     for method in dict.fromkeys(r["data"]["method"] for r in rows):
         mine = [r for r in rows if r["data"]["method"] == method]
         x, y = [r["data"]["width"] for r in mine], [r["value"] for r in mine]
-        axis.loglog(x, y, "o-", ms=4)
-        axis.annotate(method, (x[-1], y[-1]), fontsize=8, ha="right", va="bottom")
+        axis.loglog(x, y, "o-", ms=4, label=f"{method}: {slopes[method]:.1f}")
     axis.set_xticks(sorted({r["data"]["width"] for r in rows}))
     axis.get_xaxis().set_major_formatter("{x:.0f}")
     axis.minorticks_off()
+    axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set(xlabel="width of a square matrix", ylabel="CPU seconds")
 
 
@@ -218,7 +222,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
         "nm_time.png": (nm_time, 1 if timed else 0, 6.4),
         "quality.png": (quality, 2 if "minilm" in results else 0, 4.6),
         "gyro.png": (gyro, len(efforts), 3.6),
-        "scale.png": (scale, 1 if widths else 0, 6.0),
+        "scale.png": (scale, 1 if widths else 0, 7.5),
     }
     for file, (panels, count, width) in known.items():
         if count:

@@ -3,7 +3,7 @@
     make bench-scale                                   # all parts, about an hour
     make bench-scale ARGS="--only block-sparsegpt"     # one part
     make bench-scale ARGS="--only stream --small --out /tmp/scale.json"  # one minute
-    make bench-scale ARGS="--only growth --wide"       # up to width 4096
+    make bench-scale ARGS="--only growth --widths 5"   # up to width 4096
 
 block-sparsegpt, block-wanda: one block of the shape of LLaMA-2-7B, random bfloat16
 weights, 32 samples of 512 random tokens, streamed. Hours for a model are the seconds of
@@ -21,10 +21,11 @@ import functools
 import hashlib
 import json
 import math
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ import numpy as np
 
 import flexhinm_jax as fh
 from bench import inputs
-from bench.study import Row, Study, alone, timed
+from bench.study import ONE_THREAD, Row, Study, alone
 from flexhinm_jax.cli.flags import size
 from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.models import decoder
@@ -45,6 +46,7 @@ from flexhinm_jax.streaming.memory import Budget
 
 PEAK = "Peak resident memory in GiB, interpreter included"
 GROWN = "Growth with the width"
+EXPONENTS = "Exponents of growth"
 BLOCKS = 32  # of LLaMA-2-7B
 
 
@@ -72,12 +74,33 @@ BLOCK_METHODS = {
     "block-sparsegpt": (fh.SparseGPT(fh.NM(2, 4)), None),
     "block-wanda": (fh.Wanda(fh.FlexHiNM(64, permute=fh.Gyro())), 0.75),
 }
+NM = fh.NM(2, 4)
 GROWTH = {
-    "magnitude": fh.Magnitude(fh.NM(2, 4)),
-    "wanda": fh.Wanda(fh.NM(2, 4)),
-    "sparsegpt": fh.SparseGPT(fh.NM(2, 4)),
-    "alps": fh.ALPS(fh.NM(2, 4)),
+    "magnitude": (fh.Magnitude(NM), None, 2),
+    "wanda": (fh.Wanda(NM), None, 2),
+    "ria": (fh.RIA(NM), None, 2),
+    "wanda, transposable 2:4": (fh.Wanda(fh.Transposable(2, 4)), None, 2),
+    "wanda, order of channels": (
+        fh.Wanda(fh.NM(2, 4, permute=fh.patterns.ChannelSearch())),
+        None,
+        3,
+    ),
+    "wanda, FlexHiNM V=64": (fh.Wanda(fh.FlexHiNM(64, permute=None)), 0.75, 2),
+    "wanda, FlexHiNM V=64, Gyro": (
+        fh.Wanda(fh.FlexHiNM(64, permute=fh.Gyro())),
+        0.75,
+        3,
+    ),
+    "refit(wanda)": (fh.Refit(fh.Wanda(NM)), None, 3),
+    "refine_mask(wanda)": (fh.RefineMask(fh.Wanda(NM)), None, 3),
+    "sparse_swaps(wanda)": (fh.SparseSwaps(fh.Wanda(NM)), None, 3),
+    "sparsegpt": (fh.SparseGPT(NM), None, 3),
+    "alps": (fh.ALPS(NM), None, 3),
 }
+"""Name -> method, sparsity, exponent of its mathematics in the width."""
+
+WIDTHS = (256, 512, 1024, 2048, 4096)
+ENOUGH_SECONDS = 2.0  # of one method: no further call after these
 
 
 def make_model(folder: Path, config: dict[str, Any], dtype: Any) -> None:
@@ -261,31 +284,54 @@ def stream(flags: argparse.Namespace) -> Iterator[Row]:
 
 
 def growth(flags: argparse.Namespace) -> Iterator[Row]:
-    """Seconds of a second solve, per method and width."""
-    before: dict[str, float] = {}
-    for width in (
-        [128, 256] if flags.small else [512, 1024, 2048, 4096][: 3 + flags.wide]
-    ):
-        keys = jax.random.split(jax.random.key(width), 3)
-        x = jax.random.normal(keys[0], (2 * width, width), jnp.float32)
-        mix = jax.random.normal(keys[1], (width, width), jnp.float32) / width**0.5
-        stats = inputs.statistics(np.asarray(x @ (mix + jnp.eye(width))))
-        w = jax.random.normal(keys[2], (width, width), jnp.float32)
-        for name, method in GROWTH.items():
-            run = jax.jit(
-                lambda key, w, stats, m=method: (
-                    m.decide(m.solve(key, w, stats), w).weight
-                )
-            )
-            args = jax.random.key(0), w, stats
-            found = timed(functools.partial(run, *args), repeats=1)
+    """Seconds of a solve, per method and width, and the exponents of their growth."""
+    seconds: dict[str, dict[int, float]] = {}
+    widths = (128, 256) if flags.small else WIDTHS[: flags.widths]
+    for width in widths:
+        for name, spent in alone(solved, width, **ONE_THREAD).items():
+            own = seconds.setdefault(name, {})
             more = {}
-            if name in before:
-                more = {"times half the width": found.least / before[name]}
-            before[name] = found.least
-            data = {"method": name, "width": width, "first cpu_s": found.first}
-            what = f"{name}, {width} x {width}"
-            yield Row(GROWN, what, found.least, more=more, data=data)
+            if width // 2 in own:
+                more = {"times half the width": spent / own[width // 2]}
+            own[width] = spent
+            data = {"method": name, "width": width}
+            yield Row(GROWN, f"{name}, {width} x {width}", spent, more=more, data=data)
+    for name, (_, _, mathematics) in GROWTH.items():
+        fitted = exponent(seconds[name])
+        more = {"largest width": widths[-1], "seconds there": seconds[name][widths[-1]]}
+        yield Row(EXPONENTS, name, fitted, mathematics, None, more)
+
+
+def exponent(seconds: Mapping[int, float]) -> float:
+    """Slope of log(seconds) in log(width), by least squares."""
+    widths, spent = np.log(list(seconds.items())).T
+    return float(np.polyfit(widths, spent, 1)[0])
+
+
+def solved(width: int) -> dict[str, float]:
+    """Method -> least CPU seconds of a solve, compiled, with one thread."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    keys = jax.random.split(jax.random.key(width), 3)
+    x = jax.random.normal(keys[0], (2 * width, width), jnp.float32)
+    mix = jax.random.normal(keys[1], (width, width), jnp.float32) / width**0.5
+    stats = inputs.statistics(np.asarray(x @ (mix + jnp.eye(width))))
+    w = jax.random.normal(keys[2], (width, width), jnp.float32)
+    args = jax.random.key(0), w, stats
+    least = {}
+    for name, (method, sparsity, _) in GROWTH.items():
+
+        def solve(key, w, stats, method=method, sparsity=sparsity):
+            state = method.solve(key, w, stats, sparsity=sparsity)
+            return method.decide(state, w).weight
+
+        run, spent = jax.jit(solve).lower(*args).compile(), []
+        while len(spent) < 3 and sum(spent) < ENOUGH_SECONDS:
+            before = time.process_time()
+            jax.block_until_ready(run(*args))
+            spent.append(time.process_time() - before)
+        least[name] = min(spent)
+        print(f"{name}, {width}: {least[name]:.4g} s", file=sys.stderr, flush=True)
+    return least
 
 
 STUDY = Study(
@@ -300,8 +346,10 @@ STUDY = Study(
     {
         PEAK: "The anchor is the goal; a ratio below 1 meets it. Seconds of blocks "
         "are wall time.",
-        GROWN: "CPU seconds of a second solve of one square matrix, 2:4, compilation "
-        "not included (`bench/results/scale.png`).",
+        GROWN: "CPU seconds of a solve of one square matrix with one thread, 2:4 where "
+        "nothing else is said, compilation not included (`bench/results/scale.png`).",
+        EXPONENTS: "Slope of log(seconds) in log(width) over the widths above; the "
+        "anchor is the exponent of the mathematics, a ratio above 1 is more.",
     },
 )
 
@@ -309,7 +357,7 @@ if __name__ == "__main__":
     parser = STUDY.parser(__doc__)
     add = parser.add_argument
     add("--small", action="store_true", help="tiny sizes; give --out as well")
-    add("--wide", action="store_true", help="growth up to width 4096")
+    add("--widths", type=int, default=3, help="of growth: up to 256 * 2^(this - 1)")
     add("--memory", help="limit, instead of that of the part")
     add("--folder", type=Path, help="where to put models (removed)")
     STUDY.main(parser)
