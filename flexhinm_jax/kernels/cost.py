@@ -84,7 +84,7 @@ def dense(sizes: Sizes) -> float:
 def select(sizes: Sizes) -> float:
     """The prepared product in which positions select (`terms.select`)."""
     each = 0.2 * sizes.rows + (0 if sizes.cached else 0.25)
-    return 25e3 + each * sizes.stored + 2 * sizes.rows * sizes.columns
+    return 40e3 + each * sizes.stored + 2 * sizes.rows * sizes.columns
 
 
 def gather(sizes: Sizes) -> float:

@@ -190,11 +190,10 @@ def _run(
     packed = jax.tree.unflatten(structure, leaves)
     if choice.cuda is not None and (gpu or choice.forced):
         return dispatch.known()[choice.cuda].run(x, packed, dtype)
-    x = lax.optimization_barrier(x)  # the test for NaN must not compute it again
     if choice.default == dense.NAME or _runs_dense(x, packed, choice, transposed, gpu):
-        multiply = dense.multiply
-    else:
-        multiply = dense.multiply_expanded if gpu else xla.multiply
+        return dense.multiply(x, packed, dtype, transposed=transposed)
+    x = lax.optimization_barrier(x)  # the test for NaN must not compute it again
+    multiply = dense.multiply_expanded if gpu else xla.multiply
     return multiply(x, packed, dtype, transposed=transposed)
 
 
