@@ -90,7 +90,8 @@ def pack(
     dense, nm = sizes(regions)
     verify_plan(plan)
     axes = plan.weight.ndim - 2
-    if jax.default_backend() == "cpu":
+    devices = jnp.asarray(plan.weight).devices()
+    if len(devices) == 1 and next(iter(devices)).platform == "cpu":
         columns = regions.in_order.shape[-1]
         whole = columns // regions.m * regions.m
         gather = functools.partial(_gathered, dense=columns, nm=whole)
@@ -167,7 +168,8 @@ def _cut(blocks: _Blocks, dense: int, nm: int) -> _Blocks:
     """The first columns of blocks with all of them, on the host.
 
     Every weight has its own sizes, and to compile the gathers for each takes half a
-    second; this way they are compiled for the shape of the matrix alone.
+    second; this way they are compiled for the shape of the matrix alone. Not for
+    arrays of a mesh, whose packed arrays stay on it.
     """
     whole = _Blocks(*map(np.asarray, blocks))
     columns, groups = whole.nm_index.shape[-1], whole.nm_values.shape[-2]
