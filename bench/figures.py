@@ -195,16 +195,16 @@ def gyro(results: Mapping[str, Any], axes: Any) -> None:
 def scale(results: Mapping[str, Any], axes: Any) -> None:
     """Seconds against width, both logarithmic, with the exponents that were fitted."""
     rows, (axis,) = rows_of(results, "scale", "Growth with the width"), axes
-    axis.set_prop_cycle(
-        marker=list("osDv^<>phX*d"), color=[f"C{k % 10}" for k in range(12)]
-    )
+    axis.set_prop_cycle(marker=list("osDv^<>phX*d"))
     slopes = {
         r["what"]: r["value"] for r in rows_of(results, "scale", "Exponents of growth")
     }
-    for method in dict.fromkeys(r["data"]["method"] for r in rows):
+    for k, method in enumerate(dict.fromkeys(r["data"]["method"] for r in rows)):
         mine = [r for r in rows if r["data"]["method"] == method]
         x, y = [r["data"]["width"] for r in mine], [r["value"] for r in mine]
-        axis.loglog(x, y, ms=4, label=f"{method}: {slopes[method]:.1f}")
+        axis.loglog(
+            x, y, ms=4, label=f"{method}: {slopes[method]:.1f}", color=f"C{k % 10}"
+        )
     axis.set_xticks(sorted({r["data"]["width"] for r in rows}))
     axis.get_xaxis().set_major_formatter("{x:.0f}")
     axis.minorticks_off()
