@@ -3,7 +3,7 @@
 The rates are fitted to products of 576 x 576 to 4096 x 4096 in float32, 2:4 and 75 %
 FlexHiNM, on one core of a Zen 3 (AVX2). They need not be right to the nanosecond: where
 a packed form and the dense product are close, the dense one runs (`MARGIN`), so a
-weight that holds its matrix as well is never much slower than that.
+weight that holds its matrix as well is as fast as that where it chooses dense.
 
 Weights that come from memory cost a packed form less than the dense product, which
 reads two to four times the bytes: `cached` says whether they do not.

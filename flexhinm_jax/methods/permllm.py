@@ -23,7 +23,7 @@ import optax
 from jax import Array, lax
 
 from flexhinm_jax.methods.learned import LearnedMethod
-from flexhinm_jax.ops import assignment, gates, masks, saliency
+from flexhinm_jax.ops import assignment, gates, gram, masks, saliency
 from flexhinm_jax.patterns import NM, ChannelSearch, Pattern
 from flexhinm_jax.types import Plan, Regions, State, Stats, Support
 
@@ -335,12 +335,11 @@ def output_error(w: Array, stats: Stats) -> Any:
     w = w.astype(jnp.float32)
     assert stats.gram is not None
     h = stats.gram.astype(jnp.float32)
-    dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
-    total = jnp.sum(dot(w, h) * w)
+    total = gram.energy(w, h)
     total = jnp.where(total > 0, total, 1)
 
     def error(keep: Array) -> Array:
         lost = w * (1 - keep.astype(jnp.float32))
-        return jnp.sum(dot(lost, h) * lost) / total
+        return gram.energy(lost, h) / total
 
     return error

@@ -16,12 +16,14 @@ refinement of ALPS (Meng et al. 2024, arXiv:2406.07831), for any support.
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
 
 from flexhinm_jax.types import Stats
 
+STRIP = 512  # columns of a product that are summed at once
 RUNGS = 6  # dampings tried: damp * 10^0 .. 10^5, then the diagonal alone
 
 #: Products that decide about weights run in full float32 on every device.
@@ -208,6 +210,25 @@ def solve_by(factor: Array, g: Array) -> Array:
     return solve_triangular(factor, half, lower=True, trans=1).T
 
 
+@jax.jit
+def energy(w: Array, h: Array) -> Array:
+    """f[*stack]: || X W^T ||^2 = tr(W H W^T).
+
+    Strip by strip: XLA makes one loop of a product and its sum, which on a CPU takes
+    five times as long as the product alone where both have 4096 columns.
+
+    Args:
+      w: f[*stack, o, i].
+      h: f[*stack, i, i], the Gram X^T X.
+    """
+    strips = [slice(k, k + STRIP) for k in range(0, w.shape[-1], STRIP)]
+    total = jnp.zeros(w.shape[:-2], w.dtype)
+    for strip in strips:
+        image = jnp.matmul(w, h[..., strip], precision=lax.Precision.HIGHEST)
+        total += jnp.sum(image * w[..., strip], axis=(-2, -1), dtype=w.dtype)
+    return total
+
+
 def error(solved: Array, task: Problem, lost: Array | None = None) -> Array:
     """f[]: || X (W' - W) ||^2 / || X W ||^2 in the damped Gram.
 
@@ -218,8 +239,8 @@ def error(solved: Array, task: Problem, lost: Array | None = None) -> Array:
     """
     if lost is None:
         delta = solved - task.weight
-        lost = jnp.sum(dot(delta, task.gram) * delta)
-    total = jnp.sum(dot(task.weight, task.gram) * task.weight)
+        lost = energy(delta, task.gram)
+    total = energy(task.weight, task.gram)
     return jnp.where(total > 0, lost / jnp.where(total > 0, total, 1), 0)
 
 

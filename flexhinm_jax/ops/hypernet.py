@@ -246,7 +246,7 @@ def build_layer(
     missed = target - jnp.where(support.keep, w, 0)
     pull, diagonal = gram.dot(missed, h), jnp.diag(h)
     price = prices(w, target, missed, pull, diagonal)
-    total, missed = jnp.sum(gram.dot(w, h) * w), jnp.sum(pull * missed)
+    total, missed = gram.energy(w, h), jnp.sum(pull * missed)
     energy = diagonal[order]
     if tiles == 1:
         h = h[order[0]][:, order[0]]
@@ -325,7 +325,7 @@ def lost(part: Layer, kept: Array) -> Array:
         d = groups.from_groups(grouped(d, part.regions.m), part.regions)
     else:
         d = d.reshape(-1, d.shape[-1])
-    return jnp.sum(gram.dot(d, part.gram) * d)
+    return gram.energy(d, part.gram)
 
 
 def where_live(part: Layer, mask: Array, other: Array) -> Array:

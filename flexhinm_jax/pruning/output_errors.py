@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
 
+from flexhinm_jax.ops import gram
 from flexhinm_jax.pruning import apply
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Plan, Stats, Uses
@@ -30,16 +30,11 @@ def output_errors(
     """
     errors, leaves = {}, Leaves.of(params)
     for path, use in uses.leaves.items():
-        gram = None if stats is None or path not in stats else stats[path].gram
-        if gram is not None:
+        h = None if stats is None or path not in stats else stats[path].gram
+        if h is not None:
             before = leaves.matrix(use).astype(jnp.float32)
             lost = apply.dense_weight(plans[path]).astype(jnp.float32) - before
             # A weight that saw no input has lost nothing of its outputs.
-            total = max(float(_squared(before, gram)), 1e-30)
-            errors[path] = float(_squared(lost, gram)) / total
+            total = max(float(jnp.sum(gram.energy(before, h))), 1e-30)
+            errors[path] = float(jnp.sum(gram.energy(lost, h))) / total
     return errors
-
-
-def _squared(w: Array, gram: Array) -> Array:
-    """|| X W^T ||^2 from the Gram matrix of X, over a whole stack."""
-    return jnp.sum(jnp.matmul(w, gram) * w, dtype=jnp.float32)

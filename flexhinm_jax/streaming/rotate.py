@@ -36,6 +36,7 @@ from flexhinm_jax.models.basis import (
     writers,
 )
 from flexhinm_jax.models.decoder_config import DecoderConfig
+from flexhinm_jax.ops import gram
 from flexhinm_jax.streaming.basis import calibrated, inverse, opened, write
 from flexhinm_jax.streaming.blocks import Blocks, short
 from flexhinm_jax.streaming.streaming import split
@@ -193,17 +194,12 @@ def inputs_of(
                 inverses[name] = jnp.einsum("hihj->hij", split)
             else:
                 inverses[name] = jnp.diagonal(whole)
-        energies = {k: energy(params[k], grams[k]) for k in inverses}
+        energies = {
+            k: gram.energy(params[k].astype(jnp.float32), grams[k]) for k in inverses
+        }
         result.append({k: Inputs(x, energies[k]) for k, x in inverses.items()})
         tell()
     return result
-
-
-@jax.jit
-def energy(w: Array, gram: Array) -> Array:
-    """tr(W G W^T)."""
-    w = w.astype(jnp.float32)
-    return jnp.sum((w @ gram) * w)
 
 
 @partial(jax.jit, static_argnames=("form",))

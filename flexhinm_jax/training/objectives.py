@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexhinm_jax import arguments
+from flexhinm_jax.ops import gram
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Stats, Uses
 
@@ -81,7 +82,7 @@ def layer_task(params: Any, uses: Uses, stats: Mapping[str, Stats]) -> Task:
                 "with gram=True"
             )
         w = leaves.matrix(use).astype(jnp.float32)
-        total = _energy(w, one.gram)
+        total = gram.energy(w, one.gram)
         task[path] = {"weight": w, "gram": one.gram, "total": total}
     return task
 
@@ -124,7 +125,7 @@ def layer_error(
         total, count = jnp.zeros((), jnp.float32), 0
         for path, mine in task.items():
             w = leaves.matrix(uses.leaves[path]).astype(jnp.float32)
-            lost = _energy(mine["weight"] - w, mine["gram"])
+            lost = gram.energy(mine["weight"] - w, mine["gram"])
             total += jnp.sum(_share(lost, mine["total"]))
             count += lost.size
         return total / max(count, 1)
@@ -251,12 +252,6 @@ def _wanted(
             "taught(apply_fn, params, batches)"
         )
     return batch, jax.lax.stop_gradient(apply_fn(params, *batch))
-
-
-def _energy(w: Array, gram: Array) -> Array:
-    """tr(w H w^T), f32[*stack]."""
-    image = jnp.matmul(w, gram, precision=jax.lax.Precision.HIGHEST)
-    return jnp.sum(image * w, axis=(-2, -1), dtype=jnp.float32)
 
 
 def _share(part: Array, whole: Array) -> Array:

@@ -136,9 +136,18 @@ def test_a_factor_solves_for_the_rows_of_a_matrix():
     h = np.array([[4, 1, 0], [1, 3, 1], [0, 1, 2]], np.float32)
     g = np.array([[1, 2, 3], [-1, 0, 5]], np.float32)
     solved = gram.solve_by(gram.factor_of(jnp.asarray(h)), jnp.asarray(g))
-    np.testing.assert_allclose(solved, g @ np.linalg.inv(h), rtol=1e-5)
+    np.testing.assert_allclose(solved, g @ np.linalg.inv(h), rtol=1e-5, atol=1e-6)
 
 
 def test_a_matrix_that_is_not_definite_has_the_factor_of_its_diagonal():
     h = jnp.asarray([[4, 9], [9, 9]], jnp.float32)
     np.testing.assert_array_equal(gram.factor_of(h), [[2, 0], [0, 3]])
+
+
+@pytest.mark.parametrize("columns", [8, 600, 1100])
+def test_the_energy_of_strips_is_that_of_the_outputs(columns):
+    w = jax.random.normal(jax.random.key(1), (2, 3, columns))
+    x = jax.random.normal(jax.random.key(2), (2, 5, columns))
+    h = jnp.swapaxes(x, 1, 2) @ x
+    want = jnp.sum(jnp.square(x @ jnp.swapaxes(w, 1, 2)), axis=(1, 2))
+    np.testing.assert_allclose(gram.energy(w, h), want, rtol=1e-5)
