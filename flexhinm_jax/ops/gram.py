@@ -237,11 +237,9 @@ def error(solved: Array, task: Problem, lost: Array | None = None) -> Array:
       task: the problem.
       lost: f[], || X (W' - W) ||^2 where it is known.
     """
-    if lost is None:
-        delta = solved - task.weight
-        lost = energy(delta, task.gram)
+    missed = energy(solved - task.weight, task.gram) if lost is None else lost
     total = energy(task.weight, task.gram)
-    return jnp.where(total > 0, lost / jnp.where(total > 0, total, 1), 0)
+    return jnp.where(total > 0, missed / jnp.where(total > 0, total, 1), 0)
 
 
 def unit_diagonal(h: Array) -> tuple[Array, Array]:
