@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import flexhinm_jax as fh
+from bench.masks import layer_of, lost
 from flexhinm_jax.ops import gram, hypernet
 from tests.cases import stats, weight
-from tests.methods.test_learned_masks import error, layer
 
 KEY = jax.random.key(0)
 PATTERNS = {"nm": fh.NM(2, 4), "flexhinm": fh.FlexHiNM(8, permute=None)}
@@ -63,7 +63,7 @@ def test_the_price_of_a_weight_is_what_removing_it_adds_to_the_error(name):
 
 @pytest.mark.slow
 def test_on_the_published_layer_it_is_between_wanda_and_coordinate_descent():
-    w, s = layer()
+    w, s = layer_of(0)
     found = {}
     for method in (
         fh.Wanda(),
@@ -73,7 +73,7 @@ def test_on_the_published_layer_it_is_between_wanda_and_coordinate_descent():
         plan = method.decide(method.solve(KEY, w, s), w)
         fh.verify(plan)
         np.testing.assert_array_equal(plan.weight, jnp.where(plan.support.keep, w, 0))
-        found[type(method).__name__] = float(error(w, plan.weight, s.gram))
+        found[type(method).__name__] = float(lost(w, plan.weight, s.gram))
     assert found["HyperPrune"] < 0.9 * found["Wanda"]
     assert found["RefineMask"] < found["HyperPrune"]
 
@@ -106,5 +106,5 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 def test_patterns_with_too_many_choices_are_refused():
     with pytest.raises(ValueError, match="works with NM or HiNM"):
-        fh.HyperPrune(fh.NM(8, 16))
+        fh.HyperPrune(fh.NM(8, 16))  # type: ignore[arg-type]
     assert fh.HyperPrune.fits(fh.NM(4, 8))

@@ -72,15 +72,15 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(
     for path, plan in plans.items():
         fh.verify(plan, path=path)
 
-    write = results._write
+    write = results.write_lines
 
-    def dying(path, records, mode):
+    def dying(path, records, append):
         if any(r["step"] == 4 for r in records):  # which is saved already
             raise MemoryError
-        write(path, records, mode)
+        write(path, records, append=append)
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(results, "_write", dying)
+        patch.setattr(results, "write_lines", dying)
         recover(case, tmp_path, gates=gates, every=0.0)
     kept = sorted((tmp_path / "checkpoints").glob("step-*"))
     assert [path.name for path in kept] == ["step-00000003", "step-00000004"]

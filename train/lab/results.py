@@ -82,14 +82,25 @@ def follow(
     """
     rows = iter(run)
     first = next(rows, None)
+
+    def record(row: dict[str, Any]) -> dict[str, Any]:
+        figures = {k: v for k, v in row.items() if k not in PLACES}
+        return {"step": row["step"]} | more(row) | figures
+
+    def is_step(row: dict[str, Any]) -> bool:
+        return row["kind"] == "step" and "loss" in row
+
     records = [] if path is None else read(path, before=run.begun)
+    # A run that died between its checkpoint and the record of that step has the row.
+    known = {one["step"] for one in records}
+    before = [row for row in run.rows if is_step(row) and row["step"] <= run.begun]
+    records += [record(row) for row in before if row["step"] not in known]
     if path is not None:
         write_lines(path, records, append=False)
     with _bar(title, total, run.begun) as show:
         for row in () if first is None else itertools.chain([first], rows):
-            if row["kind"] == "step" and "loss" in row:
-                figures = {k: v for k, v in row.items() if k not in PLACES}
-                records.append({"step": row["step"]} | more(row) | figures)
+            if is_step(row):
+                records.append(record(row))
                 if path is not None:
                     write_lines(path, records[-1:], append=True)
                 show(records[-1])
