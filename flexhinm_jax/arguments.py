@@ -10,6 +10,7 @@ import contextvars
 import dataclasses
 import difflib
 import functools
+import math
 import numbers
 import types
 import typing
@@ -331,6 +332,21 @@ def count(value: Any, name: str, least: int) -> None:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or int(value) < least:
         raise ValueError(f"{name}={value!r}: need an integer of at least {least}")
+
+
+def positive(value: Any, name: str) -> None:
+    """Raises ValueError unless the value is a number above 0, and finite."""
+    if not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{name}={value!r}: need a positive number")
+
+
+def same_tree(params: Any, dense: Any) -> None:
+    """Raises ValueError unless both are trees of one structure."""
+    if jax.tree.structure(params) != jax.tree.structure(dense):
+        raise ValueError(
+            "params and dense are trees of different structure; give the parameters"
+            " after and before pruning"
+        )
 
 
 def options(value: Mapping[str, Any], known: Collection[str], caller: str) -> None:

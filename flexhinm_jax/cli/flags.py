@@ -1,9 +1,10 @@
 """What commands read alike of their command line, and the types of their options."""
 
 import argparse
+import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,16 +217,30 @@ def add_decoders(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
-def check_kind(args: argparse.Namespace, reads: Reads) -> None:
-    """Raises ValueError for an option that is for another kind of model."""
+def check_rate(name: str, rate: float) -> None:
+    """Raises ValueError for a learning rate that is not above 0 and finite."""
+    if not 0 < rate < math.inf:
+        raise ValueError(f"--{name} {rate}: need a positive number")
+
+
+def check_kind(
+    args: argparse.Namespace, reads: Reads, but: Collection[str] = ()
+) -> None:
+    """Raises ValueError for an option that is for another kind of model.
+
+    Args:
+      args: the options.
+      reads: what the model is made for.
+      but: options that this command takes for every kind.
+    """
     is_decoder = reads is Reads.TEXT
     for option in NOT_FOR_IMAGES if reads is Reads.IMAGES else ():
         if getattr(args, option, None):
             raise ValueError(f"--{option.replace('_', '-')} is for text; leave it out")
     for option, why in ONLY_ENCODERS.items() if is_decoder else ():
-        if getattr(args, option, None):
+        if option not in but and getattr(args, option, None):
             raise ValueError(f"--{option.replace('_', '-')} is for encoders; {why}")
-    if is_decoder and args.pack_values and not args.pack:
+    if is_decoder and getattr(args, "pack_values", None) and not args.pack:
         raise ValueError("--pack-values says what --pack writes; add --pack")
     for option in () if is_decoder else ONLY_DECODERS:
         if getattr(args, option, None):

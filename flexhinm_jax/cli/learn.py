@@ -185,8 +185,8 @@ def check(args: argparse.Namespace, kind: Kind) -> Choices:
     )
     rate = few_steps.rate(args.method, args.noise) if args.rate is None else args.rate
     for name, value in (("rate", rate), ("weights-rate", args.weights_rate)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name} {value}: need a positive number")
+        if value is not None:
+            flags.check_rate(name, value)
     directory.check_out(args)
     flags.check_kind(args, kind.reads)
     for option in ("target", "weights_rate") if not decoder else ():

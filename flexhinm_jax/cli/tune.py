@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,20 +77,16 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Runs the command."""
     kind = kind_of(args.model)
-    if not 0 < args.rate < math.inf:
-        raise ValueError(f"--rate {args.rate}: need a positive number")
+    flags.check_rate("rate", args.rate)
     directory.check_out(args)
     huggingface.check_copy(args.other, args.out)
-    only = ("length", "samples") if kind.reads is not Reads.TEXT else ("limit",)
-    for name in only:
-        if getattr(args, name, None):
-            others = "encoders" if name == "limit" else "decoders"
-            raise ValueError(f"--{name} is for {others}; leave it out")
+    flags.check_kind(args, kind.reads, but=("resume",))
     directory.note_builtin(args, console)
     with atomic.locked(args.out), atomic.locked(args.resume or args.out):
         with console.step("reading both models"):
             dense, pruned = load(args.model), load(args.other)
             weights = _packed(pruned)
+            _changed(pruned, weights, pruned.params)  # not after hours of training
         result = _tuned(args, dense, pruned, console)
         document = _document(args, pruned, result)
         with console.step(f"writing {args.out}"):
@@ -173,14 +168,16 @@ def _packed(pruned: Model) -> dict[str, dict[str, Any]]:
     }
 
 
-def _write(
-    args: argparse.Namespace,
+def _changed(
     pruned: Model,
-    params: Mapping[str, Any],
     weights: Mapping[str, Mapping[str, Any]],
-    document: dict[str, Any],
-) -> None:
-    """Writes the directory like that of the pruned model."""
+    params: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """The leaves of packed files with the values of other parameters.
+
+    Raises:
+      ValueError: packed weights that do not hold the weights themselves.
+    """
 
     def changed(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, PackedWeight):
@@ -193,12 +190,25 @@ def _write(
         except ValueError as error:
             raise ValueError(f"{pruned.directory}, {path}: {error}") from error
 
+    return {
+        name: {path: changed(path, leaf) for path, leaf in leaves.items()}
+        for name, leaves in weights.items()
+    }
+
+
+def _write(
+    args: argparse.Namespace,
+    pruned: Model,
+    params: Mapping[str, Any],
+    weights: Mapping[str, Mapping[str, Any]],
+    document: dict[str, Any],
+) -> None:
+    """Writes the directory like that of the pruned model."""
     with atomic.directory(args.out, overwrite=args.force) as folder:
         source = pruned.directory
         huggingface.write(folder, params, source=source, overwrite=True)
-        for name, leaves in weights.items():
+        for name, leaves in _changed(pruned, weights, params).items():
             (folder / name).parent.mkdir(exist_ok=True)
-            tree = {path: changed(path, leaf) for path, leaf in leaves.items()}
-            packed.write_packed(folder / name, tree, overwrite=True)
+            packed.write_packed(folder / name, leaves, overwrite=True)
         for name, text in directory.texts(args, document).items():
             (folder / name).write_text(text, encoding="utf-8")

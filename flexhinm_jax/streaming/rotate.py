@@ -13,7 +13,6 @@ Gram matrices of what the products read, the second writes.
 
 import dataclasses
 import itertools
-import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -69,8 +68,7 @@ class Learning:
         arguments.configuration(self)
         arguments.count(self.steps, "steps", 1)
         arguments.count(self.blocks, "blocks", 1)
-        if not 0 < self.rate < math.inf:
-            raise ValueError(f"rate={self.rate!r}: need a positive number")
+        arguments.positive(self.rate, "rate")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ is trained as soon as it is pruned, so what follows is pruned on what it gives.
 """
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -82,8 +81,7 @@ class Reconstruct:
         """Validates the configuration."""
         arguments.configuration(self)
         arguments.count(self.steps, "steps", 1)
-        if not 0 < self.rate < math.inf:
-            raise ValueError(f"rate={self.rate!r}: need a positive number")
+        arguments.positive(self.rate, "rate")
         if self.target not in ("asym", "seq"):
             raise ValueError(f"target={self.target!r}: choose 'asym' or 'seq'")
         if isinstance(self.window, int):
@@ -228,11 +226,7 @@ def reconstruct(
     every = arguments.listed(batches)
     if not isinstance(how, Reconstruct):
         raise ValueError(f"how={how!r}: need a Reconstruct(window, steps, rate)")
-    if jax.tree.structure(params) != jax.tree.structure(dense):
-        raise ValueError(
-            "params and dense are trees of different structure; give the parameters"
-            " after and before pruning"
-        )
+    arguments.same_tree(params, dense)
     apply_fn = Traced.of(apply_fn)
     uses = discover(apply_fn, dense, *every[0])
     if not uses.leaves:

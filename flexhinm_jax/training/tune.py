@@ -129,14 +129,9 @@ def tune(
     arguments.key(key)
     arguments.apply_function(apply_fn)
     arguments.count(steps, "tune: steps", 1)
-    if not 0 < rate < float("inf"):
-        raise ValueError(f"tune: rate={rate!r}: need a positive number")
+    arguments.positive(rate, "tune: rate")
     every = arguments.listed(batches)
-    if jax.tree.structure(params) != jax.tree.structure(dense):
-        raise ValueError(
-            "params and dense are trees of different structure; give the parameters"
-            " after and before pruning"
-        )
+    arguments.same_tree(params, dense)
     leaves, keep = _moving(apply_fn, params, every[0], options.get("rules"))
     fixed = {path: leaf for path, leaf in leaves.items() if path not in keep}
     student = {path: jnp.asarray(leaves[path]) for path in keep}
@@ -145,7 +140,7 @@ def tune(
     )
 
     def loss_fn(student: Any, fixed: Any, dense: Any, *batch: Any) -> Array:
-        wanted = Teacher(jax.lax.stop_gradient(apply_fn(dense, *batch)))
+        wanted = Teacher(apply_fn(dense, *batch))
         return distance(leaves.tree({**fixed, **student}), *batch, wanted)
 
     chance = np.random.default_rng(fingerprint.key_words(key))
@@ -160,10 +155,16 @@ def tune(
         losses = [value(student, fixed, dense, *batch) for batch in judging]
         return float(np.mean([float(x) for x in losses]))
 
-    tx = warmed_adam(rate, steps)
-    config = {"steps": steps, "rate": rate, "kind": kind, "batches": len(every)}
-    config |= {"key": fingerprint.key_words(key)}
-    config |= {"start": fingerprint.digest((params, dense))}
+    tx, places = warmed_adam(rate, steps), saves("tune", options)
+    progress = options.get("progress")
+    config = {
+        "steps": steps,
+        "rate": rate,
+        "kind": kind,
+        "batches": len(every),
+        "start": None if places is None else fingerprint.digest((params, dense)),
+        "key": fingerprint.key_words(key),
+    }
     run = Run(
         Training.under(keep, student, tx, key=key),
         [Phase(make_step(None, loss_fn, tx, None), steps)],
@@ -171,11 +172,11 @@ def tune(
         judge=Judge(lambda training: training.params, judged, looks=1),
         every=options.get("every", 10),
         config=config,
-        saves=saves("tune", options),
+        saves=places,
     )
     for row in run:
-        if "progress" in options and options["progress"] is not None:
-            options["progress"](row)
+        if progress is not None:
+            progress(row)
     first = next(row["value"] for row in run.rows if "value" in row)
     best: Any = run.best
     return Tuned(leaves.tree({**fixed, **best}), first, run.lowest, run.rows)

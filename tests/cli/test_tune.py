@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flexhinm_jax import kernels
+from flexhinm_jax.cli import tune
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, packed
 from flexhinm_jax.models.load import load
@@ -73,6 +74,19 @@ def test_an_encoder_is_tuned_by_the_angle_of_its_outputs(
     leaves = packed.read_packed(out / "packed.safetensors")
     stored = huggingface.read(out).params
     assert all((dense_of(leaf) == stored[k]).all() for k, leaf in leaves.items())
+
+
+def test_values_of_eight_bits_are_refused_before_the_training(
+    model_dir, text_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(tune, "tune", None)
+    pruned, out = tmp_path / "pruned", tmp_path / "tuned"
+    prune = ["prune", model_dir, "--out", pruned, "--method", "magnitude"]
+    assert run(*prune, "--pack-values", "int8") == 0
+    assert run("tune", model_dir, pruned, "--out", out, "--calibration", text_file) == 2
+    told = capsys.readouterr().err
+    assert f"{pruned}, encoder.layer.0" in told and "pack the trained weights" in told
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
