@@ -56,14 +56,14 @@ class Leaves(dict[str, Any]):
         return cls(zip(paths, leaves, strict=True), structure)
 
     @functools.cached_property
-    def packed(self) -> frozenset[str]:
-        """The paths of packed leaves."""
-        return frozenset(p for p, x in self.items() if isinstance(x, PackedWeight))
+    def packed(self) -> Mapping[str, None]:
+        """The paths of packed leaves, in order."""
+        return dict.fromkeys(p for p, x in self.items() if isinstance(x, PackedWeight))
 
     @functools.cached_property
-    def on_grid(self) -> frozenset[str]:
-        """The paths of leaves of eight bits, packed or not; see `scales`."""
-        return frozenset(
+    def on_grid(self) -> Mapping[str, None]:
+        """The paths of leaves of eight bits, in order, packed or not; see `scales`."""
+        return dict.fromkeys(
             path
             for path, x in self.items()
             if getattr(getattr(x, "dtype", None), "name", None) in DTYPES
@@ -78,12 +78,10 @@ class Leaves(dict[str, Any]):
             shape; the message names it.
         """
         arguments.found(uses)
-        for path in self:
-            if path in self.packed:
-                raise ValueError(
-                    f"{path}: is packed; pass the dense parameters, such as "
-                    "result.params"
-                )
+        for path in self.packed:
+            raise ValueError(
+                f"{path}: is packed; pass the dense parameters, such as result.params"
+            )
         for path, use in uses.leaves.items():
             if path not in self:
                 raise ValueError(

@@ -63,3 +63,9 @@ def test_over_a_stack_is_matrix_by_matrix():
     want = [[f(stack[j, k], stack[j, k]) for k in range(3)] for j in range(2)]
     np.testing.assert_array_equal(over_stack(f, 2)(stack, stack), want)
     np.testing.assert_array_equal(over_stack(f, 0)(stack[0, 0], stack[0, 0]), 14.0)
+
+
+def test_leaves_of_eight_bits_are_named_in_the_order_of_the_tree():
+    names = [f"layer.{k}" for k in range(40)]
+    leaves = Leaves.of({name: jnp.ones((4, 4), jnp.int8) for name in names})
+    assert list(leaves.on_grid) == list(leaves) and not leaves.packed
