@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from flexhinm_jax.gpu import layouts, selfcheck, support
+from flexhinm_jax.paths import over_stack
 from flexhinm_jax.types import PackedWeight
 
 Capability = tuple[int, int]
@@ -65,8 +66,9 @@ class Kernel:
     settle: Callable[[Any, PackedWeight], Any] = lambda layout, packed: layout
 
     def layout(self, packed: PackedWeight) -> Any:
-        """The layout of one matrix whose values are known."""
-        return self.settle(jax.jit(self.prepare)(packed), packed)
+        """The layout of one matrix or of a stack, whose values are known."""
+        derive = over_stack(self.prepare, packed.out_order.ndim - 1)
+        return self.settle(jax.jit(derive)(packed), packed)
 
     def refuse(
         self, x: jax.ShapeDtypeStruct, packed: PackedWeight, chip: Capability

@@ -90,7 +90,8 @@ def pack(
     dense, nm = sizes(regions)
     verify_plan(plan)
     axes = plan.weight.ndim - 2
-    devices = jnp.asarray(plan.weight).devices()
+    known = checks.are_concrete(plan)  # not the weight inside of a gradient
+    devices = jnp.asarray(plan.weight).devices() if known else ()
     if len(devices) == 1 and next(iter(devices)).platform == "cpu":
         columns = regions.in_order.shape[-1]
         whole = columns // regions.m * regions.m
@@ -374,20 +375,23 @@ def with_weight(packed: PackedWeight, weight: Array) -> PackedWeight:
     names = [n for n in ("dense_values", "nm_values") if getattr(packed, n) is not None]
     values = [getattr(packed, name) for name in names]
 
-    def matrix(*values: Array) -> Array:
+    def holding(*values: Array) -> PackedWeight:
         changed: Any = dict(zip(names, values, strict=True))
-        return _unpack(dataclasses.replace(packed, layouts={}, **changed))
+        return dataclasses.replace(packed, layouts={}, **changed)
+
+    def matrix(*values: Array) -> Array:
+        return _unpack(holding(*values))
 
     # Unpacking puts every value in one place; its transpose takes it from there.
     taken = jax.vjp(matrix, *values)[1](jnp.asarray(weight, packed.dtype))
-    held = [jnp.where(a != 0, b, 0) for a, b in zip(values, taken, strict=True)]
-    if not bool(jnp.all(matrix(*held) == weight)):
+    pairs = zip(values, taken, strict=True)
+    trained = holding(*(jnp.where(old != 0, new, 0) for old, new in pairs))
+    if not bool(jnp.all(_unpack(trained) == weight)):
         raise ValueError(
             "the matrix is not zero where the packed weight is; give weights that were "
             "trained under its zeros"
         )
-    changed: Any = dict(zip(names, held, strict=True))
-    return dataclasses.replace(packed, layouts={}, **changed)
+    return trained
 
 
 @jax.jit

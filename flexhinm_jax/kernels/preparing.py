@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from flexhinm_jax.kernels import cost, dense, dispatch, xla
-from flexhinm_jax.paths import over_stack
+from flexhinm_jax.paths import is_packed
 from flexhinm_jax.types import PackedWeight
 
 FEW, MANY = 1, 4096
@@ -56,14 +56,13 @@ def prepare(tree: Any, backend: str = "auto") -> Any:
       >>> sorted(fh.kernels.prepare(packed, "xla").layouts)
       ['xla']
     """  # noqa: E501
-    packed = lambda leaf: isinstance(leaf, PackedWeight)  # noqa: E731
-    weights = filter(packed, jax.tree.leaves(tree, is_leaf=packed))
+    weights = filter(is_packed, jax.tree.leaves(tree, is_leaf=is_packed))
     cached = sum(map(_dense_bytes, weights)) <= cost.CACHE
 
     def one(leaf: Any) -> Any:
-        return _prepared(leaf, backend, cached) if packed(leaf) else leaf
+        return _prepared(leaf, backend, cached) if is_packed(leaf) else leaf
 
-    return jax.tree.map(one, tree, is_leaf=packed)
+    return jax.tree.map(one, tree, is_leaf=is_packed)
 
 
 def strip(tree: Any) -> Any:
@@ -77,10 +76,9 @@ def strip(tree: Any) -> Any:
     """
 
     def one(leaf: Any) -> Any:
-        bare = isinstance(leaf, PackedWeight)
-        return dataclasses.replace(leaf, layouts={}) if bare else leaf
+        return dataclasses.replace(leaf, layouts={}) if is_packed(leaf) else leaf
 
-    return jax.tree.map(one, tree, is_leaf=lambda v: isinstance(v, PackedWeight))
+    return jax.tree.map(one, tree, is_leaf=is_packed)
 
 
 def _dense_bytes(packed: PackedWeight) -> int:
@@ -92,8 +90,7 @@ def _prepared(packed: PackedWeight, backend: str, cached: bool) -> PackedWeight:
     bare = strip(packed.core)
     known, layouts = dispatch.known(), dict(packed.layouts)
     for name in _names(bare, backend, cached):
-        derive = over_stack(known[name].prepare, packed.out_order.ndim - 1)
-        layouts[name] = known[name].settle(jax.jit(derive)(bare), bare)
+        layouts[name] = known[name].layout(bare)
     if (ready := layouts.get(xla.NAME)) is not None:
         layouts[xla.NAME] = dataclasses.replace(ready, cached=cached)
     return dataclasses.replace(packed, layouts=layouts)

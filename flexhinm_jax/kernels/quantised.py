@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from flexhinm_jax.paths import is_packed
 from flexhinm_jax.types import PackedWeight
 
 DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
@@ -50,10 +51,10 @@ def quantise(tree: Any, dtype: DTypeLike) -> Any:
         raise ValueError(f"values={name!r}: choose one of {', '.join(DTYPES)}, or None")
 
     def one(leaf: Any) -> Any:
-        wide = isinstance(leaf, PackedWeight) and leaf.values_dtype.name not in DTYPES
+        wide = is_packed(leaf) and leaf.values_dtype.name not in DTYPES
         return _quantised(leaf, jnp.dtype(dtype)) if wide else leaf
 
-    return jax.tree.map(one, tree, is_leaf=lambda v: isinstance(v, PackedWeight))
+    return jax.tree.map(one, tree, is_leaf=is_packed)
 
 
 def _quantised(packed: PackedWeight, dtype: jnp.dtype) -> PackedWeight:

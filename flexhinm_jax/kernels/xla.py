@@ -84,13 +84,12 @@ def slots_of(packed: PackedWeight) -> Slots:
     """The slot-major form, derived in the traced program."""
     packed = packed.filled()
     t, v, _ = packed.nm_values.shape
-    n, m, o = packed.n, packed.m, packed.shape[0]
+    n, m = packed.n, packed.m
     groups = packed.nm_index.shape[-1] // m
     by_slot = jnp.swapaxes(packed.nm_index.reshape(t, groups, m), 1, 2)
     index = jnp.concatenate([packed.dense_index, by_slot.reshape(t, -1)], axis=1)
     index = index.astype(jnp.uint32)
-    stored = jnp.arange(o, dtype=jnp.uint32)
-    inverse = jnp.zeros_like(stored).at[packed.out_order].set(stored)
+    inverse = terms.inverse_order(packed)
     if not cost.selects(packed):
         slots = block_columns(packed).reshape(t, v, groups, m)
         slots = jnp.swapaxes(slots, -1, -2).reshape(t, v, -1)

@@ -191,6 +191,20 @@ def test_packing_under_jit_says_what_to_use_instead():
         jax.jit(fh.kernels.pack)(plan)
 
 
+def test_the_values_of_a_packed_weight_have_gradients():
+    plan = ragged_plan()
+
+    def total(w):
+        packed = fh.kernels.pack(dataclasses.replace(plan, weight=w))
+        return packed.dense_values.sum() + 2 * packed.nm_values.sum()
+
+    factors = jnp.where(jnp.arange(4)[:, None] < 2, 1.0, 2.0)
+    want = jnp.where(plan.weight != 0, factors, 0)
+    np.testing.assert_array_equal(
+        jnp.where(plan.weight != 0, jax.grad(total)(plan.weight), 0), want
+    )
+
+
 def test_values_of_a_trained_matrix_take_the_places_that_they_had():
     plan = ragged_plan()
     packed = fh.kernels.pack(plan)
