@@ -11,7 +11,7 @@ columns.
 
 import dataclasses
 
-from flexhinm_jax.gpu.hopper import Source
+from flexhinm_jax.gpu.hopper import Source, Tiling
 from flexhinm_jax.gpu.layouts import ROWS, STEP
 
 CORES, CLOCK = 132, 1.7e9
@@ -66,24 +66,16 @@ class Block:
     """A block of a kernel.
 
     Attributes:
-      row_groups: warpgroups along 64 rows each.
-      token_groups: warpgroups along the tokens.
-      tokens: tokens of a warpgroup.
-      splits: blocks that share the columns of a tile.
+      cut: its sizes.
       resident: blocks that fit a multiprocessor at a time.
       source: how activations come.
       helper: whether a program before it brings them into order.
-      sharing: blocks that fetch them together.
     """
 
-    row_groups: int
-    token_groups: int
-    tokens: int
-    splits: int
+    cut: Tiling
     resident: int
     source: Source
     helper: bool
-    sharing: int = 1
 
 
 def dense(n: int, o: int, i: int) -> float:
@@ -131,10 +123,10 @@ def sparse(sizes: Sizes, block: Block, steps: int, blocks: int) -> float:
       steps: steps of 64 stored columns of a tile.
       blocks: blocks of 64 rows of all tiles.
     """
-    n, source = sizes.n, block.source
-    rows, width = ROWS * block.row_groups, block.tokens * block.token_groups
+    n, source, cut = sizes.n, block.source, block.cut
+    rows, width = ROWS * cut.row_groups, cut.width
     columns = -(-n // width)
-    grid = blocks // block.row_groups * columns
+    grid = blocks // cut.row_groups * columns
     values, x = rows * (2 * STEP + 16), 2 * STEP * width * 2
     listed = 512 if source in (Source.LISTED, Source.HELD) else 0
     memory = blocks * ROWS * steps * (2 * STEP + 16) + 2 * n * (sizes.i + sizes.o)
@@ -144,22 +136,20 @@ def sparse(sizes: Sizes, block: Block, steps: int, blocks: int) -> float:
     )
     once = 2 * n * sizes.i if source is Source.HELD else 0
     cache = grid * (
-        steps * (values + fetched / block.sharing + listed) + block.splits * once
+        steps * (values + fetched / cut.sharing + listed) + cut.splits * once
     )
-    warpgroups = block.row_groups * block.token_groups
-    operands = 4 * warpgroups * (64 * block.tokens + 2048)
-    shared = grid * (steps * (values + x + listed + operands) + block.splits * once)
-    tensor = grid * steps * warpgroups * 4 * block.tokens / 2 / (CORES * CLOCK)
+    operands = 4 * cut.groups * (64 * cut.tokens + 2048)
+    shared = grid * (steps * (values + x + listed + operands) + cut.splits * once)
+    tensor = grid * steps * cut.groups * 4 * cut.tokens / 2 / (CORES * CLOCK)
     bound = max(memory / MEMORY, cache / CACHE, shared / SHARED, tensor)
-    cluster = block.splits * block.sharing
-    waves = grid * block.splits / (CORES * block.resident // cluster * cluster)
+    cluster = cut.splits * cut.sharing
+    waves = grid * cut.splits / (CORES * block.resident // cluster * cluster)
     bound *= -(-waves // 1) / waves
     helper = START + 4 * n * sizes.i / MEMORY if block.helper else 0.0
-    sums = 4 * (block.splits - 1) * rows * width / REMOTE
+    sums = 4 * (cut.splits - 1) * rows * width / REMOTE
     return SLACK * bound + START + helper + (MEET + sums if sums else 0.0)
 
 
-def exchanged_bytes(sizes: Sizes, block: Block) -> int:
+def exchanged_bytes(sizes: Sizes, cut: Tiling) -> int:
     """Bytes of sums that blocks read from the others of their cluster."""
-    width = block.tokens * block.token_groups
-    return 4 * (block.splits - 1) * sizes.o * (-(-sizes.n // width) * width)
+    return 4 * (cut.splits - 1) * sizes.o * (-(-sizes.n // cut.width) * cut.width)

@@ -77,16 +77,16 @@ class Shape(NamedTuple):
     inputs: int
     plain: bool = False
 
-    @property
-    def whole(self) -> bool:
-        """Whether the stream in its own order ends with the inputs."""
-        return self.plain and self.inputs == 2 * STEP * self.steps
+    def ready(self, n: int, cut: hopper.Tiling) -> bool:
+        """Whether x is the stream as it is: its order, its end, and whole tiles."""
+        whole = self.plain and self.inputs == 2 * STEP * self.steps
+        return whole and n % cut.width == 0
 
     def source(self, n: int, cut: hopper.Tiling) -> Source:
         """How activations of n tokens come."""
         if self.plain:
-            ready = self.whole and n % cut.width == 0
-            return Source.STREAM if ready or cut.width > COPIED else Source.PLAIN
+            streams = self.ready(n, cut) or cut.width > COPIED
+            return Source.STREAM if streams else Source.PLAIN
         if cut.held and self.inputs % 8 == 0:
             return Source.HELD
         return Source.STREAM if self.tiles == 1 else Source.LISTED
@@ -164,14 +164,12 @@ def cuts(n: int, sizes: Shape) -> Iterator[tuple[float, int, hopper.Tiling]]:
             depth, resident = _room(cut, source, steps, 2 * n * inputs)
             if not depth:
                 continue
-            helper = source in (Source.STREAM, Source.LISTED) and not (
-                sizes.whole and n % cut.width == 0
-            )
-            groups = cut.row_groups, cut.token_groups, cut.tokens
-            block = cost.Block(*groups, splits, resident, source, helper, cut.sharing)
+            moved = source in (Source.STREAM, Source.LISTED)
+            helper = moved and not sizes.ready(n, cut)
+            block = cost.Block(cut, resident, source, helper)
             fewest = fewest or splits
             worth = splits * LEAST <= steps
-            partial = cost.exchanged_bytes(product, block)
+            partial = cost.exchanged_bytes(product, cut)
             if splits == fewest or (worth and partial <= spare):
                 number += 1
                 cut = dataclasses.replace(cut, depth=depth)
