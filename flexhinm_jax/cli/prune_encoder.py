@@ -16,7 +16,7 @@ from flexhinm_jax.pruning import apply, prune, report, solve
 from flexhinm_jax.pruning.allocate import budgets
 from flexhinm_jax.pruning.output_errors import output_errors
 from flexhinm_jax.pruning.share_orders import share_orders
-from flexhinm_jax.pruning.statistics import calibrate, unseen
+from flexhinm_jax.pruning.statistics import calibrate, unseen_counts
 from flexhinm_jax.sequential.cuts import Layer
 from flexhinm_jax.sequential.sequential import prune_sequential
 from flexhinm_jax.sequential.trained import Trained
@@ -115,7 +115,7 @@ def _pruned(
         )
         plans = apply.decide(method, states, model.params, uses)
     with console.step("packing"):
-        blind = {path: int(unseen(one).sum()) for path, one in (stats or {}).items()}
+        blind = unseen_counts(stats)
         result = prune.applied(plans, model.params, uses, blind)
     notes = report.notes(choices.method, states, uses)
     return Pruned(result, notes, output_errors(plans, model.params, uses, stats))

@@ -95,7 +95,7 @@ def decide_leaves(
         tasks[path] = Task(own, leaves.like(use), weight, (keys, state))
     plans: dict[str, Plan] = {}
     with states_of(method):
-        concrete = checks.are_concrete((states, list(leaves.values())))
+        concrete = checks.are_concrete((states, leaves))
         for part in in_stacks(_decide, tasks, of_any_model=concrete):
             plans |= part
     plans = {
@@ -128,7 +128,7 @@ def rounded(plans: dict[str, Plan], leaves: Leaves, uses: Uses) -> dict[str, Pla
             )
         use = uses.leaves[path]
         steps = leaves.stored(plan.weight, use)
-        weight = Leaves([*leaves.items(), (path, steps)], None).matrix(use)
+        weight = leaves.replaced({path: steps}).matrix(use)
         if checks.is_concrete(weight) and bool((weight != plan.weight).any()):
             moved.append(path)
         out[path] = dataclasses.replace(plan, weight=weight)

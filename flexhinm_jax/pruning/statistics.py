@@ -275,10 +275,10 @@ def places(finder: Finder, wanted: list[Use]) -> dict[tuple[str, Where], Use]:
     Raises:
       ValueError: the program lacks one of them.
     """
-    here = {(use.path, use.ordinal): (where, use) for where, use in finder.uses}
+    here = {use.key: (where, use) for where, use in finder.uses}
     out = {}
     for use in wanted:
-        where, same = here.get((use.path, use.ordinal), ((), None))
+        where, same = here.get(use.key, ((), None))
         if same is None or same.layout != use.layout:
             raise ValueError(
                 f"the program of this batch has no use {use.ordinal} of {use.path!r} "

@@ -36,6 +36,7 @@ from flexhinm_jax.sequential.trained import Training
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.discover import Traced
 from flexhinm_jax.tracing.program import is_array, split
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Layout, Plan, Uses
 
 logger = logging.getLogger("flexhinm_jax")
@@ -177,8 +178,8 @@ class Walk:
           twin: its inputs as the dense model has them, where they differ, or None.
         """
         job, request = self.job, self.job.request
-        params, layouts = job.tree(job.leaves), layouts_of(job)
-        line = straighten(traced.program(params, batch), params, layouts, mask)
+        leaves, layouts = Leaves.of(job.tree(job.leaves)), layouts_of(job)
+        line = straighten(traced.program(leaves, batch), leaves, layouts, mask)
         names = [p for p in job.paths if is_array(job.leaves[p])]
         moved = {*layouts, *job.bias.values()}
         if request.reconstruct is not None:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax import Array, lax
+from jax import Array
 from jax import numpy as jnp
 
 from flexhinm_jax.methods import Method
+from flexhinm_jax.ops import gram
 from flexhinm_jax.pruning import statistics
 from flexhinm_jax.pruning.apply import check_finite, dense_weight
 from flexhinm_jax.pruning.solve import (
@@ -179,8 +180,8 @@ def solve_stack(
         plan = method.decide(state, w)
         before = w.astype(jnp.float32)
         lost = dense_weight(plan).astype(jnp.float32) - before
-        total = jnp.maximum(squared(before, stats.gram), 1e-30)
-        return plan, squared(lost, stats.gram) / total, method.diagnostics(state)
+        total = jnp.maximum(gram.energy(before, stats.gram), 1e-30)
+        return plan, gram.energy(lost, stats.gram) / total, method.diagnostics(state)
 
     members = jax.tree.map(
         lambda x: x.reshape(-1, stack, *x.shape[len(lead) :]),
@@ -189,9 +190,3 @@ def solve_stack(
     over = jax.vmap(jax.vmap(one), in_axes=(None, 0, 0, 0, 0, 0))
     results = over(stats, *members)
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[2:]), results)
-
-
-def squared(w: Array, gram: Array) -> Array:
-    """|| X W^T ||^2 from the Gram matrix of X."""
-    product = jnp.dot(w, gram, precision=lax.Precision.HIGHEST)
-    return jnp.sum(product * w, dtype=jnp.float32)

@@ -145,7 +145,7 @@ class Line:
 
 def straighten(
     program: Program,
-    params: Any,
+    leaves: Leaves,
     layouts: Mapping[str, Layout],
     mask: Any = None,
 ) -> Line:
@@ -153,13 +153,13 @@ def straighten(
 
     Args:
       program: the traced function.
-      params: its parameters, dense.
+      leaves: its parameters, dense.
       layouts: leaf path -> layout, for the leaves to prune.
       mask: the token mask of the batch, which becomes the last input of the line.
     """
     count = program.parameters
     marker = Marker(layouts, dependence(program.jaxpr, count))
-    body, consts = marked(program, Leaves.of(params), marker, mask)
+    body, consts = marked(program, leaves, marker, mask)
     warn_missed(marker.masks, layouts)
     eqns, places = without_marks(body.eqns)
     inputs = list(body.invars[count:])

@@ -172,17 +172,17 @@ class Product:
     @functools.cached_property
     def of_stack(self) -> list[Atom]:
         """The atoms of the batch axes."""
-        return [atom for dim in self.batch for atom in dim]
+        return views.flat(self.batch)
 
     @functools.cached_property
     def of_out(self) -> list[Atom]:
         """The atoms of the outputs."""
-        return [atom for dim in self.out for atom in dim]
+        return views.flat(self.out)
 
     @functools.cached_property
     def of_inputs(self) -> list[Atom]:
         """The atoms of the inputs, in the order of the program."""
-        return [atom for dim in self.inputs for atom in dim]
+        return views.flat(self.inputs)
 
     @functools.cached_property
     def by_stack(self) -> list[Atom]:

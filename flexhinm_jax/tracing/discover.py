@@ -130,15 +130,14 @@ def reason(
       choice: (rule, action) of the first rule that matches it, or None.
     """
     rule, action = choice or (None, None)
-    contracted = bool(finder.of(path))
-    hindrance = finder.hindrance(path) if contracted else None
     if action == "skip":
         return f"skipped by rule {rule!r}"
-    if not contracted:
+    if not finder.of(path):
         return finder.reason(path, leaves[path], path in leaves.on_grid)
-    if action == "prune" or (action and tied(hindrance)):
+    hindrance = None if action == "prune" else finder.hindrance(path)
+    if hindrance is None or (action and tied(hindrance)):
         return None
-    return hindrance.text if hindrance else None
+    return hindrance.text
 
 
 def check_reached(
@@ -162,9 +161,9 @@ def is_weight(leaves: Leaves, path: str) -> bool:
     return path in leaves.on_grid or bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-def tied(hindrance: Stop | None) -> bool:
+def tied(hindrance: Stop) -> bool:
     """Whether nothing but a lookup of rows speaks against pruning a leaf."""
-    return hindrance is not None and hindrance.kind is Kind.LOOKUP
+    return hindrance.kind is Kind.LOOKUP
 
 
 def choose(
@@ -246,12 +245,9 @@ class Traced:
         """The function."""
         return self.apply_fn(params, *batch)
 
-    def program(self, params: Any, batch: tuple[Any, ...]) -> Program:
+    def program(self, leaves: Leaves, batch: tuple[Any, ...]) -> Program:
         """The program of a batch of this shape."""
-        leaves = Leaves.of(params)
-        return self._program(form_of((leaves, batch)), leaves, batch)
-
-    def _program(self, key: Any, leaves: Leaves, batch: tuple[Any, ...]) -> Program:
+        key = form_of((leaves, batch))
         if key not in self.programs:
             program = trace(self.apply_fn, leaves, batch, {})
             shapes = shapes_of(program.arrays)  # keeps no arrays alive
@@ -262,7 +258,7 @@ class Traced:
         """What a walk through that program finds, which runs nothing."""
         key = form_of((leaves, batch))
         if key not in self.finders:
-            program = self._program(key, leaves, batch)
+            program = self.program(leaves, batch)
             finder = Finder(program, dependence(program.jaxpr, program.parameters))
 
             def walked(*arrays: Any) -> list[Any]:

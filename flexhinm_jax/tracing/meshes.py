@@ -8,7 +8,7 @@ is copied.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -52,11 +52,6 @@ def explicit(x: Any) -> Mesh | None:
     return sharding.mesh if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def explicit_meshes(arrays: Iterable[Any]) -> list[Mesh | None]:
-    """`explicit` of each."""
-    return [explicit(x) for x in arrays]
-
-
 def twin(mesh: Mesh, kind: AxisType) -> Mesh:
     """The same mesh with axes of one type."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * mesh.devices.ndim)
@@ -93,7 +88,7 @@ def under_automatic_axes(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(f)
     def run(*args: Any, **options: Any) -> Any:
-        meshes = explicit_meshes(jax.tree.leaves((args, options)))
+        meshes = map(explicit, jax.tree.leaves((args, options)))
         mesh = next((m for m in meshes if m is not None), None)
         if mesh is None:
             return f(*args, **options)

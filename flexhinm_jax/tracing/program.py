@@ -82,11 +82,11 @@ def shapes_of(arrays: Sequence[Any]) -> list[Any]:
     """Shapes and dtypes; arrays on a mesh with explicit axes as they are."""
     return [
         x
-        if mesh is not None
+        if meshes.explicit(x) is not None
         else jax.ShapeDtypeStruct(
             x.shape, x.dtype, weak_type=getattr(x, "weak_type", False)
         )
-        for x, mesh in zip(arrays, meshes.explicit_meshes(arrays), strict=True)
+        for x in arrays
     ]
 
 
@@ -94,10 +94,10 @@ def form_of(tree: Any) -> Any:
     """Hashable, and equal for arguments with which one program can be run."""
     leaves, structure = jax.tree.flatten(tree)
     forms = tuple(
-        (x.shape, x.dtype, getattr(x, "weak_type", False), mesh)
+        (x.shape, x.dtype, getattr(x, "weak_type", False), meshes.explicit(x))
         if hasattr(x, "dtype")
         else (type(x), x)
-        for x, mesh in zip(leaves, meshes.explicit_meshes(leaves), strict=True)
+        for x in leaves
     )
     try:
         hash(forms)

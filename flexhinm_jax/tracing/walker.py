@@ -214,9 +214,7 @@ def settled(operands: list, visitor: Visitor, where: Where) -> list:
     """Operands in which rows of a table, contracted with another leaf, are dense."""
     out = list(operands)
     for k, v in enumerate(operands):
-        others = [w for n, w in enumerate(operands) if n != k]
-        is_read = isinstance(v, Tracked) and v.lookup is not None
-        if is_read and any(isinstance(w, Followed) for w in others):
+        if isinstance(v, Tracked) and v.lookup is not None:
             visitor.stop(where, v, LOOKUP)
             out[k] = v.dense()
     return out
