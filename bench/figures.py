@@ -154,17 +154,17 @@ def nm_time(results: Mapping[str, Any], axes: Any) -> None:
         place = {"textcoords": "offset points", "xytext": (5, 4)}
         axis.annotate(label, (seconds, value), fontsize=7, **place)
     axis.axhline(rows[0]["anchor"], color="#999999", ls="--", lw=0.8)
-    axis.set_xlim(min(x) / 1.5, max(x) * 4)
-    plain_numbers(axis.xaxis)
+    axis.set_xlim(min(x) / 1.5, max(x) * 16)
+    plain_numbers(axis.xaxis, wide=True)
     plain_numbers(axis.yaxis)
     axis.set(xlabel="CPU seconds", ylabel="perplexity")
 
 
-def plain_numbers(axis: Any) -> None:
-    """Writes the numbers of a logarithmic axis as they are, a few of every decade."""
+def plain_numbers(axis: Any, wide: bool = False) -> None:
+    """Writes the numbers of a logarithmic axis, fewer where decades are short."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 7)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 2, 3, 4, 5, 7)))
     axis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axis.set_minor_formatter(NullFormatter())
 

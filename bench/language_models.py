@@ -44,8 +44,8 @@ FIGURES = ("peak GB", "packed / dense bytes", "zeros")
 """Columns of rows that were pruned."""
 
 GYRO, HINM, TILES = "flexhinm:v=32", "hinm:v=32", "tiles:tile=64"
-WRITTEN = {"reorder": "reordered", "rotate": "rotated"}
-"""Verb before a prune -> the directory it writes."""
+WRITTEN = {"reorder": "reordered", "rotate": "rotated", "tune": "tuned"}
+"""Verb before or behind a prune -> the directory it writes."""
 
 SPENSE = ",regions=dense+nm,boundary=matrix"
 """Of arXiv:2606.10445: no pruned region and one boundary in a matrix."""
@@ -271,19 +271,24 @@ def command(recipe: Recipe, flags: argparse.Namespace) -> str:
     model, read = flags.model.name, f"--length {WINDOW} --limit {flags.tokens + 1}"
     if not recipe.options:
         return f"flexhinm eval {model} --text {flags.evaluation.name} {read}"
-    text = f"--calibration {flags.calibration.name}"
-    text += f" --samples {flags.samples} --length {flags.length}"
     lines = []
-    for verb in recipe.before:
-        lines.append(f"flexhinm {verb} {model} {text} --out {WRITTEN[verb]}")
-        model = WRITTEN[verb]
-    last = f"flexhinm {recipe.verb} {model} {recipe.options} {text}"
-    lines.append(f"{last} --pack --out pruned")
-    if recipe.tuned:
-        text = text.replace(f"--samples {flags.samples}", f"--samples {MORE}")
-        tune = f"flexhinm tune {flags.model.name} pruned --steps {recipe.tuned}"
-        lines.append(f"{tune} {text} --out tuned")
+    for verb, options, samples in steps(recipe, flags.samples):
+        of = f"{flags.model.name} {model}" if verb == "tune" else model
+        text = f"--calibration {flags.calibration.name} --samples {samples}"
+        told = " ".join(filter(None, (of, options, text, f"--length {flags.length}")))
+        model = WRITTEN.get(verb, "pruned")
+        lines.append(f"flexhinm {verb} {told} --out {model}")
     return "; ".join(lines)
+
+
+def steps(recipe: Recipe, samples: int) -> Iterator[tuple[str, str, int]]:
+    """(verb, options, samples) of every command of a row, in order."""
+    for verb in recipe.before:
+        yield verb, "", samples
+    if recipe.options:
+        yield recipe.verb, recipe.options + " --pack", samples
+    if recipe.tuned:
+        yield "tune", f"--steps {recipe.tuned}", MORE
 
 
 def written(
@@ -293,21 +298,15 @@ def written(
 
     Bytes are of the whole model, zeros of all matrices in its blocks.
     """
-    out, cost = flags.model, {}
     if not recipe.options:
-        return out, cost
-    costs = []
-    for verb in recipe.before:
-        out, one, _ = kept(line(verb, [out], "", flags), work)
+        return flags.model, {}
+    out, costs, document = flags.model, [], {}
+    for verb, options, samples in steps(recipe, flags.samples):
+        own = argparse.Namespace(**vars(flags) | {"samples": samples})
+        models = [flags.model, out] if verb == "tune" else [out]
+        out, one, told = kept(line(verb, models, options, own), work)
         costs.append(one)
-    told = line(recipe.verb, [out], recipe.options + " --pack", flags)
-    out, one, document = kept(told, work)
-    costs.append(one)
-    if recipe.tuned:
-        more = argparse.Namespace(**vars(flags) | {"samples": MORE})
-        told = line("tune", [flags.model, out], f"--steps {recipe.tuned}", more)
-        out, one, _ = kept(told, work)
-        costs.append(one)
+        document = document if verb == "tune" else told
     total = document["total"]
     left = sum(n for path, n in document["dense"].items() if ".layers." in path)
     return out, {

@@ -297,9 +297,7 @@ def growth(flags: argparse.Namespace) -> Iterator[Row]:
             data = {"method": name, "width": width}
             yield Row(GROWN, f"{name}, {width} x {width}", spent, more=more, data=data)
     for name, (_, _, mathematics) in GROWTH.items():
-        fitted = exponent(seconds[name])
-        more = {"largest width": widths[-1], "seconds there": seconds[name][widths[-1]]}
-        yield Row(EXPONENTS, name, fitted, mathematics, None, more)
+        yield Row(EXPONENTS, name, exponent(seconds[name]), mathematics)
 
 
 def exponent(seconds: Mapping[int, float]) -> float:
