@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flexhinm_jax import kernels
-from flexhinm_jax.cli import tune
+from flexhinm_jax.cli import console, tune
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, packed
 from flexhinm_jax.models.load import load
@@ -25,7 +25,8 @@ def dense_of(leaf):
     return kernels.unpack(leaf) if hasattr(leaf, "nm_values") else leaf
 
 
-def test_a_decoder_predicts_more_like_the_dense_one(tmp_path, capsys):
+def test_a_decoder_predicts_more_like_the_dense_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "SHORT_SECONDS", 0)
     dense, pruned, out = (tmp_path / name for name in ("dense", "pruned", "tuned"))
     make_decoder_directory(dense, QWEN3 | SMALL | {"num_key_value_heads": 4}, 0, 1)
     text = tmp_path / "text.txt"

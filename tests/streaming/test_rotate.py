@@ -12,6 +12,7 @@ import flexhinm_jax as fh  # noqa: E402
 from flexhinm_jax.cli.main import main  # noqa: E402
 from flexhinm_jax.models import load  # noqa: E402
 from flexhinm_jax.models.basis import fold_norms  # noqa: E402
+from flexhinm_jax.ops import gram as gram_ops  # noqa: E402
 from flexhinm_jax.streaming import rotate as room  # noqa: E402
 from flexhinm_jax.streaming.rotate import Learning, rotate  # noqa: E402
 from tests.models import decoder_cases, directories  # noqa: E402
@@ -86,7 +87,7 @@ def test_a_direction_is_the_slope_along_the_group():
     x = jax.random.normal(jax.random.fold_in(key, 1), (32, 8))
     gram, name = x.T @ x / 32, "mlp.up_proj.weight"
     weights = {name: w}
-    inputs = {name: room.Inputs(room.inverse(gram), room.energy(w, gram))}
+    inputs = {name: room.Inputs(room.inverse(gram), gram_ops.energy(w, gram))}
     stream = room.cayley(
         room.skew(jax.random.normal(jax.random.fold_in(key, 2), (8, 8)))
     )

@@ -16,12 +16,17 @@ follow: Any = results.follow
 class Rows:
     """What `follow` asks of a run: rows from the step that it begins with."""
 
-    def __init__(self, *steps, begun=0):
+    def __init__(self, *steps, begun=0, before=()):
         self.steps, self.begun = steps, begun
+        self.rows = [self.step(step) for step in before]
+
+    @staticmethod
+    def step(step):
+        return {"kind": "step", "step": step, "loss": 1 / step, "finite": 1.0}
 
     def __iter__(self):
         for step in self.steps:
-            yield {"kind": "step", "step": step, "loss": 1 / step, "finite": 1.0}
+            yield self.step(step)
         yield {"kind": "stage", "step": self.steps[-1], "sparsity": 0.5}
 
 
@@ -46,8 +51,8 @@ def test_a_resumed_run_drops_what_lies_behind_the_checkpoint(tmp_path):
     follow(Rows(2, 4, 6), path, "run")
     with path.open("a") as file:
         file.write('{"step": 8, "lo')  # the stop tore a line
-    found = follow(Rows(5, begun=4), path, "run")
-    assert [r["step"] for r in found] == [2, 4, 5]
+    found = follow(Rows(6, begun=5, before=(2, 4, 5)), path, "run")
+    assert [r["step"] for r in found] == [2, 4, 5, 6]  # 5 died before its record
     assert results.read(path) == found
     follow(Rows(1), path, "run")
     assert [r["step"] for r in results.read(path)] == [1]
