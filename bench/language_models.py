@@ -62,6 +62,9 @@ MORE = 128
 TUNED = 120
 """Steps of the whole model at the end, each on another one of `MORE` samples."""
 
+GENTLE = "1e-4"
+"""The rate of that training where little was lost: more of it only does harm."""
+
 
 class Recipe(NamedTuple):
     """A row: a table, the options of a command, and the commands before it.
@@ -73,6 +76,7 @@ class Recipe(NamedTuple):
       samples: to calibrate on, None for what --samples says.
       verb: the command that makes the pruned directory, "prune" or "learn".
       tuned: steps of `flexhinm tune` behind it.
+      rate: its highest rate, None for the command's own.
     """
 
     table: str
@@ -81,6 +85,7 @@ class Recipe(NamedTuple):
     samples: int | None = None
     verb: str = "prune"
     tuned: int = 0
+    rate: str | None = None
 
     def reconstructed(self, steps: int | None = None) -> "Recipe":
         """The row with its blocks trained; every sample once where there are many."""
@@ -146,7 +151,8 @@ def recipes() -> dict[str, Recipe]:
         rows[f"{best} reconstructed"] = rows[best].reconstructed()
         rows[f"{best} on {MORE} samples"] = more
         rows[f"{best} reconstructed on {MORE} samples"] = more.reconstructed()
-        rows[f"{best} tuned"] = rows[best]._replace(tuned=STEPS)
+        rate = GENTLE if sparsity < 0.3 else None
+        rows[f"{best} tuned"] = rows[best]._replace(tuned=TUNED, rate=rate)
     for method in ("wanda", "sparsegpt", "alps"):
         options = f"--method {method} --pattern 2:4 {ONLY_MLP}"
         add(CURVES, f"2:4 on MLP only 37.5% {method}", options)
@@ -288,7 +294,8 @@ def steps(recipe: Recipe, samples: int) -> Iterator[tuple[str, str, int]]:
     if recipe.options:
         yield recipe.verb, recipe.options + " --pack", samples
     if recipe.tuned:
-        yield "tune", f"--steps {recipe.tuned}", MORE
+        rate = f" --rate {recipe.rate}" if recipe.rate else ""
+        yield "tune", f"--steps {recipe.tuned}{rate}", MORE
 
 
 def written(
