@@ -143,7 +143,7 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
         help="with --sequential: judge a weight by the inputs that the pruned ones"
         " before it give (sequential), by those that the dense weights of its block"
         " give (block), or by those of the dense model (dense); default: block for"
-        " methods that score weights and move none (wanda, ria ...), else sequential",
+        " wanda, else sequential",
     )
     add(
         "--reconstruct",

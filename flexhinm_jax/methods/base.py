@@ -232,13 +232,7 @@ def check_method(method: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreMethod(Method):
-    """A method that scores every weight, keeps the best support and moves nothing.
-
-    Nothing repairs what pruning did to the inputs, so weights are judged by those that
-    the dense weights of their block give, as published for Wanda and RIA.
-    """
-
-    statistics: ClassVar[Literal["sequential", "block"]] = "block"
+    """A method that scores every weight, keeps the best support and moves nothing."""
 
     @abc.abstractmethod
     def score(self, w: Array, stats: Stats | None) -> Array:

@@ -1,5 +1,8 @@
 """Wanda: weight magnitude times input norm, one shot, weights unmoved.
 
+In a sequential pass it judges by the inputs that the dense weights of a block give, as
+published: 2:4 of SmolLM2-135M has 158.8 so, 174.5 on what the pruned ones give.
+
 Sun et al. 2023 (arXiv:2306.11695). The paper compares unstructured scores within one
 output; use `Wanda(Unstructured(scope="row"))` for that.
 """
@@ -23,6 +26,7 @@ class Wanda(ScoreMethod):
     """
 
     needs: ClassVar[Literal["nothing", "norms", "gram"]] = "norms"
+    statistics: ClassVar[Literal["sequential", "block"]] = "block"
 
     def score(self, w: Array, stats: Stats | None) -> Array:
         """|w_ij| * ||x_j||_2, f32[o, i]."""

@@ -24,8 +24,8 @@ Whose inputs a matrix is judged by are the `statistics`:
   as in the code of Wanda (arXiv:2306.11695) and SparseGPT (arXiv:2301.00774).
 - "dense": those of the dense model.
 
-Where none are named the method decides (`Method.statistics`): those that score weights
-and move none take "block", as published, the others "sequential".
+Where none are named the method decides (`Method.statistics`): Wanda takes "block", as
+published, the others "sequential".
 """
 
 import os

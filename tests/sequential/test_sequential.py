@@ -306,11 +306,10 @@ def test_statistics_are_those_of_the_weights_that_were_asked_for(
 
 
 @pytest.mark.parametrize("name", [n for n in fh.methods.METHODS if n != "patch"])
-def test_methods_that_move_nothing_prefer_statistics_of_blocks(name):
+def test_a_method_says_whose_statistics_it_prefers(name):
     method = fh.methods.parse(name, NM)
     request = functools.partial(Request, method=method, key=KEY)
-    scores = ("magnitude", "wanda", "ria", "nowag", "fisher")
-    preferred = "block" if name in scores else "sequential"
+    preferred = "block" if name == "wanda" else "sequential"
     assert request().statistics == request(target="asym").statistics == preferred
     assert request(reconstruct=fh.Reconstruct()).statistics == preferred
     assert request(reconstruct=fh.Reconstruct("part")).statistics == "sequential"
