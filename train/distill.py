@@ -17,7 +17,6 @@ when the same command is given again.
 
 import argparse
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -137,11 +136,13 @@ def write(
     """Writes the model, the summary and the curves."""
     with atomic.directory(out / "model", overwrite=True) as folder:
         huggingface.write(
-            folder, result.params, source=made.model.directory, overwrite=True
+            folder,
+            result.params,
+            source=made.model.directory,
+            report=result.report.to_dict(),
+            overwrite=True,
         )
         packed.write_packed(folder / "packed.safetensors", result.packed)
-        report = json.dumps(result.report.to_dict(), indent=2)
-        (folder / "report.json").write_text(report + "\n")
     results.update(out / "summary.json", **summary)
     records = results.read(out / "metrics.jsonl")
     results.curves(

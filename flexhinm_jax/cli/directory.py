@@ -1,7 +1,6 @@
 """A model directory as the commands need it: checked, pruned, written again."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ from flexhinm_jax.cli import recipe
 from flexhinm_jax.cli.console import Console, bytes_text
 from flexhinm_jax.cli.recipe import RECIPE
 from flexhinm_jax.io import huggingface, packed
-from flexhinm_jax.io.model_card import CARD, cards
+from flexhinm_jax.io.model_card import CARD, REPORT, cards
+from flexhinm_jax.io.model_card import texts as texts_of
 from flexhinm_jax.io.sources import BUILTIN
 from flexhinm_jax.models.load import PACKED, Model
 from flexhinm_jax.pruning import prune
 from flexhinm_jax.pruning.report import Report
 from flexhinm_jax.types import Uses
-
-REPORT = "report.json"
 
 
 def note_builtin(args: argparse.Namespace, console: Console) -> None:
@@ -64,11 +62,11 @@ def write(
             (folder / name).write_text(text, encoding="utf-8")
 
 
-def texts(args: argparse.Namespace, document: dict[str, Any]) -> dict[str, str]:
+def texts(args: argparse.Namespace, document: Mapping[str, Any]) -> dict[str, str]:
     """What is written beside the model: report, card, and how to get it again."""
     again = {RECIPE: recipe.text(args)} if hasattr(args, "recipe") else {}
-    told = {"base": args.base, "command": args.written} | document
-    return {REPORT: report_text(document), **again, **cards(args.model, told)}
+    facts = {"base": args.base, "command": args.written}
+    return again | texts_of(args.model, document, **facts)
 
 
 def write_figures(
@@ -79,11 +77,6 @@ def write_figures(
     with atomic.file(args.out / CARD, overwrite=True) as temporary:
         text = cards(args.model, told, figures)[CARD]
         temporary.write_text(text, encoding="utf-8")
-
-
-def report_text(document: dict[str, Any]) -> str:
-    """Contents of the report file."""
-    return json.dumps(document, indent=2) + "\n"
 
 
 def ending(out: Path, report: Report, packed_file: str | None = None) -> list[str]:

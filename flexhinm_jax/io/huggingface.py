@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax import arguments, atomic, types
-from flexhinm_jax.io import shards, tensors
+from flexhinm_jax.io import model_card, shards, tensors
 
 __all__ = [
     "Checkpoint",
@@ -64,6 +64,14 @@ class Checkpoint:
     files: dict[str, str]
     metadata: dict[str, dict[str, str]]
     directory: Path
+
+    def __repr__(self) -> str:
+        """Kind, size and place; the arrays are in the attributes."""
+        size = sum(array.nbytes for array in self.params.values())
+        return (
+            f"Checkpoint({self.directory.name!r}, {self.config.get('model_type')!r},"
+            f" {len(self.params)} arrays, {size / 1e6:.1f} MB)"
+        )
 
 
 def read(directory: str | os.PathLike) -> Checkpoint:
@@ -120,6 +128,7 @@ def write(
     params: Checkpoint | Mapping[str, Any],
     *,
     source: Checkpoint | str | os.PathLike | None = None,
+    report: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes parameters as a copy of their source directory with new values.
@@ -132,6 +141,10 @@ def write(
       params: key -> array, or a checkpoint.
       source: directory (or checkpoint read from one) that gives the keys, shards and
         all other files; may be left out when `params` is a checkpoint.
+      report: what was done, such as `result.report.to_dict()`: written as
+        `report.json`, and into a model card of its own (see `io.model_card.card` for
+        further keys); the card of the source is kept as `README.base.md`. None copies
+        the card of the source as it is.
       overwrite: replaces an existing directory that holds a `config.json`.
 
     Returns:
@@ -166,6 +179,9 @@ def write(
             # transformers refuses a file whose metadata does not name its framework.
             metadata = {**header.metadata, "format": "pt"}
             tensors.write(temporary / file, held, metadata)
+        if report is not None:
+            for name, text in model_card.texts(source, report).items():
+                (temporary / name).write_text(text, encoding="utf-8")
         _check_written(temporary, layout)
     return Path(directory)
 

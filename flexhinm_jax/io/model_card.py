@@ -5,13 +5,18 @@ header of the card before says about licence and languages holds for the pruned 
 too; the rest of that card is kept beside the new one.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["BASE_CARD", "CARD", "card", "cards"]
+from flexhinm_jax.io.sources import short
+
+__all__ = ["BASE_CARD", "CARD", "REPORT", "card", "cards", "texts"]
+
+REPORT = "report.json"
 
 CARD = "README.md"
 
@@ -37,6 +42,21 @@ ROWS = (
     ("flexhinm_jax", "version"),
 )
 """(name in the table, key of the document)."""
+
+
+def texts(source: Path, report: Mapping[str, Any], **more: Any) -> dict[str, str]:
+    """What stands beside every pruned model: the report, the card, the card before.
+
+    Args:
+      source: directory of the model before.
+      report: the contents of `report.json`, see `card`.
+      **more: what the card alone says, such as "base" and "command".
+
+    Returns:
+      File name -> text.
+    """
+    told = {"base": short(source), **more, **report}
+    return {REPORT: json.dumps(report, indent=2) + "\n"} | cards(source, told)
 
 
 def cards(

@@ -80,7 +80,8 @@ class Output:
     Attributes:
       pack: the packed form too, one file per block in the folder `packed`.
       overwrite: replaces an earlier model directory.
-      extra: file name -> text to write beside the model, given the result; or None.
+      extra: result -> {file name: text} to write beside the model, or in place of
+        `report.json` and the card `README.md` that every run writes; or None.
       values: dtype of the packed values, as in `fh.pack`; None for that of the weights.
     """
 

@@ -21,7 +21,7 @@ import numpy as np
 
 import flexhinm_jax
 from flexhinm_jax import atomic
-from flexhinm_jax.io import fingerprint, huggingface, records, shards
+from flexhinm_jax.io import fingerprint, huggingface, model_card, records, shards
 from flexhinm_jax.pruning.allocate import Mode
 from flexhinm_jax.pruning.report import Row
 from flexhinm_jax.sequential.cuts import Programs
@@ -231,14 +231,17 @@ class Work:
         """Makes the folder OUT.
 
         Args:
-          extra: result -> {file name: text} to write beside the model; or None.
+          extra: result -> {file name: text} to write beside the model, its report and
+            its card, or in place of these; or None.
           result: of the run.
         """
         if self.share.writes:
-            self._write({} if extra is None else extra(result))
+            report = {"errors": result.errors, **result.report.to_dict()}
+            texts = model_card.texts(self.setting.blocks.index.directory, report)
+            self._write(texts if extra is None else {**texts, **extra(result)})
         self.share.agreed(0)
 
-    def _write(self, extra: Mapping[str, str]) -> None:
+    def _write(self, texts: Mapping[str, str]) -> None:
         """Copies what is left, and gives the folder its name."""
         blocks = self.setting.blocks
         pruned = {key for layer in range(blocks.count) for key in blocks.keys(layer)}
@@ -247,8 +250,8 @@ class Work:
                 self.writer.copy(key)
         self.writer.flush()
         huggingface.copy_others(blocks.index.directory, self.model)
-        for name, text in extra.items():
-            (self.model / name).write_text(text)
+        for name, text in texts.items():
+            (self.model / name).write_text(text, encoding="utf-8")
         self.writer.finish()
         atomic.flush(self.model)
         atomic.swap(self.model, self.out)

@@ -71,6 +71,11 @@ def listing(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
+def test_a_checkpoint_shows_itself_in_one_line(single):
+    told = repr(huggingface.read(single))
+    assert told == "Checkpoint('single', 'bert', 4 arrays, 0.0 MB)"
+
+
 def test_reading_keeps_names_dtypes_and_bits(source):
     checkpoint = huggingface.read(source)
     assert checkpoint.config == CONFIG
@@ -90,6 +95,19 @@ def test_an_unchanged_checkpoint_is_written_byte_for_byte(source, tmp_path):
     for name in ("config.json", "tokenizer.json", "1_Pooling/config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     assert huggingface.read(out).files == huggingface.read(source).files
+
+
+def test_a_report_makes_a_card_of_its_own_and_keeps_the_card_before(source, tmp_path):
+    (source / "README.md").write_text("---\nlicense: mit\n---\nScores 90.\n")
+    params = huggingface.read(source).params
+    report = {"method": "Wanda", "total": {"zeros": 0.5}, "weights": [1, 2]}
+    out = huggingface.write(tmp_path / "out", params, source=source, report=report)
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n") and "Scores 90" not in card
+    assert f"# {source.name}, pruned" in card and "| method | Wanda |" in card
+    assert "50.0% of 2 weight matrices are zero" in card
+    assert "Scores 90" in (out / "README.base.md").read_text()
+    assert json.loads((out / "report.json").read_text()) == report
 
 
 def test_only_the_changed_tensor_changes(source, tmp_path):

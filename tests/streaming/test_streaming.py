@@ -173,6 +173,8 @@ def test_streaming_gives_what_the_whole_model_gives(model, whole):
     assert [p.name for p in whole.out.parent.iterdir()] == ["out"]
     for name in ("tokenizer.json", "generation_config.json", shards.INDEX):
         assert whole.files[name] == (model / name).read_bytes()
+    assert b"weight matrices are zero" in whole.files["README.md"]
+    assert json.loads(whole.files["report.json"])["errors"] == whole.result.errors
 
 
 @pytest.mark.parametrize(
