@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from flexhinm_jax import atomic, kernels
 from flexhinm_jax.cli import directory, flags, prune_decoder
 from flexhinm_jax.cli.choices import examples
 from flexhinm_jax.cli.console import Console
 from flexhinm_jax.io import huggingface, packed
+from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.models.load import PACKED, PACKED_BLOCKS, Model, Reads, kind_of, load
 from flexhinm_jax.streaming.blocks import open_blocks
 from flexhinm_jax.tracing import views
@@ -94,6 +94,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     console.result(
         document["tuned"],
         f"loss on held-back data: {result.before:.4f} before, {result.after:.4f} after",
+        *([result.note] if result.note else []),
         f"wrote {args.out}; 'flexhinm eval {args.base} {args.out}' compares",
     )
 
@@ -110,7 +111,7 @@ def _tuned(
         size = args.batch_size or BATCH_SENTENCES
         text = examples(args, dense.kind)
         batches = dense.steps(text, size, args.max_length)
-    batches = [tuple(map(jnp.asarray, batch)) for batch in batches]
+    batches = [tuple(map(on_device, batch)) for batch in batches]
     saved = {} if args.resume is None else {"resume": "auto", "save_every": 10 * EVERY}
 
     def progress(row: Mapping[str, Any]) -> None:
@@ -154,6 +155,7 @@ def _document(args: argparse.Namespace, pruned: Model, result: Tuned) -> dict[st
         "seed": args.seed,
         "before": result.before,
         "after": result.after,
+        "note": result.note,
     }
     return report | {"steps": args.steps, "tuned": tuned}
 

@@ -11,6 +11,7 @@ Source: Hinton et al. 2015 (arXiv:1503.02531), with fixed supports.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Unpack
 
@@ -21,6 +22,7 @@ from jax import Array
 
 from flexhinm_jax import arguments
 from flexhinm_jax.io import fingerprint
+from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.training import objectives
@@ -32,6 +34,8 @@ from flexhinm_jax.training.run import Run
 from flexhinm_jax.training.schedules import shuffled
 from flexhinm_jax.training.state import Training
 from flexhinm_jax.training.step import make_step
+
+logger = logging.getLogger("flexhinm_jax")
 
 HELD = 8
 """One of so many batches judges."""
@@ -58,12 +62,18 @@ class Tuned:
       before: the loss on held-back batches at the start; on all where there is one.
       after: the same of `params`, never more.
       rows: of the run: step, loss and seconds a step.
+      note: what to do where the end was not better than the start; None where it was.
     """
 
     params: Any
     before: float
     after: float
     rows: list[Row]
+    note: str | None = None
+
+    def __repr__(self) -> str:
+        """The losses; the arrays are in the attributes."""
+        return f"Tuned(before={self.before:.4g}, after={self.after:.4g})"
 
 
 def tune(
@@ -103,7 +113,7 @@ def tune(
 
     Returns:
       The better of start and end on the held-back batches, an eighth of them and at
-      most eight, with both losses.
+      most eight, with both losses. A warning says where that is the start.
 
     Raises:
       ValueError: trees that differ, no batches, a start that is not finite, a
@@ -134,7 +144,7 @@ def tune(
     arguments.same_tree(params, dense)
     leaves, keep = _moving(apply_fn, params, every[0], options.get("rules"))
     fixed = {path: leaf for path, leaf in leaves.items() if path not in keep}
-    student = {path: jnp.asarray(leaves[path]) for path in keep}
+    student = {path: on_device(leaves[path]) for path in keep}
     distance = objectives.distillation(
         apply_fn, kind=kind, token_mask=options.get("token_mask")
     )
@@ -177,9 +187,18 @@ def tune(
     for row in run:
         if progress is not None:
             progress(row)
-    first = next(row["value"] for row in run.rows if "value" in row)
+    values = [row["value"] for row in run.rows if "value" in row]
+    note = None
+    if not values[-1] < values[0]:
+        note = (
+            f"{steps} steps at rate {rate:g} ended at a loss of {values[-1]:.4g} on"
+            f" held-back data, no better than {values[0]:.4g} before them, so the"
+            f" weights stay as they were: give a lower rate, such as {rate / 4:.1g}"
+        )
+        logger.warning("tune: %s", note)
     best: Any = run.best
-    return Tuned(leaves.tree({**fixed, **best}), first, run.lowest, run.rows)
+    params = leaves.tree({**fixed, **best})
+    return Tuned(params, values[0], run.lowest, run.rows, note)
 
 
 def _moving(

@@ -72,6 +72,7 @@ def test_an_encoder_is_tuned_by_the_angle_of_its_outputs(
     assert run("tune", model_dir, pruned, "--out", out, *options) == 0
     told = json.loads(capsys.readouterr().out)
     assert 0 < told["after"] <= told["before"] < 1
+    assert (told["note"] is None) == (told["after"] < told["before"])
     leaves = packed.read_packed(out / "packed.safetensors")
     stored = huggingface.read(out).params
     assert all((dense_of(leaf) == stored[k]).all() for k, leaf in leaves.items())

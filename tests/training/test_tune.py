@@ -54,6 +54,7 @@ def kl(params, tokens):
 
 def test_predictions_come_nearer_on_text_that_was_not_seen(pruned):
     tuned = tune(pruned)
+    assert tuned.note is None
     fresh = jax.random.randint(jax.random.key(77), (16, 10), 0, 12)
     assert kl(tuned.params, fresh) < 0.6 * kl(pruned, fresh)
     # An eighth judges: one of the eight batches, by the loss itself.
@@ -71,9 +72,12 @@ def test_zeros_and_tables_stay_and_vectors_move(pruned):
     assert (tuned["scale"] != pruned["scale"]).all() and (tuned["bias"] != 0).all()
 
 
-def test_the_start_is_kept_where_the_end_is_worse(pruned):
+def test_the_start_is_kept_where_the_end_is_worse_and_it_is_said(pruned, caplog):
     tuned = tune(pruned, steps=2, rate=30.0)
     assert tuned.after == tuned.before
+    assert "2 steps at rate 30 ended at a loss of" in caplog.text
+    assert tuned.note is not None and "a lower rate, such as 8" in tuned.note
+    assert "\n" not in repr(tuned) and "Array" not in repr(tuned)
     assert all((tuned.params[name] == pruned[name]).all() for name in pruned)
 
 
