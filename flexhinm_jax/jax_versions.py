@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.extend import source_info_util
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -32,6 +34,20 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     with context(eqn, names):
         results = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def on_device(x: Any) -> Any:
+    """An array of the host on the default device, 64 bits narrowed as JAX does.
+
+    `jnp.asarray` compiles a program for the copy of every shape it has not met, 20 ms
+    each, and packed weights have as many shapes as a model has matrices.
+
+    Args:
+      x: host array, or anything else that `jnp.asarray` takes.
+    """
+    if not isinstance(x, np.ndarray):
+        return jnp.asarray(x)
+    return jax.device_put(x.copy())  # a CPU takes the memory as its own
 
 
 def with_shapes(eqn: Any, operands: Sequence[Any]) -> Any:

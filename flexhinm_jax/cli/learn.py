@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flexhinm_jax import atomic, checks, patterns
@@ -18,6 +17,7 @@ from flexhinm_jax.cli.choices import examples
 from flexhinm_jax.cli.console import Console, report_table
 from flexhinm_jax.cli.directory import REPORT
 from flexhinm_jax.cli.learn_decoder import Choices
+from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.methods import LearnedMethod
 from flexhinm_jax.models.load import PACKED, Examples, Kind, Model, Reads, kind_of, load
 from flexhinm_jax.pruning import apply, prune
@@ -222,7 +222,7 @@ def _learn(
     directory.check_uses(args.model, uses)
     size = args.batch_size or BATCH_SENTENCES
     batches = model.steps(text, size, args.max_length)
-    steps = [tuple(map(jnp.asarray, batch)) for batch in batches]
+    steps = [tuple(map(on_device, batch)) for batch in batches]
     stats = calibrate(
         model.apply,
         params,

@@ -55,6 +55,7 @@ import numpy as np
 
 from flexhinm_jax import atomic
 from flexhinm_jax.io import records, tensors
+from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.kernels import positions
 from flexhinm_jax.kernels.packing import canonical
 from flexhinm_jax.kernels.validation import (
@@ -176,7 +177,7 @@ def read_packed(path: str | os.PathLike, like: Any = None) -> Any:
             verify_packed(held, name, dtype=dtype, stack=stack)
             verify_layout(held, name)
             _check(checksums, name, fields, stored)
-            leaves[name] = jax.tree.map(jnp.asarray, canonical(held))
+            leaves[name] = jax.tree.map(on_device, canonical(held))
         for name, array in tensors.read(path, unread).items():
             if name in leaves:
                 raise ValueError(f"{name} is stored twice, packed and as it is")
@@ -246,8 +247,8 @@ def _host(name: str, leaf: Any) -> np.ndarray:
 
 
 def _device(array: np.ndarray) -> Any:
-    moved = jnp.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
-    return moved if moved.dtype == array.dtype else array
+    narrowed = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
+    return array if narrowed else on_device(array)
 
 
 def _arrays(leaf: PackedWeight) -> dict[str, np.ndarray]:

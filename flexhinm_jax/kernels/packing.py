@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from flexhinm_jax import arguments, checks
+from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.kernels import positions
 from flexhinm_jax.kernels.quantised import quantise
 from flexhinm_jax.kernels.validation import (
@@ -191,11 +192,11 @@ def _assembled(blocks: _Blocks, plan: Plan) -> PackedWeight:
     flat = lambda x: x.reshape(*x.shape[:-2], -1)  # noqa: E731
     code = positions.encode(flat(blocks.nm_position), r.n, r.m)
     packed = PackedWeight(
-        dense_index=jnp.asarray(blocks.dense_index),
-        dense_values=jnp.asarray(blocks.dense_values),
-        nm_index=jnp.asarray(blocks.nm_index),
-        nm_values=jnp.asarray(flat(blocks.nm_values)),
-        nm_positions=jnp.asarray(code),
+        dense_index=on_device(blocks.dense_index),
+        dense_values=on_device(blocks.dense_values),
+        nm_index=on_device(blocks.nm_index),
+        nm_values=on_device(flat(blocks.nm_values)),
+        nm_positions=on_device(code),
         out_order=r.out_order,
         left=plan.left,
         right=plan.right,

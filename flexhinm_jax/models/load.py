@@ -24,6 +24,8 @@ import numpy as np
 from flexhinm_jax import arguments
 from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.io import packed as packed_files
+from flexhinm_jax.io.sources import short
+from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.models import (
     batches,
     decoder,
@@ -252,7 +254,12 @@ class Model:
         return token_ids(self.tokenizer, text, self.config.vocab_size)
 
     def tokenize(
-        self, text: Sequence[str], batch_size: int, max_length: int | None = None
+        self,
+        text: Sequence[str],
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        buckets: Sequence[int] = batches.BUCKETS,
     ) -> list[batches.Batch]:
         """Batches of sentences, tokenized as the directory says.
 
@@ -261,6 +268,7 @@ class Model:
           batch_size: sentences of a batch.
           max_length: longest sentence in tokens, special tokens included, the rest is
             cut; None takes 128 or what the model allows.
+          buckets: lengths that sentences are padded to, see `models.batches`.
 
         Raises:
           ValueError: the model cannot read so many tokens, or the tokenizer belongs to
@@ -282,7 +290,8 @@ class Model:
         largest = max((max(tokens, default=0) for tokens in ids), default=0)
         _check_known(largest, self.config.vocab_size)
         kept = [tokens for tokens in ids if tokens]
-        return list(batches.batches(kept, batch_size, cut, self.pad))
+        found = batches.batches(kept, batch_size, cut, self.pad, buckets=buckets)
+        return list(found)
 
     def check_finite(self) -> None:
         """Raises ValueError that names leaves with NaN or infinity, if any."""
@@ -304,7 +313,7 @@ class Model:
         """Kind, size and place."""
         form = "packed" if self.packed else "dense"
         return (
-            f"Model({self.directory.name!r}, {type(self.config).__name__}, {form},"
+            f"Model({short(self.directory)!r}, {type(self.config).__name__}, {form},"
             f" {len(self.params)} arrays, {self.nbytes / 1e6:.1f} MB)"
         )
 
@@ -518,7 +527,7 @@ def _shape(leaf: Any) -> tuple[int, ...]:
 def _placed(leaf: Any) -> Any:
     """Floating arrays on the device; 64-bit integers stay on the host as they are."""
     floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jax.tree.map(jnp.asarray, leaf) if floating else leaf
+    return jax.tree.map(on_device, leaf) if floating else leaf
 
 
 def _ends(directory: Path, given: Mapping[str, Any]) -> tuple[int, ...]:

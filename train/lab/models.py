@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.stats import spearmanr
 
 import flexhinm_jax as fh
+from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.models import batches, encoder
 from flexhinm_jax.models.load import Model
 from flexhinm_jax.models.load import load as load_model
@@ -111,12 +111,17 @@ class Encoder:
         return [(b.tokens, b.mask) for b in found]
 
 
-def load(folder: Path | None = None, evaluation: int = 512) -> Encoder:
+def load(
+    folder: Path | None = None,
+    evaluation: int = 512,
+    buckets: Sequence[int] = batches.BUCKETS,
+) -> Encoder:
     """Reads a model and embeds the evaluation sentences.
 
     Args:
       folder: model directory; None for all-MiniLM-L6-v2.
       evaluation: number of evaluation sentences.
+      buckets: lengths of their batches; each is compiled.
     """
     model = load_model(folder or model_directory())
     if model.config.model_type != "bert":
@@ -124,9 +129,10 @@ def load(folder: Path | None = None, evaluation: int = 512) -> Encoder:
             f"{folder}: model_type={model.config.model_type!r} is not supported here;"
             " supported is 'bert'"
         )
-    params = jax.tree.map(jnp.asarray, dict(model.params))
+    params = jax.tree.map(on_device, dict(model.params))
     held_out = text.sentences("evaluation", evaluation)
-    return Encoder(model, params, model.tokenize(held_out, 32, None), len(held_out))
+    tokens = model.tokenize(held_out, 32, None, buckets=buckets)
+    return Encoder(model, params, tokens, len(held_out))
 
 
 def pair_similarities(x: np.ndarray) -> np.ndarray:
