@@ -21,7 +21,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ import numpy as np
 
 import flexhinm_jax as fh
 from bench import inputs
-from bench.study import ONE_THREAD, Row, Study, alone
+from bench.study import ONE_THREAD, Row, Study, alone, one_core
 from flexhinm_jax.cli.flags import size
 from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.models import decoder
@@ -308,7 +307,7 @@ def exponent(seconds: Mapping[int, float]) -> float:
 
 def solved(width: int) -> dict[str, float]:
     """Method -> least CPU seconds of a solve, compiled, with one thread."""
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    one_core()
     keys = jax.random.split(jax.random.key(width), 3)
     x = jax.random.normal(keys[0], (2 * width, width), jnp.float32)
     mix = jax.random.normal(keys[1], (width, width), jnp.float32) / width**0.5

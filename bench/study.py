@@ -184,6 +184,11 @@ def timed(call: Callable[[], Any], repeats: int = 3) -> Timed:
     return Timed(result, spent[0], again[0], again[len(again) // 2])
 
 
+def one_core() -> None:
+    """Keeps this process on one core; with `ONE_THREAD` it computes with one thread."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
 def alone(call: Callable[..., Any], *args: Any, **environment: str) -> Any:
     """What `call(*args)` returns in a process of its own; both ways as JSON.
 

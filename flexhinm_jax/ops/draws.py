@@ -33,8 +33,7 @@ def bits(key: Array, shape: tuple[int, ...]) -> Array:
     count = math.prod(shape)
     if not _is_threefry(key) or count >= MAX_COUNT:
         return jax.random.bits(key, shape, jnp.uint32)
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    data = jax.random.key_data(key) if typed else key
+    data = jax.random.key_data(key)
     keys = data[0], data[1], data[0] ^ data[1] ^ jnp.uint32(PARITY)
     x = jnp.full((count,), keys[0], jnp.uint32)
     y = jnp.arange(count, dtype=jnp.uint32) + keys[1]
@@ -49,8 +48,5 @@ def bits(key: Array, shape: tuple[int, ...]) -> Array:
 
 def _is_threefry(key: Array) -> bool:
     """Whether JAX would draw from this key with Threefry, counting in row-major."""
-    typed = key
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        typed = jax.random.wrap_key_data(key)
-    known = str(jax.random.key_impl(typed)) == "threefry2x32"
+    known = str(jax.random.key_impl(key)) == "threefry2x32"
     return known and jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]

@@ -184,6 +184,13 @@ def inverse_factor(factor: Array) -> Array:
     return solve_triangular(factor, eye, lower=True)[::-1, ::-1]
 
 
+@functools.partial(jax.jit, static_argnames="damp")
+def inverse(h: Array, damp: float) -> Array:
+    """f[i, i]: the inverse of a Gram matrix, damped as by `damped`."""
+    u = inverse_factor(damped(h, damp)[1])
+    return dot(u.T, u)
+
+
 def permuted_inverse_factor(h: Array, order: Array) -> Array:
     """`inverse_factor` of h[order][:, order], the diagonal's if that fails."""
     p = h[order][:, order]

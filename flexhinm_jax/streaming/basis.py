@@ -4,12 +4,12 @@ The same function in other channels (`models.basis`): one block at a time is loa
 first to see what its products read, then to be written.
 """
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -19,13 +19,15 @@ from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.models import decoder
 from flexhinm_jax.models.basis import Basis, turned_block, turned_ends
 from flexhinm_jax.models.decoder_parameters import HEAD, NORM, TABLE
+from flexhinm_jax.ops import gram
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.streaming.blocks import Blocks, open_blocks, short
 from flexhinm_jax.types import Stats
 
-__all__ = ["calibrated", "inverse", "opened", "write"]
+__all__ = ["calibrated", "inverse", "mean_gram", "opened", "write"]
 
-DAMP = 0.01
+#: Of a Gram matrix, damped as SparseGPT does.
+inverse = functools.partial(gram.inverse, damp=0.01)
 
 
 def opened(
@@ -80,12 +82,10 @@ def calibrated(
         hidden = [np.asarray(program.run(params, jnp.asarray(h))) for h in hidden]
 
 
-@jax.jit
-def inverse(gram: Array) -> Array:
-    """Of a Gram matrix with DAMP of its mean diagonal added, as SparseGPT does."""
-    size = len(gram)
-    damp = jnp.maximum(DAMP * jnp.trace(gram) / size, 1e-12)
-    return jnp.linalg.inv(gram + damp * jnp.eye(size, dtype=gram.dtype))
+def mean_gram(stats: Stats) -> Array:
+    """f32[i, i]: the mean of x x^T over the tokens."""
+    assert stats.gram is not None
+    return stats.gram / jnp.maximum(stats.count, 1)
 
 
 def write(

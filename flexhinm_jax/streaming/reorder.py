@@ -27,7 +27,7 @@ from flexhinm_jax.models import decoder
 from flexhinm_jax.models.basis import Basis, readers
 from flexhinm_jax.ops import regions
 from flexhinm_jax.patterns import ChannelSearch
-from flexhinm_jax.streaming.basis import calibrated, inverse, opened, write
+from flexhinm_jax.streaming.basis import calibrated, inverse, mean_gram, opened, write
 from flexhinm_jax.streaming.blocks import Blocks
 from flexhinm_jax.streaming.streaming import split
 from flexhinm_jax.types import Stats
@@ -103,7 +103,7 @@ def reorder(
       progress: called with (blocks looked at, blocks in all).
 
     Returns:
-      What the orders keep of the costs of dropping weights (see `cost`) under N:M.
+      What the orders keep of the costs of dropping weights (see `costs`) under N:M.
       Blocks with experts keep the orders inside them.
 
     Raises:
@@ -143,7 +143,7 @@ def searched(
     sampled: list[np.ndarray] = []
     share = max(STREAM_ROWS // blocks.count, 1)
     for layer, params, stats in calibrated(blocks, batches):
-        scores = {name: cost(params[name], stats[name]) for name in stats}
+        scores = costs(params, stats)
         orders.append(find.block(layer, scores, blocks.config))
         reading = [name for name in readers(blocks.config, layer) if name in scores]
         rows = np.concatenate([np.asarray(scores[name]) for name in reading])
@@ -154,14 +154,21 @@ def searched(
     return Basis(stream, heads, inner)
 
 
-@jax.jit
-def cost(w: Array, stats: Stats) -> Array:
+def costs(params: Mapping[str, Array], stats: Mapping[str, Stats]) -> dict[str, Array]:
     """What dropping each weight alone costs, f32[out, in]: w^2 / (G^-1)_jj.
 
     The rest of its row moves to make up for it (optimal brain surgeon).
+
+    Args:
+      params: short name -> f[out, in].
+      stats: of the weights that count; those that read the same input share theirs.
     """
-    gram = stats.gram.astype(jnp.float32) / jnp.maximum(stats.count, 1)
-    return jnp.square(w.astype(jnp.float32)) / jnp.diagonal(inverse(gram))
+    by_input = {id(own): own for own in stats.values()}
+    scales = {k: jnp.diagonal(inverse(mean_gram(x))) for k, x in by_input.items()}
+    return {
+        name: jnp.square(params[name].astype(jnp.float32)) / scales[id(own)]
+        for name, own in stats.items()
+    }
 
 
 class Searching:

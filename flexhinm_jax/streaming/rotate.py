@@ -36,7 +36,7 @@ from flexhinm_jax.models.basis import (
 )
 from flexhinm_jax.models.decoder_config import DecoderConfig
 from flexhinm_jax.ops import gram
-from flexhinm_jax.streaming.basis import calibrated, inverse, opened, write
+from flexhinm_jax.streaming.basis import calibrated, inverse, mean_gram, opened, write
 from flexhinm_jax.streaming.blocks import Blocks, short
 from flexhinm_jax.streaming.streaming import split
 
@@ -45,6 +45,9 @@ __all__ = ["Learning", "Rotated", "rotate"]
 
 Turns = tuple[Array | None, Array]
 """Orthogonal matrices of the stream, or None, and of the heads of every block."""
+
+MAX_HELD_BYTES = 1 << 30
+"""Weights of blocks that take no more together are kept while rotations are learned."""
 
 VALUES, OUTPUT = "self_attn.v_proj.weight", "self_attn.o_proj.weight"
 
@@ -100,9 +103,10 @@ def rotate(
     """Writes a decoder directory in rotated channels that suit N:M.
 
     In memory: the Gram matrices of all blocks, two of the width of the stream each, and
-    one block of weights. Embeddings that were tied are not in what is written, since
-    the scale of the last norm moves into the head. A family whose norms scale what is
-    written to the stream gets rotated heads alone.
+    one block of weights, which is read again for every step it is drawn in; or all
+    blocks, read once, if that is little (`MAX_HELD_BYTES`). Embeddings that were tied
+    are not in what is written, since the scale of the last norm moves into the head. A
+    family whose norms scale what is written to the stream gets rotated heads alone.
 
     Args:
       directory: Hugging Face directory of a supported family.
@@ -177,7 +181,7 @@ def inputs_of(
     config = blocks.config
     result = []
     for layer, params, stats in calibrated(blocks, batches, partial(folded, config)):
-        grams = {k: s.gram / jnp.maximum(s.count, 1) for k, s in stats.items()}
+        grams = {name: mean_gram(own) for name, own in stats.items()}
         names, inverses = readers(config, layer), {}
         for group in (names[:3], names[3:]):
             known = [name for name in group if name in grams]
@@ -188,8 +192,8 @@ def inputs_of(
             whole = inverse(grams[name])
             if name == OUTPUT:
                 heads, size = config.num_attention_heads, config.head_size
-                split = whole.reshape(heads, size, heads, size)
-                inverses[name] = jnp.einsum("hihj->hij", split)
+                by_head = whole.reshape(heads, size, heads, size)
+                inverses[name] = jnp.einsum("hihj->hij", by_head)
             else:
                 inverses[name] = jnp.diagonal(whole)
         energies = {
@@ -295,6 +299,7 @@ class Learner:
         """Begins with the channels as they are; see `inputs_of` and `rotate`."""
         config = blocks.config
         self.blocks, self.inputs, self.form = blocks, inputs, (n, m)
+        self.held: dict[int, dict[str, Array]] = {}
         heads = config.num_hidden_layers, config.num_key_value_heads
         one = jnp.eye(config.head_size, dtype=jnp.float32)
         stream = jnp.eye(config.hidden_size, dtype=jnp.float32)
@@ -305,9 +310,20 @@ class Learner:
 
     def of_block(self, function: Any, layer: int, stream: Any, heads: Array) -> Any:
         """`shares` or `ascent` of a block."""
-        weights = short(self.blocks.load(layer), layer)
-        weights = folded(self.blocks.config, weights, layer)
+        weights = self.weights(layer)
         return function(stream, heads[layer], weights, self.inputs[layer], self.form)
+
+    def weights(self, layer: int) -> dict[str, Array]:
+        """Those weights of a block that count, norms folded in."""
+        if layer in self.held:
+            return self.held[layer]
+        own = short(self.blocks.load(layer), layer)
+        own = folded(self.blocks.config, own, layer)
+        weights = {name: own[name] for name in self.inputs[layer]}
+        size = sum(x.nbytes for x in weights.values())
+        if size * self.blocks.count <= MAX_HELD_BYTES:
+            self.held[layer] = weights
+        return weights
 
     def kept(self, stream: Array | None, heads: Array) -> dict[str, float]:
         """Mean over blocks of the share that N:M keeps, by short name."""
