@@ -1,10 +1,14 @@
 """Settings shared by all tests: deterministic properties, no hidden devices."""
 
+import functools
+import gc
+import itertools
 from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 hypothesis.settings.register_profile(
     "project",
@@ -37,6 +41,30 @@ def owned(tmp_path):
         f.write("process 123 on elsewhere\n")
         f.flush()
         yield tmp_path / "out"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session):
+    """Takes what was imported and collected out of the search for garbage.
+
+    Lowering makes objects by the hundred thousand, few of them garbage in cycles.
+    """
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 10)
+
+
+def share_contexts(make, uses: int):
+    """Makes one MLIR context for so many programs; jax makes one, 5 ms, for each.
+
+    A context keeps the constants of its programs, so it is not kept for ever.
+    """
+    calls = itertools.count()
+    of_turn = functools.lru_cache(1)(lambda turn: make())
+    return lambda: of_turn(next(calls) // uses)
+
+
+if hasattr(mlir, "make_ir_context"):  # private
+    mlir.make_ir_context = share_contexts(mlir.make_ir_context, 200)
 
 
 #: Every compiled CPU program takes some memory mappings; Linux allows a process 65530
