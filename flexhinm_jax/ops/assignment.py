@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from scipy import optimize
 
 from flexhinm_jax.ops import masks
 
@@ -97,6 +96,8 @@ def hungarian(gain: Array) -> Array:
 
 def host(gain: np.ndarray) -> np.ndarray:
     """The best assignment of one concrete [g, g] matrix, by scipy, i32[g]."""
+    from scipy import optimize  # takes 0.5 s to import
+
     return optimize.linear_sum_assignment(gain, maximize=True)[1].astype(np.int32)
 
 
