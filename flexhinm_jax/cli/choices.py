@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from flexhinm_jax import __version__, checks, methods, patterns
-from flexhinm_jax.cli import directory, flags
+from flexhinm_jax.cli import directory, evaluate, flags
 from flexhinm_jax.io.sources import read_sentences
 from flexhinm_jax.models import images
 from flexhinm_jax.models.load import Examples, Kind, Reads, load_config
@@ -60,6 +60,8 @@ def check(args: argparse.Namespace, kind: Kind) -> Choices:
             " have several (flexhinm, hinm, vector), or leave --allocate out"
         )
     flags.check_kind(args, kind.reads)
+    if args.eval is not None:
+        evaluate.check_text(args.eval, kind)
     decodes = kind.reads is Reads.TEXT
     examples = [] if decodes else _examples(args, method, kind)
     trained = reconstruct(args)

@@ -16,7 +16,7 @@ from flexhinm_jax.cli.console import Console, bytes_text, table
 from flexhinm_jax.io.sources import read_sentences, read_text, short
 from flexhinm_jax.models import evaluation, images
 from flexhinm_jax.models.evaluation import LENGTH
-from flexhinm_jax.models.load import Model, Reads, kind_of, load
+from flexhinm_jax.models.load import Kind, Model, Reads, kind_of, load
 
 
 def add_parser(commands: Any) -> None:
@@ -123,6 +123,22 @@ def measure(args: argparse.Namespace, paths: list[Path], console: Console) -> li
     return _likeness(args, paths, console)
 
 
+def check_text(path: Path, kind: Kind) -> None:
+    """Refuses a text that cannot be read, before anything is computed.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is empty or not UTF-8.
+    """
+    if kind.reads is Reads.IMAGES:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"--eval {path} does not exist; give a folder of images or an .npy file"
+            )
+    elif not str(path).startswith("hf:"):
+        read_sentences(path)
+
+
 def evaluated(
     args: argparse.Namespace, document: dict[str, Any], console: Console
 ) -> tuple[dict[str, Any], list[Any]]:
@@ -160,6 +176,8 @@ def _perplexities(
     args: argparse.Namespace, paths: list[Path], console: Console
 ) -> list[Any]:
     text = read_text(args.text)
+    if not text.strip():
+        raise ValueError(f"{args.text} has no text; give a text to measure on")
     options = {
         "length": args.length,
         "stride": args.stride,

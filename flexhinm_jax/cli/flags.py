@@ -320,6 +320,17 @@ def positive(text: str) -> int:
     return value
 
 
+def fraction(text: str) -> float:
+    """The type of an option that is a share of the weights."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number; give the fraction that is removed, such as 0.5"
+            " for 50 %"
+        ) from None
+
+
 def size(text: str) -> int:
     """Bytes of a text such as 8GiB, 800MB or 1000000."""
     parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)

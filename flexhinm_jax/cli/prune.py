@@ -95,7 +95,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--sparsity",
-        type=float,
+        type=flags.fraction,
         metavar="S",
         help="fraction of weights removed, between 0 and 1; not needed where the "
         "pattern fixes it (2:4)",

@@ -85,6 +85,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     with atomic.locked(args.out), atomic.locked(args.resume or args.out):
         with console.step("reading both models"):
             dense, pruned = load(args.model), load(args.other)
+            _check_pair(args, dense, pruned)
             weights = _packed(pruned)
             _changed(pruned, weights, pruned.params)  # not after hours of training
         result = _tuned(args, dense, pruned, console)
@@ -97,6 +98,17 @@ def run(args: argparse.Namespace, console: Console) -> None:
         *([result.note] if result.note else []),
         f"wrote {args.out}; 'flexhinm eval {args.base} {args.out}' compares",
     )
+
+
+def _check_pair(args: argparse.Namespace, dense: Model, pruned: Model) -> None:
+    """Refuses two models of which one cannot come from the other."""
+    sizes = [{k: x.shape for k, x in m.params.items()} for m in (dense, pruned)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{args.other} is not a pruned form of {args.model}: their weights have"
+            " other names or shapes; give the directory that 'flexhinm prune' made of"
+            f" {args.model}"
+        )
 
 
 def _tuned(

@@ -424,6 +424,8 @@ def _reader(file: Path) -> Any:
         raise ImportError(
             'reading GGUF needs the gguf package: pip install "flexhinm_jax[gguf]"'
         ) from error
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a directory; give the GGUF file itself")
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; check the name")
     with open(file, "rb") as f:

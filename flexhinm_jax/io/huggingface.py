@@ -23,6 +23,7 @@ import numpy as np
 
 from flexhinm_jax import arguments, atomic, types
 from flexhinm_jax.io import model_card, shards, tensors
+from flexhinm_jax.io.hints import hint
 
 __all__ = [
     "Checkpoint",
@@ -116,9 +117,9 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
 
 def _existing(directory: Path) -> Path:
     if not directory.is_dir():
+        folder = f"give the folder that holds {CONFIG} and {shards.SINGLE}"
         raise FileNotFoundError(
-            f"{directory} is not a directory; give the folder that holds {CONFIG} and"
-            f" {shards.SINGLE}"
+            f"{directory} is not a directory; {hint(directory, folder)}"
         )
     return directory
 

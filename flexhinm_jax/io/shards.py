@@ -17,6 +17,7 @@ import numpy as np
 
 from flexhinm_jax import atomic
 from flexhinm_jax.io import records, tensors
+from flexhinm_jax.io.hints import hint
 
 __all__ = ["INDEX", "SINGLE", "Index", "Writer", "check_space", "read_index"]
 
@@ -105,9 +106,9 @@ def read_index(directory: str | os.PathLike) -> Index:
         header = tensors.read_header(directory / SINGLE)
         return Index(dict.fromkeys(header.shapes, SINGLE), {SINGLE: header}, directory)
     if not (directory / INDEX).is_file():
+        known = "give a directory that has the weights as safetensors"
         raise FileNotFoundError(
-            f"{directory} has neither {SINGLE} nor {INDEX}; if it has weights in"
-            " another format, save them as safetensors first"
+            f"{directory} has neither {SINGLE} nor {INDEX}; {hint(directory, known)}"
         )
     files = read_json(directory / INDEX).get("weight_map")
     if not isinstance(files, dict) or not files:
@@ -146,9 +147,8 @@ def read_json(path: Path) -> dict[str, Any]:
       ValueError: it is not valid, or no object.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing; give a complete Hugging Face model directory"
-        )
+        complete = "give a complete Hugging Face model directory"
+        raise FileNotFoundError(f"{path} is missing; {hint(path.parent, complete)}")
     return records.read(path)
 
 

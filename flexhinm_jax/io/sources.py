@@ -13,6 +13,11 @@ BUILTIN = "builtin"
 DATASET_ROWS = 512
 """Rows that are read of a dataset unless told otherwise."""
 
+HUB_ADDRESS = re.compile(
+    r"(?:https?://(?:www\.)?huggingface\.co/|hf://)"
+    r"([\w.-]+/[\w.-]+)(?:/tree/([\w./-]+?))?/?"
+)
+
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -20,7 +25,7 @@ def find(name: str | Path, cache: Path | None = None, offline: bool = False) -> 
     """The directory of a model: a folder, or one of the Hugging Face Hub.
 
     Args:
-      name: a folder, or OWNER/NAME[@REVISION].
+      name: a folder, OWNER/NAME[@REVISION], or the address of its page.
       cache: where downloads are kept; None for the place of huggingface_hub.
       offline: takes what is in the cache and fetches nothing.
 
@@ -31,6 +36,8 @@ def find(name: str | Path, cache: Path | None = None, offline: bool = False) -> 
       ValueError: it is not there, or cannot be fetched.
       ImportError: the `hf` extra is not installed.
     """
+    if address := HUB_ADDRESS.fullmatch(str(name)):
+        name = "@".join(filter(None, address.groups()))
     path = Path(name)
     remote = HUB_NAME.fullmatch(str(name))
     if path.exists() or remote is None:
@@ -108,7 +115,9 @@ def read_text(source: str | Path, limit: int | None = None) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise ValueError(
+            f"{path} is not UTF-8 text: {error}; save it as UTF-8"
+        ) from error
 
 
 def read_sentences(source: str | Path, limit: int | None = None) -> list[str]:

@@ -23,6 +23,8 @@ from flexhinm_jax.io import records
 
 __all__ = ["DTYPES", "Header", "mapped", "read", "read_header", "write"]
 
+LFS_POINTER = b"version https://git-lfs"
+
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -208,6 +210,12 @@ def _dtype(path: str | os.PathLike, header: Header, key: str) -> np.dtype:
 
 
 def _damaged(path: str | os.PathLike, why: object) -> ValueError:
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return ValueError(
+                f"{path} is a pointer of Git LFS in place of the weights: run 'git lfs"
+                " pull' in its folder, or download the file"
+            )
     return ValueError(
         f"{path} is truncated or not a safetensors file ({why}); copy or download it"
         " again"

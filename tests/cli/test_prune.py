@@ -273,6 +273,8 @@ BAD = {
     "rule without match": ({}, ["--rule", "decoder=skip"], "decoder"),
     "rules that skip all": ({}, ["--rule", ".=skip"], "no weight is left"),
     "too long": ({}, ["--max-length", "17"], "max_position_embeddings=16"),
+    "text to compare on not there": ({}, ["--eval", "nowhere.txt"], "is not a file"),
+    "percent sign": (dict(sparsity="50%"), [], "such as 0.5 for 50 %"),
     "batch of none": ({}, ["--batch-size", "0"], "--batch-size"),
 }
 

@@ -104,3 +104,11 @@ def test_options_that_mean_nothing_are_refused(
     out = tmp_path / "out"
     assert run("tune", model_dir, model_dir, "--out", out, *options) == 2
     assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_a_model_pruned_from_another_is_refused_by_name(
+    made, model_dir, tmp_path, capsys
+):
+    assert run("tune", model_dir, made / "64", "--out", tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert f"{made / '64'} is not a pruned form of {model_dir}" in told

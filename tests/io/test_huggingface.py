@@ -293,7 +293,7 @@ def test_a_damaged_config_is_named(single, text, message):
 
 def test_missing_weights_are_explained(single):
     (single / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="save them as safetensors first"):
+    with pytest.raises(FileNotFoundError, match=r"holds pytorch_model\.bin"):
         huggingface.read(single)
 
 
