@@ -24,8 +24,9 @@ import flexhinm_jax as fh
 from bench.study import Row, Study
 from flexhinm_jax.models import decoder
 from flexhinm_jax.models.vision import create
+from flexhinm_jax.training.state import MASK_TX
 from train import language, vision
-from train.lab import data, programs
+from train.lab import data, optimizers, programs, recipes
 
 TABLE = "Training, CPU time over the dense step"
 GOALS = {"keep_sparse": 1.05, "flexhinm_gp": 1.25}
@@ -53,10 +54,24 @@ class Case:
     vector_size: int
 
 
+def mlp() -> Case:
+    """The residual MLP of train/configs: 37 thousand weights."""
+    return classifier("digits_mlp")
+
+
 def vit() -> Case:
-    """The digits ViT of train/configs, one batch of random images."""
-    config = programs.config("digits_vit", vision.Config)
-    model = create("vit", 10, **config.fields)
+    """The digits ViT of train/configs."""
+    return classifier("digits_vit")
+
+
+def classifier(name: str) -> Case:
+    """A classifier of digits, one batch of random images.
+
+    Args:
+      name: of its configuration.
+    """
+    config = programs.config(name, vision.Config)
+    model = create(config.model, 10, **config.fields)
     rng = np.random.default_rng(0)
     images = rng.random((config.batch_size, 8, 8, 1), np.float32)
     labels = rng.integers(0, 10, config.batch_size)
@@ -115,19 +130,26 @@ def kept(case: Case) -> Callable[[], Any]:
     return plain(case.loss_fn, params, tx, case.batch)
 
 
-def learned(case: Case, method: fh.Method, sparsity: float = 0.5) -> Callable[[], Any]:
+def learned(case: Case, method: fh.Method, mask_tx: Any = MASK_TX) -> Callable[[], Any]:
     """One step of `make_step`."""
-    states = fh.solve(method, KEY, case.params, case.uses, sparsity=sparsity)
-    carry = [
-        fh.init_training(method, case.params, case.uses, states, TX, key=KEY).at(0.5)
-    ]
-    step = fh.make_step(method, case.loss_fn, TX, case.uses)
+    states = fh.solve(method, KEY, case.params, case.uses, sparsity=0.5)
+    like = functools.partial(fh.init_training, key=KEY, mask_tx=mask_tx)
+    carry = [like(method, case.params, case.uses, states, TX).at(0.5)]
+    step = fh.make_step(method, case.loss_fn, TX, case.uses, mask_tx=mask_tx)
 
     def run():
         carry[0], metrics = step(carry[0], *case.batch)
         return metrics["loss"]
 
     return run
+
+
+def without_noise(case: Case, pattern: fh.Pattern) -> Callable[[], Any]:
+    """One step of the gates that did best, see train/LOG.md."""
+    recipe = recipes.noiseless(pattern)
+    assert recipe.method is not None
+    tx = optimizers.make(recipe.mask_optimizer, recipe.mask_rate)
+    return learned(case, recipe.method, tx)
 
 
 def stage_change(case: Case) -> float:
@@ -157,6 +179,7 @@ def costs(make: Callable[[], Case]) -> Callable[[argparse.Namespace], Iterator[R
             "keep_sparse": kept(case),
             "magnitude": learned(case, fh.Magnitude(flex)),
             "flexhinm_gp": learned(case, fh.HardConcrete(flex)),
+            "gates without noise": without_noise(case, flex),
             "gumbel": learned(case, fh.GumbelPatterns(flex)),
         }
         spent: dict[str, list[float]] = {variant: [] for variant in variants}
@@ -188,7 +211,7 @@ def costs(make: Callable[[], Case]) -> Callable[[argparse.Namespace], Iterator[R
 STUDY = Study(
     "training",
     "Cost of training",
-    {"byte_lm": costs(byte_lm), "vit": costs(vit)},
+    {"byte_lm": costs(byte_lm), "vit": costs(vit), "mlp": costs(mlp)},
     {
         TABLE: "Median CPU time relative to the dense step of the same run, smaller is "
         "better; the anchor is the goal in `bench/training.py`; below 1 meets it."

@@ -112,7 +112,7 @@ class HardConcrete(Gated):
         if self.relaxation in gates.HARD:  # every group of a row has n
             z = gates.straight_through(z, self._n_best(logits, support))
         else:
-            totals = jnp.sum(groups.to_groups(z, regions), axis=-1)
+            totals = groups.sums(z, regions)
             wrong = jnp.abs(totals - regions.n)
             off = mean_where(wrong, open_groups(state)[:, None])
         if not self.pattern.free_rows:

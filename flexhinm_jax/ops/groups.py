@@ -6,6 +6,8 @@ gradients: the transpose of a gather is a scatter, which is slow, but that of a
 permutation is the gather with its inverse.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -68,6 +70,19 @@ def from_groups(groups: Array, regions: Regions) -> Array:
     return _original(tiles, regions.out_order, order)
 
 
+def sums(x: Array, regions: Regions) -> Array:
+    """The sum of every group, f[t, v, i // m], added in the order of the group.
+
+    Args:
+      x: [o, i] in original order; m divides i.
+      regions: which columns form groups.
+
+    Returns:
+      `to_groups(x, regions).sum(-1)`, whose gradient is exact and one gather.
+    """
+    return _sums(regions.m, x, regions.out_order, group_order(regions))
+
+
 def nm_weights(regions: Regions) -> Array:
     """Which weights lie in an N:M group, bool[o, i] in original order."""
     return _by_column(_in_nm(regions), regions)
@@ -106,6 +121,27 @@ def _original(tiles: Array, out_order: Array, order: Array) -> Array:
     return tiles.reshape(-1, tiles.shape[-1])[inverse(out_order)]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(m: int, x: Array, out_order: Array, order: Array) -> Array:
+    """[o, i] -> [t, v, i // m]."""
+    tiles = _storage(x, out_order, order)
+    # On a CPU a reduction over so short an axis takes longer than the gather.
+    each = [tiles[..., j::m] for j in range(m)]
+    return functools.reduce(jnp.add, each)
+
+
+def _spread(m: int, orders: tuple[Array, Array], g: Array) -> tuple[Array, None, None]:
+    """The transpose of `_sums`."""
+    out_order, order = orders
+    group = inverse(order) // m  # [t, i]
+    rows = jax.vmap(lambda rows, columns: rows[:, columns])(g, group)
+    return rows.reshape(-1, rows.shape[-1])[inverse(out_order)], None, None
+
+
+_sums.defvjp(
+    lambda m, x, out_order, order: (_sums(m, x, out_order, order), (out_order, order)),
+    _spread,
+)
 _storage.defvjp(
     lambda x, out_order, order: (_storage(x, out_order, order), (out_order, order)),
     lambda orders, g: (_original(g, *orders), None, None),

@@ -199,15 +199,17 @@ class _Step:
         metrics = {"loss": loss, **{f"penalty/{k}": v for k, v in terms.items()}}
         if terms:
             metrics["total"] = total
-        after = self._moved(training, moving, grads, total)
+        after = _if(
+            finite, training, lambda: self._moved(training, moving, grads, total)
+        )
         if self.learner is not None:
             metrics |= model_gates.metrics(self.learner, training.states, self.uses)
         elif jax.tree.leaves(training.opt_state.keep):
             metrics["sparsity"] = _sparsity(training.opt_state.keep)
         if scored:
             gap = MEMORY * training.gap + (1 - MEMORY) * extra["gap"]
+            gap = jnp.where(finite, gap, training.gap)
             after = dataclasses.replace(after, gap=gap)
-        after = jax.tree.map(lambda a, b: _select(finite, a, b), after, training)
         after = dataclasses.replace(
             after,
             key=key,
@@ -294,8 +296,24 @@ def _norm(grads: Any) -> Array:
     return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
 
 
-def _select(finite: Array, new: Array, old: Array) -> Array:
-    return old if new is old else jnp.where(finite, new, old)
+def _if(finite: Array, before: Training, moved: Callable[[], Training]) -> Training:
+    """What `moved` returns, or what was before.
+
+    The condition is a boundary: a compiler for CPUs would otherwise compute the
+    gradient of a gated weight, which is elementwise, in every array that depends on it.
+    """
+    old, structure = jax.tree.flatten(before)
+    places: list[int] = []
+
+    def new() -> list[Array]:
+        leaves = structure.flatten_up_to(moved())
+        pairs = zip(leaves, old, strict=True)
+        places[:] = [j for j, (a, b) in enumerate(pairs) if a is not b]
+        return [leaves[j] for j in places]
+
+    moves = lax.cond(finite, new, lambda: [old[j] for j in places])
+    leaves = dict(enumerate(old)) | dict(zip(places, moves, strict=True))
+    return structure.unflatten(leaves.values())
 
 
 def _sparsity(keep: Any) -> Array:

@@ -66,6 +66,21 @@ def test_gradients_are_those_of_plain_indexing(stacked):
     np.testing.assert_allclose(outof(y), jnp.cos(y) * c, rtol=1e-6)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_sums_and_their_gradient_are_those_of_the_groups(stacked):
+    r, x = regions(6), jax.random.normal(jax.random.key(0), (ROWS, COLS))
+    c = jax.random.normal(jax.random.key(1), (ROWS // V, V, COLS // M))
+    value = lambda x: jnp.sum(jnp.sin(groups.sums(x, r)) * c)  # noqa: E731
+    grad = jax.grad(value)
+    if stacked:
+        grad = lambda x, f=grad: jax.vmap(f)(jnp.stack([2 * x, x]))[1]  # noqa: E731
+    total = np.asarray(groups.to_groups(x, r)).sum(-1)
+    np.testing.assert_allclose(groups.sums(x, r), total, rtol=1e-5, atol=1e-6)
+    each = np.broadcast_to((np.cos(total) * c)[..., None], (*total.shape, M))
+    want = groups.from_groups(jnp.asarray(each), r)
+    np.testing.assert_allclose(grad(x), want, rtol=1e-5, atol=1e-6)
+
+
 def test_every_weight_is_dense_in_a_group_or_pruned():
     r = regions(3)
     nm, dense = np.asarray(groups.nm_weights(r)), np.asarray(groups.dense_weights(r))
