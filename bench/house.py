@@ -367,7 +367,8 @@ def structure() -> list[tuple[str, Any, str]]:
     rows.append(("verbs that a subclass refuses", refused(trees), "0"))
     rows.append(("import circles", [" ".join(c) for c in circles(graph(trees))], "0"))
     rows.append(("layers with fractions", fractions(), "0"))
-    rows += [(f"places of: {what}", twins(trees)[what], "1") for what in TWINS]
+    places = twins(trees)
+    rows += [(f"places of: {what}", places[what], "1") for what in TWINS]
     programs = [*(ROOT / "train").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
     rows += [
         ("lines of the package", lines(trees), "27000"),

@@ -36,12 +36,6 @@ __all__ = [
 
 CONFIG = "config.json"
 
-WEIGHT_SUFFIXES = (
-    ".safetensors .bin .bin.index.json .pt .pth .ckpt .h5 .msgpack .msgpack.index.json"
-    " .onnx .onnx_data .gguf .ot .npz .tflite .mlmodel"
-).split()
-"""Files that hold weights: never copied beside the ones written."""
-
 NARROWED = {"I64": np.int32, "U64": np.uint32, "F64": np.float32}
 """What JAX makes of the 64-bit dtypes by default."""
 
@@ -296,7 +290,7 @@ def _others(source: Path) -> Iterator[Path]:
         real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
         folders[:] = [name for name in inner if real[name] not in seen]
         for name in sorted(names):
-            if not name.endswith(tuple(WEIGHT_SUFFIXES)):
+            if not name.endswith(shards.WEIGHT_SUFFIXES):
                 yield Path(folder, name)
 
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from flexhinm_jax.io import huggingface
+from flexhinm_jax.io import shards
 
 __all__ = ["BUILTIN", "find", "read_sentences", "read_text", "short"]
 
@@ -50,7 +50,7 @@ def find(name: str | Path, cache: Path | None = None, offline: bool = False) -> 
             f"{name} is no folder here; fetching it from the Hub needs"
             " huggingface_hub: pip install 'flexhinm_jax[hf]'"
         ) from error
-    others = [s for s in huggingface.WEIGHT_SUFFIXES if s != ".safetensors"]
+    others = [s for s in shards.WEIGHT_SUFFIXES if s != ".safetensors"]
     try:
         folder = huggingface_hub.snapshot_download(
             remote["repo"],

@@ -8,7 +8,7 @@ to know nothing of it: its natural N:M groups are groups of the given order.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -48,7 +48,8 @@ class Ordered(Method):
                 "Wanda(NM(2, 4)), not one that learns"
             )
         object.__setattr__(self, "pattern", self.inner.pattern)
-        object.__setattr__(self, "needs", needs_of(self.inner))
+        needs = self.inner.needs
+        object.__setattr__(self, "needs", "norms" if needs == "nothing" else needs)
         super().__post_init__()
 
     @property
@@ -126,11 +127,6 @@ class Ordered(Method):
         order = state.fixed["order"]
         inner = self.natural.decide(state.fixed["inner"], w[:, order], key=key)
         return restored(inner, order)
-
-
-def needs_of(method: Method) -> Literal["norms", "gram", "gradients"]:
-    """What a method needs, at least statistics."""
-    return "norms" if method.needs == "nothing" else method.needs
 
 
 def permuted(stats: Stats, order: Array) -> Stats:

@@ -155,7 +155,7 @@ class Patch(LearnedMethod):
         if self.mode == "joint":
             prior = self.start / self.scale[0]
             learned["logits"] = gates.initial_logits(
-                _grouped(inner, m), n=n, m=m, prior=prior
+                inner.reshape(len(inner), -1, m), n=n, m=m, prior=prior
             )
         fixed = {
             "inner": inner,
@@ -324,8 +324,3 @@ CERTAIN = 1e4
 
 #: Smallest share that a prior tells from none.
 LEAST = 1e-12
-
-
-def _grouped(x: Array, m: int) -> Array:
-    """[o, i] as [o, i / m, m]."""
-    return x.reshape(x.shape[0], -1, m)

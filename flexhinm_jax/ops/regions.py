@@ -467,16 +467,16 @@ def shrink(scores: Array, prev: Support, k: Array, steps: Steps) -> Support:
     return Support(masks.fold_tiles(fresh, before.out_order), new)
 
 
-def natural_order(tiles: int, columns: int) -> Array:
-    """i32[tiles, columns]: every tile in original column order."""
-    return jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (tiles, columns))
+def natural_order(columns: int) -> Array:
+    """i32[1, columns]: one tile in original column order."""
+    return jnp.arange(columns, dtype=jnp.int32)[None]
 
 
 def natural_groups(shape: tuple[int, ...], n: int, m: int) -> Regions:
     """The regions of one tile whose columns are all in groups, in natural order."""
     return Regions(
         out_order=jnp.arange(shape[0], dtype=jnp.int32),
-        in_order=natural_order(1, shape[1]),
+        in_order=natural_order(shape[1]),
         dense_end=jnp.zeros((1,), jnp.int32),
         nm_end=jnp.full((1,), shape[1], jnp.int32),
         n=n,

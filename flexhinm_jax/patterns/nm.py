@@ -93,7 +93,7 @@ class NM(Grouped):
         def whole(order):
             return regions.Columns(order, none, h, self.n, self.m)
 
-        natural = whole(regions.natural_order(1, i))
+        natural = whole(regions.natural_order(i))
         dealt = whole(channels.serpentine(scores, self.m))
         better = regions.value(tiles, dealt) > regions.value(tiles, natural)
         start = whole(jnp.where(better, dealt.order, natural.order))

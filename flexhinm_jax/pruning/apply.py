@@ -24,7 +24,6 @@ from flexhinm_jax.pruning.solve import (
     in_stacks,
     keys_for,
     method_for,
-    over_matrices,
     scaled,
     settled,
     split,
@@ -145,7 +144,7 @@ def rounded(plans: dict[str, Plan], leaves: Leaves, uses: Uses) -> dict[str, Pla
 @functools.partial(jax.jit, static_argnames="method")
 def _decide(method, w, keys, states):
     one = lambda w, k, s: method.decide(s, w, key=k)  # noqa: E731
-    return over_matrices(one, w.ndim - 2)(w, keys, states)
+    return over_stack(one, w.ndim - 2)(w, keys, states)
 
 
 def check_finite(plans: Mapping[str, Plan], methods: Mapping[str, Method]) -> None:

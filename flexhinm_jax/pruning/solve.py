@@ -35,6 +35,7 @@ from jax.core import Tracer
 from flexhinm_jax import arguments
 from flexhinm_jax.methods import Magnitude, Method
 from flexhinm_jax.methods.base import check_method
+from flexhinm_jax.paths import over_stack
 from flexhinm_jax.pruning.statistics import informed, unseen, unseen_note
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.tree import Leaves
@@ -422,7 +423,7 @@ def split(state: State) -> tuple[State, dict[str, Any]]:
 @functools.partial(jax.jit, static_argnames="method")
 def _solve(method, w, keys, stats, sparsity, prev):
     one = functools.partial(solve_matrix, method)
-    return over_matrices(one, w.ndim - 2)(w, keys, stats, sparsity, prev)
+    return over_stack(one, w.ndim - 2)(w, keys, stats, sparsity, prev)
 
 
 def solve_matrix(
@@ -435,25 +436,6 @@ def solve_matrix(
 ) -> State:
     """The state of one matrix `[o, i]`; see `Method.solve`."""
     return method.solve(key, w, stats, sparsity=sparsity, prev=prev)
-
-
-def over_matrices(one: Callable[..., Any], axes: int) -> Callable[..., Any]:
-    """`one`, written for one matrix, over the leading axes of a stack in one vmap.
-
-    Args:
-      one: function of trees of arrays.
-      axes: how many stack axes the arrays have; without any, `one` itself.
-    """
-    if axes == 0:
-        return one
-
-    def over(*trees: Any) -> Any:
-        stack = jax.tree.leaves(trees)[0].shape[:axes]
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), trees)
-        results = jax.vmap(one)(*flat)
-        return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), results)
-
-    return over
 
 
 def in_stacks(

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -259,8 +259,9 @@ def make_step(
         mesh = jax_versions.explicit_mesh(arrays)
         if mesh is not None:
             sums = jax_versions.replicated(sums, mesh)
-        of_batch = arrays[finder.program.parameters :]
-        masks = token_masks(token_mask, batch, of_batch)
+        of_batch, masks = arrays[finder.program.parameters :], None
+        if token_mask is not None:
+            masks = Masks(booleans(token_mask, batch), of_batch)
         visitor = Accumulate(places(finder, wanted), finder, chunk_bytes, masks)
         sums = run(finder.program, leaves, visitor, sums, arrays)[1]
         warn_missed(masks, dict.fromkeys(use.path for use in wanted))
@@ -399,19 +400,6 @@ def part(chunk: Chunk, tokens: Tokens | None) -> Tokens | None:
     elif members is not None:
         members = members[tokens.positions]
     return tokens._replace(valid=valid if members is None else valid & members)
-
-
-def token_masks(
-    token_mask: Callable[..., Array] | None, batch: tuple, arrays: Sequence[Any]
-) -> Masks | None:
-    """The masks of the values of a batch, to be followed; None without a token mask.
-
-    Args:
-      token_mask: as in `calibrate`.
-      batch: its arguments.
-      arrays: the arrays of the batch, as the walk gets them.
-    """
-    return None if token_mask is None else Masks(booleans(token_mask, batch), arrays)
 
 
 def booleans(token_mask: Callable[..., Array], batch: tuple) -> Array:

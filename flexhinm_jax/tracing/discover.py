@@ -234,7 +234,7 @@ class Traced:
         """
         self.apply_fn = apply_fn
         self.programs: dict[Any, Program] = {}
-        self.finders: dict[Any, Finder] = {}
+        self.finders: dict[int, Finder] = {}  # by the identity of a program
 
     @classmethod
     def of(cls, apply_fn: Callable[..., Any]) -> "Traced":
@@ -256,17 +256,16 @@ class Traced:
 
     def find(self, leaves: Leaves, batch: tuple[Any, ...]) -> "Finder":
         """What a walk through that program finds, which runs nothing."""
-        key = form_of((leaves, batch))
-        if key not in self.finders:
-            program = self.program(leaves, batch)
+        program = self.program(leaves, batch)
+        if id(program) not in self.finders:
             finder = Finder(program, dependence(program.jaxpr, program.parameters))
 
             def walked(*arrays: Any) -> list[Any]:
                 return run(program, leaves, finder, (), arrays)[0]
 
             jax.eval_shape(walked, *program.arrays)
-            self.finders[key] = finder
-        return self.finders[key]
+            self.finders[id(program)] = finder
+        return self.finders[id(program)]
 
 
 @dataclasses.dataclass
