@@ -14,7 +14,7 @@ from flexhinm_jax.cli.evaluate import evaluated
 from flexhinm_jax.models.load import PACKED, Model, load
 from flexhinm_jax.pruning import apply, prune, report, solve
 from flexhinm_jax.pruning.allocate import budgets
-from flexhinm_jax.pruning.output_errors import output_errors
+from flexhinm_jax.pruning.apply import output_errors
 from flexhinm_jax.pruning.share_orders import share_orders
 from flexhinm_jax.pruning.statistics import calibrate, unseen_counts
 from flexhinm_jax.sequential.cuts import Layer

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from flexhinm_jax import arguments, checks, kernels
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
+from flexhinm_jax.ops import gram
 from flexhinm_jax.paths import over_stack
 from flexhinm_jax.pruning.solve import (
     Task,
@@ -32,7 +33,7 @@ from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.views import leaf as to_leaf
 from flexhinm_jax.tracing.views import matrix
-from flexhinm_jax.types import BlockDiagonal, Plan, State, Use, Uses
+from flexhinm_jax.types import BlockDiagonal, Plan, State, Stats, Use, Uses
 
 logger = logging.getLogger("flexhinm_jax")
 
@@ -219,6 +220,35 @@ def dense_weight(plan: Plan) -> Array:
     core = weight.astype(jnp.float32)
     product = over_stack(one, weight.ndim - 2)(core, plan.left, plan.right)
     return product.astype(weight.dtype)
+
+
+def output_errors(
+    plans: Mapping[str, Plan],
+    params: Any,
+    uses: Uses,
+    stats: Mapping[str, Stats] | None,
+) -> dict[str, float]:
+    """Relative errors of the outputs, where the Gram matrix of the inputs is known.
+
+    Args:
+      plans: path -> plan, from `decide`.
+      params: the dense parameters.
+      uses: from `discover`.
+      stats: from `calibrate`; None gives no errors.
+
+    Returns:
+      Path -> || X (W' - W) ||^2 / || X W ||^2.
+    """
+    errors, leaves = {}, Leaves.of(params)
+    for path, use in uses.leaves.items():
+        h = None if stats is None or path not in stats else stats[path].gram
+        if h is not None:
+            before = leaves.matrix(use).astype(jnp.float32)
+            lost = dense_weight(plans[path]).astype(jnp.float32) - before
+            # A weight that saw no input has lost nothing of its outputs.
+            total = max(float(jnp.sum(gram.energy(before, h))), 1e-30)
+            errors[path] = float(jnp.sum(gram.energy(lost, h))) / total
+    return errors
 
 
 def _replaced(

@@ -33,7 +33,7 @@ from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import LearnedMethod, Method
 from flexhinm_jax.models import decoder
 from flexhinm_jax.pruning import apply
-from flexhinm_jax.pruning.output_errors import output_errors
+from flexhinm_jax.pruning.apply import output_errors
 from flexhinm_jax.pruning.report import Row
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.sequential.request import Request
