@@ -9,6 +9,7 @@ matrices and never the axes of the program.
 import dataclasses
 import enum
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -170,19 +171,24 @@ class Product:
     routed: np.ndarray | None = None
 
     @functools.cached_property
+    def atoms(self) -> tuple[list[Atom], ...]:
+        """The atoms of the batch axes, of the outputs and of the inputs."""
+        return tuple(map(views.flat, (self.batch, self.out, self.inputs)))
+
+    @property
     def of_stack(self) -> list[Atom]:
         """The atoms of the batch axes."""
-        return views.flat(self.batch)
+        return self.atoms[0]
 
-    @functools.cached_property
+    @property
     def of_out(self) -> list[Atom]:
         """The atoms of the outputs."""
-        return views.flat(self.out)
+        return self.atoms[1]
 
-    @functools.cached_property
+    @property
     def of_inputs(self) -> list[Atom]:
         """The atoms of the inputs, in the order of the program."""
-        return views.flat(self.inputs)
+        return self.atoms[2]
 
     @functools.cached_property
     def by_stack(self) -> list[Atom]:
@@ -197,7 +203,7 @@ class Product:
     @property
     def obstacle(self) -> Stop | None:
         """Why this is no product with a matrix of the leaf; None if it is one."""
-        every = self.of_stack + self.of_out + self.of_inputs
+        every = itertools.chain(*self.atoms)
         if any(a.axis == views.REPEAT for a in every):
             return Stop("broadcast before it is contracted", Kind.PRODUCT)
         if not self.of_inputs:
@@ -251,6 +257,8 @@ class Product:
 
         atoms = self.of_inputs
         order = sorted(range(len(atoms)), key=lambda k: rank(atoms[k]))
+        if [atoms[k] for k in order] == self.ordered_inputs:
+            return self
         return dataclasses.replace(self, order=tuple(order))
 
     @property
