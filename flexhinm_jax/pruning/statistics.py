@@ -343,8 +343,6 @@ class Accumulate(Visitor):
             new = fitted.summed(moments, self.chunk_bytes, routes)
             # Every device that holds these tokens adds them; `leave` sums over devices.
             share = 1.0 / copies(operand)
-            if not at:  # a scatter costs more to compile than all else here
-                return {k: own[k] + share * new[k] for k in own}
             return {k: own[k].at[at].add(share * new[k]) for k in own}
 
         own = jax_versions.automatic(
