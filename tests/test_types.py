@@ -6,6 +6,7 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax import types
+from flexhinm_jax.training.objectives import Teacher
 
 NORMS = fh.Stats(jnp.ones(8), jnp.ones(8), jnp.float32(3))
 REGIONS = types.Regions(
@@ -38,6 +39,7 @@ SHOWN = {
         "regions=Regions(out_order=int32[4], in_order=int32[1, 8], "
         "dense_end=int32[1], nm_end=int32[1], n=2, m=4)), retained=float32[])",
     ),
+    "Teacher": (Teacher(jnp.ones((2, 3))), "Teacher(outputs=float32[2, 3])"),
     "PackedWeight": (
         PACKED,
         "PackedWeight(nm_index=int32[1, 8], nm_values=float32[1, 4, 4], "

@@ -21,7 +21,7 @@ from jax import Array
 from flexhinm_jax import arguments
 from flexhinm_jax.ops import gram
 from flexhinm_jax.tracing.tree import Leaves
-from flexhinm_jax.types import Stats, Uses
+from flexhinm_jax.types import Stats, Uses, brief
 
 KINDS = ("cosine", "kl")
 
@@ -40,6 +40,8 @@ class Teacher:
     """
 
     outputs: Any
+
+    __repr__ = brief
 
 
 def taught(

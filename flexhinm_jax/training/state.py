@@ -22,7 +22,7 @@ from flexhinm_jax.pruning import apply, solve
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.training import model_gates, sharding
 from flexhinm_jax.training.optimizers import apart, keep_sparse, owned
-from flexhinm_jax.types import Regions, State, Stats, Uses
+from flexhinm_jax.types import Regions, State, Stats, Uses, brief
 
 #: Optimiser of gates and logits unless another is given: ten times a usual rate of the
 #: weights, because they start far from a decision.
@@ -58,6 +58,8 @@ class Training:
     skipped: Array
     progress: Array
     gap: Array
+
+    __repr__ = brief
 
     def at(self, progress: float) -> "Training":
         """The same training at another fraction of its stage."""
