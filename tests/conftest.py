@@ -1,8 +1,7 @@
 """Settings shared by all tests: deterministic properties, no hidden devices."""
 
-import functools
 import gc
-import itertools
+import threading
 from pathlib import Path
 
 import hypothesis
@@ -54,13 +53,21 @@ def pytest_collection_finish(session):
 
 
 def share_contexts(make, uses: int):
-    """Makes one MLIR context for so many programs; jax makes one, 5 ms, for each.
+    """Makes one MLIR context for so many programs of a thread.
 
-    A context keeps the constants of its programs, so it is not kept for ever.
+    jax < 0.12 makes one, 5 ms, for each, and later ones for each ten. A context keeps
+    the constants of its programs, so it is not kept for ever.
     """
-    calls = itertools.count()
-    of_turn = functools.lru_cache(1)(lambda turn: make())
-    return lambda: of_turn(next(calls) // uses)
+    held = threading.local()
+
+    def shared():
+        calls = getattr(held, "calls", 0)
+        if calls % uses == 0:
+            held.context = make()
+        held.calls = calls + 1
+        return held.context
+
+    return shared
 
 
 if hasattr(mlir, "make_ir_context"):  # private
@@ -79,3 +86,4 @@ def few_mappings():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
         jax.clear_caches()
+        gc.collect()  # many are held by functions in cycles

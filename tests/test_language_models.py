@@ -1,5 +1,6 @@
 """The study of language models: its rows are commands, its figures are right."""
 
+import functools
 import json
 import re
 import shlex
@@ -19,12 +20,21 @@ SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536))
 """Of the matrices of SmolLM2-135M."""
 
 
-@pytest.mark.parametrize("name", language_models.recipes())
+RECIPES = language_models.recipes()
+
+
+@functools.cache
+def command_line():
+    """Its 300 options take longer to add than a line to parse."""
+    return parser()
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_row_is_a_command_that_is_accepted(name, tmp_path):
-    recipe, out = language_models.recipes()[name], str(tmp_path / "out")
+    recipe, out = RECIPES[name], str(tmp_path / "out")
     line = [recipe.verb, "model", "--out", out, *shlex.split(recipe.options)]
     assert "," not in name  # which parts the names that --rows is given
-    args = parser().parse_args(line)
+    args = command_line().parse_args(line)
     args.model = tmp_path / "model"
     args.model.mkdir()
     check = {"prune": choices.check, "learn": learn.check}[recipe.verb]
@@ -36,7 +46,7 @@ def test_every_row_is_a_command_that_is_accepted(name, tmp_path):
     assert low == high if args.sparsity is None else low <= args.sparsity <= high
     for verb in recipe.before:
         first = [verb, "model", "--out", str(tmp_path / language_models.WRITTEN[verb])]
-        assert parser().parse_args(first).pattern == "2:4" in recipe.options
+        assert command_line().parse_args(first).pattern == "2:4" in recipe.options
 
 
 CONFIG = directories.LLAMA2 | {
