@@ -162,13 +162,15 @@ gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline (.venv-gp
 	JAX_PLATFORMS=cpu $(GPU_PY) -m bench.gpu_compile $(ARGS)
 	JAX_PLATFORMS=cpu $(GPU_PY) -m pytest -q tests/gpu/test_machine.py
 
-# Copies run: what they print is kept for the site and never committed.
-NOTEBOOKS := $(wildcard colab/*.ipynb)
+# Copies run: what they print is kept for the site and never committed. The one that takes
+# longest comes first.
+LONGEST := colab/language_model.ipynb
+NOTEBOOKS := $(LONGEST) $(filter-out $(LONGEST),$(wildcard colab/*.ipynb))
 
 notebooks: $(VENV)/.smollm2 ## Execute the notebooks of colab/; the site shows what they print
 	mkdir -p build/notebooks
 	cp $(NOTEBOOKS) build/notebooks
-	$(PY) -m pytest --nbmake --nbmake-timeout=600 --overwrite -n 2 \
+	$(PY) -m pytest --nbmake --nbmake-timeout=600 --overwrite -n 2 --dist worksteal \
 	  $(NOTEBOOKS:colab/%=build/notebooks/%) $(ARGS)
 	@touch build/notebooks/.executed
 
