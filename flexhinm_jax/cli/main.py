@@ -100,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"flexhinm: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("flexhinm: interrupted; nothing was written", file=sys.stderr)
+        out = getattr(args, "out", None)
+        left = "" if out is None or out.exists() else f"; {out} was not written"
+        print(f"flexhinm: interrupted{left}", file=sys.stderr)
         return 130
     return 0
 

@@ -9,7 +9,7 @@ import pytest
 import rich.console
 
 import flexhinm_jax
-from flexhinm_jax.cli import console
+from flexhinm_jax.cli import console, prune
 from flexhinm_jax.cli.console import bytes_text
 from flexhinm_jax.cli.main import keep_compiled, main, silence_log
 
@@ -64,6 +64,22 @@ def test_a_mistyped_option_is_answered_with_the_nearest(argv, near, capsys):
         main(argv)
     err = capsys.readouterr().err
     assert f"; did you mean '{near}'? (see flexhinm {argv[0]} --help)" in err
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_an_interrupted_run_says_what_is_there(
+    model_dir, tmp_path, capsys, monkeypatch, written
+):
+    def stopped(args, console):
+        if written:  # and compared with the dense model when it was stopped
+            args.out.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prune, "run", stopped)
+    out = tmp_path / "out"
+    assert main(["prune", str(model_dir), "--out", str(out)]) == 130
+    told = "" if written else f"; {out} was not written"
+    assert capsys.readouterr().err == f"flexhinm: interrupted{told}\n"
 
 
 def test_warnings_are_not_logged_as_well(caplog, monkeypatch):
