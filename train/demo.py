@@ -37,8 +37,6 @@ RUNS = (
 )
 """(method, pattern, sparsity); the last one is written to disk."""
 
-NAME = "sentence-transformers/all-MiniLM-L6-v2"
-
 BUCKETS = (32, 64, 128)
 """Lengths of batches: to compile more of them takes longer than to pad."""
 
@@ -200,7 +198,7 @@ def write(folder: Path, dense: models.Encoder, runs: Sequence[Run], more: Any) -
     source = dense.model.directory
     table = [dataclasses.asdict(run.row) for run in runs]
     report = {
-        "base": NAME,
+        "base": dense.name,
         "method": f"{last.row.method}({last.row.pattern})",
         "sparsity": last.row.sparsity,
         "command": "make demo",

@@ -139,7 +139,7 @@ def write(
             folder,
             result.params,
             source=made.model.directory,
-            report=result.report.to_dict(),
+            report={"base": made.name, **result.report.to_dict()},
             overwrite=True,
         )
         packed.write_packed(folder / "packed.safetensors", result.packed)

@@ -18,12 +18,16 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import flexhinm_jax as fh
+from flexhinm_jax.io.sources import short
 from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.models import batches, encoder
 from flexhinm_jax.models.load import Model
 from flexhinm_jax.models.load import load as load_model
 from flexhinm_jax.pruning.prune import Pruned, applied
 from train.lab import text
+
+NAME = "sentence-transformers/all-MiniLM-L6-v2"
+"""Of the model that the package carries, on the Hub."""
 
 LONGEST = 128
 CALIBRATION_ROWS = 128
@@ -52,12 +56,14 @@ class Encoder:
       params: its parameters.
       evaluation: batches of evaluation sentences.
       count: number of evaluation sentences.
+      name: of the model, for cards.
     """
 
     model: Model
     params: dict[str, Any]
     evaluation: list[batches.Batch]
     count: int
+    name: str = NAME
 
     def __post_init__(self):
         """Embeds the evaluation sentences with the dense model."""
@@ -132,7 +138,8 @@ def load(
     params = jax.tree.map(on_device, dict(model.params))
     held_out = text.sentences("evaluation", evaluation)
     tokens = model.tokenize(held_out, 32, None, buckets=buckets)
-    return Encoder(model, params, tokens, len(held_out))
+    name = NAME if folder is None else short(folder)
+    return Encoder(model, params, tokens, len(held_out), name)
 
 
 def pair_similarities(x: np.ndarray) -> np.ndarray:
