@@ -75,33 +75,33 @@ def layers(flags: argparse.Namespace) -> Iterator[Row]:
         stats, weight, key = inputs.statistics(x), jnp.asarray(w), jax.random.key(0)
         # Adam runs long beside its compilation: once is enough.
         repeats = 0 if getattr(method, "solver", "") == "adam" else 1
-        found = timed(lambda m=method: m.solve(key, weight, stats), repeats)  # noqa: B023
-        plan = method.decide(found.result, weight)
+        timing = timed(lambda m=method: m.solve(key, weight, stats), repeats)  # noqa: B023
+        plan = method.decide(timing.result, weight)
         fh.verify(plan)
         pruned = dense_weight(plan)
         gram = x.astype(np.float64).T @ x
-        what, data = f"{layer}, {type(method).__name__}", {"first cpu_s": found.first}
+        what, data = f"{layer}, {type(method).__name__}", {"first cpu_s": timing.first}
         more = {"out": inputs.relative_error(w, pruned, gram)}
         if isinstance(method, fh.ARMOR):
             what += f" block {method.block}, {method.solver}, "
-            loss = np.asarray(found.result.fixed["trace"], np.float64)
+            loss = np.asarray(timing.result.fixed["trace"], np.float64)
             what += f"{len(loss) - 1} steps"
             what += "" if method.weighting == "diagonal" else f", {method.weighting}"
             what += "" if method.pattern == fh.NM(2, 4) else ", inputs ordered"
             goal = anchors(LAYERS).get(what)
-            data |= facts(method, found, loss, goal, plan, weight, stats)
+            data |= facts(method, timing, loss, goal, plan, weight, stats)
             if what in published:
                 more = {"published loop": published[what]} | more
         value = proxy_loss(w, pruned, stats)
-        yield Row(LAYERS, what, value, None, found.least, more, data)
+        yield Row(LAYERS, what, value, None, timing.least, more, data)
 
 
 def facts(
-    method: fh.ARMOR, found: Any, loss: Any, goal: Any, plan: Any, w: Any, stats: Any
+    method: fh.ARMOR, timing: Any, loss: Any, goal: Any, plan: Any, w: Any, stats: Any
 ) -> dict[str, Any]:
     """The curve of a solve, when it met its goal, and how many groups it changed."""
     kept = {
-        "overhead": float(found.result.fixed["overhead"]),
+        "overhead": float(timing.result.fixed["overhead"]),
         "monotone": bool((np.diff(loss) <= 0).all()),
         "trace": {str(k): loss[k] for k in SHOWN if k < len(loss)},
     }
@@ -112,7 +112,7 @@ def facts(
     if goal is not None and (loss <= goal).any():
         first = int(np.argmax(loss <= goal))
         kept["steps to goal"] = first
-        kept["cpu_s to goal"] = found.least * first / (len(loss) - 1)
+        kept["cpu_s to goal"] = timing.least * first / (len(loss) - 1)
     return kept
 
 

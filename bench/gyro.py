@@ -40,17 +40,17 @@ def kept(
 ) -> tuple[float, float, dict[str, Any]]:
     """(share of sum|W| kept, CPU seconds of one projection, further figures)."""
     s = jnp.abs(jnp.asarray(inputs.matrix(name)))
-    found = timed(lambda: pattern.project(jax.random.key(KEY), s, sparsity), repeats)
-    support = found.result
+    timing = timed(lambda: pattern.project(jax.random.key(KEY), s, sparsity), repeats)
+    support = timing.result
     more = {
         "kept of the squares": float(masks.retained(s * s, support.keep)),
-        "first cpu_s": found.first,
+        "first cpu_s": timing.first,
     }
     if name.startswith("planted") and support.regions is not None:
         order = np.asarray(support.regions.out_order)
         label = inputs.labels(name)[order].reshape(-1, inputs.TILE)
         more["purity"] = float(np.mean([np.bincount(t).max() for t in label]) / 32)
-    return float(masks.retained(s, support.keep)), found.least, more
+    return float(masks.retained(s, support.keep)), timing.least, more
 
 
 def quality(flags: argparse.Namespace) -> Iterator[Row]:
@@ -126,11 +126,11 @@ def one_wide_matrix() -> dict[str, float]:
     s = jnp.abs(jnp.asarray(w))
     del w
     run = lambda: fh.HiNM(64).project(jax.random.key(KEY), s, 0.75)  # noqa: E731
-    found = timed(run, repeats=1)
+    timing = timed(run, repeats=1)
     return {
-        "kept": float(masks.retained(s, found.result.keep)),
-        "cpu_s": found.least,
-        "first cpu_s": found.first,
+        "kept": float(masks.retained(s, timing.result.keep)),
+        "cpu_s": timing.least,
+        "first cpu_s": timing.first,
         "peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
 

@@ -119,11 +119,11 @@ def tile_times(flags: argparse.Namespace) -> Iterator[Row]:
     for size in (512, 1024) if flags.quick else (1024, 2048, 4096):
         a = jnp.asarray(inputs.scores(0, size=size))
         project = jax.jit(fh.Transposable(4, 8).project)
-        found = timed(functools.partial(project, jax.random.key(KEY), a))
-        keep, wide = np.asarray(found.result.keep), np.asarray(a, np.float64)
+        timing = timed(functools.partial(project, jax.random.key(KEY), a))
+        keep, wide = np.asarray(timing.result.keep), np.asarray(a, np.float64)
         more = {"kept": float(wide[keep].sum() / wide.sum())}
-        data = {"first cpu_s": found.first}
-        yield Row(TIMES, f"{size} x {size}", found.least, more=more, data=data)
+        data = {"first cpu_s": timing.first}
+        yield Row(TIMES, f"{size} x {size}", timing.least, more=more, data=data)
 
 
 def layer_errors(flags: argparse.Namespace) -> Iterator[Row]:
@@ -143,14 +143,16 @@ def layer_errors(flags: argparse.Namespace) -> Iterator[Row]:
                 )
             )
             args = jax.random.key(KEY), jnp.asarray(w), stats, target
-            found = timed(functools.partial(run, *args))
-            plan = method.decide(found.result, jnp.asarray(w))
+            timing = timed(functools.partial(run, *args))
+            plan = method.decide(timing.result, jnp.asarray(w))
             fh.verify(plan)
             error, other = (inputs.relative_error(w, plan.weight, h) for h in grams)
-            data: dict[str, Any] = {"first cpu_s": found.first}
+            data: dict[str, Any] = {"first cpu_s": timing.first}
             for kind in ("hold-out", "seconds"):
                 data[f"anchor, {kind}"] = anchors(f"{LAYERS}, {kind}").get(what)
-            yield Row(LAYERS, what, error, None, found.least, {"hold-out": other}, data)
+            yield Row(
+                LAYERS, what, error, None, timing.least, {"hold-out": other}, data
+            )
 
 
 STUDY = Study(

@@ -70,9 +70,9 @@ def torch_seconds(call: Callable[[], Any]) -> tuple[Any, float, float]:
     for count in (1, threads):
         torch.set_num_threads(count)
         with torch.inference_mode():
-            found = timed(call)
-        seconds.append(found.least)
-    return found.result, *seconds
+            timing = timed(call)
+        seconds.append(timing.least)
+    return timing.result, *seconds
 
 
 def row(
@@ -103,15 +103,15 @@ def layers(flags: argparse.Namespace) -> Iterator[Row]:
             for name, (formula, method_class) in PEERS.items():
                 method = method_class(fh.NM(n, m))
                 run = jax.jit(functools.partial(method.solve, jax.random.key(0)))
-                found = timed(functools.partial(run, jnp.asarray(w), stats))
-                plan = method.decide(found.result, jnp.asarray(w))
+                timing = timed(functools.partial(run, jnp.asarray(w), stats))
+                plan = method.decide(timing.result, jnp.asarray(w))
                 peer = torch_seconds(functools.partial(formula, *given, n, m))
                 both = np.asarray(plan.weight), peer[0].numpy()
                 ours, theirs = (inputs.relative_error(w, y, h) for y in both)
                 same = float(np.mean((both[0] != 0) == (both[1] != 0)))
                 what = f"{name} {n}:{m}, seed {seed}"
                 more = {"same support": same}
-                yield row(what, ours, theirs, found.least, peer, **more)
+                yield row(what, ours, theirs, timing.least, peer, **more)
 
 
 #: (width, n, m) -> how often each side is called, by method.
@@ -188,11 +188,11 @@ def masks(flags: argparse.Namespace) -> Iterator[Row]:
         solve = jax.jit(
             lambda a, n=n: transport.solve(a, n=n, stages=FIFTY, exchanges=0).keep
         )
-        found = timed(functools.partial(solve, jnp.asarray(a)))
+        timing = timed(functools.partial(solve, jnp.asarray(a)))
         peer = torch_seconds(
             functools.partial(formulas.transposable, torch.from_numpy(a), n)
         )
-        sides = np.asarray(found.result), peer[0].numpy()
+        sides = np.asarray(timing.result), peer[0].numpy()
         exact = all((s.sum(1) == n).all() and (s.sum(2) == n).all() for s in sides)
         if not exact:
             raise SystemExit(f"transposable {n}:{m}: a row or column does not keep {n}")
@@ -201,7 +201,7 @@ def masks(flags: argparse.Namespace) -> Iterator[Row]:
         more = {"same support": float(np.mean(sides[0] == sides[1]))}
         more["sums exact"] = exact
         what = f"transposable {n}:{m}, 1024"
-        yield row(what, float(ours), float(theirs), found.least, peer, **more)
+        yield row(what, float(ours), float(theirs), timing.least, peer, **more)
 
 
 def whole_model(flags: argparse.Namespace) -> Iterator[Row]:

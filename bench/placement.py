@@ -153,17 +153,17 @@ def cuts(config: decoder.DecoderConfig, layer: int) -> list[Cut]:
     """The cuts of a block, from the shapes of its weights."""
     stages = ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"})
     stages += ({"down_proj"},)
-    experts, found = config.experts, defaultdict(list)
+    experts, shapes_of = config.experts, defaultdict(list)
     for key, shape in decoder.block_shapes(config, layer).items():
         kind = key.removesuffix(".weight").rpartition(".")[2]
         expert = re.search(r"experts\.\d+", key)
         for place, kinds in enumerate(stages):
             if len(shape) == 2 and kind in kinds:
-                found[place, expert[0] if expert else ""].append(shape)
+                shapes_of[place, expert[0] if expert else ""].append(shape)
     share = 1.0 if experts is None else experts.chosen / experts.count
     return [
         Cut(f"{place}", sum(o for o, _ in shapes), shapes[0][1], share if name else 1.0)
-        for (place, name), shapes in found.items()
+        for (place, name), shapes in shapes_of.items()
     ]
 
 
@@ -320,10 +320,10 @@ def costs(name: str, count: int, in_order: bool, chip: Accelerator) -> Costs:
 
 def by_stage(block: Sequence[Cut]) -> list[list[Cut]]:
     """The cuts of a block that are solved together, in order."""
-    found = defaultdict(list)
+    same = defaultdict(list)
     for cut in block:
-        found[cut.stage].append(cut)
-    return [found[name] for name in sorted(found)]
+        same[cut.stage].append(cut)
+    return [same[name] for name in sorted(same)]
 
 
 def receiving(work: Sequence[Cut], plan: Placed) -> float:
@@ -343,19 +343,19 @@ def plan(flags: Any) -> Iterator[Row]:
     for name in MODELS:
         for count in (8, 64):
             for in_order in (True, False):
-                found = costs(name, count, in_order, ACCELERATOR)
+                cost = costs(name, count, in_order, ACCELERATOR)
                 how = "in order" if in_order else "at once"
                 more = {
-                    "forward s": found.forward,
-                    "Gram s": found.gram,
-                    "sending s": found.sending,
-                    "solving s": found.solving,
-                    "received GB": found.received / 1e9,
-                    "longest / mean": found.balance,
-                    "held GB": found.held / 1e9,
+                    "forward s": cost.forward,
+                    "Gram s": cost.gram,
+                    "sending s": cost.sending,
+                    "solving s": cost.solving,
+                    "received GB": cost.received / 1e9,
+                    "longest / mean": cost.balance,
+                    "held GB": cost.held / 1e9,
                 }
                 what = f"{name}, {count} accelerators, {how}"
-                yield Row(PLAN, what, found.minutes, more=more)
+                yield Row(PLAN, what, cost.minutes, more=more)
 
 
 def summed(mesh: Mesh, x: Array) -> Array:
@@ -414,12 +414,12 @@ RECEIVED = {
 
 def sent(text: str) -> dict[str, int]:
     """Collective -> bytes of its results on one device, from the text of a program."""
-    found: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     for result, name in SENT.findall(text):
         for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
             size = math.prod(int(n) for n in shape.split(",") if n)
-            found[name] += SIZES[kind] * size
-    return dict(found)
+            sizes[name] += SIZES[kind] * size
+    return dict(sizes)
 
 
 def compiled(stacks: list[list[int]], count: int, tokens: int) -> list[dict[str, Any]]:
@@ -463,10 +463,10 @@ def simulated(flags: Any) -> Iterator[Row]:
     del flags
     count, stacks = 8, stacks_of("LLaMA-2-7B")
     virtual = f"--xla_force_host_platform_device_count={count}"
-    found = alone(
+    counted = alone(
         compiled, stacks, count, 8 * count, XLA_FLAGS=virtual, JAX_PLATFORMS="cpu"
     )
-    for (number, rows, width), programs in zip(stacks, found, strict=True):
+    for (number, rows, width), programs in zip(stacks, counted, strict=True):
         sums, solver = (
             sum(size * RECEIVED[name](count) for name, size in programs[k].items())
             for k in ("sums", "solver")

@@ -132,12 +132,12 @@ def measured(call: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
         jnp.zeros(8).block_until_ready()
         baseline = memory.resident_peak()
         began, used = time.perf_counter(), time.process_time()
-        found = call(Path(folder), options)
+        figures = call(Path(folder), options)
         return {
             "baseline": baseline,
             "seconds": time.perf_counter() - began,
             "cpu_seconds": time.process_time() - used,
-            **found,
+            **figures,
         }
 
     return run
@@ -215,11 +215,11 @@ def whole(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 def digest(path: Path) -> str:
     """Of all arrays by name; headers may be ordered differently."""
     header = tensors.read_header(path)
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for key in sorted(header.shapes):
-        found.update(key.encode())
-        found.update(np.ascontiguousarray(tensors.mapped(path, header, key)).tobytes())
-    return found.hexdigest()
+        digest.update(key.encode())
+        digest.update(np.ascontiguousarray(tensors.mapped(path, header, key)).tobytes())
+    return digest.hexdigest()
 
 
 def apart(call: Any, folder: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -235,16 +235,16 @@ def options_of(
     return known | {"length": 64 if flags.small else length}
 
 
-def peak(name: str, found: dict[str, Any], goal: int, **data: Any) -> Row:
+def peak(name: str, figures: dict[str, Any], goal: int, **data: Any) -> Row:
     """The row of a streamed model."""
-    seconds = found.pop("cpu_seconds")
+    seconds = figures.pop("cpu_seconds")
     more = {
-        "planned GiB": found["plan"]["planned peak"] / 2**30,
-        "seconds of all blocks": sum(found["blocks_s"]),
+        "planned GiB": figures["plan"]["planned peak"] / 2**30,
+        "seconds of all blocks": sum(figures["blocks_s"]),
     }
     more |= data.pop("more", {})
-    value, limit = found["peak"] / 2**30, goal / 2**30
-    return Row(PEAK, name, value, limit, seconds, more, {**found, **data})
+    value, limit = figures["peak"] / 2**30, goal / 2**30
+    return Row(PEAK, name, value, limit, seconds, more, {**figures, **data})
 
 
 def block(name: str) -> Callable[[argparse.Namespace], Iterator[Row]]:
@@ -255,10 +255,10 @@ def block(name: str) -> Callable[[argparse.Namespace], Iterator[Row]]:
         options |= {"memory": size(flags.memory or "6GiB"), "dtype": "bfloat16"}
         with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
             apart(make, folder, options)
-            found = apart(streamed, folder, options)
-        hours = BLOCKS * sum(found["blocks_s"]) / 3600
+            figures = apart(streamed, folder, options)
+        hours = BLOCKS * sum(figures["blocks_s"]) / 3600
         more = {"hours of 32 blocks, extrapolated": hours}
-        yield peak(name, found, 7 << 30, options=options, more=more)
+        yield peak(name, figures, 7 << 30, options=options, more=more)
 
     return part
 
@@ -270,16 +270,16 @@ def stream(flags: argparse.Namespace) -> Iterator[Row]:
     options |= {"memory": size(flags.memory or "2GiB"), "dtype": "float32"}
     with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
         apart(make, folder, options)
-        found, beside = (apart(call, folder, options) for call in (streamed, whole))
+        figures, beside = (apart(call, folder, options) for call in (streamed, whole))
     shapes = decoder.shapes(decoder.DecoderConfig.from_dict(config)).values()
     more = {
         "whole model GiB": beside["peak"] / 2**30,
-        "same arrays": found["digest"] == beside["digest"],
+        "same arrays": figures["digest"] == beside["digest"],
     }
     parameters = sum(math.prod(shape) for shape in shapes)
     data = {"options": options, "parameters": parameters, "whole": beside}
-    goal = options["memory"] + found["baseline"]
-    yield peak("stream", found, goal, more=more, **data)
+    goal = options["memory"] + figures["baseline"]
+    yield peak("stream", figures, goal, more=more, **data)
 
 
 def growth(flags: argparse.Namespace) -> Iterator[Row]:

@@ -78,8 +78,8 @@ class Checkpoints:
       >>> folder = tempfile.mkdtemp()
       >>> saves = Checkpoints(folder, every=2, resume="auto")
       >>> like, config = {"w": jnp.zeros(3, jnp.float32)}, {"rate": 0.1}
-      >>> found = saves.load(lambda step: like, config)
-      >>> begin, tree = (0, like) if found is None else found
+      >>> saved = saves.load(lambda step: like, config)
+      >>> begin, tree = (0, like) if saved is None else saved
       >>> for step in range(begin + 1, 6):
       ...     tree = {"w": tree["w"] + 1}
       ...     if saves.due(step):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexhinm_jax import arguments
+from flexhinm_jax.models import parameters
 from flexhinm_jax.models.decoder_config import DecoderConfig
 from flexhinm_jax.models.transformer import dense_shapes
 
@@ -31,11 +32,11 @@ HEAD = "lm_head.weight"
 
 def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every parameter that `apply` reads."""
-    found = table_shapes(config)
+    every = table_shapes(config)
     for layer in range(config.num_hidden_layers):
         at, own = block_prefix(layer), block_shapes(config, layer)
-        found |= {at + name: shape for name, shape in own.items()}
-    return found | head_shapes(config)
+        every |= {at + name: shape for name, shape in own.items()}
+    return every | head_shapes(config)
 
 
 def block_prefix(layer: int) -> str:
@@ -48,32 +49,32 @@ def block_shapes(config: DecoderConfig, layer: int = 0) -> dict[str, tuple[int, 
     width, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_size
     keys = config.num_key_value_heads * config.head_size
-    found: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,)}
-    found |= dense_shapes("self_attn.q_proj", queries, width, config.attention_bias)
-    found |= dense_shapes("self_attn.k_proj", keys, width, config.attention_bias)
-    found |= dense_shapes("self_attn.v_proj", keys, width, config.attention_bias)
+    own: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,)}
+    own |= dense_shapes("self_attn.q_proj", queries, width, config.attention_bias)
+    own |= dense_shapes("self_attn.k_proj", keys, width, config.attention_bias)
+    own |= dense_shapes("self_attn.v_proj", keys, width, config.attention_bias)
     bias = config.attention_output_bias
-    found |= dense_shapes("self_attn.o_proj", width, queries, bias)
+    own |= dense_shapes("self_attn.o_proj", width, queries, bias)
     if config.qk_norm:
-        found["self_attn.q_norm.weight"] = (config.head_size,)
-        found["self_attn.k_norm.weight"] = (config.head_size,)
-    found["post_attention_layernorm.weight"] = (width,)
+        own["self_attn.q_norm.weight"] = (config.head_size,)
+        own["self_attn.k_norm.weight"] = (config.head_size,)
+    own["post_attention_layernorm.weight"] = (width,)
     if config.sandwich_norms:
-        found["pre_feedforward_layernorm.weight"] = (width,)
-        found["post_feedforward_layernorm.weight"] = (width,)
+        own["pre_feedforward_layernorm.weight"] = (width,)
+        own["post_feedforward_layernorm.weight"] = (width,)
     experts = config.experts
     if experts is not None and config.layer(layer).experts:
-        found[experts.router] = (experts.count, width)
+        own[experts.router] = (experts.count, width)
         inner = experts.intermediate_size
         for k in range(experts.count):
-            found[experts.key(k, "gate")] = (inner, width)
-            found[experts.key(k, "up")] = (inner, width)
-            found[experts.key(k, "down")] = (width, inner)
-        return found
-    found |= dense_shapes("mlp.gate_proj", inner, width, config.mlp_bias)
-    found |= dense_shapes("mlp.up_proj", inner, width, config.mlp_bias)
-    found |= dense_shapes("mlp.down_proj", width, inner, config.mlp_bias)
-    return found
+            own[experts.key(k, "gate")] = (inner, width)
+            own[experts.key(k, "up")] = (inner, width)
+            own[experts.key(k, "down")] = (width, inner)
+        return own
+    own |= dense_shapes("mlp.gate_proj", inner, width, config.mlp_bias)
+    own |= dense_shapes("mlp.up_proj", inner, width, config.mlp_bias)
+    own |= dense_shapes("mlp.down_proj", width, inner, config.mlp_bias)
+    return own
 
 
 def table_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -101,25 +102,25 @@ def rules(config: DecoderConfig) -> dict[str, str]:
     return {rf"\.{re.escape(config.experts.router)}$": "skip"}
 
 
-def check(found: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> None:
+def check(stored: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> None:
     """Compares all keys and shapes of a checkpoint with its configuration.
 
     A stored output layer beside tied embeddings and the rotary tables of old
     checkpoints may be there: they are not read.
 
     Args:
-      found: key -> shape of every array of the checkpoint.
+      stored: key -> shape of every array of the checkpoint.
       config: sizes.
 
     Raises:
       ValueError: keys are missing or not known, or a shape disagrees; names them.
     """
     wanted = shapes(config)
-    missing = [name for name in wanted if name not in found]
+    missing = [name for name in wanted if name not in stored]
     unread = {HEAD} if config.tie_word_embeddings else set()
     extra = [
         name
-        for name in found
+        for name in stored
         if name not in wanted
         and name not in unread
         and not name.endswith(".rotary_emb.inv_freq")
@@ -130,7 +131,7 @@ def check(found: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> None:
             f" {arguments.some(missing)}; not known {arguments.some(extra)}"
         )
     for name, shape in wanted.items():
-        _check_shape(name, found[name], shape)
+        parameters.check_shape(name, stored[name], shape)
 
 
 def select(
@@ -144,7 +145,7 @@ def select(
     for name, shape in wanted.items():
         if name not in params:
             raise ValueError(f"{name} is missing from the parameters")
-        _check_shape(name, tuple(params[name].shape), shape)
+        parameters.check_shape(name, params[name].shape, shape)
     return {name: params[name] for name in wanted}
 
 
@@ -188,10 +189,3 @@ def init(
         draw = jax.random.normal(k, shape, jnp.float32) * jnp.float32(scale)
         params[name] = draw.astype(dtype)
     return params
-
-
-def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if tuple(found) != wanted:
-        raise ValueError(
-            f"{name} has shape {tuple(found)}, the configuration gives {wanted}"
-        )

@@ -290,8 +290,7 @@ class Model:
         largest = max((max(tokens, default=0) for tokens in ids), default=0)
         _check_known(largest, self.config.vocab_size)
         kept = [tokens for tokens in ids if tokens]
-        found = batches.batches(kept, batch_size, cut, self.pad, buckets=buckets)
-        return list(found)
+        return list(batches.batches(kept, batch_size, cut, self.pad, buckets=buckets))
 
     def check_finite(self) -> None:
         """Raises ValueError that names leaves with NaN or infinity, if any."""

@@ -1,14 +1,14 @@
 """Parameters of a model by key: those that a configuration asks for, random ones."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["init", "select"]
+__all__ = ["check_shape", "init", "select"]
 
 
 def select(
@@ -35,12 +35,25 @@ def select(
                 "another configuration"
             )
         chosen[name] = jnp.asarray(params[prefix + name])
-        if chosen[name].shape != shape:
-            raise ValueError(
-                f"{prefix}{name} has shape {chosen[name].shape}, the configuration"
-                f" gives {shape}"
-            )
+        check_shape(prefix + name, chosen[name].shape, shape)
     return chosen
+
+
+def check_shape(name: str, shape: Sequence[int], wanted: tuple[int, ...]) -> None:
+    """Compares a parameter with its configuration.
+
+    Args:
+      name: its key.
+      shape: what it has.
+      wanted: what the configuration gives.
+
+    Raises:
+      ValueError: these differ.
+    """
+    if tuple(shape) != wanted:
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}, the configuration gives {wanted}"
+        )
 
 
 def init(

@@ -269,21 +269,12 @@ def window(
       rows: which row of a parameter an equation reads.
     """
     fixed = {id(eqn): eqn for part in parts for eqn in part.fixed}
-    own = [*fixed.values(), *(eqn for part in parts for eqn in part.eqns)]
-    inside = {id(eqn) for part in parts for eqn in part.eqns}
+    of_batch = [eqn for part in parts for eqn in part.eqns]
+    eqns = [*fixed.values(), *of_batch]
     path_of = dict(zip(line.params, paths, strict=True))
-    read: dict[tuple[str, int | None], list[Any]] = {}
-    replaced: set[int] = set()  # equations whose result is a source
-    for v in dict.fromkeys(v for eqn in own for v in variables(eqn) if v in path_of):
-        for row, eqn in alone(line, v, inside, needed, rows):
-            variables_of = read.setdefault((path_of[v], row), [])
-            if eqn is None:
-                variables_of.append(v)
-            else:
-                variables_of.extend(eqn.outvars)
-                replaced.add(id(eqn))
-    eqns = [eqn for eqn in own if id(eqn) not in replaced]
-    sources = [Source(*key, tuple(read[key])) for key in sorted(read, key=str)]
+    inside = {id(eqn) for eqn in of_batch}
+    sources, taking = sources_of(line, eqns, path_of, inside, needed, rows)
+    eqns = [eqn for eqn in eqns if id(eqn) not in taking]
     moving = [v for source in sources for v in source.read]
     inner = {v for eqn in eqns for v in eqn.outvars} | set(moving)
     outside = segments.ordered(
@@ -300,12 +291,45 @@ def window(
     ]
     return Window(
         name,
-        sources,
-        [v for v in outside if v not in line.data],
-        [v for v in outside if v in line.data],
-        outputs,
-        eqns,
+        sources=sources,
+        frozen=[v for v in outside if v not in line.data],
+        inputs=[v for v in outside if v in line.data],
+        outputs=outputs,
+        eqns=eqns,
     )
+
+
+def sources_of(
+    line: Line,
+    eqns: Sequence[Any],
+    path_of: Mapping[Any, str],
+    inside: set[int],
+    needed: set[int],
+    rows: "Rows",
+) -> tuple[list[Source], set[int]]:
+    """The parameters that a window alone reads, and what takes rows of them.
+
+    Args:
+      line: the program.
+      eqns: of the window, those of parameters alone among them.
+      path_of: variable of a parameter -> its path.
+      inside: ids of the equations of the batch in the window.
+      needed: those of all segments.
+      rows: which row of a parameter an equation reads.
+
+    Returns:
+      The sources, and the ids of the equations whose results they are.
+    """
+    read: dict[tuple[str, int | None], list[Any]] = {}
+    taking: set[int] = set()
+    for v in dict.fromkeys(v for eqn in eqns for v in variables(eqn) if v in path_of):
+        for row, eqn in alone(line, v, inside, needed, rows):
+            own = read.setdefault((path_of[v], row), [])
+            own += [v] if eqn is None else eqn.outvars
+            if eqn is not None:
+                taking.add(id(eqn))
+    sources = [Source(*key, tuple(read[key])) for key in sorted(read, key=str)]
+    return sources, taking
 
 
 def alone(

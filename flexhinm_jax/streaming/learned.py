@@ -16,9 +16,9 @@ run that is killed goes on in the middle of a block too, with the same result.
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ from flexhinm_jax.training.phases import Judge, Phase
 from flexhinm_jax.training.run import NotFinite, Run
 from flexhinm_jax.training.state import Training, frozen, init_training
 from flexhinm_jax.training.step import make_step
-from flexhinm_jax.types import State
+from flexhinm_jax.types import Plan, State, Stats
 
 __all__ = ["Judged", "Learned", "Learning", "learn_blocks"]
 
@@ -279,62 +279,78 @@ class _Task:
 
     def block(self, layer: int, states: States) -> tuple[list[Row], dict[str, float]]:
         """Learns and writes a block; `states` are then those after it."""
-        setting, programs = self.setting, self.programs(layer)
-        block, method = programs.block, setting.request.method
+        setting, block = self.setting, self.programs(layer).block
         params = short(setting.blocks.load(layer), layer)
-        now, twins = states.take()
+        inputs, twins = states.take()
         shelf = Shelf(self.plan.shelf, self.work.folder)
-        wanted = [
+        goals = [
             shelf.put(block.run(params, jnp.asarray(h)))
-            for h in (now if twins is None else twins)
+            for h in (inputs if twins is None else twins)
         ]
 
         def batch(k: int) -> tuple[Array, Teacher]:
-            return jnp.asarray(now[k]), Teacher(jnp.asarray(shelf.get(wanted[k])))
+            return jnp.asarray(inputs[k]), Teacher(jnp.asarray(shelf.get(goals[k])))
 
-        key = jax.random.fold_in(setting.request.key, layer)
-        inputs = ((jnp.asarray(h),) for h in now)
-        stats = calibrate(block.apply, params, block.uses, inputs)
-        solve_key, key = jax.random.split(key)
-        best = few_steps.first_states(
-            method,
-            self.learning.start,
-            solve_key,
-            params,
-            block.uses,
-            stats,
-            setting.targets,
-        )
-        self.work.solved(layer).mkdir(parents=True, exist_ok=True)
-        values, trained = (), params
-        if isinstance(method, LearnedMethod):
-            run = self._run(layer, programs, params, best, batch, len(now), key)
-            (best, moved), values = self._finished(layer, run)
-            trained = params if moved is None else moved
-        plans = apply.decide(method, best, trained, block.uses)
+        batches = ((jnp.asarray(h),) for h in inputs)
+        stats = calibrate(block.apply, params, block.uses, batches)
+        hard, weights = self._learned(layer, params, stats, batch, len(inputs))
+        plans = apply.decide(setting.request.method, hard, weights, block.uses)
         errors = output_errors(plans, params, block.uses, stats)
-        rows, leaves, prefix = [], {}, decoder.block_prefix(layer)
-        for path, plan in plans.items():
-            layout = block.uses.leaves[path].layout
-            row, leaf = streaming.described(prefix + path, plan, layout, setting)
-            rows.append(row)
-            leaves[prefix + path] = leaf
-        sparse = apply.densify(plans, trained, block.uses)
-        whole = {prefix + name: x for name, x in sparse.items()}
-        streaming.write_block(layer, setting, self.work, whole, leaves)
-        records.write(self._values(layer), {"values": list(values)})
+        sparse = apply.densify(plans, weights, block.uses)
+        rows = self._written(layer, plans, sparse)
         after = (
-            ([block.run(sparse, jnp.asarray(h))], [shelf.get(target)])
-            for h, target in zip(now, wanted, strict=True)
+            ([block.run(sparse, jnp.asarray(h))], [shelf.get(goal)])
+            for h, goal in zip(inputs, goals, strict=True)
         )
         states.next(layer + 1, after, setting.request.beside)
         shelf.close()
+        prefix = decoder.block_prefix(layer)
         return rows, {prefix + path: error for path, error in errors.items()}
+
+    def _learned(
+        self,
+        layer: int,
+        params: Any,
+        stats: Mapping[str, Stats],
+        batch: Callable[[int], tuple[Array, Teacher]],
+        count: int,
+    ) -> tuple[dict[str, State], Any]:
+        """The hard states of a block and its weights; records what that gained."""
+        method, uses = self.setting.request.method, self.programs(layer).block.uses
+        solve_key, key = jax.random.split(
+            jax.random.fold_in(self.setting.request.key, layer)
+        )
+        start, targets = self.learning.start, self.setting.targets
+        hard = few_steps.first_states(
+            method, start, solve_key, params, uses, stats, targets
+        )
+        self.work.solved(layer).mkdir(parents=True, exist_ok=True)
+        values, weights = (), params
+        if isinstance(method, LearnedMethod):
+            run = self._run(layer, params, hard, batch, count, key)
+            (hard, moved), values = self._finished(layer, run)
+            weights = params if moved is None else moved
+        records.write(self._values(layer), {"values": list(values)})
+        return hard, weights
+
+    def _written(
+        self, layer: int, plans: Mapping[str, Plan], sparse: Mapping[str, Array]
+    ) -> list[Row]:
+        """Writes a block; the rows of the report about it."""
+        rows, leaves, prefix = [], {}, decoder.block_prefix(layer)
+        uses = self.programs(layer).block.uses
+        for path, plan in plans.items():
+            layout = uses.leaves[path].layout
+            row, leaf = streaming.described(prefix + path, plan, layout, self.setting)
+            rows.append(row)
+            leaves[prefix + path] = leaf
+        whole = {prefix + name: x for name, x in sparse.items()}
+        streaming.write_block(layer, self.setting, self.work, whole, leaves)
+        return rows
 
     def _run(
         self,
         layer: int,
-        programs: _Programs,
         params: Any,
         begun: dict[str, State],
         batch: Callable[[int], tuple[Array, Teacher]],
@@ -346,9 +362,8 @@ class _Task:
         order = np.asarray(jax.random.permutation(mix_key, count)).tolist()
         held = math.ceil(self.learning.held * count) if count > 1 else 0
         judging, learning = order[:held] or order, order[held:]
+        programs, method = self.programs(layer), cast(Any, self.setting.request.method)
         uses = programs.block.uses
-        method: Any = self.setting.request.method
-
         trains = self.learning.weights_tx is not None
 
         def hard(training: Training) -> Kept:

@@ -327,12 +327,13 @@ class Learner:
 
     def kept(self, stream: Array | None, heads: Array) -> dict[str, float]:
         """Mean over blocks of the share that N:M keeps, by short name."""
-        found: dict[str, list[float]] = {}
+        shares_of: dict[str, list[float]] = {}
         for layer in range(self.blocks.count):
             parts = self.of_block(shares, layer, stream, heads)
             for name, value in parts.items():
-                found.setdefault(name.removesuffix(".weight"), []).append(float(value))
-        return {name: float(np.mean(values)) for name, values in found.items()}
+                short_name = name.removesuffix(".weight")
+                shares_of.setdefault(short_name, []).append(float(value))
+        return {name: float(np.mean(values)) for name, values in shares_of.items()}
 
     def learn(self, key: Array, learning: Learning, tell: Callable[[], None]) -> Turns:
         """The learned rotations; see `rotate`."""

@@ -38,10 +38,10 @@ def multiplied(weight: Tracked, scale: Tracked) -> views.Change | None:
         return None
     if reaches - {views.Reach.EVERY_FACTOR}:
         return None
-    found = channel_scale(weight, scale)
-    if found is None:
+    own = channel_scale(weight, scale)
+    if own is None:
         return None
-    return views.Change(lambda x: x, views.Reach.ONE_FACTOR, scale=found)
+    return views.Change(lambda x: x, views.Reach.ONE_FACTOR, scale=own)
 
 
 def channel_scale(weight: Tracked, scale: Tracked) -> ChannelScale | None:
@@ -146,8 +146,8 @@ def rows(
       f32[*stack, o]; None where one varies along the inputs.
     """
     inner = layout.inputs
-    found = [step.scale for step in changes if step.scale is not None]
-    if any(_overlap(a, f) for s in found for a, _ in s.factors for f in inner):
+    own = [step.scale for step in changes if step.scale is not None]
+    if any(_overlap(a, f) for s in own for a, _ in s.factors for f in inner):
         return None
 
     def of(scale: ChannelScale) -> Array:
@@ -155,7 +155,7 @@ def rows(
         return views.matrix(whole, layout)[..., 0]
 
     ones = jnp.ones((*layout.stack_shape, layout.matrix_shape[0]), jnp.float32)
-    return functools.reduce(jnp.multiply, map(of, found), ones)
+    return functools.reduce(jnp.multiply, map(of, own), ones)
 
 
 def _overlap(a: AxisFactor, b: AxisFactor) -> bool:

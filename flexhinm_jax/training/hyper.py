@@ -120,9 +120,9 @@ def hyper_prune(
       >>> uses = fh.discover(apply_fn, params, x)
       >>> stats = fh.calibrate(apply_fn, params, uses, [x])
       >>> method = fh.HyperPrune(fh.Wanda(fh.NM(2, 4)), steps=10)
-      >>> found = hyper_prune(method, jax.random.key(1), params, uses, stats)
-      >>> plans = fh.decide(method, found.states, params, uses)
-      >>> all(row["error"] <= row["prior"] for row in found.rows), found.layers
+      >>> result = hyper_prune(method, jax.random.key(1), params, uses, stats)
+      >>> plans = fh.decide(method, result.states, params, uses)
+      >>> all(row["error"] <= row["prior"] for row in result.rows), result.layers
       (True, ((0,), (1,)))
     """
     check_hyperprune(method)
