@@ -11,6 +11,7 @@ differs.
 """
 
 import argparse
+import functools
 import json
 import logging
 import sys
@@ -88,18 +89,13 @@ def our_continuation(params: dict, config: DecoderConfig, steps: int) -> list[in
     return made.tokens[0].tolist()
 
 
-def pruned(params: dict, config: DecoderConfig) -> dict:
+def pruned(
+    apply: Callable[..., Any], params: Any, inputs: tuple, rules: Any = None
+) -> Any:
     """Half of every prunable weight is zero, in 2:4 groups."""
-
-    def apply_fn(params: dict, tokens: jax.Array) -> jax.Array:
-        return decoder.apply(params, tokens, config)
-
-    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    uses = fh.discover(apply_fn, params, tokens)
     method = fh.Magnitude(fh.NM(2, 4))
-    states = fh.solve(method, jax.random.key(0), params, uses, None, sparsity=0.5)
-    plans = fh.decide(method, states, params, uses)
-    return fh.densify(plans, params, uses)
+    how = {"rules": rules, "on_mismatch": "skip", "key": jax.random.key(0)}
+    return fh.prune(apply, params, [inputs], method, **how).params
 
 
 def compare(case: dict, folder: Path) -> tuple[dict, dict]:
@@ -120,7 +116,9 @@ def compare(case: dict, folder: Path) -> tuple[dict, dict]:
     decoder.check({name: x.shape for name, x in saved.params.items()}, config)
     found["saved by them"] = np.abs(our_logits(saved.params, config) - logits).max()
 
-    sparse = pruned(saved.params, config)
+    apply = functools.partial(decoder.apply, config=config)
+    tokens = jnp.asarray(decoder_cases.TOKENS, jnp.int32)
+    sparse = pruned(apply, saved.params, (tokens,))
     huggingface.write(folder / "pruned", sparse, source=saved)
     model = loaded(folder / "pruned")
     ours = our_logits(sparse, config)

@@ -15,12 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 import transformers
 
-import flexhinm_jax as fh
 from flexhinm_jax import models
 from flexhinm_jax.io import huggingface
 from flexhinm_jax.models import images
@@ -65,19 +63,6 @@ def theirs(model: transformers.PreTrainedModel, case: dict[str, Any]) -> np.ndar
         return found.last_hidden_state.numpy()
 
 
-def pruned(model: models.Model, inputs: tuple[np.ndarray, ...]) -> fh.Pruned:
-    """Half of every prunable weight is zero, in 2:4 groups."""
-    return fh.prune(
-        model.apply,
-        model.params,
-        [inputs],
-        fh.Magnitude(fh.NM(2, 4)),
-        rules=model.rules,
-        on_mismatch="skip",
-        key=jax.random.key(0),
-    )
-
-
 def compare(case: dict[str, Any], folder: Path) -> tuple[dict[str, float], Any]:
     """Differences of a case, and what is kept of what `transformers` computed."""
     model = reference(case, folder / "saved")
@@ -90,9 +75,9 @@ def compare(case: dict[str, Any], folder: Path) -> tuple[dict[str, float], Any]:
         return float(np.abs(np.asarray(a) - np.asarray(b))[real].max())
 
     got = ours.apply(ours.params, *inputs)
-    result = pruned(ours, inputs)
-    sparse = ours.apply(result.params, *inputs)
-    huggingface.write(folder / "pruned", result.params, source=ours.directory)
+    zeroed = parity.pruned(ours.apply, ours.params, inputs, ours.rules)
+    sparse = ours.apply(zeroed, *inputs)
+    huggingface.write(folder / "pruned", zeroed, source=ours.directory)
     found = {
         "outputs": apart(got, want),
         "pruned by us": apart(sparse, theirs(loaded(folder / "pruned"), case)),
