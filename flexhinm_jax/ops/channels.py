@@ -80,17 +80,20 @@ def search(
     t, v, i = tiles.shape
     units = i // m
     block = min(block, units)
-    by_column = jnp.swapaxes(tiles, 1, 2).astype(jnp.float32)
+    by_column = jnp.swapaxes(tiles, 1, 2).astype(jnp.float32).reshape(t * i, v)
+    first = i * jnp.arange(t, dtype=jnp.int32)
     slot = jnp.arange(m, dtype=jnp.int32)
 
     def exchange(units_of, table, shift):
         """One proposal between the units of a block."""
         sub = table[:, units_of]  # [t, g, m], the sampled column first
         # Slot by slot, so that rows are contiguous until there are only two arrays.
+        # In the columns of all tiles, which takes half as long as in those of each.
+        at = (sub + first[:, None, None]).reshape(-1, m)
         value = [
-            jax.vmap(lambda c, at: c[at])(by_column, sub[..., j])  # [t, g, v]
+            by_column.at[at[:, j]].get(mode="promise_in_bounds").reshape(t, -1, v)
             for j in range(m)
-        ]
+        ]  # [t, g, v]
         x = jnp.swapaxes(value[0], 1, 2)
         b = jnp.swapaxes(masks.n_largest(value[1:], n)[-1], 1, 2)
         grouped = units_of < h

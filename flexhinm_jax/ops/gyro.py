@@ -51,10 +51,13 @@ def kth_largest(c: Array, k: Array) -> Array:
       f32[...].
     """
     bits = lax.bitcast_convert_type(c, jnp.int32)
+    ones = jnp.ones(c.shape[-1:], jnp.float32)
 
     def step(b, low):
         trial = low | (jnp.int32(1) << (INT_BITS - 1 - b))
-        count = jnp.sum(bits >= trial[..., None], axis=-1, dtype=jnp.int32)
+        # A dot counts twice as fast as a sum, and exactly: there are few columns.
+        above = (bits >= trial[..., None]).astype(jnp.float32)
+        count = jnp.matmul(above, ones).astype(jnp.int32)
         return jnp.where(count >= k, trial, low)
 
     shape = jnp.broadcast_shapes(c.shape[:-1], jnp.shape(k))
