@@ -4,6 +4,7 @@
     make bench-scale ARGS="--only block-sparsegpt"     # one part
     make bench-scale ARGS="--only stream --small --out /tmp/scale.json"  # one minute
     make bench-scale ARGS="--only growth --widths 5"   # up to width 4096
+    make bench-scale ARGS="--only growth --widths 5 --methods alps"
 
 block-sparsegpt, block-wanda: one block of the shape of LLaMA-2-7B, random bfloat16
 weights, 32 samples of 512 random tokens, streamed. Hours for a model are the seconds of
@@ -11,6 +12,7 @@ the block times 32: an extrapolation, not a measurement.
 stream: a random Llama of 200 million parameters, streamed under a limit, beside the
 same model pruned whole; the files must be equal.
 growth: seconds per square matrix against its width.
+calibration: the Grams of all inputs beside the forward pass alone.
 
 Every measurement is a process of its own. Its peak is the high-water mark of resident
 memory that the system counted (VmHWM), its baseline the same after the imports.
@@ -46,6 +48,7 @@ from flexhinm_jax.streaming.memory import Budget
 PEAK = "Peak resident memory in GiB, interpreter included"
 GROWN = "Growth with the width"
 EXPONENTS = "Exponents of growth"
+CALIBRATION = "Calibration of a decoder beside its forward pass"
 BLOCKS = 32  # of LLaMA-2-7B
 
 
@@ -286,8 +289,9 @@ def growth(flags: argparse.Namespace) -> Iterator[Row]:
     """Seconds of a solve, per method and width, and the exponents of their growth."""
     seconds: dict[str, dict[int, float]] = {}
     widths = (128, 256) if flags.small else WIDTHS[: flags.widths]
+    names = [n for n in GROWTH if any(text in n for text in flags.methods)]
     for width in widths:
-        for name, spent in alone(solved, width, **ONE_THREAD).items():
+        for name, spent in alone(solved, width, names, **ONE_THREAD).items():
             own = seconds.setdefault(name, {})
             more = {}
             if width // 2 in own:
@@ -295,8 +299,8 @@ def growth(flags: argparse.Namespace) -> Iterator[Row]:
             own[width] = spent
             data = {"method": name, "width": width}
             yield Row(GROWN, f"{name}, {width} x {width}", spent, more=more, data=data)
-    for name, (_, _, mathematics) in GROWTH.items():
-        yield Row(EXPONENTS, name, exponent(seconds[name]), mathematics)
+    for name in names:
+        yield Row(EXPONENTS, name, exponent(seconds[name]), GROWTH[name][2])
 
 
 def exponent(seconds: Mapping[int, float]) -> float:
@@ -305,7 +309,7 @@ def exponent(seconds: Mapping[int, float]) -> float:
     return float(np.polyfit(widths, spent, 1)[0])
 
 
-def solved(width: int) -> dict[str, float]:
+def solved(width: int, names: list[str]) -> dict[str, float]:
     """Method -> least CPU seconds of a solve, compiled, with one thread."""
     one_core()
     keys = jax.random.split(jax.random.key(width), 3)
@@ -315,7 +319,8 @@ def solved(width: int) -> dict[str, float]:
     w = jax.random.normal(keys[2], (width, width), jnp.float32)
     args = jax.random.key(0), w, stats
     least = {}
-    for name, (method, sparsity, _) in GROWTH.items():
+    for name in names:
+        method, sparsity, _ = GROWTH[name]
 
         def solve(key, w, stats, method=method, sparsity=sparsity):
             state = method.solve(key, w, stats, sparsity=sparsity)
@@ -331,6 +336,57 @@ def solved(width: int) -> dict[str, float]:
     return least
 
 
+def calibration(flags: argparse.Namespace) -> Iterator[Row]:
+    """Blocks of the shape of SmolLM2-135M: all Grams beside the forward pass alone."""
+    blocks = 1 if flags.small else 4
+    found = alone(calibrated, blocks, 64 if flags.small else 512, **ONE_THREAD)
+    what = f"{blocks} blocks of 576, {found['tokens']} tokens"
+    more = {"calibrate CPU s": found["calibrate"], "forward CPU s": found["forward"]}
+    yield Row(CALIBRATION, what, found["ratio"], 1.6, more=more, data=found)
+
+
+def calibrated(blocks: int, length: int) -> dict[str, Any]:
+    """Median CPU seconds of three passes over the same batches, taking turns.
+
+    Random weights, and a table in proportion to the blocks: cost depends on shapes
+    alone.
+
+    Args:
+      blocks: of the model, which has 30.
+      length: tokens of a sample; four samples are a batch, two batches a pass.
+    """
+    one_core()
+    config = decoder.DecoderConfig(
+        vocab_size=49152 * blocks // 30,
+        hidden_size=576,
+        num_hidden_layers=blocks,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        tie_word_embeddings=True,
+    )
+    params = decoder.init(jax.random.key(0), config)
+    drawn = np.random.default_rng(0).integers(0, config.vocab_size, (2, 4, length))
+    batches = list(jnp.asarray(drawn, jnp.int32))
+    apply_fn = functools.partial(decoder.apply, config=config)
+    forward = jax.jit(apply_fn)
+    uses = fh.discover(apply_fn, params, batches[0], rules={"embed": "skip"})
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: [forward(params, batch) for batch in batches],
+        "calibrate": lambda: fh.calibrate(apply_fn, params, uses, batches),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for repetition in range(4):  # the first compiles
+        for name, call in calls.items():
+            before = time.process_time()
+            jax.block_until_ready(call())
+            if repetition:
+                spent[name].append(time.process_time() - before)
+    each = {name: float(np.median(seconds)) for name, seconds in spent.items()}
+    ratios = np.asarray(spent["calibrate"]) / np.asarray(spent["forward"])
+    return each | {"ratio": float(np.median(ratios)), "tokens": drawn.size}
+
+
 STUDY = Study(
     "scale",
     "Decoders in bounded memory",
@@ -338,11 +394,15 @@ STUDY = Study(
         "block-sparsegpt": block("block-sparsegpt"),
         "stream": stream,
         "growth": growth,
+        "calibration": calibration,
         "block-wanda": block("block-wanda"),
     },
     {
         PEAK: "The anchor is the goal; a ratio below 1 meets it. Seconds of blocks "
         "are wall time.",
+        CALIBRATION: "CPU time of `calibrate` with the Grams of all inputs over that "
+        "of the forward pass alone, one thread, median of three; smaller is better; "
+        "the anchor is the goal.",
         GROWN: "CPU seconds of a solve of one square matrix with one thread, 2:4 where "
         "nothing else is said, compilation not included (`bench/results/scale.png`).",
         EXPONENTS: "Slope of log(seconds) in log(width) over the widths above; the "
@@ -355,6 +415,7 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("--small", action="store_true", help="tiny sizes; give --out as well")
     add("--widths", type=int, default=3, help="of growth: up to 256 * 2^(this - 1)")
+    add("--methods", nargs="+", default=[""], help="of growth: texts of their names")
     add("--memory", help="limit, instead of that of the part")
     add("--folder", type=Path, help="where to put models (removed)")
     STUDY.main(parser)
