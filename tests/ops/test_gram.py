@@ -22,6 +22,12 @@ def test_the_inverse_factor_is_upper_and_squares_to_the_inverse():
     np.testing.assert_allclose(exact(u.T) @ exact(u) @ exact(h), np.eye(32), atol=2e-3)
 
 
+def test_the_inverse_is_that_of_the_damped_matrix():
+    h = stats().gram
+    product = exact(gram.inverse(h, 0.01)) @ exact(gram.damped(h, 0.01)[0])
+    np.testing.assert_allclose(product, np.eye(32), atol=2e-3)
+
+
 def test_a_permuted_factor_belongs_to_the_permuted_matrix():
     h = stats().gram + jnp.eye(32)
     order = jax.random.permutation(jax.random.key(0), 32)
