@@ -64,12 +64,7 @@ def add_parser(commands: Any) -> None:
         metavar="PATTERN",
         help="which weights may stay: 2:4 (default), tiles:tile=64 (patch) ...",
     )
-    add(
-        "--sparsity",
-        type=flags.fraction,
-        metavar="S",
-        help="see 'flexhinm prune --help'",
-    )
+    add("--sparsity", type=flags.fraction, metavar="S", help="as in 'flexhinm prune'")
     flags.add_calibration(parser, "; an eighth of it validates the masks")
     add(
         "--steps",
