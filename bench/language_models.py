@@ -146,13 +146,16 @@ def recipes() -> dict[str, Recipe]:
                 name = f"{kind} {sparsity:.1%} {method}"
                 options = f"--method {method} --pattern {pattern}"
                 add(CURVES, name, f"{options} --sparsity {sparsity}")
-        best = f"FlexHiNM {sparsity:.1%} sparsegpt"
-        more = rows[best].on_more()
-        rows[f"{best} reconstructed"] = rows[best].reconstructed()
-        rows[f"{best} on {MORE} samples"] = more
-        rows[f"{best} reconstructed on {MORE} samples"] = more.reconstructed()
-        rate = GENTLE if sparsity < 0.3 else None
-        rows[f"{best} tuned"] = rows[best]._replace(tuned=TUNED, rate=rate)
+        for method in ("sparsegpt", "staged_alps"):
+            name = f"FlexHiNM {sparsity:.1%} {method}"
+            options = f"--method {method} --pattern {GYRO} --sparsity {sparsity}"
+            plain = Recipe(CURVES, options)
+            rate = GENTLE if sparsity < 0.3 else None
+            rows[name], more = plain, plain.on_more()
+            rows[f"{name} reconstructed"] = plain.reconstructed()
+            rows[f"{name} on {MORE} samples"] = more
+            rows[f"{name} reconstructed on {MORE} samples"] = more.reconstructed()
+            rows[f"{name} tuned"] = plain._replace(tuned=TUNED, rate=rate)
     for method in ("wanda", "sparsegpt", "alps"):
         options = f"--method {method} --pattern 2:4 {ONLY_MLP}"
         add(CURVES, f"2:4 on MLP only 37.5% {method}", options)
