@@ -60,7 +60,7 @@ CHIPS = {
 
 
 class Case(NamedTuple):
-    """One kernel at one size; `width` tokens a block, 0 if it is no sparse kernel."""
+    """One kernel at one size, and how it is cut; None if it is no sparse kernel."""
 
     kernel: str
     size: str
@@ -68,7 +68,7 @@ class Case(NamedTuple):
     arguments: tuple[jax.ShapeDtypeStruct, ...]
     ptx: str
     sass: str
-    width: int = 0
+    cut: Any = None
 
 
 def target(chip: Chip) -> str:
@@ -180,8 +180,9 @@ def read_reports(text: dict[str, str], case: Case, chip: Chip) -> dict[str, Any]
         failures.append(f"{found['spills']} bytes spilled")
     if any(word in text[".ptxas"] for word in SERIALISED):
         failures.append("the assembler serialised wgmma")
-    if case.width and found["ptx"]:
-        failures += gpu_faults.descriptor_faults(text[".ptx"], case.width)
+    if case.cut and found["ptx"]:
+        cut = case.cut
+        failures += gpu_faults.descriptor_faults(text[".ptx"], cut.tokens, cut.step)
         failures += gpu_faults.machine_faults(text[".sass_ctrl"])
     if found["shared"] > chip.shared_block:
         failures.append(f"{found['shared']} bytes of shared memory are too many")
@@ -219,8 +220,8 @@ def backend_case(
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
     o, i = packed.shape
     x, name = struct(n, i, dtype=dtype), f"{size} {o}x{i} n={n} {kind}"
-    width = backend.tiling(n, backend.shape(jax.tree.unflatten(tree, leaves))).width
-    return Case(backend.NAME, name, run, (x, *leaves), ptx, sass, width)
+    cut = backend.tiling(n, backend.shape(jax.tree.unflatten(tree, leaves)))
+    return Case(backend.NAME, name, run, (x, *leaves), ptx, sass, cut)
 
 
 def weight(
@@ -271,6 +272,11 @@ def cases(chip: str) -> list[Case]:
         sparse("2:4", flat(1000, 388, bf16), 65, bf16),
         sparse("FlexHiNM v=64", mixed(8192, 8192, 64, bf16), 1, bf16),
         sparse("FlexHiNM v=64", mixed(1536, 384, 64, f16), 65, f16),
+        sparse("2:4", flat(8192, 8192, bf16), 256, bf16, plain=True),
+        sparse("HiNM v=128", half(8192, 8192, 128, bf16), 256, bf16),
+        sparse("FlexHiNM v=64", mixed(8192, 8192, 64, bf16), 128, bf16),
+        sparse("2:4", flat(8192, 8192, bf16), 128, bf16),
+        sparse("FlexHiNM v=128", mixed(8192, 8192, 128, bf16), 256, bf16),
         sparse("FlexHiNM v=128", mixed(8192, 8192, 128, bf16), 1024, bf16),
         sparse("HiNM v=128", half(8192, 8192, 128, f16), 8, f16),
         sparse("FlexHiNM v=32", mixed(4096, 4096, 32, f16), 16, f16),

@@ -186,12 +186,13 @@ OPERANDS = re.compile(
 )
 
 
-def descriptor_faults(ptx: str, width: int) -> list[str]:
+def descriptor_faults(ptx: str, width: int, stored: int = 64) -> list[str]:
     """Elements that a product reads elsewhere than where they were written.
 
     Args:
-      ptx: of a kernel, four products to a step.
+      ptx: of a kernel.
       width: tokens of a block.
+      stored: columns of a step, 16 of them to a product.
 
     Returns:
       Sentences, none if every element of both operands is read where it is, with the
@@ -204,30 +205,33 @@ def descriptor_faults(ptx: str, width: int) -> list[str]:
         )
     }
     products = [match.groups() for match in OPERANDS.finditer(ptx)]
-    if not products or len(products) % 4:
-        return [f"{len(products)} sparse products, four are one step"]
+    count = stored // 16
+    if not products or len(products) % count:
+        return [f"{len(products)} sparse products, {count} are one step"]
     faults = []
-    for first in range(0, len(products), 4):  # more where a loop was unrolled
-        faults += _step_faults(products[first : first + 4], constant, width)
+    for first in range(0, len(products), count):  # more where a loop was unrolled
+        faults += _step_faults(products[first : first + count], constant, width)
     return faults[:FAULTS]
 
 
 def _step_faults(
     products: list[tuple[str, ...]], constant: dict[str, int], width: int
 ) -> list[str]:
-    """The faults of one step, of four products."""
+    """The faults of one step."""
     faults = []
     words = [word for *_, word, _, _, _ in products]
-    if words[0] != words[1] or words[2] != words[3] or words[0] == words[2]:
+    if words[::2] != words[1::2] or len(set(words)) != len(words) // 2:
         faults.append(f"metadata {words}: one register for two products")
-    if (selectors := [int(p[4]) for p in products]) != [0, 1, 0, 1]:
-        faults.append(f"selectors {selectors} instead of 0, 1, 0, 1")
+    wanted = [k % 2 for k in range(len(products))]
+    if (selectors := [int(p[4]) for p in products]) != wanted:
+        faults.append(f"selectors {selectors} instead of {wanted}")
     n, (a, b) = int(products[0][0]), zip(*((p[1], p[2]) for p in products), strict=True)
     if missing := [name for name in (*a, *b) if name not in constant]:
         return [*faults, f"{missing[0]} is no descriptor"]
     turned = products[0][6] == "1"
     first = (constant[a[0]], constant[b[0]])
-    for k in range(4):
+    columns = 16 * len(products)
+    for k in range(len(products)):
         values = (constant[a[k]], constant[b[k]])
         for name, base, value in zip("AB", first, values, strict=True):
             start, field = 16 * (value - base & 0x3FFF), decoded(base)
@@ -237,9 +241,9 @@ def _step_faults(
                 faults.append(f"{name}: the descriptor has no swizzle or an offset")
                 continue
             faults += list(
-                _stored(field, start, k)
+                _stored(field, start, k, columns)
                 if name == "A"
-                else _activations(field, start, k, n, width, turned)
+                else _activations(field, start, k, n, width, turned, 2 * columns)
             )
     return faults
 
@@ -253,14 +257,21 @@ def decoded(constant: int) -> Descriptor | None:
     return Descriptor(leading, stride, {1: 128, 2: 64, 3: 32}[mode])
 
 
-def _stored(field: Descriptor, start: int, product: int) -> Iterator[str]:
+def _stored(field: Descriptor, start: int, product: int, columns: int) -> Iterator[str]:
     m, k = np.mgrid[:64, :16]
     read = field.fast_k(start, m, k)
-    yield from _differences("A", read, written_at(m, 16 * product + k, 64, 64), product)
+    wrote = written_at(m, 16 * product + k, columns, columns)
+    yield from _differences("A", read, wrote, product)
 
 
 def _activations(
-    field: Descriptor, start: int, product: int, n: int, width: int, turned: bool
+    field: Descriptor,
+    start: int,
+    product: int,
+    n: int,
+    width: int,
+    turned: bool,
+    columns: int,
 ) -> Iterator[str]:
     token, k = np.mgrid[:n, :32]
     if turned:
@@ -268,7 +279,7 @@ def _activations(
         wrote = written_at(32 * product + k, token, width, field.swizzle // 2)
     else:
         read = field.fast_k(start, token, k)
-        wrote = written_at(token, 32 * product + k, 128, 64)
+        wrote = written_at(token, 32 * product + k, columns, 64)
     yield from _differences("B", read, wrote, product)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
@@ -90,41 +91,51 @@ class Form(NamedTuple):
     def name(self) -> str:
         """For rows and folders."""
         c, how = self.cut, self.source.name.lower()
-        groups = f"{c.row_groups}x{c.token_groups}"
-        parts = [how, f"n{c.tokens}", groups, f"splits{c.splits}", f"d{c.depth}"]
+        parts = [how, f"{64 * c.groups}x{c.tokens}", f"splits{c.splits}", f"d{c.depth}"]
         parts += [f"shared{c.sharing}"] if c.sharing > 1 else []
+        parts += ["half"] if c.step == 32 else []
         return "-".join([*parts, f"flight{c.in_flight}", self.dtype])
 
 
 def forms() -> list[Form]:
     """Every form of the kernel, each with nothing and with one product in flight."""
-    plain, listed = Source.PLAIN, Source.LISTED
-    held = hopper.Tiling(tokens=8, held=True)
+    plain, listed, stream = Source.PLAIN, Source.LISTED, Source.STREAM
     if not HAS_GPU:
         return [
             Form(plain, hopper.Tiling(tokens=8), "bfloat16"),
-            Form(listed, hopper.Tiling(1, 1, 16), "float16"),
-            Form(Source.HELD, held, "bfloat16"),
+            Form(listed, hopper.Tiling(1, 16), "float16"),
+            Form(Source.HELD, hopper.Tiling(tokens=8, held=True), "bfloat16"),
         ]
-    pairs = [(rows, 1, t) for t in (8, 16, 32, 64, 128) for rows in (1, 2)]
-    pairs += [(1, 2, 32), (1, 2, 64)]
+    pairs = [(groups, t, 64) for t in (8, 16, 32, 64, 128) for groups in (1, 2)]
+    pairs += [(1, 128, 32), (2, 256, 32)]
     made = []
-    for number, (rows, groups, tokens) in enumerate(pairs):
-        sources = [Source.STREAM] + [listed] * (tokens > 8)
-        sources += [plain] * (tokens <= 32 and groups == 1)
+    for number, (groups, tokens, step) in enumerate(pairs):
+        sources = [stream] + [listed] * (tokens > 8)
+        sources += [plain] * (tokens <= 32)
         sources += [Source.HELD] * (tokens <= 16)
         for source in sources:
             threads = source in (plain, Source.HELD)
             for flight in (0,) if threads else (0, 1):
-                splits = (1, 3)[(number + threads) % 2]
-                depth = 4 if tokens * groups == 128 or flight else 5
-                cut = hopper.Tiling(rows, groups, tokens, splits, depth, flight)
+                several = tokens <= hopper.MOST_SPLIT and (number + threads) % 2
+                splits = 3 if several else 1
+                depth = 4 if tokens >= 128 or flight else 5
+                cut = hopper.Tiling(groups, tokens, splits, depth, flight, step=step)
                 cut = dataclasses.replace(cut, held=source is Source.HELD)
                 dtype = ("bfloat16", "float16")[len(made) // 2 % 2]
                 made.append(Form(source, cut, dtype))
-    for tokens, splits, sharing in ((64, 2, 2), (64, 1, 4), (128, 1, 2), (128, 2, 4)):
-        cut = hopper.Tiling(2, 1, tokens, splits, sharing=sharing)
-        made.append(Form(Source.STREAM, cut, ("bfloat16", "float16")[sharing // 4]))
+    for source, tokens, splits, sharing, step in (
+        (stream, 64, 2, 2, 64),
+        (stream, 64, 1, 4, 64),
+        (stream, 128, 1, 2, 64),
+        (stream, 128, 2, 4, 64),
+        (stream, 256, 1, 2, 32),
+        (stream, 256, 1, 4, 32),
+        (listed, 64, 1, 2, 64),
+        (listed, 128, 2, 2, 64),
+        (listed, 256, 1, 2, 32),
+    ):
+        cut = hopper.Tiling(2, tokens, splits, sharing=sharing, step=step)
+        made.append(Form(source, cut, ("bfloat16", "float16")[sharing // 4]))
     return made
 
 
@@ -143,9 +154,10 @@ def one_form(form: Form, out: Path, run: Callable[..., Any] = wgmma_sp.matmul) -
     steps = 41 if HAS_GPU else 3
     tiles = 3 if form.source in (Source.LISTED, Source.HELD) else 1
     plain = form.source is Source.PLAIN
-    rows = 64 * form.cut.row_groups * form.cut.sharing
-    rows -= 8 if form.cut.row_groups == 1 else 0
-    tokens = form.cut.width + (3 if HAS_GPU else -3)
+    along_rows = form.cut.sharing if form.source is Source.STREAM else 1
+    rows = 64 * form.cut.groups * along_rows
+    rows -= 8 if form.cut.groups == 1 else 0
+    tokens = form.cut.tokens + (3 if HAS_GPU else -3)
     sizes = (0, 32 * steps - 2) if plain else (8, 32 * steps - 7)
     case = selfcheck.Case(tiles, rows, *sizes, tokens, form.dtype, form.cut, plain)
     seed = sum(form.name.encode())
@@ -345,8 +357,33 @@ def random_weight(key: jax.Array, size: Size, dtype: Any) -> PackedWeight:
     )
 
 
-def per_product(product: Any, x: jax.Array, weights: list[Any]) -> dict[str, Any]:
-    """Microseconds of one product, weights in turn: wall time, and kernels alone."""
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """While it is open no other process of the run measures or tunes."""
+    with (out / "gpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def per_product(
+    product: Any,
+    x: jax.Array,
+    weights: list[Any],
+    out: Path,
+    *,
+    tunes: bool = False,
+    kernels: bool = True,
+) -> dict[str, Any]:
+    """Microseconds of one product, weights in turn: wall time, and kernels alone.
+
+    Args:
+      product: of x and one weight.
+      x: activations.
+      weights: in turn.
+      out: folder of the run.
+      tunes: compiling it measures on the GPU, as XLA does for dense products.
+      kernels: time the kernels of the first weight, too; it is compiled once more.
+    """
     call = jax.jit(product)
 
     @jax.jit
@@ -357,22 +394,24 @@ def per_product(product: Any, x: jax.Array, weights: list[Any]) -> dict[str, Any
             x = x.at[0, 0].add(jnp.zeros((), x.dtype) * y[0, 0].astype(x.dtype))
         return x
 
-    jax.block_until_ready(chain(x, weights))
-    taken = []
-    for _ in range(10):
-        start = time.perf_counter()
-        jax.block_until_ready(chain(x, weights))
-        taken.append((time.perf_counter() - start) / len(weights))
-    return {
-        "wall": 1e6 * statistics.median(taken),
-        "kernels": kernel_time(call, x, weights[0]),
-    }
+    with alone(out) if tunes else contextlib.nullcontext():
+        chained = chain.lower(x, weights).compile()
+        single = call.lower(x, weights[0]).compile() if kernels and HAS_GPU else None
+    with alone(out):
+        jax.block_until_ready(chained(x, weights))
+        taken = []
+        for _ in range(10):
+            start = time.perf_counter()
+            jax.block_until_ready(chained(x, weights))
+            taken.append((time.perf_counter() - start) / len(weights))
+        return {
+            "wall": 1e6 * statistics.median(taken),
+            "kernels": single and kernel_time(single, x, weights[0]),
+        }
 
 
 def kernel_time(call: Any, x: jax.Array, weight: Any) -> float | None:
     """Microseconds of the kernels of one product by CUPTI, or None without it."""
-    if not HAS_GPU:
-        return None
     try:
         from jax.experimental.mosaic.gpu import profiler
 
@@ -385,19 +424,39 @@ def kernel_time(call: Any, x: jax.Array, weight: Any) -> float | None:
 
 
 def programs(n: int) -> dict[str, Any]:
-    """Name -> (prepares one weight, runs a product); the kernel on a GPU alone."""
+    """Name -> (prepares one weight, runs a product); the kernel on a GPU alone.
+
+    What writes the matrix out takes as long for any number of tokens, so one is enough.
+    """
     half, kernel = jnp.bfloat16, wgmma_sp.KERNEL
     expanded = functools.partial(dense.multiply_expanded, dtype=half, transposed=False)
-    made: dict[str, Any] = {"expanded": (lambda w: w, expanded)}
+    made: dict[str, Any] = {}
     if HAS_GPU and HAS_MOSAIC:
         made["wgmma_sp"] = (laid_out, lambda x, w: kernel.run(x, w, half))
+    if n == 1024 or not HAS_GPU:
+        made["expanded"] = (lambda w: w, expanded)
     return made
+
+
+def predicted(size: Size, n: int, name: str) -> float:
+    """Microseconds of a product by `gpu.cost`."""
+    product = size.product(n)
+    if name == "expanded":
+        return 1e6 * cost.expanded(product)
+    shape = wgmma_sp.Shape(
+        size.tiles,
+        -(-size.rows // 64),
+        -(-product.stored // 64),
+        size.inputs,
+        plain=size.plain,
+    )
+    return 1e6 * min(wgmma_sp.cuts(n, shape))[0]
 
 
 def times(shard: int, shards: int, out: Path) -> Iterator[Row]:
     """Every size and number of tokens; an error is a row, the others go on."""
     make = jax.jit(random_weight, static_argnums=(1, 2))
-    for size, tokens in timed_sizes():
+    for size, tokens in timed_sizes()[shard::shards]:
         keys = jax.random.split(jax.random.key(0), COPIES)
         o, i = size.outputs, size.inputs
         draw = jax.jit(
@@ -407,19 +466,23 @@ def times(shard: int, shards: int, out: Path) -> Iterator[Row]:
         packed = [make(key, size, jnp.bfloat16) for key in keys]
         for n in tokens:
             x = jax.random.normal(keys[0], (n, i), jnp.bfloat16)
-            base = per_product(lambda x, w: x @ w.T, x, matrices)
+            base = per_product(lambda x, w: x @ w.T, x, matrices, out, tunes=True)
             for name, (ready, product) in programs(n).items():
                 what = f"{size.name}, {n} tokens, {name}"
                 data = where() | {"dense": base}
+                tunes = name == "expanded"
                 try:
                     weights = [ready(w) for w in packed]
-                    taken = per_product(product, x, weights)
+                    taken = per_product(product, x, weights, out, tunes=tunes)
                 except Exception as error:
                     data["error"] = f"{type(error).__name__}: {error}"[:500]
                     yield Row(gpu.TIMES, what, None, base["wall"], data=data)
                     continue
                 floor = 1e6 * cost.floor(size.product(n))
-                more = {"share of the limit": floor / taken["wall"]}
+                more = {
+                    "share of the limit": floor / taken["wall"],
+                    "predicted": predicted(size, n, name),
+                }
                 if taken["kernels"]:
                     more["kernels alone"] = taken["kernels"]
                 yield Row(
@@ -496,17 +559,18 @@ def block(shard: int, shards: int, out: Path) -> Iterator[Row]:
         "HiNM 50 %": functools.partial(hinm, v=v),
         "FlexHiNM 75 %": functools.partial(flexhinm, v=v),
     }
-    for name, sized in sizes.items():
+    for name, sized in list(sizes.items())[shard::shards]:
         kinds[name] = [packed_block(key, [sized(*s) for s in shapes]) for key in keys]
     for n in (1, 16, 1024) if HAS_GPU else (4,):
         x = jax.random.normal(keys[0], (n, d), jnp.bfloat16)
         plain = functools.partial(decoder_block, multiply=jnp.matmul)
-        base = per_product(plain, x, matrices)["wall"]
+        how = {"out": out, "kernels": False}
+        base = per_product(plain, x, matrices, tunes=True, **how)["wall"]
         for name, weights in kinds.items():
             what, data, taken = f"{name}, {n} tokens", where(), None
             try:
                 packed = functools.partial(decoder_block, multiply=fh.sparse_dot)
-                taken = per_product(packed, x, weights)["wall"]
+                taken = per_product(packed, x, weights, tunes=n > 16, **how)["wall"]
             except Exception as error:
                 data["error"] = f"{type(error).__name__}: {error}"[:500]
             yield Row(gpu.BLOCK, what, taken, base, data=data)

@@ -124,9 +124,10 @@ def sparse(sizes: Sizes, block: Block, steps: int, blocks: int) -> float:
       blocks: blocks of 64 rows of all tiles.
     """
     n, source, cut = sizes.n, block.source, block.cut
-    rows, width = ROWS * cut.row_groups, cut.width
-    columns = -(-n // width)
-    grid = blocks // cut.row_groups * columns
+    rows, width = ROWS * cut.groups, cut.tokens
+    weight_sharing = cut.sharing if source is Source.LISTED else 1
+    columns = -(-n // (width * weight_sharing)) * weight_sharing
+    grid = blocks // cut.groups * columns
     values, x = rows * (2 * STEP + 16), 2 * STEP * width * 2
     listed = 512 if source in (Source.LISTED, Source.HELD) else 0
     memory = blocks * ROWS * steps * (2 * STEP + 16) + 2 * n * (sizes.i + sizes.o)
@@ -135,12 +136,11 @@ def sparse(sizes: Sizes, block: Block, steps: int, blocks: int) -> float:
         source, x
     )
     once = 2 * n * sizes.i if source is Source.HELD else 0
-    cache = grid * (
-        steps * (values + fetched / cut.sharing + listed) + cut.splits * once
-    )
-    operands = 4 * cut.groups * (64 * cut.tokens + 2048)
+    together = values / weight_sharing + fetched * weight_sharing / cut.sharing
+    cache = grid * (steps * (together + listed) + cut.splits * once)
+    operands = 4 * cut.groups * (64 * width + 2048)
     shared = grid * (steps * (values + x + listed + operands) + cut.splits * once)
-    tensor = grid * steps * cut.groups * 4 * cut.tokens / 2 / (CORES * CLOCK)
+    tensor = grid * steps * cut.groups * 4 * width / 2 / (CORES * CLOCK)
     bound = max(memory / MEMORY, cache / CACHE, shared / SHARED, tensor)
     cluster = cut.splits * cut.sharing
     waves = grid * cut.splits / (CORES * block.resident // cluster * cluster)
@@ -152,4 +152,4 @@ def sparse(sizes: Sizes, block: Block, steps: int, blocks: int) -> float:
 
 def exchanged_bytes(sizes: Sizes, cut: Tiling) -> int:
     """Bytes of sums that blocks read from the others of their cluster."""
-    return 4 * (cut.splits - 1) * sizes.o * (-(-sizes.n // cut.width) * cut.width)
+    return 4 * (cut.splits - 1) * sizes.o * (-(-sizes.n // cut.tokens) * cut.tokens)

@@ -1,13 +1,15 @@
 """The sparse tensor-core kernel of Hopper: one pipeline for every 2:4 stream.
 
 A block owns 64 or 128 rows of a tile and some tokens, and walks over the stored columns
-in steps of 64. The tensor memory engine brings values and metadata; how activations
-come is a `Source`. Products are `wgmma.mma_async.sp`, each awaited before the metadata
-of the next one are loaded: the instruction reads them from registers while it is in
-flight. Few tokens leave most of the chip idle, so their columns are split over the
-blocks of a cluster; the first of them reads the sums of the others from their shared
-memory and adds them in a fixed order: no atomics, results are reproducible. Every row
-goes to its original place in y [n, o], so no other program follows.
+in steps of 64 or 32. The tensor memory engine brings values and metadata; how
+activations come is a `Source`. Products are `wgmma.mma_async.sp`, each awaited before
+the metadata of the next one are loaded: the instruction reads them from registers while
+it is in flight. Warpgroups wait for each other only where their threads write tiles of
+x; else each gives a slot back when its own product has ended, so one multiplies while
+the other one waits. Few tokens leave most of the chip idle, so their columns are split
+over the blocks of a cluster; the first of them reads the sums of the others from their
+shared memory and adds them in a fixed order: no atomics, results are reproducible.
+Every row goes to its original place in y [n, o], so no other program follows.
 """
 
 import dataclasses
@@ -24,6 +26,10 @@ from flexhinm_jax.gpu.layouts import ROWS, STEP
 MOST_BLOCKS = 8
 """Blocks of a cluster that every Hopper GPU can place."""
 
+MOST_SPLIT = 128
+"""Tokens of a block up to which sums of another one fit the registers beside its own.
+"""
+
 
 class Source(enum.Enum):
     """How the activations of a step come into shared memory."""
@@ -39,64 +45,59 @@ class Tiling:
     """How a product is cut into blocks.
 
     Attributes:
-      row_groups: warpgroups along the rows, 64 rows each; 1 or 2.
-      token_groups: warpgroups along the tokens; 1 or 2, not both groups 2.
-      tokens: tokens of one warpgroup; 8, 16, 32, 64 or 128.
-      splits: blocks that share the columns of one tile of the result, one cluster.
+      groups: warpgroups of a block, 64 rows each; 1 or 2.
+      tokens: tokens of a block; 8, 16, 32, 64, 128 or 256.
+      splits: blocks that share the columns of one tile of the result, one cluster; 1
+        for more than `MOST_SPLIT` tokens.
       depth: pipeline slots, at least 4: one is in use, `in_flight` are still read, the
         others are fetched ahead.
       in_flight: products that may run while the metadata of the next one are loaded: 0,
         or 1 to try on a GPU. The registers of their metadata may be written again by
         then; whether an instruction has read them when it begins is not documented.
       held: x lies in shared memory, if tiles read it by an index (`Source.HELD`).
-      sharing: blocks along the rows, of one cluster, that fetch tiles of x together,
-        a part each for all of them (`Source.STREAM`).
+      sharing: blocks of one cluster that fetch together, a part each for all of them:
+        along the rows tiles of x (`Source.STREAM`), along the tokens values and
+        metadata (`Source.LISTED`).
+      step: stored columns of a slot, 64, or 32 where a slot of many tokens is large.
     """
 
-    row_groups: int = 1
-    token_groups: int = 1
+    groups: int = 1
     tokens: int = 64
     splits: int = 1
     depth: int = 4
     in_flight: int = 0
     held: bool = False
     sharing: int = 1
+    step: int = STEP
 
     def __post_init__(self) -> None:
         """Checks the numbers against each other."""
-        if self.tokens not in (8, 16, 32, 64, 128):
-            raise ValueError(f"tokens={self.tokens} must be 8, 16, 32, 64 or 128")
-        if self.row_groups * self.token_groups not in (1, 2):
-            raise ValueError(
-                f"{self.row_groups} x {self.token_groups} warpgroups; 1 or 2 in all"
-            )
-        if self.depth < 4 or not 1 <= self.splits <= MOST_BLOCKS:
-            raise ValueError(
-                f"depth={self.depth} must be >= 4, splits={self.splits} "
-                f"between 1 and {MOST_BLOCKS}"
-            )
+        for name, values in {
+            "groups": (1, 2),
+            "tokens": (8, 16, 32, 64, 128, 256),
+            "in_flight": (0, 1),
+            "sharing": (1, 2, 4),
+            "step": (32, 64),
+        }.items():
+            if getattr(self, name) not in values:
+                among = ", ".join(map(str, values))
+                raise ValueError(f"{name}={getattr(self, name)} must be among {among}")
         cluster = self.splits * self.sharing
-        if (
-            self.sharing not in (1, 2, 4)
-            or cluster > MOST_BLOCKS
-            or (self.sharing > 1 and (self.in_flight or self.width < 8 * self.sharing))
-        ):
+        if self.depth < 4 or self.splits < 1 or cluster > MOST_BLOCKS:
             raise ValueError(
-                f"sharing={self.sharing} must be 1, 2 or 4, with splits {cluster} <= "
-                f"{MOST_BLOCKS} blocks, nothing in flight and 8 tokens for each block"
+                f"depth={self.depth} must be >= 4, splits={self.splits} x "
+                f"sharing={self.sharing} between 1 and {MOST_BLOCKS} blocks"
             )
-        if self.in_flight not in (0, 1):
-            raise ValueError(f"in_flight={self.in_flight} must be 0 or 1")
-
-    @property
-    def groups(self) -> int:
-        """Warpgroups of a block."""
-        return self.row_groups * self.token_groups
-
-    @property
-    def width(self) -> int:
-        """Tokens of a block."""
-        return self.tokens * self.token_groups
+        if self.tokens < 8 * self.sharing or (self.step < STEP and self.tokens < 64):
+            raise ValueError(
+                f"tokens={self.tokens} are too few: 8 for each of "
+                f"sharing={self.sharing} blocks, 64 for step={self.step}"
+            )
+        if self.splits > 1 and self.tokens > MOST_SPLIT:
+            raise ValueError(
+                f"splits={self.splits} must be 1 for tokens={self.tokens}: a thread "
+                f"has registers for sums of two blocks of up to {MOST_SPLIT} tokens"
+            )
 
     @property
     def ahead(self) -> int:
@@ -104,12 +105,9 @@ class Tiling:
         return self.depth - 1 - self.in_flight
 
     @property
-    def shared_bytes(self) -> int:
-        """Shared memory of the pipeline, without index lists and barriers."""
-        values = self.row_groups * ROWS * STEP * 2
-        return self.depth * (
-            values + self.row_groups * 1024 + 2 * STEP * self.width * 2
-        )
+    def slot_bytes(self) -> int:
+        """Shared memory of a slot, without index lists and barriers."""
+        return self.step * (self.groups * (2 * ROWS + 16) + 4 * self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +120,7 @@ class Launch:
       tiles: row tiles.
       rows: rows of a tile that one copy brings.
       blocks: blocks per tile.
-      steps: steps of 64 stored columns.
+      steps: steps of a tile.
       x: shape of the activations as the kernel reads them.
       dtype: of values and activations.
     """
@@ -148,7 +146,7 @@ class Launch:
 
     @property
     def sharing(self) -> int:
-        """Blocks that fetch x together; the interpreter knows no such copies."""
+        """Blocks that fetch together; the interpreter knows no such copies."""
         return 1 if support.interpreting() else self.tiling.sharing
 
     @property
@@ -160,6 +158,11 @@ class Launch:
     def turned(self) -> bool:
         """Whether a tile of x has its tokens in memory order."""
         return self.source is Source.LISTED
+
+    @property
+    def frees(self) -> bool:
+        """Whether slots are given back: threads of the block do not meet, or others."""
+        return self.source is Source.STREAM or self.sharing > 1
 
 
 def product(
@@ -188,23 +191,25 @@ def product(
       index: i32[t, s, 128], input of each logical column, negative for none, or None.
     """
     t, rows, _ = values.shape
-    blocks, steps = meta.shape[1:3]
+    blocks, step = meta.shape[1], tiling.step
+    meta = meta.reshape(t, blocks, -1, 4 * step)
     n, interpreted = x.shape[0], support.interpreting()
-    whole = n + -n % tiling.width
+    together = tiling.tokens * (tiling.sharing if source is Source.LISTED else 1)
+    whole = n + -n % together
     # The interpreter knows tiles alone, and no shared memory of another block.
     written = whole if interpreted else n
     if source in (Source.STREAM, Source.LISTED) or interpreted:
-        x = support.pad_rows(x, tiling.width)
+        x = support.pad_rows(x, together)
     if source is Source.PLAIN and interpreted:
-        x = jnp.pad(x, ((0, 0), (0, 2 * STEP * steps - x.shape[1])))
+        x = jnp.pad(x, ((0, 0), (0, 2 * values.shape[2] - x.shape[1])))
     x = x.T if source is Source.LISTED else x
     launch = Launch(
         tiling=tiling,
         source=source,
         tiles=t,
-        rows=min(rows, tiling.row_groups * ROWS),
-        blocks=blocks // tiling.row_groups,
-        steps=steps,
+        rows=min(rows, tiling.groups * ROWS),
+        blocks=blocks // tiling.groups,
+        steps=meta.shape[2],
         x=x.shape,
         dtype=values.dtype,
     )
@@ -212,7 +217,7 @@ def product(
     kind = jnp.dtype(jnp.float32) if parts else jnp.dtype(dtype)
     result = jax.ShapeDtypeStruct((*parts, written, out), kind)
     order = order.reshape(t, blocks, ROWS)
-    lists = () if index is None else (index,)
+    lists = () if index is None else (index.reshape(t, -1, 2 * step),)
     y = _kernel(launch, result)(values, meta, x, order, *lists)
     y = jnp.sum(y, axis=0, dtype=jnp.float32).astype(dtype) if parts else y
     return y[:n]
@@ -221,19 +226,21 @@ def product(
 def _kernel(launch: Launch, result: jax.ShapeDtypeStruct) -> Any:
     """The Pallas kernel for static sizes."""
     plgpu, tiling = support.mosaic(), launch.tiling
-    instructions = _instructions(launch)
     together = result.ndim == 2  # the interpreter sums outside
 
     def body(*references: Any, **scratch: Any) -> None:
-        block = _Block(launch, instructions, references, scratch)
+        block = _Block(launch, references, scratch)
         block.start()
         acc = block.multiply()
         block.store(block.combine(acc) if together else acc)
 
     sharing = launch.sharing
-    columns = -(-result.shape[-2] // tiling.width)
-    rows = launch.tiles * launch.blocks // sharing
-    grid: dict[str, int] = {"row": rows, "token": columns}
+    grid = {
+        "row": launch.tiles * launch.blocks,
+        "token": -(-result.shape[-2] // tiling.tokens),
+    }
+    along = "token" if launch.source is Source.LISTED else "row"
+    grid[along] = -(-grid[along] // sharing)
     cluster = {"peer": sharing, "split": launch.splits}
     if not together or sharing * launch.splits == 1:
         grid, cluster = grid | {"split": launch.splits}, {}
@@ -253,146 +260,41 @@ def _kernel(launch: Launch, result: jax.ShapeDtypeStruct) -> Any:
 
 def _transforms(launch: Launch) -> tuple[Any, Any]:
     """How tiles of values and of activations lie in shared memory."""
-    across = launch.tiling.tokens if launch.turned else STEP
-    dtype = launch.dtype
-    return support.swizzled(STEP, dtype), support.swizzled(across, dtype)
+    tiling = launch.tiling
+    across = tiling.tokens if launch.turned else 2 * tiling.step
+    of_values = support.swizzled(tiling.step, launch.dtype)
+    return of_values, support.swizzled(across, launch.dtype)
 
 
 def _scratch(launch: Launch) -> dict[str, Any]:
     """Slots of values a_s, metadata m_s and activations x_s, and their barriers."""
     plgpu, tiling, source = support.mosaic(), launch.tiling, launch.source
-    depth, indices = tiling.depth, (2 * STEP,)
+    depth, groups, columns = tiling.depth, tiling.groups, 2 * tiling.step
     of_values, of_x = _transforms(launch)
-    x_shape = (2 * STEP, tiling.width) if launch.turned else (tiling.width, 2 * STEP)
-    values = (depth, tiling.row_groups * ROWS, STEP)
+    x_shape = (columns, tiling.tokens) if launch.turned else (tiling.tokens, columns)
+    values = (depth, groups * ROWS, tiling.step)
     copies = 2 if launch.by_threads else 3
     scratch = {
         "a_s": plgpu.SMEM(values, launch.dtype, transforms=of_values),
-        "m_s": plgpu.SMEM((depth, tiling.row_groups, 256), jnp.int32),
+        "m_s": plgpu.SMEM((depth, groups, 4 * tiling.step), jnp.int32),
         "x_s": plgpu.SMEM((depth, *x_shape), launch.dtype, transforms=of_x),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=depth),
-        "sync": plgpu.Barrier(num_arrivals=tiling.groups),
+        "sync": plgpu.Barrier(num_arrivals=groups),
     }
-    if launch.sharing > 1:
-        scratch["free"] = plgpu.ClusterBarrier(
-            collective_axes=("peer",), num_arrivals=tiling.groups, num_barriers=depth
+    if launch.frees:
+        counts = {"num_arrivals": groups, "num_barriers": depth}
+        scratch["free"] = (
+            plgpu.ClusterBarrier(collective_axes=("peer",), **counts)
+            if launch.sharing > 1
+            else plgpu.Barrier(**counts)
         )
     if source is Source.LISTED:
-        scratch["i_s"] = plgpu.SMEM((launch.per, *indices), jnp.int32)
+        scratch["i_s"] = plgpu.SMEM((launch.per, columns), jnp.int32)
         scratch["ready"] = plgpu.Barrier(num_arrivals=1)
     if source is Source.HELD:
-        scratch["i_s"] = plgpu.SMEM((depth, *indices), jnp.int32)
+        scratch["i_s"] = plgpu.SMEM((depth, columns), jnp.int32)
         scratch["h_s"] = plgpu.SMEM(launch.x, launch.dtype)
     return scratch
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instructions:
-    """What `ptx` has no Pallas words for; in the interpreter, what it means.
-
-    Attributes:
-      words: layout of the metadata in registers.
-      acc: layout of an accumulator.
-      fence: orders the registers of a fresh accumulator.
-      multiply: (accumulator, metadata, values, activations) -> accumulator.
-      drain: waits for every product.
-      gather: starts the copies of one step of rows of x^T.
-      copy: starts the copies of one step of columns of x.
-      hold: starts some of the copies of all of x.
-      take: columns of x that is held into the tile of a step.
-      commit: closes the group of copies.
-      arrive: waits for the copies of the step in use.
-      drained: waits for all copies.
-      combine: adds the sums of the other blocks of a cluster to those of the first.
-      meet: waits for all blocks of the cluster.
-      scatter: stores an accumulator to rows of the result.
-    """
-
-    words: Any
-    acc: Any
-    fence: Any
-    multiply: Any
-    drain: Any
-    gather: Any
-    copy: Any
-    hold: Any
-    take: Any
-    commit: Any
-    arrive: Any
-    drained: Any
-    combine: Any
-    meet: Any
-    scatter: Any
-
-
-def _instructions(launch: Launch) -> _Instructions:
-    plgpu, tiling = support.mosaic(), launch.tiling
-    wgmma, ref = plgpu.Layout.WGMMA, plgpu.RefType
-    words = plgpu.Layout.WG_STRIDED((256,), vec_size=1)
-    of_values, of_x = _transforms(launch)
-    held = plgpu.ShapeDtypeStruct((ROWS, tiling.tokens), jnp.float32, layout=wgmma)
-    interpreted = support.interpreting()
-
-    def inline(function: Any, arguments: Any, meaning: Any, returns: Any = None) -> Any:
-        if interpreted:
-            return meaning
-        return plgpu.inline_mgpu(arg_types=arguments, return_type=returns)(function)
-
-    def same(acc: Array) -> Array:
-        return acc
-
-    def nothing() -> None:
-        return None
-
-    def meaning(acc: Array, words: Array, a: Any, x: Any) -> Array:
-        read = x[...] if launch.turned else x[...].T
-        return ptx.sparse_product_meaning(acc, words, a[...], read)
-
-    groups = tiling.groups
-    multiply = ptx.sparse_product(tiling.in_flight, turned=not launch.turned)
-    scalar = plgpu.Layout.WG_SPLAT
-    return _Instructions(
-        words=words,
-        acc=wgmma,
-        fence=inline(ptx.fence, (wgmma,), same, held),
-        multiply=inline(
-            multiply, (wgmma, words, ref(of_values), ref(of_x)), meaning, held
-        ),
-        drain=inline(ptx.drain, (wgmma,), same, held),
-        gather=inline(
-            ptx.gather_rows(groups),
-            (ref(), ref(), scalar, ref(of_x)),
-            ptx.gather_rows_meaning(groups),
-        ),
-        copy=inline(
-            ptx.copy_columns(groups),
-            (ref(), scalar, scalar, ref(of_x)),
-            ptx.copy_columns_meaning,
-        ),
-        hold=inline(
-            ptx.hold_chunks(groups), (ref(), scalar, ref()), ptx.hold_chunks_meaning
-        ),
-        take=inline(
-            ptx.take_columns(groups),
-            (ref(), ref(), ref(of_x)),
-            ptx.take_columns_meaning,
-        ),
-        commit=inline(ptx.commit_copies, (), nothing),
-        arrive=inline(ptx.await_copies(tiling.ahead - 1), (), nothing),
-        drained=inline(ptx.await_copies(0), (), nothing),
-        combine=inline(
-            ptx.combine(launch.splits),
-            (wgmma, ref(of_values), scalar, scalar),
-            None,
-            held,
-        ),
-        meet=inline(ptx.meet, (), nothing),
-        scatter=inline(
-            ptx.scatter_rows,
-            (wgmma, wgmma.reduce(1), ref(), scalar),
-            ptx.scatter_rows_meaning,
-        ),
-    )
 
 
 class _Block:
@@ -400,32 +302,35 @@ class _Block:
 
     Args:
       launch: static numbers.
-      do: the instructions.
       references: values, metadata, x, order, the index list if there is one, result.
       scratch: `_scratch`.
     """
 
     def __init__(
-        self,
-        launch: Launch,
-        do: _Instructions,
-        references: tuple[Any, ...],
-        scratch: dict[str, Any],
+        self, launch: Launch, references: tuple[Any, ...], scratch: dict[str, Any]
     ) -> None:
-        self.launch, self.tiling, self.do = launch, launch.tiling, do
-        self.v_g, self.m_g, self.x_g, self.o_g, *rest = references
-        self.y_g, self.lists = rest[-1], rest[:-1]
-        self.scratch = scratch
-        self.group = lax.axis_index("group")
+        self.launch, self.tiling, self.scratch = launch, launch.tiling, scratch
+        self.v_g, self.m_g, self.x_g, self.o_g, *self.lists, self.y_g = references
+        layout = support.mosaic().Layout
+        self.of_values, self.of_x = _transforms(launch)
+        self.words = layout.WG_STRIDED((4 * self.tiling.step,), vec_size=1)
+        self.sums = support.mosaic().ShapeDtypeStruct(
+            (ROWS, self.tiling.tokens), jnp.float32, layout=layout.WGMMA
+        )
+        self.thread = lax.axis_index("group")
+        self.group = self.thread if self.tiling.groups == 2 else 0
         row, token, split = (lax.axis_index(a) for a in ("row", "token", "split"))
-        self.peer = lax.axis_index("peer") if launch.sharing > 1 else jnp.int32(0)
-        row = row * launch.sharing + self.peer
+        self.peer = jnp.int32(0)
+        if launch.sharing > 1:
+            self.peer = lax.axis_index("peer")
+            if launch.source is Source.LISTED:
+                token = token * launch.sharing + self.peer
+            else:
+                row = row * launch.sharing + self.peer
         self.tile, self.block = lax.div(row, launch.blocks), lax.rem(row, launch.blocks)
         self.split, self.first = split, split * launch.per
         self.count = jnp.minimum(launch.per, launch.steps - self.first)
-        self.token = token * self.tiling.width  # first of this block
-        self.row_group = self.group if self.tiling.row_groups == 2 else 0
-        self.token_group = self.group if self.tiling.token_groups == 2 else 0
+        self.token = token * self.tiling.tokens  # first of this block
 
     def start(self) -> None:
         """Fetches the first steps."""
@@ -434,7 +339,7 @@ class _Block:
         plgpu, launch = support.mosaic(), self.launch
         if launch.source is Source.LISTED:
 
-            @pl.when(self.group == 0)
+            @pl.when(self.thread == 0)
             def _indices() -> None:
                 listed = self.lists[0].at[self.tile, pl.ds(self.first, launch.per)]
                 ready = self.scratch["ready"]
@@ -453,14 +358,15 @@ class _Block:
     def _hold(self) -> None:
         """Brings all of x and hands it to every thread."""
         n, i = self.launch.x
-        chunks = -(-n * i // (8 * 128 * self.tiling.groups))
+        pieces = -(-n * i // (ptx.PER_CHUNK * ptx.LANES * self.tiling.groups))
+        hold = ptx.hold_chunks(self.tiling.groups)
 
         def some(k: Any, _: None) -> None:
-            self.do.hold(self.x_g, k, self.scratch["h_s"])
+            hold(self.x_g, k, self.scratch["h_s"])
 
-        lax.fori_loop(0, 1 if support.interpreting() else chunks, some, None)
-        self.do.commit()
-        self.do.drained()
+        lax.fori_loop(0, 1 if support.interpreting() else pieces, some, None)
+        ptx.commit_copies()()
+        ptx.await_copies(0)()
         self._meet()
 
     def _meet(self) -> None:
@@ -478,135 +384,132 @@ class _Block:
         """Has the tensor memory engine fetch step k, if there is one."""
         from jax.experimental import pallas as pl
 
-        @pl.when((k < self.count) & (self.group == 0))
+        @pl.when((k < self.count) & (self.thread == 0))
         def _fetch() -> None:
             self._copy(lax.rem(k, self.tiling.depth), self.first + k)
 
     def _copy(self, slot: Any, at: Any) -> None:
         from jax.experimental import pallas as pl
 
-        copy, tiling = support.mosaic().copy_gmem_to_smem, self.tiling
-        full, rows = self.scratch["full"].at[slot], self.launch.rows
-        copy(
-            self.v_g.at[
-                self.tile, pl.ds(self.block * rows, rows), pl.ds(at * STEP, STEP)
-            ],
-            self.scratch["a_s"].at[slot, pl.ds(0, rows)],
-            full,
-        )
-        down = pl.ds(self.block * tiling.row_groups, tiling.row_groups)
-        copy(self.m_g.at[self.tile, down, at], self.scratch["m_s"].at[slot], full)
-        if self.launch.source is Source.STREAM:
-            columns = pl.ds(at * 2 * STEP, 2 * STEP)
-            tokens = pl.ds(self.token, tiling.width)
-            copy(
-                self.x_g.at[tokens, columns],
-                self.scratch["x_s"].at[slot],
-                full,
-                collective_axes="peer" if self.launch.sharing > 1 else None,
-            )
-        if self.launch.source is Source.HELD:
-            copy(self.lists[0].at[self.tile, at], self.scratch["i_s"].at[slot], full)
+        launch, step, groups = self.launch, self.tiling.step, self.tiling.groups
+        full, rows = self.scratch["full"].at[slot], launch.rows
+
+        def copy(source: Any, name: str, shared: bool = False) -> None:
+            to = self.scratch[name].at[slot]
+            to = to.at[pl.ds(0, rows)] if name == "a_s" else to
+            axes = "peer" if shared and launch.sharing > 1 else None
+            support.mosaic().copy_gmem_to_smem(source, to, full, collective_axes=axes)
+
+        listed = launch.source is Source.LISTED
+        down, across = pl.ds(self.block * rows, rows), pl.ds(at * step, step)
+        copy(self.v_g.at[self.tile, down, across], "a_s", listed)
+        down = pl.ds(self.block * groups, groups)
+        copy(self.m_g.at[self.tile, down, at], "m_s", listed)
+        if launch.source is Source.STREAM:
+            tokens = pl.ds(self.token, self.tiling.tokens)
+            copy(self.x_g.at[tokens, pl.ds(at * 2 * step, 2 * step)], "x_s", True)
+        if launch.source is Source.HELD:
+            copy(self.lists[0].at[self.tile, at], "i_s")
 
     def activations(self, k: Any) -> None:
         """Starts this thread's copies of step k, if there is one."""
         from jax.experimental import pallas as pl
 
+        groups, of_x = self.tiling.groups, self.of_x
+
         @pl.when(k < self.count)
-        def _gather() -> None:
+        def _start() -> None:
             slot = self.scratch["x_s"].at[lax.rem(k, self.tiling.depth)]
             if self.launch.source is Source.LISTED:
-                self.do.gather(self.scratch["i_s"].at[k], self.x_g, self.token, slot)
+                gather, index = ptx.gather_rows(groups, of_x), self.scratch["i_s"].at[k]
+                gather(index, self.x_g, self.token, slot)
             else:
-                column = (self.first + k) * 2 * STEP
-                self.do.copy(self.x_g, self.token, column, slot)
+                column = (self.first + k) * 2 * self.tiling.step
+                ptx.copy_columns(groups, of_x)(self.x_g, self.token, column, slot)
 
-        self.do.commit()
+        ptx.commit_copies()()
 
     def multiply(self) -> Array:
         """All steps: the accumulator of this warpgroup."""
-        plgpu = support.mosaic()
-        zero = jnp.zeros((ROWS, self.tiling.tokens), jnp.float32)
-        acc = self.do.fence(plgpu.layout_cast(zero, self.do.acc))
-        return self.do.drain(lax.fori_loop(0, self.count, self._step, acc))
+        zero = jnp.zeros(self.sums.shape, jnp.float32)
+        acc = support.mosaic().layout_cast(zero, self.sums.layout)
+        acc = lax.fori_loop(0, self.count, self._step, ptx.fence(self.sums)(acc))
+        return ptx.drain(self.sums)(acc)
 
     def _step(self, k: Any, acc: Array) -> Array:
         from jax.experimental import pallas as pl
 
-        plgpu, tiling = support.mosaic(), self.tiling
+        plgpu, launch, tiling = support.mosaic(), self.launch, self.tiling
         slot, full = lax.rem(k, tiling.depth), self.scratch["full"]
-        if self.launch.source is Source.HELD:
+        a, m, x = (self.scratch[name].at[slot] for name in ("a_s", "m_s", "x_s"))
+        if launch.source is Source.HELD:
             plgpu.barrier_wait(full.at[slot])
-            x_s, i_s = self.scratch["x_s"].at[slot], self.scratch["i_s"].at[slot]
-            self.do.take(i_s, self.scratch["h_s"], x_s)
-        elif self.launch.by_threads:
-            self.do.arrive()
-        # Hands what threads wrote to the tensor cores, and the slots that were read to
-        # the copy engine: products up to the one before `in_flight` have ended in both
-        # warpgroups, so the slot filled below is free.
-        self._meet()
-        if self.launch.source is not Source.HELD:
+            take = ptx.take_columns(tiling.groups, self.of_x)
+            take(self.scratch["i_s"].at[slot], self.scratch["h_s"], x)
+        if launch.by_threads:
+            ptx.await_copies(tiling.ahead - 1)()
+        if launch.source is not Source.STREAM:
+            # Hands what threads wrote to the tensor cores, and the slots that were read
+            # to the copy engine: products up to the one before `in_flight` have ended
+            # in both warpgroups, so the slot filled below is free.
+            self._meet()
+        if launch.source is not Source.HELD:
             plgpu.barrier_wait(full.at[slot])
-        words = plgpu.load(
-            self.scratch["m_s"].at[slot, self.row_group], layout=self.do.words
-        )
-        x_s, x = self.scratch["x_s"], self.scratch["x_s"].at[slot]
-        if tiling.token_groups == 2:
-            part = pl.ds(self.token_group * tiling.tokens, tiling.tokens)
-            x = x_s.at[slot, :, part] if self.launch.turned else x_s.at[slot, part]
-        a = self.scratch["a_s"].at[slot, pl.ds(self.row_group * ROWS, ROWS)]
-        acc = self.do.multiply(acc, words, a, x)
-        if self.launch.sharing > 1:
+        words = plgpu.load(m.at[self.group], layout=self.words)
+        how = (self.of_values, self.of_x, tiling.in_flight, not launch.turned)
+        multiply = ptx.sparse_product(self.sums, self.words, *how)
+        acc = multiply(acc, words, a.at[pl.ds(self.group * ROWS, ROWS)], x)
+        if launch.frees:
             self._free(k)
         self.weights(k + tiling.ahead)
-        if self.launch.by_threads:
+        if launch.by_threads:
             self.activations(k + tiling.ahead)
         return acc
 
     def _free(self, k: Any) -> None:
-        """Gives the slot of step k to all that share x, takes the one filled next.
+        """Gives back the slot whose product has ended, takes the one filled next.
 
-        That is the slot of the step before: all of them have ended its product.
+        That is the slot of the step before: all who read it have ended its product.
         """
         from jax.experimental import pallas as pl
 
         plgpu, depth, free = support.mosaic(), self.tiling.depth, self.scratch["free"]
-        plgpu.barrier_arrive(free.at[lax.rem(k, depth)])
-        filled = (k > 0) & (k + self.tiling.ahead < self.count)
+        ended, filled = k - self.tiling.in_flight, k + self.tiling.ahead
 
-        @pl.when(filled & (self.group == 0))
+        @pl.when(ended >= 0)
+        def _give() -> None:
+            plgpu.barrier_arrive(free.at[lax.rem(ended, depth)])
+
+        @pl.when((ended > 0) & (filled < self.count) & (self.thread == 0))
         def _take() -> None:
-            plgpu.barrier_wait(free.at[lax.rem(k + self.tiling.ahead, depth)])
+            plgpu.barrier_wait(free.at[lax.rem(filled, depth)])
 
     def combine(self, acc: Array) -> Array:
         """The sums of the blocks that share a tile, in the first one.
 
-        They lie where the values were, which no product reads any more.
+        They lie where the activations were, which no product reads any more.
         """
         splits = self.launch.splits
         if splits > 1:
             self._meet()
-            first = self.peer * splits
-            return self.do.combine(acc, self.scratch["a_s"], self.split, first)
+            add = ptx.combine(self.sums, self.of_x, splits)
+            return add(acc, self.scratch["x_s"], self.split, self.peer * splits)
         if self.launch.sharing > 1:  # nobody ends while others signal to it
-            self.do.meet()
+            ptx.meet()()
         return acc
 
     def store(self, acc: Array) -> None:
         """Writes the accumulator to the original rows."""
         from jax.experimental import pallas as pl
 
-        plgpu, tiling = support.mosaic(), self.tiling
+        plgpu, layout = support.mosaic(), self.sums.layout
         parts = len(self.y_g.shape) == 3
         alone = parts or self.launch.splits == 1
 
         @pl.when(True if alone else self.split == 0)
         def _store() -> None:
-            places = plgpu.load(
-                self.o_g.at[self.tile, self.block * tiling.row_groups + self.row_group],
-                layout=self.do.acc.reduce(1),
-                optimized=False,
-            )
-            start = self.token + self.token_group * tiling.tokens
+            block = self.block * self.tiling.groups + self.group
+            rows = self.o_g.at[self.tile, block]
+            places = plgpu.load(rows, layout=layout.reduce(1), optimized=False)
             y_g = self.y_g.at[self.split] if parts else self.y_g
-            self.do.scatter(acc, places, y_g, start)
+            ptx.scatter_rows(layout)(acc, places, y_g, self.token)

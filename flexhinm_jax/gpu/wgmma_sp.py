@@ -80,12 +80,12 @@ class Shape(NamedTuple):
     def ready(self, n: int, cut: hopper.Tiling) -> bool:
         """Whether x is the stream as it is: its order, its end, and whole tiles."""
         whole = self.plain and self.inputs == 2 * STEP * self.steps
-        return whole and n % cut.width == 0
+        return whole and n % cut.tokens == 0
 
     def source(self, n: int, cut: hopper.Tiling) -> Source:
         """How activations of n tokens come."""
         if self.plain:
-            streams = self.ready(n, cut) or cut.width > COPIED
+            streams = self.ready(n, cut) or cut.tokens > COPIED
             return Source.STREAM if streams else Source.PLAIN
         if cut.held and self.inputs % 8 == 0:
             return Source.HELD
@@ -158,7 +158,8 @@ def cuts(n: int, sizes: Shape) -> Iterator[tuple[float, int, hopper.Tiling]]:
     number = 0
     for form in _forms(n, sizes):
         fewest = None
-        for splits in range(1, MOST_BLOCKS // form.sharing + 1):
+        most = MOST_BLOCKS // form.sharing if form.tokens <= hopper.MOST_SPLIT else 1
+        for splits in range(1, most + 1):
             cut = dataclasses.replace(form, splits=splits)
             source = sizes.source(n, cut)
             depth, resident = _room(cut, source, steps, 2 * n * inputs)
@@ -182,18 +183,18 @@ def _room(cut: hopper.Tiling, source: Source, steps: int, held: int) -> tuple[in
     Args:
       cut: with the fewest slots.
       source: how activations come.
-      steps: of a tile.
+      steps: of 64 stored columns of a tile.
       held: bytes of x.
     """
     per = -(-steps // cut.splits) if source is Source.LISTED else 0
-    once, slot = per * LIST_BYTES, cut.shared_bytes // cut.depth
+    once, slot = per * LIST_BYTES, cut.slot_bytes
     if source is Source.HELD:
         once, slot = held, slot + LIST_BYTES
-    two = (CHIP // 2 - SPARE - once) // slot
+    one, two = ((room - once) // slot for room in (CHIP, CHIP // 2 - SPARE))
     if two >= cut.depth:
         return min(two, MOST_SLOTS), 2
-    fits = per <= LISTED and cut.depth * slot + once <= CHIP
-    return (cut.depth, 1) if fits else (0, 0)
+    fits = per <= LISTED and one >= cut.depth
+    return (min(one, MOST_SLOTS), 1) if fits else (0, 0)
 
 
 def _forms(n: int, sizes: Shape) -> Iterator[hopper.Tiling]:
@@ -201,18 +202,22 @@ def _forms(n: int, sizes: Shape) -> Iterator[hopper.Tiling]:
     pairs = (1, 2) if sizes.blocks % 2 == 0 else (1,)
     few = next((t for t in (8, 16, 32, 64) if t >= n), 0)
     if few and n <= MOST_HELD and not sizes.plain and sizes.inputs % 8 == 0:
-        yield from (hopper.Tiling(rows, 1, few, held=True) for rows in pairs)
+        yield from (hopper.Tiling(rows, few, held=True) for rows in pairs)
     if few and not sizes.plain and sizes.tiles > 1:
         few = max(few, 16)  # a gather brings 16 bytes, which swizzling needs twice
     if few:
-        yield from (hopper.Tiling(rows, 1, few) for rows in pairs)
+        alone = [hopper.Tiling(rows, few) for rows in pairs]
+    elif 2 in pairs:
+        alone = [hopper.Tiling(2, 128), hopper.Tiling(2, 256, step=STEP // 2)]
     else:
-        few = 128
-        yield hopper.Tiling(2, 1, 128) if 2 in pairs else hopper.Tiling(1, 2, 64)
-    if few >= 64 and sizes.tiles == 1:
+        alone = [hopper.Tiling(1, 128, step=STEP // 2)]
+    for cut in alone:
+        yield cut
         for sharing in (2, 4):
-            if sizes.blocks % (2 * sharing) == 0:
-                yield hopper.Tiling(2, 1, few, sharing=sharing)
+            along_rows = sizes.tiles == 1 and sizes.blocks % (2 * sharing) == 0
+            along_tokens = sizes.tiles > 1 and sharing == 2 and n > cut.tokens
+            if cut.groups == 2 and cut.tokens >= 64 and (along_rows or along_tokens):
+                yield dataclasses.replace(cut, sharing=sharing)
 
 
 def seconds(n: int, packed: PackedWeight) -> float:
@@ -223,31 +228,27 @@ def seconds(n: int, packed: PackedWeight) -> float:
 RING = hopper.Tiling(depth=4)
 """The shallowest pipeline: 40 steps fill each of its slots ten times."""
 
-SHARED = dataclasses.replace(RING, row_groups=2, sharing=2, splits=2)
-HELD = dataclasses.replace(RING, row_groups=2, tokens=8, splits=4, held=True)
+SHARED = hopper.Tiling(2, 64, splits=2, sharing=2)
+HELD = hopper.Tiling(2, 8, splits=4, held=True)
+WIDE = hopper.Tiling(2, 256, step=32)
 
 CASES = (
     Case(1, 72, 0, 100, 70),
     Case(3, 40, 6, 36, 11),
     Case(1, 64, 0, 1312, 5, "float16", dataclasses.replace(RING, tokens=8)),
-    Case(1, 128, 0, 1310, 130, "bfloat16", dataclasses.replace(RING, row_groups=2)),
-    Case(
-        2,
-        64,
-        70,
-        1300,
-        70,
-        "float16",
-        dataclasses.replace(RING, token_groups=2, tokens=32, splits=3),
-    ),
-    Case(2, 128, 6, 1300, 130, "bfloat16", hopper.Tiling(2, 1, 128, 2)),
+    Case(1, 128, 0, 1310, 130, "bfloat16", dataclasses.replace(RING, groups=2)),
+    Case(2, 64, 70, 1300, 70, "float16", hopper.Tiling(1, 32, splits=3)),
+    Case(2, 128, 6, 1300, 130, "bfloat16", hopper.Tiling(2, 128, 2)),
     Case(1, 512, 0, 1302, 70, "bfloat16", SHARED, True),
-    Case(1, 512, 0, 1302, 130, "float16", hopper.Tiling(2, 1, 128, sharing=4), True),
+    Case(1, 512, 0, 1302, 130, "float16", hopper.Tiling(2, 128, sharing=4), True),
     Case(3, 128, 8, 1299, 5, "bfloat16", HELD),
     Case(1, 136, 0, 1302, 3, "bfloat16", dataclasses.replace(RING, tokens=8), True),
-    Case(1, 136, 8, 1299, 3, "float16", dataclasses.replace(HELD, row_groups=1)),
+    Case(1, 136, 8, 1299, 3, "float16", dataclasses.replace(HELD, groups=1)),
+    Case(1, 256, 0, 1302, 300, "bfloat16", dataclasses.replace(WIDE, sharing=2), True),
+    Case(2, 128, 6, 1300, 300, "float16", dataclasses.replace(WIDE, sharing=2)),
+    Case(2, 64, 6, 1300, 300, "bfloat16", hopper.Tiling(1, 128, step=32)),
 )
-"""Ragged sizes; then whole rings and every form of warpgroups, x and clusters."""
+"""Ragged sizes; then whole rings and every form of blocks, x and clusters."""
 
 KERNEL = Kernel(
     NAME,

@@ -3,10 +3,10 @@
 Every warpgroup is one thread of control with 128 lanes. What the hardware does on its
 own is queued and happens later, in an order drawn at random: copies of the tensor
 memory engine, cp.async, and sparse products, which read their metadata and sums from
-the registers as they are by then. Barriers count arrivals and bytes. The blocks of a
-cluster take turns at random, and one may fall behind; the shared memory of one that has
-ended is gone. So a race shows as a wrong result for some seed, a barrier that never
-opens as a `Fault`.
+the registers as they are by then. Barriers count arrivals and bytes. Warpgroups take
+turns at random, and one of them or all of a block may fall behind; the shared memory of
+a block that has ended is gone. So a race shows as a wrong result for some seed, a
+barrier that never opens as a `Fault`.
 
 What only hardware knows stays open: whether an instruction does what the PTX ISA says.
 """
@@ -560,11 +560,12 @@ def run(cluster: list[Machine]) -> None:
     for block in cluster:
         block.warpgroups = [Warpgroup(block, k) for k in range(block.groups)]
     going = {w: w.run() for block in cluster for w in block.warpgroups}
-    slow = random.integers(len(cluster) + 1)  # falls behind the others, if one does
+    late = [block.warpgroups for block in cluster] + [[w] for w in going] + [[]]
+    slow = late[random.integers(len(late))]  # what falls behind the others
     while going:
         ready = [w for w in going if w.until()]
         if ready and random.random() >= cluster[0].haste:
-            fast = [w for w in ready if w.machine.rank != slow]
+            fast = [w for w in ready if w not in slow]
             turn = fast if fast and random.random() < 0.98 else ready
             warpgroup = turn[random.integers(len(turn))]
             warpgroup.until = lambda: True

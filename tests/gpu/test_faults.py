@@ -72,7 +72,7 @@ def listing(a, b, turned, advance, words=(93, 93, 94, 94), selectors=(0, 1, 0, 1
     """PTX of one step with these descriptors, as LLVM writes it."""
     return "".join(
         product(k, a + 2 * k, b + advance[k], words[k], selectors[k], turned)
-        for k in range(4)
+        for k in range(len(advance))
     )
 
 
@@ -85,9 +85,29 @@ GATHERED = dict(
 )
 
 
-@pytest.mark.parametrize("form", [ROWS, GATHERED])
+#: 32 stored columns of 64 bytes, one tile of 64 columns of x.
+HALF = dict(a=2 << 62 | 32 << 32 | 1 << 16, b=A, turned=0, advance=(0, 4))
+
+
+@pytest.mark.parametrize("form", [ROWS, GATHERED, HALF])
 def test_descriptors_that_meet_the_copies_have_no_fault(form):
-    assert gpu_faults.descriptor_faults(listing(**form), 16) == []
+    stored = 16 * len(form["advance"])
+    assert gpu_faults.descriptor_faults(listing(**form), 16, stored) == []
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        (dict(a=1 << 62 | 32 << 32 | 1 << 16), "A, product 0"),
+        (dict(b=A + (64 << 32)), "B, product 0"),
+        (dict(advance=(0, 2)), "B, product 1"),
+        (dict(words=(93, 94)), "metadata"),
+        (dict(selectors=(0, 0)), "selectors"),
+    ],
+)
+def test_descriptors_of_half_a_step_that_lead_elsewhere_are_told(change, fault):
+    faults = gpu_faults.descriptor_faults(listing(**HALF | change), 16, 32)
+    assert any(text.startswith(fault) for text in faults), faults
 
 
 @pytest.mark.parametrize("form", [ROWS, GATHERED])

@@ -136,8 +136,9 @@ SLOW = [
         130,
         jnp.float32,
     ),  # two groups along the rows
-    ((1, 64, 0, 170, 680), 70, jnp.float32),  # two along the tokens
-    ((2, 128, 70, 130, 700), 66, jnp.float32),  # the same, gathered
+    ((1, 64, 0, 170, 680), 70, jnp.float32),  # half steps
+    ((2, 64, 70, 130, 700), 66, jnp.float32),  # the same, gathered
+    ((1, 128, 0, 170, 680), 260, jnp.float32),  # 256 tokens
     ((3, 64, 70, 130, 700), 66, jnp.bfloat16),
     ((2, 96, 0, 40, 200), 17, jnp.float16),  # rows padded to blocks
     ((2, 8, 5, 0, 40), 1, jnp.float32),  # dense columns alone
@@ -154,17 +155,20 @@ def test_every_cut_serves(sizes, n, dtype):
 
 @mosaic
 @pytest.mark.slow
-@pytest.mark.parametrize("groups", [(1, 1), (2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("in_flight", [0, 1])
-@pytest.mark.parametrize("source", hopper.Source)
-def test_a_full_pipeline_has_no_race(groups, source, in_flight):
+@pytest.mark.parametrize(
+    "source, step",
+    [*((source, 64) for source in hopper.Source), (hopper.Source.STREAM, 32)],
+)
+def test_a_full_pipeline_has_no_race(groups, source, step, in_flight):
     """More steps than slots, so every slot is filled again while others are read."""
-    rows, tokens = groups
     plain = source is hopper.Source.PLAIN
-    packed = weight(1, 64 * rows, 0, 224, 896, plain=plain)
+    packed = weight(1, 64 * groups, 0, 224, 896, plain=plain)
     ready = jax.jit(layouts.tiles)(packed)
-    cut = hopper.Tiling(rows, tokens, 16, depth=4, in_flight=in_flight)
-    x = inputs(cut.width, 896, packed.dtype)
+    tokens = 16 if step == 64 else 64
+    cut = hopper.Tiling(groups, tokens, in_flight=in_flight, step=step)
+    x = inputs(tokens, 896, packed.dtype)
     stream, index = x, ready["index"]
     if source is hopper.Source.STREAM:
         stream = layouts.gather(x, index.reshape(-1))
@@ -195,7 +199,10 @@ def test_a_long_product_of_the_self_check_is_right_when_interpreted():
 
 @pytest.mark.parametrize(
     "fault",
-    ["rings", "splits", "half", "token groups", "ragged", "plain", "held", "sharing"],
+    [
+        *("rings", "splits", "half", "ragged", "plain", "held", "wide"),
+        *("x shared", "weights shared", "half steps"),
+    ],
 )
 def test_some_product_of_the_self_check_shows(fault):
     steps = lambda c: (c.dense / 2 + c.groups) / 32  # noqa: E731
@@ -204,9 +211,11 @@ def test_some_product_of_the_self_check_shows(fault):
         "rings": lambda c: steps(c) / cut(c).splits >= 10 * cut(c).depth,
         "splits": lambda c: cut(c).splits == 3,
         "half": lambda c: c.dtype == "float16",
-        "token groups": lambda c: cut(c).token_groups == 2 and c.tokens % 64,
+        "half steps": lambda c: cut(c).step == 32 and cut(c).groups == 1,
+        "wide": lambda c: cut(c).tokens == 256 and c.tokens % 256 > 8,
+        "weights shared": lambda c: cut(c).sharing == 2 and c.tiles > 1,
         "plain": lambda c: c.plain and c.tokens % 8,
-        "sharing": lambda c: cut(c).sharing == 2 and cut(c).splits == 2,
+        "x shared": lambda c: cut(c).sharing == 2 and cut(c).splits == 2 and c.plain,
         "held": lambda c: cut(c).held and cut(c).splits > 2 and c.tiles > 1,
         "ragged": lambda c: c.rows % 64 and c.tokens % 8,
     }[fault]
@@ -247,14 +256,16 @@ def test_kernels_lower_for_cuda_without_a_gpu(name):
     "change, message",
     [
         (dict(tokens=24), "tokens=24"),
-        (dict(row_groups=2, token_groups=2), "2 x 2"),
+        (dict(groups=3), "groups=3"),
+        (dict(step=16), "step=16"),
         (dict(depth=3), "depth=3"),
         (dict(in_flight=2), "in_flight=2"),
         (dict(splits=9), "splits=9"),
         (dict(sharing=3), "sharing=3"),
-        (dict(sharing=2, in_flight=1), "nothing in flight"),
-        (dict(sharing=4, splits=4), "splits 16 <= 8"),
-        (dict(sharing=4, tokens=16), "8 tokens for each"),
+        (dict(sharing=4, splits=4), "splits=4 x sharing=4"),
+        (dict(sharing=4, tokens=16), "8 for each"),
+        (dict(step=32, tokens=16), "64 for step=32"),
+        (dict(step=32, tokens=256, splits=2), "splits=2 must be 1 for tokens=256"),
     ],
 )
 def test_a_wrong_cut_is_refused(change, message):

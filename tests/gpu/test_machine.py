@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bench import gpu_compile
-from flexhinm_jax.gpu import hopper, layouts, selfcheck
+from flexhinm_jax.gpu import hopper, layouts, selfcheck, support
 from flexhinm_jax.gpu.hopper import Source, Tiling
 from tests.gpu import machine
 from tests.gpu.machine import Fault, Machine, TensorMap
@@ -54,22 +54,29 @@ class Product(NamedTuple):
     def maps(self) -> list[TensorMap]:
         """What the engine copies, in the order of the kernel's parameters."""
         cut, source, index = self.form.cut, self.form.source, self.index
-        t, r, c = self.values.shape
-        rows = min(r, 64 * cut.row_groups)
-        tiled = self.values.reshape(t, r // 8, 8, c // 64, 64).transpose(0, 1, 3, 2, 4)
-        values = TensorMap(tiled, (1, rows // 8, 1, 8, 64), 128)
-        by_step = self.meta.transpose(0, 2, 1, 3)
-        meta = TensorMap(by_step, (1, 1, cut.row_groups, 256), 0)
+        (t, r, c), step = self.values.shape, cut.step
+        peers = cut.sharing if source is Source.LISTED else 1
+        rows = min(r, 64 * cut.groups)
+        by_rows = self.values.reshape(t, r // 8, 8, c // step, step)
+        tiled = by_rows.transpose(0, 1, 3, 2, 4)
+        values = TensorMap(tiled, (1, rows // 8 // peers, 1, 8, step), 2 * step)
+        by_step = self.meta.reshape(t, -1, c // step, 4 * step).transpose(0, 2, 1, 3)
+        words = (
+            cut.groups // min(peers, cut.groups),
+            4 * step // -(-peers // cut.groups),
+        )
+        meta = TensorMap(by_step, (1, 1, *words), 0)
         if source is Source.LISTED:
+            index = index.reshape(t, c // step, 2 * step)
             per = -(-index.shape[1] // cut.splits)
-            return [TensorMap(index, (1, per, 128), 0), values, meta]
+            return [TensorMap(index, (1, per, 2 * step), 0), values, meta]
         if source is Source.HELD:
             return [values, meta, TensorMap(index, (1, 1, 128), 0)]
         if source is Source.PLAIN:
             return [values, meta]
         n, width = self.x.shape
         x = self.x.reshape(n // 8, 8, width // 64, 64).transpose(0, 2, 1, 3)
-        box = (cut.width // 8 // cut.sharing, 2, 8, 64)
+        box = (cut.tokens // 8 // cut.sharing, step // 32, 8, 64)
         return [values, meta, TensorMap(x, box, 128)]
 
     def run(self, seed: int, spoil: Any = None) -> int:
@@ -81,11 +88,13 @@ class Product(NamedTuple):
         y = np.zeros(self.want.shape, kind)
         y.view(np.uint8)[...] = 0xFF  # NaN
         parameters = {"loaded": self.order, "copied": self.x, "stored": y}
-        for row in range(tiles * blocks // cut.row_groups):
-            for token in range(-(-self.want.shape[0] // cut.width)):
-                line, peers = cut.splits, cut.sharing
-                if row % peers:
-                    continue
+        line, peers = cut.splits, cut.sharing
+        rows = tiles * blocks // cut.groups
+        tokens = -(-self.want.shape[0] // cut.tokens)
+        if self.form.source is Source.LISTED:  # the peers lie along the tokens
+            rows, tokens = rows * peers, -(-tokens // peers)
+        for row in range(0, rows, peers):
+            for token in range(tokens):
                 places = [
                     (token * line + k % line, row + k // line, 0)
                     for k in range(line * peers)
@@ -110,7 +119,7 @@ def compiled(form: Form) -> Product:
     packed, w = selfcheck.example(rng, form.tiles, form.rows, 8, 32 * STEPS - 7, dtype)
     ready = layouts.tiles(packed)
     index, out = ready["index"], jnp.dtype(form.result)
-    x = rng.integers(-1, 2, (form.tokens or cut.width, w.shape[1])).astype(np.float32)
+    x = rng.integers(-1, 2, (form.tokens or cut.tokens, w.shape[1])).astype(np.float32)
     activations = jnp.asarray(x, dtype)
     if source is Source.PLAIN:  # the columns of the stream that exist are the inputs
         stream = layouts.gather(activations, index.reshape(-1))
@@ -131,8 +140,10 @@ def compiled(form: Form) -> Product:
     chip = gpu_compile.CHIPS["h200"]
     case = gpu_compile.Case("wgmma_sp", "small", run, shapes, "", "")
     text = gpu_compile.dump(case, chip, gpu_compile.mesh_of(chip))
+    if source is Source.STREAM:
+        activations = support.pad_rows(activations, cut.tokens)
     if source is Source.LISTED:
-        activations = activations.T
+        activations = support.pad_rows(activations, cut.tokens * cut.sharing).T
     raw = [
         np.array(a)
         for a in (ready["values"], ready["meta"], activations, ready["order"], index)
@@ -146,25 +157,28 @@ def compiled(form: Form) -> Product:
     return Product(text[".ptx"], form, values, meta, taken, order, listed, want)
 
 
-ROWS = Form(Tiling(1, 1, 16))
-TURNED = Form(Tiling(1, 2, 32), Source.LISTED, 2, dtype="float16")
-SPLIT = Form(Tiling(2, 1, 8, 2, 5), Source.PLAIN, 1, 128, 5)
-TAKEN = Form(Tiling(2, 1, 8, 2, held=True), Source.HELD, 1, 128, 3)
+ROWS = Form(Tiling(1, 16))
+TURNED = Form(Tiling(2, 16), Source.LISTED, 2, 128, dtype="float16")
+SPLIT = Form(Tiling(2, 8, 2, 5), Source.PLAIN, 1, 128, 5)
+TAKEN = Form(Tiling(2, 8, 2, held=True), Source.HELD, 1, 128, 3)
+HALF = Form(Tiling(2, 64, step=32), rows=128, dtype="float16")
+PAIR = Form(Tiling(2, 64, sharing=2, step=32), Source.LISTED, 1, 128, 72)
 FORMS = {
     "rows": ROWS,
-    "2 row groups": Form(Tiling(2, 1, 16), rows=128, result="bfloat16"),
-    "8 tokens, 3 splits": Form(Tiling(1, 1, 8, 3), rows=56, dtype="float16"),
-    "2 token groups, 2 splits": Form(Tiling(1, 2, 16, 2)),
-    "shared by 2": Form(Tiling(1, 1, 16, sharing=2), rows=128),
-    "shared by 2, 2 splits": Form(Tiling(2, 1, 16, 2, sharing=2), rows=256),
-    "plain, 2 row groups, 2 splits": SPLIT,
-    "plain, 2 blocks of tokens": Form(Tiling(1, 1, 8), Source.PLAIN, tokens=11),
-    "gathered, 2 token groups": TURNED,
-    "gathered, 2 row groups": Form(
-        Tiling(2, 1, 16, 1, 5), Source.LISTED, 2, 128, dtype="bfloat16"
-    ),
-    "held, 2 row groups, 2 splits": TAKEN,
-    "held, 1 token": Form(Tiling(1, 1, 8, held=True), Source.HELD, 2, tokens=1),
+    "2 groups": Form(Tiling(2, 16), rows=128, result="bfloat16"),
+    "8 tokens, 3 splits": Form(Tiling(1, 8, 3), rows=56, dtype="float16"),
+    "2 groups, 2 splits": Form(Tiling(2, 16, 2), rows=128),
+    "shared by 2": Form(Tiling(1, 16, sharing=2), rows=128),
+    "shared by 2, 2 splits": Form(Tiling(2, 16, 2, sharing=2), rows=256),
+    "plain, 2 groups, 2 splits": SPLIT,
+    "plain, 2 blocks of tokens": Form(Tiling(1, 8), Source.PLAIN, tokens=11),
+    "gathered, 2 groups": TURNED,
+    "gathered, 5 slots": Form(Tiling(1, 16, 1, 5), Source.LISTED, 2, dtype="bfloat16"),
+    "held, 2 groups, 2 splits": TAKEN,
+    "held, 1 token": Form(Tiling(1, 8, held=True), Source.HELD, 2, tokens=1),
+    "half steps": HALF,
+    "half steps, 256 tokens": Form(Tiling(2, 256, step=32), rows=128, tokens=250),
+    "gathered, weights shared by 2": PAIR,
 }
 
 
@@ -234,15 +248,15 @@ def other_order(ptx: str) -> str:
 
 
 def not_freed(ptx: str) -> str:
-    """A slot of x is filled before the other block has used it."""
+    """A slot is filled before the other warpgroup or block has used it."""
     waits = list(re.finditer(r"mbarrier\.try_wait\S+ P1, \[[^;]*", ptx))
-    assert len(waits) == 2, "a full slot, a free one"
-    start, end = waits[1].span()
+    assert len(waits) in (2, 4), "perhaps a list and a meeting, a full slot, a free one"
+    start, end = waits[-1].span()
     return ptx[:start] + "setp.eq.s32 P1, 0, 0" + ptx[end:]
 
 
 def alone(ptx: str) -> str:
-    """The other block gets no x."""
+    """The other block gets nothing."""
     return re.sub(r"(complete_tx::bytes)\.multicast::cluster", r"\1", ptx)
 
 
@@ -282,22 +296,30 @@ def other_stride(ptx: str) -> str:
         ("rows", shorter_wait),
         ("rows", other_selector),
         ("rows", other_stride),
-        ("gathered, 2 token groups", wrong_parity),
-        ("gathered, 2 token groups", no_fence),
-        ("gathered, 2 token groups", shorter_gather),
-        ("gathered, 2 token groups", other_selector),
-        ("plain, 2 row groups, 2 splits", no_fence),
-        ("plain, 2 row groups, 2 splits", shorter_gather),
+        ("gathered, 2 groups", wrong_parity),
+        ("gathered, 2 groups", no_fence),
+        ("gathered, 2 groups", shorter_gather),
+        ("gathered, 2 groups", other_selector),
+        ("plain, 2 groups, 2 splits", no_fence),
+        ("plain, 2 groups, 2 splits", shorter_gather),
         ("8 tokens, 3 splits", no_meeting(1)),
-        ("plain, 2 row groups, 2 splits", no_meeting(2)),
-        ("plain, 2 row groups, 2 splits", other_order),
-        ("2 token groups, 2 splits", no_sync_of_groups),
+        ("plain, 2 groups, 2 splits", no_meeting(2)),
+        ("plain, 2 groups, 2 splits", other_order),
+        ("2 groups, 2 splits", no_sync_of_groups),
         ("shared by 2", not_freed),
         ("shared by 2", alone),
         ("shared by 2", no_meeting_at_the_end),
-        ("held, 2 row groups, 2 splits", no_fence),
-        ("held, 2 row groups, 2 splits", ungrouped_copies),
-        ("held, 2 row groups, 2 splits", wrong_parity),
+        ("half steps", not_freed),
+        ("half steps", wrong_parity),
+        ("half steps", shorter_wait),
+        ("half steps", other_selector),
+        ("half steps", other_stride),
+        ("gathered, weights shared by 2", not_freed),
+        ("gathered, weights shared by 2", alone),
+        ("gathered, weights shared by 2", no_fence),
+        ("held, 2 groups, 2 splits", no_fence),
+        ("held, 2 groups, 2 splits", ungrouped_copies),
+        ("held, 2 groups, 2 splits", wrong_parity),
     ],
 )
 def test_a_spoilt_program_is_caught(products, name, spoil):
@@ -305,7 +327,7 @@ def test_a_spoilt_program_is_caught(products, name, spoil):
 
 
 def test_a_product_in_flight_while_metadata_are_loaded_is_caught():
-    assert caught(compiled(Form(Tiling(1, 1, 16, in_flight=1))))
+    assert caught(compiled(Form(Tiling(1, 16, in_flight=1))))
 
 
 def test_a_slot_that_is_filled_too_early_is_caught(monkeypatch):
