@@ -7,7 +7,7 @@ part is a process with a time limit; every row is written to DIR/rows.jsonl when
 there, in the form of `study.Row`. What ends a part, its rows stay and the others run:
 
     setup       versions, bandwidth and dense rate of the chip
-    numerics    exact integers in every form of the kernel, twice; four processes
+    numerics    exact integers in every form of the kernel, twice
     times       packed, expanded and dense products; wall and kernel time
     cusparselt  2:4 by torch, in CUDA graphs
     block       the products of a decoder block, decode and prefill
@@ -55,21 +55,25 @@ class Part:
 
     Attributes:
       share: of the seconds of the whole run.
-      shards: processes at a time; each does its share of the cases.
+      shards: processes at a time; each does its share of the cases. They compile at a
+        time, and measure one after the other.
     """
 
     share: float
     shards: int = 1
 
 
+CORES = os.cpu_count() or 1
+
 PARTS_OF_RUN = {
     "setup": Part(0.05),
-    "numerics": Part(0.2, shards=4),
-    "times": Part(0.36),
+    "numerics": Part(0.2, shards=max(1, min(8, CORES // 2))),
+    "times": Part(0.36, shards=min(4, CORES)),
     "cusparselt": Part(0.12),
-    "block": Part(0.17),
+    "block": Part(0.17, shards=min(3, CORES)),
     "solvers": Part(0.1),
 }
+"""Most of the time of numerics, times and a block goes into compiling, a core each."""
 
 
 def write(out: Path, row: study.Row) -> None:
