@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,10 @@ from flexhinm_jax.gpu import support
 from flexhinm_jax.types import PackedWeight
 
 SECONDS = 300
-"""Of a check; it takes about a tenth of that."""
+"""Of a check; most of it goes into compiling its cases."""
+
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Tells the version of the driver."""
 
 FOLDER = "FLEXHINM_GPU_CHECKS"
 """Environment variable: where verdicts are kept."""
@@ -109,15 +113,23 @@ def folder() -> Path:
 
 
 def fingerprint(device: Any) -> str:
-    """Of what a verdict depends on: GPU, driver, jax, the sources of the kernels."""
+    """Of what a verdict depends on: GPU, driver, versions, sources of the kernels."""
     try:
-        driver = Path("/proc/driver/nvidia/version").read_text()
+        driver = DRIVER.read_text()
     except OSError:
         driver = str(getattr(device.client, "platform_version", ""))
-    parts = [device.device_kind, driver, jax.__version__]
+    parts = [device.device_kind, driver, jax.__version__, _version()]
     sources = sorted(Path(__file__).parent.glob("*.py"))
     parts += [source.read_text() for source in sources]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _version() -> str:
+    """Of this package, if it is installed."""
+    try:
+        return metadata.version("flexhinm-jax")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def command(module: str) -> list[str]:

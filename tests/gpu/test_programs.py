@@ -1,6 +1,7 @@
 """The programs that run on a GPU without a kernel: no loop over row tiles."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import flexhinm_jax as fh
 from flexhinm_jax import kernels
 from flexhinm_jax.gpu import registry, support
 from flexhinm_jax.kernels import dense, dispatch
+from flexhinm_jax.types import BlockDiagonal
 from tests.kernels.test_dispatch import ALL, FAKE, normal, pack
 
 
@@ -61,6 +63,61 @@ def test_no_other_program_on_a_gpu_loops_over_row_tiles(weights, name, program):
     packed, w = weights[name]
     side = 0 if program is transposed else 1
     assert "while" not in lowered(program, normal(40, w.shape[side]), packed)
+
+
+@pytest.mark.parametrize("name", ["int8", "factors"])
+@pytest.mark.parametrize("program", [product, transposed])
+def test_no_scale_and_no_factor_brings_the_loops_back(weights, name, program):
+    packed, w = weights["flexhinm"]
+    if name == "int8":
+        packed = kernels.quantise(packed, "int8")
+    else:
+        blocks = lambda side: BlockDiagonal(normal(side // 8, 8, 8))  # noqa: E731
+        packed = dataclasses.replace(
+            packed, left=blocks(w.shape[0]), right=blocks(w.shape[1])
+        )
+    side = 0 if program is transposed else 1
+    assert "while" not in lowered(program, normal(40, w.shape[side]), packed)
+
+
+CHIPS = {"A100": (8, 0), "L40": (8, 9), "H200": (9, 0), "B200": (10, 0)}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("rows", [1, 64, 4096])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_auto_has_two_choices_on_a_gpu_whatever_is_packed(
+    weights, monkeypatch, chip, rows, dtype
+):
+    """The program without a loop, or the kernel where it serves: on Hopper."""
+    monkeypatch.setenv(dispatch.OPT_IN, "1")
+    served = {
+        name: dataclasses.replace(kernel, since=(0,))
+        for name, kernel in registry.KERNELS.items()
+    }
+    monkeypatch.setattr(registry, "KERNELS", served)
+    x = jax.ShapeDtypeStruct((rows, 32), dtype)
+    for packed, _ in weights.values():
+        for layout in ({}, {"xla": {}}, {"dense": {}}):
+            held = dataclasses.replace(packed, layouts=layout)
+            with kernels.assume(*CHIPS[chip]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                choice = dispatch.choose("auto", x, held, transposed=False)
+            assert choice == dispatch.Choice("xla")
+    taken = []
+    monkeypatch.setattr(dispatch, "_faster", lambda *a: True)
+    for packed, _ in weights.values():
+        half = dataclasses.replace(
+            packed.filled(),
+            dense_values=packed.filled().dense_values.astype(jnp.bfloat16),
+            nm_values=packed.filled().nm_values.astype(jnp.bfloat16),
+            layouts={"wgmma_sp": {}},
+        )
+        with kernels.assume(*CHIPS[chip]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            taken.append(dispatch.choose("auto", x, half, transposed=False).cuda)
+    serves = chip == "H200" and dtype == jnp.bfloat16
+    assert set(taken) == ({None, "wgmma_sp"} if serves else {None})
 
 
 @pytest.mark.parametrize("chip", [(8, 0), (8, 9), (9, 0), (10, 0)])

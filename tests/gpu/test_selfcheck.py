@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import types
 
 import jax
 import numpy as np
@@ -90,6 +91,28 @@ def test_another_jax_driver_or_kernel_is_checked_again(child, monkeypatch):
     monkeypatch.setattr(jax, "__version__", "99.0")
     ask()
     assert starts() == 2
+
+
+def test_a_verdict_is_for_one_gpu_driver_jax_package_and_source(monkeypatch, tmp_path):
+    def of(kind="H200", driver="570"):
+        client = types.SimpleNamespace(platform_version=driver)
+        device = types.SimpleNamespace(device_kind=kind, client=client)
+        return selfcheck.fingerprint(device)
+
+    monkeypatch.setattr(selfcheck, "DRIVER", tmp_path / "none")
+    seen = [of(), of(kind="H100"), of(driver="580")]
+    (tmp_path / "version").write_text("NVRM 580.65")
+    monkeypatch.setattr(selfcheck, "DRIVER", tmp_path / "version")
+    seen.append(of())
+    monkeypatch.setattr(jax, "__version__", "99.0")
+    seen.append(of())
+    monkeypatch.setattr(selfcheck.metadata, "version", lambda name: "99.0")
+    seen.append(of())
+    monkeypatch.setattr(selfcheck, "__file__", str(tmp_path / "selfcheck.py"))
+    seen.append(of())
+    (tmp_path / "ptx.py").write_text("another kernel")
+    seen.append(of())
+    assert len(set(seen)) == len(seen) and of() == seen[-1]
 
 
 def test_a_damaged_verdict_is_checked_again(child, tmp_path):
