@@ -258,10 +258,9 @@ def test_bad_options_are_refused_in_one_line(folders, capsys, tmp_path):
     assert "a stride of 9 is more than windows of 8" in evaluated(
         *text, "--length", 8, "--stride", 9
     )
+    assert "the text has 1 tokens; at least 2" in evaluated(*text, "--limit", 1)
     (tmp_path / "empty.txt").write_text("")
-    assert "the text has 1 tokens; at least 2" in evaluated(
-        "--text", tmp_path / "empty.txt"
-    )
+    assert "has no text; give a text" in evaluated("--text", tmp_path / "empty.txt")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     assert "is not UTF-8 text" in evaluated("--text", tmp_path / "latin.txt")
     told = refused(capsys, "generate", dense, "--prompt", "a" * 14, "--tokens", 2)
