@@ -339,10 +339,10 @@ def solved(width: int, names: list[str]) -> dict[str, float]:
 def calibration(flags: argparse.Namespace) -> Iterator[Row]:
     """Blocks of the shape of SmolLM2-135M: all Grams beside the forward pass alone."""
     blocks = 1 if flags.small else 4
-    found = alone(calibrated, blocks, 64 if flags.small else 512, **ONE_THREAD)
-    what = f"{blocks} blocks of 576, {found['tokens']} tokens"
-    more = {"calibrate CPU s": found["calibrate"], "forward CPU s": found["forward"]}
-    yield Row(CALIBRATION, what, found["ratio"], 1.6, more=more, data=found)
+    spent = alone(calibrated, blocks, 64 if flags.small else 512, **ONE_THREAD)
+    what = f"{blocks} blocks of 576, {spent['tokens']} tokens"
+    more = {"calibrate CPU s": spent["calibrate"], "forward CPU s": spent["forward"]}
+    yield Row(CALIBRATION, what, spent["ratio"], 1.6, more=more, data=spent)
 
 
 def calibrated(blocks: int, length: int) -> dict[str, Any]:

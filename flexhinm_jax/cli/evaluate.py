@@ -13,7 +13,7 @@ import numpy as np
 from flexhinm_jax import kernels
 from flexhinm_jax.cli import directory, flags
 from flexhinm_jax.cli.console import Console, bytes_text, table
-from flexhinm_jax.io.sources import read_sentences, read_text, short
+from flexhinm_jax.io.sources import is_dataset, read_sentences, read_text, short
 from flexhinm_jax.models import evaluation, images
 from flexhinm_jax.models.evaluation import LENGTH
 from flexhinm_jax.models.load import Kind, Model, Reads, kind_of, load
@@ -135,7 +135,7 @@ def check_text(path: Path, kind: Kind) -> None:
             raise FileNotFoundError(
                 f"--eval {path} does not exist; give a folder of images or an .npy file"
             )
-    elif not str(path).startswith("hf:"):
+    elif not is_dataset(path):
         read_sentences(path)
 
 

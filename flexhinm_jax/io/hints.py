@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
-__all__ = ["hint"]
+__all__ = ["OTHER_WEIGHTS", "hint"]
 
 ADAPTER = "adapter_config.json"
 
-OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx")
+OTHER_WEIGHTS = tuple(
+    ".bin .bin.index.json .pt .pth .ckpt .h5 .msgpack .msgpack.index.json .onnx"
+    " .onnx_data .gguf .ot .npz .tflite .mlmodel".split()
+)
+"""Ends of files that hold weights in another format than safetensors."""
 
 
 def hint(path: Path, otherwise: str) -> str:
@@ -29,7 +33,7 @@ def hint(path: Path, otherwise: str) -> str:
         return f"it holds {file.name}: 'flexhinm import {file} --out DIR' reads that"
     if any(path.glob("*.safetensors")):
         return otherwise
-    others = (path.glob(pattern) for pattern in OTHER_WEIGHTS)
+    others = (path.glob(f"*{end}") for end in OTHER_WEIGHTS)
     for file in (file for files in others for file in sorted(files)):
         return (
             f"it holds {file.name}: load it where it came from and save it as"

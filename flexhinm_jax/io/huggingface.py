@@ -23,7 +23,7 @@ import numpy as np
 
 from flexhinm_jax import arguments, atomic, types
 from flexhinm_jax.io import model_card, shards, tensors
-from flexhinm_jax.io.hints import hint
+from flexhinm_jax.io.hints import OTHER_WEIGHTS, hint
 
 __all__ = [
     "Checkpoint",
@@ -290,7 +290,7 @@ def _others(source: Path) -> Iterator[Path]:
         real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
         folders[:] = [name for name in inner if real[name] not in seen]
         for name in sorted(names):
-            if not name.endswith(shards.WEIGHT_SUFFIXES):
+            if not name.endswith((".safetensors", *OTHER_WEIGHTS)):
                 yield Path(folder, name)
 
 

@@ -23,12 +23,6 @@ __all__ = ["INDEX", "SINGLE", "Index", "Writer", "check_space", "read_index"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-WEIGHT_SUFFIXES = tuple(
-    ".safetensors .bin .bin.index.json .pt .pth .ckpt .h5 .msgpack .msgpack.index.json"
-    " .onnx .onnx_data .gguf .ot .npz .tflite .mlmodel".split()
-)
-"""Files that hold weights: never copied beside the ones written."""
-
 PARTIAL = ".partial"
 CHUNK = 1 << 24
 

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from flexhinm_jax.io import shards
+from flexhinm_jax.io.hints import OTHER_WEIGHTS
 
-__all__ = ["BUILTIN", "find", "read_sentences", "read_text", "short"]
+__all__ = ["BUILTIN", "find", "is_dataset", "read_sentences", "read_text", "short"]
 
 BUILTIN = "builtin"
 """Name of the bundled text: short sentences of plain English."""
@@ -50,14 +50,13 @@ def find(name: str | Path, cache: Path | None = None, offline: bool = False) -> 
             f"{name} is no folder here; fetching it from the Hub needs"
             " huggingface_hub: pip install 'flexhinm_jax[hf]'"
         ) from error
-    others = [s for s in shards.WEIGHT_SUFFIXES if s != ".safetensors"]
     try:
         folder = huggingface_hub.snapshot_download(
             remote["repo"],
             revision=remote["revision"],
             cache_dir=cache,
             local_files_only=offline,
-            ignore_patterns=[f"*{suffix}" for suffix in others],
+            ignore_patterns=[f"*{suffix}" for suffix in OTHER_WEIGHTS],
         )
     # The package and its transport raise many kinds, some of them no OSError.
     except Exception as error:
@@ -107,7 +106,7 @@ def read_text(source: str | Path, limit: int | None = None) -> str:
     """
     if str(source) == BUILTIN:
         return Path(__file__).with_name("builtin.txt").read_text(encoding="utf-8")
-    if str(source).startswith("hf:"):
+    if is_dataset(source):
         return "\n".join(_rows(str(source), limit or DATASET_ROWS))
     path = Path(source)
     if not path.is_file():
@@ -118,6 +117,11 @@ def read_text(source: str | Path, limit: int | None = None) -> str:
         raise ValueError(
             f"{path} is not UTF-8 text: {error}; save it as UTF-8"
         ) from error
+
+
+def is_dataset(source: str | Path) -> bool:
+    """Whether a source is a dataset of the Hub, not a file."""
+    return str(source).startswith("hf:")
 
 
 def read_sentences(source: str | Path, limit: int | None = None) -> list[str]:
