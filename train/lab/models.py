@@ -74,16 +74,11 @@ class Encoder:
         """Sentence embeddings."""
         return encoder.embed(params, tokens, mask, self.model.config)
 
-    def embeddings(self, params: Any, run: Any = None) -> np.ndarray:
-        """f32[count, hidden], one row per evaluation sentence.
-
-        Args:
-          params: dense, or what `run` takes.
-          run: (params, tokens, mask) -> embeddings; None for `embed`.
-        """
+    def embeddings(self, params: Any) -> np.ndarray:
+        """f32[count, hidden] of dense parameters, one row per evaluation sentence."""
         rows: dict[int, np.ndarray] = {}
         for batch in self.evaluation:
-            y = np.asarray((run or self._embed)(params, batch.tokens, batch.mask))
+            y = np.asarray(self._embed(params, batch.tokens, batch.mask))
             rows.update(zip(batch.rows.tolist(), y, strict=False))
         return np.stack([rows[j] for j in range(self.count)])
 
