@@ -29,7 +29,7 @@ from flexhinm_jax.models.decoder_parameters import (
     shapes,
 )
 
-__all__ = ["Basis", "change", "fold_norms"]
+__all__ = ["Basis", "change"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,31 +100,6 @@ def change(
     if basis.turns_stream:
         config = dataclasses.replace(config, tie_word_embeddings=False)
     return params, config
-
-
-def fold_norms(
-    params: Mapping[str, Array], config: DecoderConfig
-) -> tuple[dict[str, Array], DecoderConfig]:
-    """Moves the scales of the norms into the products that read them.
-
-    Args:
-      params: flat dict with the keys of `shapes(config)`.
-      config: sizes.
-
-    Returns:
-      The parameters of the same function, with norms that scale by one, and the
-      configuration, in which embeddings are not tied.
-
-    Raises:
-      ValueError: norms that are not read by products alone.
-    """
-    refuse_sandwiches(config)
-    params = folded_ends(params, config)
-    for layer in range(config.num_hidden_layers):
-        at, own = block_prefix(layer), block_params(params, layer)
-        block = folded_block(own, config, layer)
-        params |= {at + name: leaf for name, leaf in block.items()}
-    return params, dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def refuse_sandwiches(config: DecoderConfig) -> None:

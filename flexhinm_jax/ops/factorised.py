@@ -35,6 +35,7 @@ from jax.scipy.linalg import cho_factor, cho_solve
 
 from flexhinm_jax.ops import blocks, core_groups
 from flexhinm_jax.ops.blocks import einsum
+from flexhinm_jax.ops.gram import ratio
 
 PUSH, GROWTH, FALL, MOST = 0.3, 1.1, 0.5, 0.9  # of the last step, and how it changes
 RIDGE = 1e-4  # towards the present factor, as a fraction of the mean of the diagonal
@@ -371,9 +372,6 @@ def descend_values(
 
     def total(x):
         return jnp.sum(x, axis=(2, 3), keepdims=True)
-
-    def ratio(x, y):
-        return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
 
     def step(_, carry):
         s, gradient, direction, size = carry

@@ -307,7 +307,7 @@ def log_prob(logits: Array, keep: Array, *, n: int) -> Array:
     Args:
       logits: f[..., m].
       keep: bool[..., m], exactly n True per group.
-      n: items drawn, at most `MAX_EXACT_N`; `ordered_log_prob` has no such limit.
+      n: items drawn, at most `MAX_EXACT_N`.
 
     Returns:
       f32[...].
@@ -327,7 +327,7 @@ def log_prob(logits: Array, keep: Array, *, n: int) -> Array:
     if n > MAX_EXACT_N:
         raise ValueError(
             f"n={n}: the sum over the orders has 2^n terms and stops at n="
-            f"{MAX_EXACT_N}; use ordered_log_prob of the order that was drawn"
+            f"{MAX_EXACT_N}; draw fewer items of a group"
         )
     _check_drawable(keep, n)
     logits = _centred(logits)
@@ -347,31 +347,6 @@ def log_prob(logits: Array, keep: Array, *, n: int) -> Array:
             ways.append(reached[before] + kept[..., j] - total)
         reached.append(jax.nn.logsumexp(jnp.stack(ways), axis=0))
     return reached[-1]
-
-
-def ordered_log_prob(logits: Array, order: Array) -> Array:
-    """Log-probability of the items in the order drawn; any n.
-
-    Its gradient is an unbiased score too, with a little more variance than that of
-    `log_prob`.
-
-    Args:
-      logits: f[..., m].
-      order: i32[..., n], as `draw` returns it.
-
-    Returns:
-      f32[...]; differentiable in `logits`.
-    """
-    logits = _centred(logits)
-    drawn = jnp.zeros(logits.shape, bool)
-    items = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    total = jnp.zeros(logits.shape[:-1], jnp.float32)
-    for j in range(order.shape[-1]):
-        item = order[..., j, None]
-        left = jax.nn.logsumexp(jnp.where(drawn, -jnp.inf, logits), axis=-1)
-        total += jnp.take_along_axis(logits, item, axis=-1)[..., 0] - left
-        drawn = drawn | (items == item)
-    return total
 
 
 def _centred(logits: Array) -> Array:

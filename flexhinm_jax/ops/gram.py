@@ -282,9 +282,6 @@ def descend(b: Array, keep: Array, h: Array, g: Array, steps: Array | int) -> Ar
     def squared(x):
         return jnp.sum(jnp.square(x), axis=1, keepdims=True)
 
-    def ratio(a, b):
-        return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
-
     def step(_, carry):
         b, residual, direction, size = carry
         image = dot(direction, h)
@@ -297,3 +294,8 @@ def descend(b: Array, keep: Array, h: Array, g: Array, steps: Array | int) -> Ar
     residual = jnp.where(keep, g - dot(b, h), 0)
     carry = (b, residual, residual, squared(residual))
     return lax.fori_loop(0, steps, step, carry)[0]
+
+
+def ratio(part: Array, whole: Array) -> Array:
+    """Fraction of the whole, 0 where that is 0, with finite gradients."""
+    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)

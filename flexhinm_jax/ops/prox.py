@@ -58,20 +58,6 @@ def prox24(groups: Array, lam: Array | float, *, sweeps: int = 20) -> Array:
     return (jnp.sign(groups) * jnp.stack(candidates, axis=-1)).astype(groups.dtype)
 
 
-def regularizer24(groups: Array) -> Array:
-    """r(w) of every group, f[...]: zero when at most two of four are non-zero.
-
-    Args:
-      groups: f[..., 4].
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> float(regularizer24(jnp.array([1.0, -2.0, 3.0, 0.0])))
-      6.0
-    """
-    return _regularizer([jnp.abs(groups[..., j]) for j in range(4)])
-
-
 def _sorted(z: list[Array]) -> list[Array]:
     """Four arrays sorted elementwise, largest first: a network of five comparators."""
     a, b, c, d = z
@@ -92,14 +78,15 @@ def _ranks(z: list[Array]) -> list[Array]:
     return [rank(i) for i in range(4)]
 
 
-def _regularizer(w: list[Array]) -> Array:
+def regularizer(w: list[Array]) -> Array:
+    """The regulariser of four magnitudes: zero when at most two of them are not."""
     a, b, c, d = w
     return a * b * (c + d) + c * d * (a + b)
 
 
 def _objective(w: list[Array], z: list[Array], lam: Array) -> Array:
     distance = sum(jnp.square(x - y) for x, y in zip(w, z, strict=True))
-    return 0.5 * distance + lam * _regularizer(w)
+    return 0.5 * distance + lam * regularizer(w)
 
 
 def _solve(z: list[Array], lam: Array, sweeps: int) -> list[Array]:

@@ -37,7 +37,6 @@ UNROLLED = 16  # up to this m sums along an axis are written out
 
 Stages = tuple[tuple[float, int], ...]
 #: (k, sweeps): temperature mean(A) / k.
-FAST: Stages = ((20.0, 30),)
 ACCURATE: Stages = ((10.0, 20), (20.0, 30), (40.0, 50))
 
 

@@ -128,7 +128,7 @@ def layer_error(
         for path, mine in task.items():
             w = leaves.matrix(uses.leaves[path]).astype(jnp.float32)
             lost = gram.energy(mine["weight"] - w, mine["gram"])
-            total += jnp.sum(_share(lost, mine["total"]))
+            total += jnp.sum(gram.ratio(lost, mine["total"]))
             count += lost.size
         return total / max(count, 1)
 
@@ -165,7 +165,7 @@ def output_error(
             zip(jax.tree.leaves(outputs), jax.tree.leaves(wanted), strict=True)
         )
         lost = sum((_squares(_f32(a) - _f32(b)) for a, b in pairs), _zero())
-        return _share(lost, sum((_squares(_f32(b)) for _, b in pairs), _zero()))
+        return gram.ratio(lost, sum((_squares(_f32(b)) for _, b in pairs), _zero()))
 
     return loss_fn
 
@@ -254,11 +254,6 @@ def _wanted(
             "taught(apply_fn, params, batches)"
         )
     return batch, jax.lax.stop_gradient(apply_fn(params, *batch))
-
-
-def _share(part: Array, whole: Array) -> Array:
-    """Fraction of the whole, 0 where that is 0."""
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
 
 def _cosine(a: Array, b: Array) -> Array:

@@ -11,7 +11,7 @@ pytest.importorskip("safetensors")
 import flexhinm_jax as fh  # noqa: E402
 from flexhinm_jax.cli.main import main  # noqa: E402
 from flexhinm_jax.models import load  # noqa: E402
-from flexhinm_jax.models.basis import fold_norms  # noqa: E402
+from flexhinm_jax.models.basis import Basis, change  # noqa: E402
 from flexhinm_jax.ops import gram as gram_ops  # noqa: E402
 from flexhinm_jax.streaming import rotate as room  # noqa: E402
 from flexhinm_jax.streaming.rotate import Learning, rotate  # noqa: E402
@@ -65,7 +65,8 @@ def test_what_is_kept_is_counted_on_the_rotated_model(tmp_path):
     for folder, kept in ((dense, result.before), (out, result.after)):
         model = load(folder)
         # Costs do not change with the norms in the weights, but for what is damped.
-        params, _ = fold_norms(model.params, model.config)
+        same = Basis(stream=jnp.eye(model.config.hidden_size))
+        params, _ = change(model.params, model.config, same)
         uses = fh.discover(model.apply, params, TOKENS)
         stats = fh.calibrate(model.apply, params, uses, [(TOKENS,)])
         for name, value in kept.items():
