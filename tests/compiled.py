@@ -6,11 +6,14 @@ to trace, lower and look up than it computes. Tests of its values compile it who
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
+
+from flexhinm_jax.sequential import cuts
 
 
 class Compiled:
@@ -67,3 +70,12 @@ def solve(method, key, w, stats, sparsity=None, prev=None):
 def decide(method, state, w, key=None):
     """`method.decide` as one program."""
     return method.decide(state, w, key=key)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def walks_share_programs() -> Iterator[cuts.Programs]:
+    """Equal programs of walks are compiled once for a file that names this."""
+    made = cuts.Programs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuts, "Programs", lambda: made)
+        yield made

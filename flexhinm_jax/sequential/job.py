@@ -123,7 +123,7 @@ class Job:
         else:
             before = matrix(meshes.released(old), layout)
             leaf = to_leaf(before.at[select(at)].set(new), layout)
-        self.current[path] = meshes.placed(leaf, old.sharding)
+        self.current[path] = meshes.placed(leaf, old)
         if not self.request.beside:
             self.leaves[path] = self.current[path]
         if plan.bias is not None:
@@ -133,11 +133,11 @@ class Job:
             shape = (*layout.stack_shape, layout.matrix_shape[0])
             shift = plan.bias.astype(old.dtype)
             new = old.reshape(shape).at[select(at)].add(shift)
-            self.current[name] = meshes.placed(new.reshape(old.shape), bias.sharding)
+            self.current[name] = meshes.placed(new.reshape(old.shape), bias)
 
     def replace(self, path: str, leaf: Any) -> None:
         """Lets the walk go on with another leaf."""
-        self.current[path] = meshes.placed(leaf, self.current[path].sharding)
+        self.current[path] = meshes.placed(leaf, self.current[path])
         if not self.request.beside:
             self.leaves[path] = self.current[path]
 

@@ -123,11 +123,15 @@ def check_finite(w: Any, path: str) -> None:
         checks.finite(whole(w), "weight", path)
 
 
-def placed(x: Any, sharding: Any) -> Array:
-    """An array that every process has whole, where `sharding` puts it."""
-    if isinstance(sharding, NamedSharding):
-        return jax.device_put(host(x), sharding)
-    return jax.device_put(x, sharding)
+def placed(x: Any, like: Array) -> Array:
+    """An array that every process has whole, where another one lives.
+
+    One that nobody has put there is not bound to its device either: a program that
+    meets arrays of both kinds is compiled for each mixture of them.
+    """
+    if isinstance(like.sharding, NamedSharding):
+        return jax.device_put(host(x), like.sharding)
+    return jax.device_put(x, like.sharding if like.committed else None)
 
 
 def host(tree: Any) -> Any:

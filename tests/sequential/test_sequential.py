@@ -21,9 +21,13 @@ from flexhinm_jax.sequential import (
 )
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.request import Request
+from flexhinm_jax.tracing import meshes
 from flexhinm_jax.types import Stats
+from tests import compiled
 
 KEY = jax.random.key(5)
+PROGRAMS = cuts.Programs  # which share nothing
+programs = compiled.walks_share_programs
 NM = fh.NM(2, 4)
 
 
@@ -421,6 +425,15 @@ def test_a_bias_is_refitted_so_that_the_mean_output_stays():
     np.testing.assert_allclose(chain(asym.params, x).mean(0), want, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", [None, *jax.devices()[:1]])
+def test_a_pruned_leaf_is_bound_to_a_device_where_the_dense_one_was(device):
+    """A program is compiled anew for every mixture of arrays that are and are not."""
+    dense = jax.device_put(np.ones(3, np.float32), device)
+    pruned = meshes.placed(np.zeros(3, np.float32), dense)
+    assert pruned.committed == dense.committed == (device is not None)
+    assert pruned.sharding == dense.sharding and not pruned.any()
+
+
 class Killed(Exception):
     """The process dies."""
 
@@ -553,6 +566,7 @@ def test_batches_of_several_shapes_compile_equal_layers_once(monkeypatch):
         compilers.append(original(*before))
         return compilers[-1]
 
+    monkeypatch.setattr(cuts, "Programs", PROGRAMS)
     monkeypatch.setattr(segments, "Compiler", compiler)
     params = layers(4)
     fh.prune_sequential(

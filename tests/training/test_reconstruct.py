@@ -9,8 +9,10 @@ import pytest
 
 import flexhinm_jax as fh
 from flexhinm_jax.sequential.trained import Trained
+from tests import compiled
 
 KEY = jax.random.key(5)
+programs = compiled.walks_share_programs
 NM = fh.NM(2, 4)
 
 
@@ -149,6 +151,14 @@ def test_a_window_that_training_makes_worse_stays_as_it_was():
     result, told = prune(reconstruct=fh.Reconstruct(steps=4, rate=1e6))
     assert [t.after == t.before for t in told] == [True, True]
     jax.tree.map(np.testing.assert_array_equal, result.params, before.params)
+
+
+def test_equal_windows_are_compiled_once(programs):
+    how = fh.Reconstruct(steps=7, rate=0.01)
+    prune(reconstruct=how)
+    known = programs.trained.items()
+    (own,) = (made for (trainer, *_), made in known if trainer == how)
+    assert [program._cache_size() for program in own] == [1, 1]
 
 
 def test_a_leaf_that_two_windows_read_stays():
