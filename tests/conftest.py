@@ -2,11 +2,13 @@
 
 import gc
 import threading
+import zlib
 from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
+from jax._src import compilation_cache
 from jax._src.interpreters import mlir
 
 hypothesis.settings.register_profile(
@@ -72,6 +74,16 @@ def share_contexts(make, uses: int):
 
 if hasattr(mlir, "make_ir_context"):  # private
     mlir.make_ir_context = share_contexts(mlir.make_ir_context, 200)
+
+
+def compressed(executable: bytes) -> bytes:
+    """What is kept of a compiled program, read as jax's own zlib strings are."""
+    return zlib.compress(executable, 1)
+
+
+if getattr(compilation_cache, "zstd", 0) is getattr(compilation_cache, "zstandard", 1):
+    # Private. Both are None: jax compresses with zlib, as hard as that can by default.
+    compilation_cache.compress_executable = compressed
 
 
 #: Every compiled CPU program takes some memory mappings; Linux allows a process 65530
