@@ -25,9 +25,9 @@ from flexhinm_jax.models.decoder_parameters import (
     TABLE,
     block_params,
     block_prefix,
-    select,
     shapes,
 )
+from flexhinm_jax.models.parameters import select
 
 __all__ = ["Basis", "change"]
 

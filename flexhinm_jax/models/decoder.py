@@ -39,10 +39,10 @@ from flexhinm_jax.models.decoder_parameters import (
     head_shapes,
     init,
     rules,
-    select,
     shapes,
     table_shapes,
 )
+from flexhinm_jax.models.parameters import select
 
 __all__ = [
     "DecoderConfig",

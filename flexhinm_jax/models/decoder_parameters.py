@@ -20,7 +20,6 @@ __all__ = [
     "head_shapes",
     "init",
     "rules",
-    "select",
     "shapes",
     "table_shapes",
 ]
@@ -132,21 +131,6 @@ def check(stored: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> None:
         )
     for name, shape in wanted.items():
         parameters.check_shape(name, stored[name], shape)
-
-
-def select(
-    params: Mapping[str, Array], wanted: Mapping[str, tuple[int, ...]]
-) -> dict[str, Array]:
-    """The wanted parameters of a dict that may hold others.
-
-    Raises:
-      ValueError: one is missing or has another shape.
-    """
-    for name, shape in wanted.items():
-        if name not in params:
-            raise ValueError(f"{name} is missing from the parameters")
-        parameters.check_shape(name, params[name].shape, shape)
-    return {name: params[name] for name in wanted}
 
 
 def block_params(params: Mapping[str, Array], layer: int) -> dict[str, Array]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flexhinm_jax.models import decoder, decoder_parameters, rope
+from flexhinm_jax.models import decoder, parameters, rope
 from flexhinm_jax.models.decoder import DecoderConfig
 from flexhinm_jax.models.load import Model
 from flexhinm_jax.tracing.sparsify import sparsify
@@ -117,7 +117,7 @@ def generate(
     """
     rule = Sampling(**sampling)
     _check(prompt, config, steps, key, rule)
-    params = decoder_parameters.select(params, decoder.shapes(config))
+    params = parameters.select(params, decoder.shapes(config))
     batch, length = prompt.shape
     total = length + steps
     if lengths is None:
