@@ -71,9 +71,7 @@ def quality(results: Mapping[str, Any], axes: Any) -> None:
             offset, side = ((6, -8), "left") if early else ((-6, 4), "right")
             place = {"textcoords": "offset points", "xytext": offset, "ha": side}
             axis.annotate(label, (seconds, cosine), fontsize=7, **place)
-        axis.axhline(
-            GOALS["one-shot", zeros].excellent, color="#999999", ls="--", lw=0.8
-        )
+        axis.axhline(GOALS["one-shot", zeros], color="#999999", ls="--", lw=0.8)
         axis.set(title=f"{zeros:.0%} gone", xlabel="CPU seconds")
         axis.set_xlim(min(x) / 2, max(x) * 3)
     axes[0].set_ylabel("mean cosine to the dense model")

@@ -438,21 +438,6 @@ def programs(n: int) -> dict[str, Any]:
     return made
 
 
-def predicted(size: Size, n: int, name: str) -> float:
-    """Microseconds of a product by `gpu.cost`."""
-    product = size.product(n)
-    if name == "expanded":
-        return 1e6 * cost.expanded(product)
-    shape = wgmma_sp.Shape(
-        size.tiles,
-        -(-size.rows // 64),
-        -(-product.stored // 64),
-        size.inputs,
-        plain=size.plain,
-    )
-    return 1e6 * min(wgmma_sp.cuts(n, shape))[0]
-
-
 def times(shard: int, shards: int, out: Path) -> Iterator[Row]:
     """Every size and number of tokens; an error is a row, the others go on."""
     make = jax.jit(random_weight, static_argnums=(1, 2))
@@ -479,9 +464,12 @@ def times(shard: int, shards: int, out: Path) -> Iterator[Row]:
                     yield Row(gpu.TIMES, what, None, base["wall"], data=data)
                     continue
                 floor = 1e6 * cost.floor(size.product(n))
+                seconds = cost.expanded(size.product(n))
+                if name == wgmma_sp.NAME:
+                    seconds = wgmma_sp.seconds(n, weights[0])
                 more = {
                     "share of the limit": floor / taken["wall"],
-                    "predicted": predicted(size, n, name),
+                    "predicted": 1e6 * seconds,
                 }
                 if taken["kernels"]:
                     more["kernels alone"] = taken["kernels"]

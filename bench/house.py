@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from scipy.sparse.csgraph import connected_components
 
 import flexhinm_jax as fh
 
@@ -294,24 +296,11 @@ def imports(path: Path, tree: ast.Module, known: set[str]) -> set[str]:
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     """Modules that import each other."""
-
-    def reached(start: str) -> set[str]:
-        seen: set[str] = set()
-        rest = [*graph[start]]
-        while rest:
-            name = rest.pop()
-            if name not in seen:
-                seen.add(name)
-                rest += graph[name]
-        return seen
-
-    after = {name: reached(name) for name in graph}
-    together = {
-        frozenset(other for other in after[name] if name in after[other])
-        for name in graph
-        if name in after[name]
-    }
-    return [sorted(group) for group in together]
+    names = sorted(graph)
+    arrows = np.array([[other in graph[name] for other in names] for name in names])
+    count, group_of = connected_components(arrows, connection="strong")
+    groups = [[names[k] for k in np.flatnonzero(group_of == g)] for g in range(count)]
+    return [group for group in groups if len(group) > 1]
 
 
 def graph(trees: dict[Path, ast.Module]) -> dict[str, set[str]]:

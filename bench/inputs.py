@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
+from flexhinm_jax.models.decoder_config import DecoderConfig
 from train.lab import models
 
 TILE = 32  # rows of a planted cluster
@@ -41,6 +42,19 @@ TRACES = {0: 1587.4109, 1: 1732.1468, 2: 1630.3231}
 
 SCORES = {("normal", 0): 0.7986, ("t3", 0): 1.1008}
 """(distribution, seed): mean of `scores`, four digits."""
+
+
+def smollm2(blocks: int) -> DecoderConfig:
+    """Sizes of SmolLM2-135M with fewer than its 30 blocks, its table in proportion."""
+    return DecoderConfig(
+        vocab_size=49152 * blocks // 30,
+        hidden_size=576,
+        num_hidden_layers=blocks,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        tie_word_embeddings=True,
+    )
 
 
 def statistics(x: np.ndarray) -> fh.Stats:

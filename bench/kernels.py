@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
+from bench import inputs
 from bench.study import Row, Study
 from flexhinm_jax import kernels
 from flexhinm_jax.kernels import xla
@@ -161,18 +162,9 @@ def chained(product: Callable, count: int) -> Callable:
 def decode(flags: argparse.Namespace) -> Iterator[Row]:
     """Layers of the shape of SmolLM2-135M, one token after another.
 
-    Random weights, and a table cut in proportion to the layers: speed depends on
-    shapes alone.
+    Random weights: speed depends on shapes alone.
     """
-    config = decoder.DecoderConfig(
-        vocab_size=49152 * flags.depth // 30,
-        hidden_size=576,
-        num_hidden_layers=flags.depth,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        tie_word_embeddings=True,
-    )
+    config = inputs.smollm2(flags.depth)
     start = decoder.init(jax.random.key(0), config)
     go = functools.partial(generation.generate, config=config, steps=16)
     dense, sparse = jax.jit(go), jax.jit(fh.sparsify(go))

@@ -14,7 +14,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -26,35 +26,20 @@ from train.lab import models, text
 TABLE = "all-MiniLM-L6-v2, one-shot"
 
 
-class Goal(NamedTuple):
-    """Three levels of the same figure.
-
-    Attributes:
-      good: what a sound implementation reaches.
-      excellent: what `bench/RESULTS.md` holds rows against.
-      reach: further than any run had come when the goals were set.
-    """
-
-    good: float
-    excellent: float
-    reach: float
-
-
 #: (how, sparsity) -> mean cosine of the embeddings of all-MiniLM-L6-v2, all 36 linear
-#: layers pruned, to those of the dense model. Distilled: eight minutes on two idle
-#: cores, teacher included. One-shot at 75 % in HiNM tiles of 32 rows.
+#: layers pruned, to those of the dense model: the excellent level. Distilled: eight
+#: minutes on two idle cores, teacher included. At 75 % in HiNM tiles of 32 rows.
 GOALS = {
-    ("one-shot", 0.5): Goal(0.90, 0.95, 0.97),
-    ("one-shot", 0.75): Goal(0.74, 0.83, 0.87),
-    ("distilled", 0.5): Goal(0.955, 0.97, 0.98),
-    ("distilled", 0.75): Goal(0.865, 0.89, 0.92),
+    ("one-shot", 0.5): 0.95,
+    ("one-shot", 0.75): 0.83,
+    ("distilled", 0.5): 0.97,
+    ("distilled", 0.75): 0.89,
 }
 
 
 def goal(how: str, zeros: float) -> float | None:
-    """The excellent level at a sparsity, or None where no goal was set."""
-    known = GOALS.get((how, round(zeros, 3)))
-    return known.excellent if known else None
+    """The level at a sparsity, or None where no goal was set."""
+    return GOALS.get((how, round(zeros, 3)))
 
 
 def figures(scores: dict[str, float], zeros: float | None = None) -> dict[str, float]:

@@ -348,23 +348,14 @@ def calibration(flags: argparse.Namespace) -> Iterator[Row]:
 def calibrated(blocks: int, length: int) -> dict[str, Any]:
     """Median CPU seconds of three passes over the same batches, taking turns.
 
-    Random weights, and a table in proportion to the blocks: cost depends on shapes
-    alone.
+    Random weights: cost depends on shapes alone.
 
     Args:
       blocks: of the model, which has 30.
       length: tokens of a sample; four samples are a batch, two batches a pass.
     """
     one_core()
-    config = decoder.DecoderConfig(
-        vocab_size=49152 * blocks // 30,
-        hidden_size=576,
-        num_hidden_layers=blocks,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        tie_word_embeddings=True,
-    )
+    config = inputs.smollm2(blocks)
     params = decoder.init(jax.random.key(0), config)
     drawn = np.random.default_rng(0).integers(0, config.vocab_size, (2, 4, length))
     batches = list(jnp.asarray(drawn, jnp.int32))

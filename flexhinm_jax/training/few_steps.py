@@ -31,7 +31,7 @@ RATES = {
     "proxsparse": 1e-4,
 }
 
-DECIDED = {
+DECIDED: dict[str, Any] = {
     "relaxation": "decided",
     "scale": (100.0, 100.0),
     "temperature": (1.0, 1.0),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import flexhinm_jax as fh
+from flexhinm_jax.training import few_steps
 from flexhinm_jax.training.hyper import hyper_prune
 from flexhinm_jax.types import Uses
 from train.lab.masks.learner import Learner
@@ -41,24 +42,15 @@ HYPER = fh.HyperPrune(fh.Wanda(NM))
 #: For a few hundred steps from good masks: the hard masks themselves are trained, with
 #: the gradient of the softmax, because sampling noise costs more than it finds; and the
 #: pace follows the gradient (`relative`), because Adam flips groups by noise.
-MASKLLM = fh.MaskLLM(
-    NM,
-    relaxation="decided",
-    scale=(100.0, 100.0),
-    temperature=(1.0, 1.0),
-    reward=0.0,
-)
+MASKLLM = fh.MaskLLM(NM, **few_steps.DECIDED)
 #: The tiles too, from logits that weights can be compared by; see `tiles`.
 PATCH = fh.Patch(
-    relaxation="decided",
-    scale=(100.0, 100.0),
-    temperature=(1.0, 1.0),
+    **few_steps.DECIDED,
     tile_prior="shares",
     tile_start=1.0,
     tile_scale=(2.5, 2.5),  # so few steps should not deal again
     tile_temperature=(1.0, 1.0),
     density_weight=0.0,
-    reward=0.0,
 )
 SLOWLY = {"rate": 2e-4, "optimizer": "relative", "b1": 0.95}
 LEARNERS: dict[str, Learner] = {
