@@ -35,7 +35,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else the plugin asks for a driv
 import jax
 import jax.numpy as jnp
 
-from bench import gpu_faults, study
+from bench import gpu_faults, gpu_parts, study
 
 OUT = Path(__file__).parent / "results" / "gpu_compile.json"
 
@@ -196,8 +196,8 @@ def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 def backend_case(
     backend: Any,
-    size: str,
-    weight: Any,
+    name: str,
+    size: gpu_parts.Size,
     n: int,
     dtype: Any,
     ptx: str,
@@ -207,7 +207,8 @@ def backend_case(
     """A case of a whole backend: `matmul` on a packed weight with its layout."""
     import dataclasses
 
-    packed = jax.eval_shape(weight)
+    make = functools.partial(gpu_parts.random_weight, size=size, dtype=dtype)
+    packed = jax.eval_shape(make, jax.random.key(0))
     ready = jax.eval_shape(backend.prepare, packed)
     ready = {k: v for k, v in ready.items() if not (plain and k == "index")}
     leaves, tree = jax.tree.flatten(
@@ -219,33 +220,9 @@ def backend_case(
 
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
     o, i = packed.shape
-    x, name = struct(n, i, dtype=dtype), f"{size} {o}x{i} n={n} {kind}"
+    x, name = struct(n, i, dtype=dtype), f"{name} {o}x{i} n={n} {kind}"
     cut = backend.tiling(n, backend.shape(jax.tree.unflatten(tree, leaves)))
     return Case(backend.NAME, name, run, (x, *leaves), ptx, sass, cut)
-
-
-def weight(
-    tiles: int, rows: int, inputs: int, dense: int, kept: int, dtype: Any
-) -> Callable[[], Any]:
-    """Makes a packed weight of given sizes, for its shapes only."""
-    from flexhinm_jax.types import PackedWeight
-
-    def make() -> PackedWeight:
-        return PackedWeight(
-            dense_index=jnp.zeros((tiles, dense), jnp.int32),
-            dense_values=jnp.zeros((tiles, rows, dense), dtype),
-            nm_index=jnp.zeros((tiles, kept), jnp.int32),
-            nm_values=jnp.zeros((tiles, rows, kept // 2), dtype),
-            nm_positions=jnp.zeros((tiles, rows, -(-kept // 32)), jnp.uint32),
-            out_order=jnp.zeros(tiles * rows, jnp.int32),
-            left=None,
-            right=None,
-            shape=(tiles * rows, inputs),
-            n=2,
-            m=4,
-        )
-
-    return make
 
 
 def cases(chip: str) -> list[Case]:
@@ -254,33 +231,30 @@ def cases(chip: str) -> list[Case]:
 
     assert chip == "h200"
     bf16, f16 = jnp.bfloat16, jnp.float16
-    flat = lambda o, i, dtype: weight(1, o, i, 0, i, dtype)  # noqa: E731
+    flat, half, mixed = gpu_parts.two_of_four, gpu_parts.hinm, gpu_parts.flexhinm
     sparse = functools.partial(
         backend_case,
         wgmma_sp,
         ptx=r"wgmma\.mma_async\.sp\.sync\.aligned",
         sass=r"HGMMA\.SP\.64x\d+x32",
     )
-    # FlexHiNM at 75 %: an eighth of the columns dense, a quarter 2:4.
-    mixed = lambda o, i, v, dtype: weight(o // v, v, i, i // 8, i // 4, dtype)  # noqa: E731
-    half = lambda o, i, v, dtype: weight(o // v, v, i, 0, i, dtype)  # noqa: E731
     return [
-        sparse("2:4", flat(4096, 4096, bf16), 1, bf16, plain=True),
-        sparse("2:4", flat(8192, 8192, bf16), 64, bf16, plain=True),
-        sparse("2:4", flat(8192, 8192, f16), 1024, f16),
-        sparse("2:4 in an order", flat(8192, 8192, bf16), 16, bf16),
-        sparse("2:4", flat(1000, 388, bf16), 65, bf16),
-        sparse("FlexHiNM v=64", mixed(8192, 8192, 64, bf16), 1, bf16),
-        sparse("FlexHiNM v=64", mixed(1536, 384, 64, f16), 65, f16),
-        sparse("2:4", flat(8192, 8192, bf16), 256, bf16, plain=True),
-        sparse("HiNM v=128", half(8192, 8192, 128, bf16), 256, bf16),
-        sparse("FlexHiNM v=64", mixed(8192, 8192, 64, bf16), 128, bf16),
-        sparse("2:4", flat(8192, 8192, bf16), 128, bf16),
-        sparse("FlexHiNM v=128", mixed(8192, 8192, 128, bf16), 256, bf16),
-        sparse("FlexHiNM v=128", mixed(8192, 8192, 128, bf16), 1024, bf16),
-        sparse("HiNM v=128", half(8192, 8192, 128, f16), 8, f16),
-        sparse("FlexHiNM v=32", mixed(4096, 4096, 32, f16), 16, f16),
-        sparse("HiNM v=64", half(14336, 4096, 64, bf16), 32, bf16),
+        sparse("2:4", flat(4096, 4096), 1, bf16, plain=True),
+        sparse("2:4", flat(8192, 8192), 64, bf16, plain=True),
+        sparse("2:4", flat(8192, 8192), 1024, f16),
+        sparse("2:4 in an order", flat(8192, 8192), 16, bf16),
+        sparse("2:4", flat(1000, 388), 65, bf16),
+        sparse("FlexHiNM v=64", mixed(8192, 8192, 64), 1, bf16),
+        sparse("FlexHiNM v=64", mixed(1536, 384, 64), 65, f16),
+        sparse("2:4", flat(8192, 8192), 256, bf16, plain=True),
+        sparse("HiNM v=128", half(8192, 8192, 128), 256, bf16),
+        sparse("FlexHiNM v=64", mixed(8192, 8192, 64), 128, bf16),
+        sparse("2:4", flat(8192, 8192), 128, bf16),
+        sparse("FlexHiNM v=128", mixed(8192, 8192, 128), 256, bf16),
+        sparse("FlexHiNM v=128", mixed(8192, 8192, 128), 1024, bf16),
+        sparse("HiNM v=128", half(8192, 8192, 128), 8, f16),
+        sparse("FlexHiNM v=32", mixed(4096, 4096, 32), 16, f16),
+        sparse("HiNM v=64", half(14336, 4096, 64), 32, bf16),
     ]
 
 
