@@ -21,7 +21,7 @@ from flexhinm_jax.models.basis import Basis, turned_block, turned_ends
 from flexhinm_jax.models.decoder_parameters import HEAD, NORM, TABLE
 from flexhinm_jax.ops import gram
 from flexhinm_jax.pruning.statistics import calibrate
-from flexhinm_jax.streaming.blocks import Blocks, open_blocks, short
+from flexhinm_jax.streaming.blocks import Blocks, open_blocks
 from flexhinm_jax.types import Stats
 
 __all__ = ["calibrated", "inverse", "mean_gram", "opened", "write"]
@@ -76,7 +76,7 @@ def calibrated(
     uses = blocks.uses(None)
     for layer in range(blocks.count):
         program = uses.program(layer)
-        params = change(short(blocks.load(layer), layer), layer)
+        params = change(decoder.block_params(blocks.load(layer), layer), layer)
         inputs = [(h,) for h in hidden]
         yield layer, params, calibrate(program.apply, params, program.uses, inputs)
         hidden = [np.asarray(program.run(params, jnp.asarray(h))) for h in hidden]
@@ -114,7 +114,7 @@ def write(
 
         for layer in range(blocks.count):
             at, keys = decoder.block_prefix(layer), blocks.keys(layer)
-            own = short({key: read(blocks, key) for key in keys}, layer)
+            own = decoder.block_params({key: read(blocks, key) for key in keys}, layer)
             block = turned_block(own, config, layer, basis)
             for name, leaf in block.items():
                 put(at + name, leaf)

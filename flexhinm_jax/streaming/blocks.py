@@ -86,7 +86,9 @@ class Blocks:
         """Block `layer` as a function of (parameters, hidden states)."""
 
         def run(params: Mapping[str, Any], h: Any) -> Any:
-            return decoder.block(short(params, layer), h, self.config, layer)
+            return decoder.block(
+                decoder.block_params(params, layer), h, self.config, layer
+            )
 
         return run
 
@@ -137,12 +139,6 @@ class Blocks:
         return BlockUses(
             self, {key: action for key, (_, action) in chosen.items()}, fit
         )
-
-
-def short(params: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """The parameters of a block under keys without the number of the layer."""
-    prefix = decoder.block_prefix(layer)
-    return {key.removeprefix(prefix): x for key, x in params.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ from flexhinm_jax.pruning.report import Row
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.streaming import memory, streaming
-from flexhinm_jax.streaming.blocks import BlockProgram, short
+from flexhinm_jax.streaming.blocks import BlockProgram
 from flexhinm_jax.streaming.learning_memory import learning_budget
 from flexhinm_jax.streaming.memory import Budget
 from flexhinm_jax.streaming.states import States
@@ -280,7 +280,7 @@ class _Task:
     def block(self, layer: int, states: States) -> tuple[list[Row], dict[str, float]]:
         """Learns and writes a block; `states` are then those after it."""
         setting, block = self.setting, self.programs(layer).block
-        params = short(setting.blocks.load(layer), layer)
+        params = decoder.block_params(setting.blocks.load(layer), layer)
         inputs, twins = states.take()
         shelf = Shelf(self.plan.shelf, self.work.folder)
         goals = [

@@ -35,9 +35,10 @@ from flexhinm_jax.models.basis import (
     writers,
 )
 from flexhinm_jax.models.decoder_config import DecoderConfig
+from flexhinm_jax.models.decoder_parameters import block_params
 from flexhinm_jax.ops import gram
 from flexhinm_jax.streaming.basis import calibrated, inverse, mean_gram, opened, write
-from flexhinm_jax.streaming.blocks import Blocks, short
+from flexhinm_jax.streaming.blocks import Blocks
 from flexhinm_jax.streaming.streaming import split
 
 __all__ = ["Learning", "Rotated", "rotate"]
@@ -317,7 +318,7 @@ class Learner:
         """Those weights of a block that count, norms folded in."""
         if layer in self.held:
             return self.held[layer]
-        own = short(self.blocks.load(layer), layer)
+        own = block_params(self.blocks.load(layer), layer)
         own = folded(self.blocks.config, own, layer)
         weights = {name: own[name] for name in self.inputs[layer]}
         size = sum(x.nbytes for x in weights.values())
