@@ -19,7 +19,6 @@ scaling of exp(-C / eps).
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array, lax
 
@@ -92,13 +91,6 @@ def hungarian(gain: Array) -> Array:
     row, column = optax.assignment.hungarian_algorithm(-gain)
     empty = jnp.zeros(gain.shape[:1], jnp.int32)
     return empty.at[row].set(column.astype(jnp.int32))
-
-
-def host(gain: np.ndarray) -> np.ndarray:
-    """The best assignment of one concrete [g, g] matrix, by scipy, i32[g]."""
-    from scipy import optimize  # takes 0.5 s to import
-
-    return optimize.linear_sum_assignment(gain, maximize=True)[1].astype(np.int32)
 
 
 def exchanges(scores: Array, table: Array) -> tuple[Array, Array]:

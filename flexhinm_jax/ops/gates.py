@@ -65,50 +65,27 @@ def logistic(key: Array, shape: tuple[int, ...]) -> Array:
     return jnp.log(u) - jnp.log1p(-u)
 
 
-def hard_concrete(
-    key: Array,
-    log_alpha: Array,
-    temperature: Array | float,
-    *,
-    gamma: float = GAMMA,
-    zeta: float = ZETA,
-) -> Array:
-    """Samples gates.
+def stretch(x: Array) -> Array:
+    """A Hard Concrete gate, clip(sigmoid(x) * (ZETA - GAMMA) + GAMMA, 0, 1).
 
     Args:
-      key: PRNG key, consumed.
-      log_alpha: f32[...], location; a gate is 1 rather than 0 where it is positive.
-      temperature: f32[], above 0.
-      gamma: lower end of the stretch, below 0.
-      zeta: upper end, above 1.
+      x: f32[...], (noise + log_alpha) / temperature with `logistic` noise; without it
+        the gate is the one at the median.
 
     Returns:
-      f32[...] in [0, 1]; differentiable in `log_alpha`, with gradient zero where the
-      gate is exactly 0 or 1.
+      f32[...] in [0, 1], with gradient zero where the gate is exactly 0 or 1.
 
     Source: arXiv:1712.01312, equations 10 and 11.
     """
-    noise = logistic(key, log_alpha.shape)
-    return stretch((noise + log_alpha) / temperature, gamma, zeta)
+    return jnp.clip(jax.nn.sigmoid(x) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
 
 
-def stretch(x: Array, gamma: float = GAMMA, zeta: float = ZETA) -> Array:
-    """clip(sigmoid(x) * (zeta - gamma) + gamma, 0, 1)."""
-    return jnp.clip(jax.nn.sigmoid(x) * (zeta - gamma) + gamma, 0.0, 1.0)
-
-
-def expected_l0(
-    log_alpha: Array,
-    temperature: Array | float,
-    *,
-    gamma: float = GAMMA,
-    zeta: float = ZETA,
-) -> Array:
+def expected_l0(log_alpha: Array, temperature: Array | float) -> Array:
     """P(z > 0), the expected number of non-zeros per gate, f32[...].
 
     Source: arXiv:1712.01312, equation 12.
     """
-    return jax.nn.sigmoid(log_alpha - temperature * math.log(-gamma / zeta))
+    return jax.nn.sigmoid(log_alpha - temperature * math.log(-GAMMA / ZETA))
 
 
 def straight_through(soft: Array, hard: Array) -> Array:

@@ -135,7 +135,8 @@ def reason(
     if not finder.of(path):
         return finder.reason(path, leaves[path], path in leaves.on_grid)
     hindrance = None if action == "prune" else finder.hindrance(path)
-    if hindrance is None or (action and tied(hindrance)):
+    # A rule may ask for a leaf against which nothing but a lookup of rows speaks.
+    if hindrance is None or (action and hindrance.kind is Kind.LOOKUP):
         return None
     return hindrance.text
 
@@ -159,11 +160,6 @@ def is_weight(leaves: Leaves, path: str) -> bool:
     if not is_array(leaf) or len(leaf.shape) < 2:
         return False
     return path in leaves.on_grid or bool(jnp.issubdtype(leaf.dtype, jnp.floating))
-
-
-def tied(hindrance: Stop) -> bool:
-    """Whether nothing but a lookup of rows speaks against pruning a leaf."""
-    return hindrance.kind is Kind.LOOKUP
 
 
 def choose(

@@ -136,7 +136,9 @@ def test_the_penalties_are_those_of_the_paper():
     state = method.anneal(solve(method, KEY, weight(), None, None), 0.25)
     temperature = float(state.fixed["temperature"])
     assert temperature == pytest.approx(2 / 3 * 0.15**0.25, rel=1e-5)
-    z = gates.hard_concrete(KEY, state.learned["log_alpha"], temperature)
+    log_alpha = state.learned["log_alpha"]
+    noise = gates.logistic(KEY, log_alpha.shape)
+    z = gates.stretch((noise + log_alpha) / temperature)
     terms = method.penalty(state, weight(), key=KEY)
     assert float(terms["gates"]) == pytest.approx(0.5 * float(z.mean()), rel=1e-5)
     off = jnp.abs(z.reshape(SHAPE[0], -1, 4).sum(-1) - 2).mean()

@@ -20,14 +20,20 @@ group_ranks = jax.jit(masks.group_ranks)
 DRAWS = 200_000
 
 
-def probability_zero(log_alpha, temperature, gamma=gates.GAMMA, zeta=gates.ZETA):
+def hard_concrete(key, log_alpha, temperature):
+    """Sampled gates."""
+    noise = gates.logistic(key, log_alpha.shape)
+    return gates.stretch((noise + log_alpha) / temperature)
+
+
+def probability_zero(log_alpha, temperature):
     """P(z = 0) of a Hard Concrete gate."""
-    return jax.nn.sigmoid(temperature * math.log(-gamma / zeta) - log_alpha)
+    return jax.nn.sigmoid(temperature * math.log(-gates.GAMMA / gates.ZETA) - log_alpha)
 
 
-def probability_one(log_alpha, temperature, gamma=gates.GAMMA, zeta=gates.ZETA):
+def probability_one(log_alpha, temperature):
     """P(z = 1): s >= (1 - gamma) / (zeta - gamma)."""
-    edge = math.log((1 - gamma) / (zeta - 1))
+    edge = math.log((1 - gates.GAMMA) / (gates.ZETA - 1))
     return jax.nn.sigmoid(log_alpha - temperature * edge)
 
 
@@ -50,18 +56,15 @@ def test_probabilities_are_those_of_the_specification(
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 2 / 3])
-@pytest.mark.parametrize("ends", [(-0.1, 1.1), (-0.3, 1.05)])
-def test_closed_forms_agree_with_sampling(temperature, ends):
-    gamma, zeta = ends
-    forms = {"gamma": gamma, "zeta": zeta}
+def test_closed_forms_agree_with_sampling(temperature):
     for log_alpha in (-2.0, 0.3, 1.5):
         x = jnp.full(DRAWS, log_alpha, jnp.float32)
-        z = np.asarray(gates.hard_concrete(KEY, x, temperature, **forms))
+        z = np.asarray(hard_concrete(KEY, x, temperature))
         assert z.min() >= 0 and z.max() <= 1
         close = {"abs": 4 / DRAWS**0.5}  # eight standard deviations of a fraction
-        zero = probability_zero(x[0], temperature, **forms)
-        one = probability_one(x[0], temperature, **forms)
-        alive = gates.expected_l0(x[0], temperature, **forms)
+        zero = probability_zero(x[0], temperature)
+        one = probability_one(x[0], temperature)
+        alive = gates.expected_l0(x[0], temperature)
         assert (z == 0).mean() == pytest.approx(float(zero), **close)
         assert (z == 1).mean() == pytest.approx(float(one), **close)
         assert (z > 0).mean() == pytest.approx(float(alive), **close)
@@ -71,7 +74,7 @@ def test_closed_forms_agree_with_sampling(temperature, ends):
 def test_gates_are_finite_for_extreme_locations_and_temperatures():
     x = jnp.array([-80.0, -5.0, 0.0, 5.0, 80.0], jnp.float32)
     for temperature in (1e-3, 0.1, 10.0):
-        f = lambda x: jnp.sum(gates.hard_concrete(KEY, x, temperature))  # noqa: B023, E731
+        f = lambda x: jnp.sum(hard_concrete(KEY, x, temperature))  # noqa: B023, E731
         value, grad = jax.value_and_grad(f)(x)
         assert np.isfinite(value) and np.isfinite(grad).all()
         for form in (gates.expected_l0, probability_one):
@@ -82,7 +85,7 @@ def test_the_gradient_of_the_mean_gate_agrees_with_finite_differences():
     x, h = jnp.float32(0.7), 0.05
 
     def mean(x):
-        return jnp.mean(gates.hard_concrete(KEY, jnp.full(DRAWS, x), 0.5))
+        return jnp.mean(hard_concrete(KEY, jnp.full(DRAWS, x), 0.5))
 
     slope = (mean(x + h) - mean(x - h)) / (2 * h)
     assert float(jax.grad(mean)(x)) == pytest.approx(float(slope), rel=2e-3)
