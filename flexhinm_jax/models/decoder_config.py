@@ -354,12 +354,7 @@ class DecoderConfig:
           >>> config.attention_bias, config.head_size, config.max_position_embeddings
           (True, 64, 32768)
         """
-        kind = config_json.get("model_type")
-        if kind not in list(FAMILIES):
-            raise ValueError(
-                f"model_type={kind!r} is not supported; supported are"
-                f" {', '.join(FAMILIES)}"
-            )
+        kind = fields.chosen("model_type", config_json.get("model_type"), FAMILIES)
         family = FAMILIES[kind]
         given = {k: v for k, v in config_json.items() if v is not None}
         # A missing window has the default of its family, null means none.
@@ -383,14 +378,9 @@ class DecoderConfig:
         theta, scaling, local = rope.from_dict(given, given["max_position_embeddings"])
         values |= {"rope_theta": theta, "rope_scaling": scaling}
         values["layers"] = _layers(family, given, local, experts and experts[1])
-        for field in dataclasses.fields(cls):
-            if field.name in values:
-                continue
-            if field.name in given:
-                values[field.name] = given[field.name]
-            elif field.name == "vocab_size" or field.default is dataclasses.MISSING:
-                raise ValueError(f"{field.name} is missing from the configuration")
-        return cls(**values)
+        if "vocab_size" not in given:
+            raise ValueError("vocab_size is missing from the configuration")
+        return cls(**fields.read(cls, given, values))
 
 
 SWITCHES = ("qk_norm", "norm_offset", "sandwich_norms", "embed_scaled", "gelu")

@@ -229,17 +229,13 @@ def from_dict(
     theta = entry.pop("rope_theta", config.get("rope_theta"))
     theta = 10_000.0 if theta is None else theta
     kind = entry.get("rope_type", entry.get("type", "default"))
-    if kind not in list(KINDS):
-        raise ValueError(
-            f"{where}: rope_type={kind!r} is not supported; supported are"
-            f" {', '.join(KINDS)}"
-        )
     part = entry.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if part not in (None, 1):
         raise ValueError(
             f"partial_rotary_factor={part!r} is not supported; supported is 1"
         )
     try:
+        fields.chosen("rope_type", kind, KINDS)
         return theta, _scaling(kind, entry, config, limit), local
     except KeyError as error:
         raise ValueError(f"{where}: {error.args[0]} is missing for {kind}") from error
