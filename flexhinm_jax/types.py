@@ -295,11 +295,7 @@ class Layout:
     @functools.cached_property
     def matrix_shape(self) -> tuple[int, int]:
         """(o, i) of one matrix."""
-        o = i = 1
-        for f in self.out:
-            o *= f.size
-        for f in self.inputs:
-            i *= f.size
+        o, i = (math.prod(f.size for f in side) for side in (self.out, self.inputs))
         return o, i
 
     @functools.cached_property

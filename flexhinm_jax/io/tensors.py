@@ -7,11 +7,10 @@ as it lies) and the usual file permissions (the package creates files readable b
 owner only).
 """
 
-import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,12 @@ def mapped(path: str | os.PathLike, header: Header, key: str) -> np.ndarray:
     Raises:
       ValueError: a dtype that is not in `DTYPES`.
     """
-    dtype, shape = _dtype(path, header, key), header.shapes[key]
+    if header.dtypes[key] not in DTYPES:
+        raise ValueError(
+            f"{path}: {key} has dtype {header.dtypes[key]}; supported are"
+            f" {', '.join(DTYPES)}. Convert it to one of them first"
+        )
+    dtype, shape = DTYPES[header.dtypes[key]], header.shapes[key]
     if not math.prod(shape):
         return np.zeros(shape, dtype)
     start = header.places[key][0]
@@ -150,16 +154,8 @@ def read(
       ValueError: the file is damaged, or holds a dtype that is not in `DTYPES`.
     """
     header = read_header(path)
-    keys = list(header.shapes) if keys is None else list(keys)
-    dtypes = {key: _dtype(path, header, key) for key in keys}
-    with _opened(path) as f:
-        return {
-            # The package asks NumPy itself for names of dtypes with eight bits.
-            key: np.array(mapped(path, header, key))
-            if dtype.name.startswith("float8")
-            else f.get_tensor(key)
-            for key, dtype in dtypes.items()
-        }
+    keys = header.shapes if keys is None else keys
+    return {key: np.array(mapped(path, header, key)) for key in keys}
 
 
 def write(
@@ -200,15 +196,6 @@ def write(
     os.chmod(path, 0o666 & ~umask)
 
 
-def _dtype(path: str | os.PathLike, header: Header, key: str) -> np.dtype:
-    if header.dtypes[key] not in DTYPES:
-        raise ValueError(
-            f"{path}: {key} has dtype {header.dtypes[key]}; supported are"
-            f" {', '.join(DTYPES)}. Convert it to one of them first"
-        )
-    return DTYPES[header.dtypes[key]]
-
-
 def _damaged(path: str | os.PathLike, why: object) -> ValueError:
     with open(path, "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -220,19 +207,6 @@ def _damaged(path: str | os.PathLike, why: object) -> ValueError:
         f"{path} is truncated or not a safetensors file ({why}); copy or download it"
         " again"
     )
-
-
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Any]:
-    """Opens a file; every error of the format names it."""
-    package = _package()
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; check the name")
-    try:
-        with package.safe_open(os.fspath(path), framework="numpy") as f:
-            yield f
-    except package.SafetensorError as error:
-        raise _damaged(path, error) from error
 
 
 def _package() -> Any:
