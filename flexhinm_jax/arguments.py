@@ -78,6 +78,23 @@ def speaking(words: Mapping[str, str]) -> Iterator[None]:
         _spoken.reset(token)
 
 
+@contextlib.contextmanager
+def extra(name: str, need: str) -> Iterator[None]:
+    """Says how to install a package whose import inside the block fails.
+
+    Args:
+      name: the extra of this library that brings the package.
+      need: what needs which package.
+
+    Raises:
+      ImportError: the package is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f'{need}: pip install "flexhinm_jax[{name}]"') from error
+
+
 def shown(value: Any) -> str:
     """A value in a few words, for a message."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):

@@ -418,12 +418,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _reader(file: Path) -> Any:
     """The file opened by the `gguf` package, every tensor inside the file."""
-    try:
+    with arguments.extra("gguf", "reading GGUF needs the gguf package"):
         import gguf
-    except ImportError as error:
-        raise ImportError(
-            'reading GGUF needs the gguf package: pip install "flexhinm_jax[gguf]"'
-        ) from error
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a directory; give the GGUF file itself")
     if not file.is_file():

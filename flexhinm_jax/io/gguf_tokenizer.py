@@ -9,6 +9,8 @@ tokenizers.
 from collections.abc import Callable
 from typing import Any
 
+from flexhinm_jax import arguments
+
 __all__ = ["PRE_TOKENIZERS", "configuration", "generation", "tokenizer"]
 
 NORMAL, UNKNOWN, CONTROL, USER = 1, 2, 3, 4
@@ -68,13 +70,8 @@ def tokenizer(meta: Any) -> Any:
       ValueError: a kind or a cut of text that is not known, or a part is missing.
       ImportError: the `hf` extra is not installed.
     """
-    try:
+    with arguments.extra("hf", "writing a tokenizer needs the tokenizers package"):
         import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            "writing a tokenizer needs the tokenizers package: "
-            "pip install 'flexhinm_jax[hf]'"
-        ) from error
     kind = meta.need("tokenizer.ggml.model")
     if kind not in KINDS:
         raise ValueError(

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from flexhinm_jax import arguments
 from flexhinm_jax.io.hints import OTHER_WEIGHTS
 
 __all__ = ["BUILTIN", "find", "is_dataset", "read_sentences", "read_text", "short"]
@@ -42,14 +43,10 @@ def find(name: str | Path, cache: Path | None = None, offline: bool = False) -> 
     remote = HUB_NAME.fullmatch(str(name))
     if path.exists() or remote is None:
         return path
-    try:
+    need = f"{name} is no folder here; fetching it from the Hub needs huggingface_hub"
+    with arguments.extra("hf", need):
         import huggingface_hub
         from huggingface_hub import constants, errors
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is no folder here; fetching it from the Hub needs"
-            " huggingface_hub: pip install 'flexhinm_jax[hf]'"
-        ) from error
     try:
         folder = huggingface_hub.snapshot_download(
             remote["repo"],
@@ -150,12 +147,8 @@ def _rows(source: str, limit: int) -> list[str]:
             f"{source}: write hf:DATASET[:CONFIG]:SPLIT:COLUMN, such as"
             " hf:Salesforce/wikitext:wikitext-2-raw-v1:train:text"
         )
-    try:
+    with arguments.extra("datasets", "reading a dataset needs datasets"):
         import datasets
-    except ImportError as error:
-        raise ImportError(
-            "reading a dataset needs datasets: pip install 'flexhinm_jax[datasets]'"
-        ) from error
     name, *config, split, column = parts
     rows: list[str] = []
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flexhinm_jax import atomic
+from flexhinm_jax import arguments, atomic
 from flexhinm_jax.io import records
 
 __all__ = ["DTYPES", "Header", "mapped", "read", "read_header", "write"]
@@ -210,10 +210,6 @@ def _damaged(path: str | os.PathLike, why: object) -> ValueError:
 
 
 def _package() -> Any:
-    try:
+    with arguments.extra("hf", "safetensors is needed for this"):
         import safetensors
-    except ImportError as error:
-        raise ImportError(
-            'safetensors is needed for this; pip install "flexhinm_jax[hf]"'
-        ) from error
     return safetensors

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from flexhinm_jax import arguments
 from flexhinm_jax.models import batches, decoder, generation
 from flexhinm_jax.models.load import Model
 from flexhinm_jax.tracing.sparsify import sparsify
@@ -45,13 +46,9 @@ def adapter(model: Model, batch: int = 8) -> Any:
             f"{model.directory} is an encoder; lm_eval scores continuations, so give a"
             " decoder"
         )
-    try:
+    with arguments.extra("eval", "lm-evaluation-harness is not installed"):
         from lm_eval import utils
         from lm_eval.api.model import TemplateLM
-    except ImportError as error:
-        raise ImportError(
-            "lm-evaluation-harness is not installed: pip install 'flexhinm_jax[eval]'"
-        ) from error
     longest = model.config.max_position_embeddings or LENGTH
 
     class Adapter(TemplateLM):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from flexhinm_jax import arguments
 from flexhinm_jax.io import shards
 from flexhinm_jax.io.sources import BUILTIN
 
@@ -186,13 +187,8 @@ def _prepared(
     images: Sequence[Path | np.ndarray], directory: Path, channels: int
 ) -> np.ndarray:
     """Pixels of files or of arrays of bytes."""
-    try:
+    with arguments.extra("images", "images, unless they are .npy, need Pillow"):
         from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            "reading images needs Pillow: pip install 'flexhinm_jax[images]'; or give"
-            " an .npy file of pixels"
-        ) from error
     try:
         prepare = Preprocessing.from_dict(shards.read_json(directory / CONFIG))
     except ValueError as error:

@@ -430,12 +430,8 @@ def load_tokenizer(path: Path) -> Any:
       ValueError: it is damaged.
       ImportError: the `hf` extra is not installed.
     """
-    try:
+    with arguments.extra("hf", "reading text needs the tokenizers package"):
         import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            "reading text needs the tokenizers package: pip install 'flexhinm_jax[hf]'"
-        ) from error
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; save the model's fast tokenizer there"

@@ -223,12 +223,8 @@ class Report:
         Raises:
           ImportError: matplotlib is missing; says how to install it.
         """
-        try:
+        with arguments.extra("plot", "figures need matplotlib"):
             from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                'figures need matplotlib: pip install "flexhinm_jax[plot]"'
-            ) from error
         height = max(2.5, 0.24 * len(self.rows) + 1.2)
         figure = Figure(figsize=(11, height), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
