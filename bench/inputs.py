@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
+from flexhinm_jax.io import tensors
 from flexhinm_jax.models.decoder_config import DecoderConfig
 from train.lab import models
 
@@ -171,11 +172,8 @@ def _planted(seed: int, size: int) -> np.ndarray:
 
 
 def _minilm(key: str) -> np.ndarray:
-    from safetensors import safe_open
-
     path = models.model_directory() / "model.safetensors"
-    with safe_open(str(path), framework="numpy") as file:
-        return file.get_tensor(key).astype(np.float32, copy=False)
+    return tensors.read(path, [key])[key].astype(np.float32, copy=False)
 
 
 def _check(name: str, w: np.ndarray) -> None:

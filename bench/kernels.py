@@ -241,15 +241,13 @@ def pruned(embed: Any, params: Any, vector_size: int) -> dict[str, Any]:
     Speed does not depend on which weights stay, so the cheapest method prunes.
     """
     tokens = jnp.ones((2, 8), jnp.int32)
-    uses = fh.discover(embed, params, tokens, jnp.ones_like(tokens))
+    batch, key = (tokens, jnp.ones_like(tokens)), jax.random.key(0)
     method = fh.Magnitude(FlexHiNM(vector_size, permute=None))
-    states = fh.solve(
-        method, jax.random.key(0), params, uses, None, sparsity=SPARSITY["75 %"]
+    result = fh.prune(
+        embed, params, [batch], method, sparsity=SPARSITY["75 %"], key=key
     )
-    plans = fh.decide(method, states, params, uses)
-    packed = fh.pack(plans, params, uses)
-    ready = kernels.prepare(packed)
-    dense = sum(p.weight.nbytes for p in plans.values())
+    packed = {"packed": result.packed, "prepared": kernels.prepare(result.packed)}
+    dense = sum(p.weight.nbytes for p in result.plans.values())
     size = lambda tree: sum(  # noqa: E731
         leaf.nbytes
         for leaf in jax.tree.leaves(
@@ -257,12 +255,8 @@ def pruned(embed: Any, params: Any, vector_size: int) -> dict[str, Any]:
         )
         if isinstance(leaf, fh.PackedWeight)
     )
-    return {
-        "dense": fh.densify(plans, params, uses),
-        "packed": packed,
-        "prepared": ready,
-        "bytes": {"packed": size(packed) / dense, "prepared": size(ready) / dense},
-    }
+    stored = {name: size(tree) / dense for name, tree in packed.items()}
+    return {"dense": result.params, **packed, "bytes": stored}
 
 
 STUDY = Study(

@@ -31,7 +31,8 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     params = eqn.primitive.get_bind_params(eqn.params)
     subfuns, params = params if isinstance(params, tuple) else ((), params)
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with context(eqn, names):
+    trace = eqn.source_info.traceback
+    with source_info_util.user_context(trace, name_stack=names), eqn.ctx.manager:
         results = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(results) if eqn.primitive.multiple_results else [results]
 
@@ -59,28 +60,6 @@ def with_shapes(eqn: Any, operands: Sequence[Any]) -> Any:
     """
     traced = jax.make_jaxpr(lambda *xs: bind(eqn, xs))(*operands)
     return opened(traced)[0].eqns[-1]
-
-
-class context:  # noqa: N801
-    """Context with the mesh, compute type and source location of an equation."""
-
-    def __init__(self, eqn: Any, names: Any = None):
-        """Prepares the context of `eqn`, under the name stack `names` if given."""
-        self.managers = [eqn.ctx.manager]
-        if names is not None:
-            trace = eqn.source_info.traceback
-            user = source_info_util.user_context(trace, name_stack=names)
-            self.managers.insert(0, user)
-
-    def __enter__(self) -> None:
-        """Enters all managers, outermost first."""
-        for manager in self.managers:
-            manager.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        """Leaves all managers, innermost first."""
-        for manager in reversed(self.managers):
-            manager.__exit__(*error)
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

@@ -273,7 +273,7 @@ def _transpose(
     g = g.astype(x.dtype)
     pair = (g, x) if transposed else (x, g)
     loop, whole = (
-        functools.partial(_gradient, room.gradient_of_values, packed)
+        lambda x, g, room=room: room.gradient_of_values(x, g, packed)
         for room in (xla, dense)
     )
     values = lax.platform_dependent(*pair, default=loop, **dict.fromkeys(GPUS, whole))
@@ -282,10 +282,6 @@ def _transpose(
         if place is not None and linear[place]:
             cotangents[1 + place] = value
     return cotangents
-
-
-def _gradient(of_values: Any, packed: PackedWeight, x: Array, g: Array) -> Any:
-    return of_values(x, g, packed)
 
 
 def _batch(

@@ -85,19 +85,15 @@ def sums(x: Array, regions: Regions) -> Array:
 
 def nm_weights(regions: Regions) -> Array:
     """Which weights lie in an N:M group, bool[o, i] in original order."""
-    return _by_column(_in_nm(regions), regions)
+    position = inverse(regions.in_order)
+    after = position >= regions.dense_end[:, None]
+    return _by_column(after & (position < regions.nm_end[:, None]), regions)
 
 
 def dense_weights(regions: Regions) -> Array:
     """Which weights lie in a dense column, bool[o, i] in original order."""
     position = inverse(regions.in_order)
     return _by_column(position < regions.dense_end[:, None], regions)
-
-
-def _in_nm(regions: Regions) -> Array:
-    position = inverse(regions.in_order)
-    after = position >= regions.dense_end[:, None]
-    return after & (position < regions.nm_end[:, None])
 
 
 def _by_column(columns: Array, regions: Regions) -> Array:

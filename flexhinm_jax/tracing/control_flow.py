@@ -384,7 +384,7 @@ def visit_shard_map(
         return tuple(plain(outs)), visitor.leave(state, local, names)
 
     out_specs = (tuple(p["out_specs"]), state_specs)
-    with jax_versions.context(eqn):
+    with eqn.ctx.manager:
         mapped = jax_versions.shard_map(body, p, (specs, state_specs), out_specs)
         outs, state = mapped(arrays, state)
     attach(visitor, outs, [masks.Lost() for _ in outs])

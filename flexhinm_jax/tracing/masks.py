@@ -116,12 +116,8 @@ class Masks:
 
 def has_program(eqn: Any) -> bool:
     """Whether an equation runs another program."""
-    values = [v for p in eqn.params.values() for v in _listed(p)]
+    values = jax.tree.leaves(list(eqn.params.values()))
     return any(hasattr(v, "eqns") or hasattr(v, "jaxpr") for v in values)
-
-
-def _listed(x: Any) -> Sequence[Any]:
-    return x if isinstance(x, tuple | list) else [x]
 
 
 def join(*keeps: Keep) -> Keep:

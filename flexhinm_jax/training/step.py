@@ -194,7 +194,7 @@ class _Step:
         if self.axis_name is not None:
             total, aux, grads = lax.pmean((total, aux, grads), self.axis_name)
         loss, terms, extra = aux
-        norm = _norm(grads)
+        norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         metrics = {"loss": loss, **{f"penalty/{k}": v for k, v in terms.items()}}
         if terms:
@@ -287,13 +287,6 @@ def _with_learned(
         path: dataclasses.replace(state, learned=learned[path])
         for path, state in states.items()
     }
-
-
-def _norm(grads: Any) -> Array:
-    squares = [
-        jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)
-    ]
-    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
 
 
 def _if(finite: Array, before: Training, moved: Callable[[], Training]) -> Training:
