@@ -164,9 +164,8 @@ def sentence_encoder(flags: argparse.Namespace) -> Iterator[Row]:
     dense = models.load(evaluation=count)
     batches = dense.calibration(count)
     uses = fh.discover(dense.embed, dense.params, *batches[0])
-    stats = fh.calibrate(
-        dense.embed, dense.params, uses, batches, gram=False, token_mask=models.real
-    )
+    options: Any = {"gram": False, "token_mask": dense.model.token_mask}
+    stats = fh.calibrate(dense.embed, dense.params, uses, batches, **options)
     for name, permute in {
         "none": None,
         "natural rows, searched columns": ChannelSearch(),

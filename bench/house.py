@@ -240,15 +240,10 @@ def questions(trees: dict[Path, ast.Module], room: str) -> list[str]:
         if path.parent.name == room:
             continue
         for node in ast.walk(tree):
-            known = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-            if known and node.func.id == "isinstance":  # type: ignore[attr-defined]
-                words = {
-                    x.id if isinstance(x, ast.Name) else x.attr
-                    for x in ast.walk(node.args[1])  # type: ignore[attr-defined]
-                    if isinstance(x, ast.Name | ast.Attribute)
-                }
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                words = set(re.findall(r"\w+", ast.unparse(node.args[1])))
                 if words & names:
-                    asked.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")  # type: ignore[attr-defined]
+                    asked.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
     return asked
 
 

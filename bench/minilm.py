@@ -108,7 +108,7 @@ RUNS = {
 def prune(dense: Any, given: list[tuple], run: Run) -> fh.Pruned:
     """Prunes as a row says."""
     options: dict[str, Any] = {"sparsity": run.sparsity, "key": jax.random.key(0)}
-    options["token_mask"] = models.real
+    options["token_mask"] = dense.model.token_mask
     if run.target is None:
         return fh.prune(dense.embed, dense.params, given, run.method, **options)
     options["target"] = run.target

@@ -187,7 +187,8 @@ def model(flags: argparse.Namespace) -> Iterator[Row]:
     params, key, text = dense.params, jax.random.key(KEY), Sentences(dense, config)
     sample = [b[:2] for b in text.batches[: max(1, 512 // config.batch)]]
     uses = fh.discover(dense.embed, params, *sample[0])
-    stats = fh.calibrate(dense.embed, params, uses, sample, token_mask=models.real)
+    real = dense.model.token_mask
+    stats = fh.calibrate(dense.embed, params, uses, sample, token_mask=real)
 
     digest = corpus.digest()
 

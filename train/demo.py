@@ -274,7 +274,7 @@ def main() -> None:
             uses,
             dense.calibration(args.calibration, BUCKETS),
             gram=False,
-            token_mask=models.real,
+            token_mask=dense.model.token_mask,
         )
         runs = []
         for run in RUNS:

@@ -33,9 +33,6 @@ LONGEST = 128
 CALIBRATION_ROWS = 128
 BUCKETS = (16, 24, 32, 48, 64, LONGEST)
 
-#: Tokens of a batch that are no padding, as `fh.calibrate` asks.
-real = lambda _, mask: mask != 0  # noqa: E731
-
 
 def model_directory() -> Path:
     """Where the installed package keeps the checkpoint."""
@@ -197,7 +194,7 @@ def prune(
         sparsity=sparsity,
         key=jax.random.key(seed),
         target="resid",
-        token_mask=real,
+        token_mask=dense.model.token_mask,
         resume=folder,
     )
 

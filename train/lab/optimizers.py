@@ -45,7 +45,7 @@ def make(
 def lanewise(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """An optimiser of its own for every entry of the first axis of all leaves.
 
-    Without it `relative` would scale the lanes by each other's gradients.
+    Without it `relative` and clipping would scale the lanes by each other's gradients.
     """
 
     def init(params: Any) -> Any:
@@ -58,28 +58,6 @@ def lanewise(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         return jax.vmap(lambda u, s: tx.update(u, s))(updates, state)
 
     return optax.GradientTransformation(init, update)
-
-
-def clip_lanes(limit: float) -> optax.GradientTransformation:
-    """Scales the updates of every lane down to a norm of at most `limit`.
-
-    `optax.clip_by_global_norm` would let the lanes scale each other.
-    """
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        squares = [
-            jnp.sum(x**2, tuple(range(1, x.ndim))) for x in jax.tree.leaves(updates)
-        ]
-        norm = jnp.sqrt(jnp.sum(jnp.stack(squares), 0))
-        factor = limit / jnp.maximum(norm, limit)
-
-        def scaled(x: jax.Array) -> jax.Array:
-            return x * factor.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)
-
-        return jax.tree.map(scaled, updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def warm_cosine(

@@ -64,7 +64,7 @@ class Config:
         rate = optax.warmup_cosine_decay_schedule(0.0, peak, warm, steps, 0.1 * peak)
         # The loss is the mean over lanes, so that of one lane has 1 / lanes of it.
         return optax.chain(
-            optimizers.clip_lanes(self.clip / lanes),
+            optimizers.lanewise(optax.clip_by_global_norm(self.clip / lanes)),
             optax.adamw(rate, b2=0.98, weight_decay=self.weight_decay),
         )
 

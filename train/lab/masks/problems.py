@@ -173,7 +173,7 @@ def minilm(
             "evaluation": dense.count,
             "digest": text.digest(),
         },
-        token_mask=models.real,
+        token_mask=dense.model.token_mask,
         seed=recipe.seed,
     )
 
