@@ -141,11 +141,11 @@ def choose(
                 return Choice("xla", kernel.name if faster else None)
             return Choice(kernel.name, kernel.name, forced=True)
         refusals[kernel.name] = refusal
+    why = "; ".join(f"{kernel}: {no.why}" for kernel, no in refusals.items())
     if name != "auto" or chip is None:
-        why = "; ".join(f"{kernel}: {no.why}" for kernel, no in refusals.items())
         raise NotImplementedError(f"backend={name!r} cannot run this product: {why}")
     if all(no.cause is not Cause.PRODUCT for no in refusals.values()):
-        _warn("; ".join(f"{kernel}: {no.why}" for kernel, no in refusals.items()))
+        _warn(why)
     return Choice("xla")
 
 

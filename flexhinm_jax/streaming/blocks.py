@@ -20,11 +20,11 @@ from jax import Array
 from flexhinm_jax import checks
 from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.models import decoder
+from flexhinm_jax.models.decoder_parameters import TABLE
 from flexhinm_jax.tracing.discover import choose, discover
 from flexhinm_jax.types import Uses
 
 FLOATS = ("F32", "BF16", "F16")
-TABLE = "model.embed_tokens.weight"
 
 Dtype = Literal["checkpoint", "float32"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
+from flexhinm_jax.models.decoder_parameters import TABLE
 from flexhinm_jax.pruning import solve
 from flexhinm_jax.pruning.statistics import blank
 from flexhinm_jax.sequential.windows import size
-from flexhinm_jax.streaming.blocks import TABLE
 from flexhinm_jax.streaming.memory import Budget
 from flexhinm_jax.streaming.work import Setting
 from flexhinm_jax.types import Use

@@ -20,6 +20,7 @@ from jax import numpy as jnp
 
 from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
+from flexhinm_jax.models.decoder_parameters import TABLE
 from flexhinm_jax.pruning.gains import scoring_program
 from flexhinm_jax.pruning.statistics import blank
 from flexhinm_jax.sequential import segments, targets
@@ -29,7 +30,6 @@ from flexhinm_jax.sequential.share import COPIES
 from flexhinm_jax.sequential.solver import solve_stack, solved
 from flexhinm_jax.sequential.trained import Training
 from flexhinm_jax.sequential.windows import size
-from flexhinm_jax.streaming.blocks import TABLE
 from flexhinm_jax.streaming.work import Setting
 from flexhinm_jax.types import Stats
 
