@@ -20,10 +20,8 @@ import argparse
 import contextlib
 import functools
 import importlib
-import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -284,13 +282,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def run_chip(chip: str) -> list[dict[str, Any]]:
     """`compile_chip` in a process of its own; a crash becomes a failed row."""
-    command = [sys.executable, "-m", "bench.gpu_compile", "--chip", chip]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        tail = (done.stderr or done.stdout).strip()[-400:]
+    try:
+        return study.alone(compile_chip, chip)
+    except RuntimeError as error:
         failed = {"chip": CHIPS[chip].name, "kernel": "all", "size": ""}
-        return [failed | {"failures": [f"the process ended with an error: {tail}"]}]
-    return json.loads(done.stdout.splitlines()[-1])
+        return [failed | {"failures": [str(error)]}]
 
 
 TABLE = "GPU kernels compiled offline"
@@ -317,12 +313,8 @@ def results(cases: list[dict[str, Any]]) -> Iterator[study.Row]:
 def main() -> int:
     """Compiles for all chips, prints the table, writes the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--chip", choices=CHIPS, help="compile here, print JSON")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    if options.chip:
-        print(json.dumps(compile_chip(options.chip)))
-        return 0
     rows = [row for chip in CHIPS for row in run_chip(chip)]
     print(table(rows))
     failed = sum(bool(row["failures"]) for row in rows)
