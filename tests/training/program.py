@@ -3,7 +3,9 @@
 Arguments: folder for checkpoints, file for the result, resume mode.
 """
 
+import functools
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import flexhinm_jax as fh
 
 STAGES = [fh.Stage(0.5, 6, anneals=3), fh.Stage(0.75, 6)]
 METHOD = fh.HardConcrete(fh.FlexHiNM(8, permute=fh.RandomRows()))
+TX = optax.adamw(1e-2)
 
 
 def model(params, x):
@@ -39,22 +42,38 @@ def params():
     }
 
 
+@functools.cache
+def uses():
+    return fh.discover(model, params(), batch_at(0)[0])
+
+
+STEPS: dict[Any, Any] = {}
+
+
+def make_step(method, loss_fn, tx, uses, *, mask_tx, shardings):
+    """Runs that do the same share a compiled step."""
+    assert shardings is None
+    name = method, loss_fn, tx, mask_tx
+    if name not in STEPS:
+        STEPS[name] = fh.make_step(method, loss_fn, tx, uses, mask_tx=mask_tx)
+    return STEPS[name]
+
+
 def make(folder=None, resume=False, method=METHOD, stages=STAGES, **options):
-    dense = params()
-    uses = fh.discover(model, dense, batch_at(0)[0])
     defaults = {
         "batch_at": batch_at,
-        "tx": optax.adamw(1e-2),
+        "tx": TX,
         "key": jax.random.key(5),
+        "make_step": make_step,
     }
     return fh.gradual(
         method,
         loss_fn,
-        dense,
-        uses,
+        params(),
+        uses(),
         stages=stages,
         checkpoints=folder,
-        save_every=2,
+        save_every=4,
         log_every=1,
         resume=resume,
         **(defaults | options),
@@ -76,4 +95,5 @@ if __name__ == "__main__":
     run = make(folder, mode)
     for row in run:
         print("step", row["step"], flush=True)
-    np.savez(result, **outcome(run))
+    arrays: Any = outcome(run)
+    np.savez(result, **arrays)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -11,6 +12,7 @@ import flexhinm_jax as fh
 from flexhinm_jax.pruning.solve import keys_for
 
 KEY = jax.random.key(0)
+TX = optax.adamw(1e-2)
 METHODS = {
     "hard concrete": fh.HardConcrete(fh.FlexHiNM(8, permute=None)),
     "wanda": fh.Wanda(fh.FlexHiNM(8, permute=None)),
@@ -29,6 +31,7 @@ def loss_fn(params, x, y):
     return loss, {"zeros": zeros}
 
 
+@functools.cache
 def setup(dtype=jnp.float32):
     k = jax.random.split(KEY, 5)
     params = {
@@ -44,13 +47,19 @@ def setup(dtype=jnp.float32):
     return params, uses, (x, y)
 
 
-def start(method, dtype=jnp.float32, tx=None, sparsity=0.4, **options):
+@functools.cache
+def prepared(method, dtype, tx):
+    """States and step, which are compiled once for all tests."""
     params, uses, batch = setup(dtype)
-    tx = tx or optax.adamw(1e-2)
     stats = fh.calibrate(model, params, uses, [batch[:1]])
-    states = fh.solve(method, KEY, params, uses, stats, sparsity)
+    states = fh.solve(method, KEY, params, uses, stats, 0.4)
+    return states, fh.make_step(method, loss_fn, tx, uses)
+
+
+def start(method, dtype=jnp.float32, tx=TX):
+    params, uses, batch = setup(dtype)
+    states, step = prepared(method, dtype, tx)
     training = fh.init_training(method, params, uses, states, tx, key=KEY)
-    step = fh.make_step(method, loss_fn, tx, uses, **options)
     return training, step, uses, batch
 
 
