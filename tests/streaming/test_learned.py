@@ -1,6 +1,7 @@
 """Masks that are learned block by block."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -42,6 +43,25 @@ def model(tmp_path_factory):
     return folder
 
 
+optimiser = functools.cache(few_steps.optimiser)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Runs that do the same share programs: all blocks of this file are alike."""
+    known: dict[Any, Any] = {}
+
+    def programs_of(block, method, learning, new=learned._Programs):
+        name = method, learning.tx, learning.weights_tx
+        if name not in known:
+            known[name] = new(block, method, learning)
+        return known[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learned, "_Programs", programs_of)
+        yield
+
+
 @dataclasses.dataclass(frozen=True)
 class Smallest(fh.Magnitude):
     """Masks that anything should be better than."""
@@ -55,7 +75,7 @@ def learn(model, out, name="maskllm", pattern="2:4", steps=12, rate=None, **opti
     method = few_steps.method(name, fh.patterns.parse(pattern))
     rate = rate or few_steps.RATES[name]
     learning = Learning(
-        tx=few_steps.optimiser(name, rate, steps),
+        tx=optimiser(name, rate, steps),
         steps=steps,
         start=options.pop("start", None),
         looks=3,
