@@ -12,7 +12,8 @@ its end.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,6 +97,19 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return adam(learning_rate=0.0)
 
 
+@functools.lru_cache(maxsize=4)
+def _compiled(
+    config: EncoderConfig, recipe: Recipe
+) -> tuple[optax.GradientTransformation, Callable[..., Any], Callable[..., Any]]:
+    """Optimiser, loss and the step under fixed masks: one for equal runs."""
+    tx = optimizer(recipe)
+
+    def loss_fn(student: Any, fixed: Any, rows: Rows, targets: Targets) -> Any:
+        return loss_of({**fixed, **student}, rows, targets, config, recipe)
+
+    return tx, loss_fn, fh.make_step(None, loss_fn, tx, None)
+
+
 class Recovery(fh.Run):
     """A run: the pruned model, its teacher, the text and the budget.
 
@@ -143,13 +157,8 @@ class Recovery(fh.Run):
             k: jnp.asarray(v) for k, v in start.params.items() if k not in names
         }
         self._teacher = Teacher(jax.tree.map(jnp.asarray, dict(dense)), config, recipe)
-        self._tx = optimizer(recipe)
+        self._tx, loss_fn, fixed_step = _compiled(config, recipe)
         self._keep = fh.keep_tree(start.plans, start.params, start.uses)
-
-        def loss_fn(student: Any, fixed: Any, rows: Rows, targets: Targets) -> Any:
-            return loss_of({**fixed, **student}, rows, targets, config, recipe)
-
-        fixed_step = fh.make_step(None, loss_fn, self._tx, None)
         key = jax.random.key(recipe.seed)
         if gates is None:
             student = {name: start.params[name] for name in names}

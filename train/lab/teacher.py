@@ -146,28 +146,29 @@ class Teacher:
           config: sizes.
           recipe: precision and bytes to keep.
         """
-        self._params = params
+        self._params, self._config, self._precision = params, config, recipe.precision
         self._left = recipe.cache_bytes
         self._known: dict[int, Targets] = {}
-
-        @jax.jit
-        def ask(params: Any, rows: Rows) -> Targets:
-            found = packing.hidden_states(params, rows, config, recipe.precision)
-            states = [h.astype(jnp.bfloat16) for h in found]
-            return Targets(states, packing.pool(found[-1], rows))
-
-        self._ask = ask
 
     def __call__(self, number: int, rows: Rows) -> Targets:
         """The targets of batch `number`, whose rows are given."""
         if number in self._known:
             return self._known[number]
-        targets = self._ask(self._params, rows)
+        targets = _targets(self._params, rows, self._config, self._precision)
         size = sum(x.nbytes for x in jax.tree.leaves(targets))
         if size <= self._left:
             self._left -= size
             self._known[number] = targets
         return targets
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _targets(
+    params: Any, rows: Rows, config: EncoderConfig, precision: Precision
+) -> Targets:
+    found = packing.hidden_states(params, rows, config, precision)
+    states = [h.astype(jnp.bfloat16) for h in found]
+    return Targets(states, packing.pool(found[-1], rows))
 
 
 def loss_of(
