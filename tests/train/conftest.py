@@ -1,9 +1,13 @@
 """A tiny encoder directory and sentences in its words, for programs on encoders."""
 
+import functools
+import itertools
+
 import numpy as np
 import pytest
 
 from tests.models.directories import make_encoder_directory
+from train.lab import text
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] the a of is and cat dog sat ran on under mat".split()
 SIZES = {
@@ -29,3 +33,13 @@ def model_dir(tmp_path_factory):
 def sentences():
     generator = np.random.default_rng(0)
     return [" ".join(generator.choice(WORDS[4:], 6)) for _ in range(40)]
+
+
+@pytest.fixture(scope="module")
+def few_documents():
+    """The corpus is a few documents; the whole takes ten seconds to read."""
+    whole = text.documents
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "documents", lambda: itertools.islice(whole(), 40))
+        patch.setattr(text, "_by_split", functools.cache(text._by_split.__wrapped__))
+        yield

@@ -18,6 +18,8 @@ from train.lab import models, results
 from train.lab.recovery import Gates
 from train.lab.teacher import Recipe
 
+pytestmark = pytest.mark.usefixtures("few_documents")
+
 RECIPE = Recipe(learning_rate=1e-3, rows=2, length=16, precision="float32")
 FLAGS = "--rows 2 --length 16 --calibration 8 --evaluation 8 --precision float32"
 
@@ -30,7 +32,7 @@ def text_file(tmp_path_factory, sentences):
 
 
 @pytest.fixture(scope="module")
-def case(model_dir, text_file):
+def case(few_documents, model_dir, text_file):
     """(encoder, start, token lists): pruned by magnitude, which compiles quickly."""
     made = models.load(model_dir, 8)
     lists = made.tokenize(text_file.read_text().splitlines())

@@ -26,7 +26,7 @@ LEARNERS = {
 
 
 @pytest.fixture(scope="module")
-def problem(model_dir, sentences):
+def problem(few_documents, model_dir, sentences):
     sizes = {"sentences": 40, "calibration": 16, "evaluation": 8}
     found = problems.minilm(model_dir, **sizes, given=sentences, recipe=RECIPE)
     assert found.tile == 16
