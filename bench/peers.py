@@ -40,7 +40,7 @@ import torch
 import flexhinm_jax as fh
 from bench import formulas, inputs, language_models
 from bench.oneshot import FIFTY
-from bench.study import ONE_THREAD, Row, Study, alone, one_core, timed
+from bench.study import ONE_THREAD, Row, Study, alone, timed, use_cores
 from flexhinm_jax.models.batches import pieces
 from flexhinm_jax.models.evaluation import windows
 from flexhinm_jax.models.load import load
@@ -154,7 +154,7 @@ def solvers(flags: argparse.Namespace) -> Iterator[Row]:
 
 def in_turn(name: str, width: int, n: int, m: int, count: int) -> dict[str, Any]:
     """CPU seconds of every call, ours and PyTorch's, and the losses of both."""
-    one_core()
+    use_cores(1)
     torch.set_num_threads(1)
     w, x, _ = inputs.held_out_layer(0, width)
     stats = inputs.statistics(x)

@@ -37,7 +37,7 @@ import numpy as np
 
 import flexhinm_jax as fh
 from bench import inputs
-from bench.study import ONE_THREAD, Row, Study, alone, one_core
+from bench.study import ONE_THREAD, Row, Study, alone, use_cores
 from flexhinm_jax.cli.flags import size
 from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.models import decoder
@@ -311,7 +311,7 @@ def exponent(seconds: Mapping[int, float]) -> float:
 
 def solved(width: int, names: list[str]) -> dict[str, float]:
     """Method -> least CPU seconds of a solve, compiled, with one thread."""
-    one_core()
+    use_cores(1)
     keys = jax.random.split(jax.random.key(width), 3)
     x = jax.random.normal(keys[0], (2 * width, width), jnp.float32)
     mix = jax.random.normal(keys[1], (width, width), jnp.float32) / width**0.5
@@ -354,7 +354,7 @@ def calibrated(blocks: int, length: int) -> dict[str, Any]:
       blocks: of the model, which has 30.
       length: tokens of a sample; four samples are a batch, two batches a pass.
     """
-    one_core()
+    use_cores(1)
     config = inputs.smollm2(blocks)
     params = decoder.init(jax.random.key(0), config)
     drawn = np.random.default_rng(0).integers(0, config.vocab_size, (2, 4, length))

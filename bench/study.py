@@ -184,9 +184,18 @@ def timed(call: Callable[[], Any], repeats: int = 3) -> Timed:
     return Timed(result, spent[0], again[0], again[len(again) // 2])
 
 
-def one_core() -> None:
-    """Keeps this process on one core; with `ONE_THREAD` it computes with one thread."""
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+def use_cores(count: int) -> None:
+    """Keeps this process on so many cores; XLA computes with as many threads.
+
+    NumPy's and PyTorch's libraries are kept to one thread by `ONE_THREAD`.
+
+    Raises:
+      SystemExit: it may not use as many.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if count > len(allowed):
+        raise SystemExit(f"error: {count} cores wanted, {len(allowed)} are allowed")
+    os.sched_setaffinity(0, allowed[-count:])
 
 
 def alone(call: Callable[..., Any], *args: Any, **environment: str) -> Any:
