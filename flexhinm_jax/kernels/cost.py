@@ -6,11 +6,16 @@ a packed form and the dense product are close, the dense one runs (`MARGIN`), so
 weight that holds its matrix as well is as fast as that where it chooses dense.
 
 Weights that come from memory cost a packed form less than the dense product, which
-reads two to four times the bytes: `cached` says whether they do not.
+reads two to four times the bytes: `Place` says whether they do not. With one row of x
+threads share the dense product but not the short loops over packed terms; with more
+they help both alike.
 """
 
 import dataclasses
+import os
+from typing import NamedTuple
 
+from flexhinm_jax.kernels import dense as held
 from flexhinm_jax.types import PackedWeight
 
 CACHE = 1 << 24
@@ -22,8 +27,35 @@ MARGIN = 0.95
 FEW, MOST = 6, 32
 """Positions select up to so many rows of x, and products n * m of a group."""
 
+THREADS = 1.5
+"""How many times faster two threads make the dense product with one row of x."""
+
+MEMORY = 0.19
+"""Nanoseconds in which memory gives a float32, to however many threads."""
+
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Numbers of rows of x that `prepare` asks about."""
+
+
+class Place(NamedTuple):
+    """Where products with a weight run.
+
+    Attributes:
+      cached: the weights of its tree stay in the cache between products.
+      threads: that a program has, 1 or more.
+    """
+
+    cached: bool = True
+    threads: int = 1
+
+
+def threads() -> int:
+    """Threads of a program on the CPU, as XLA counts them."""
+    told = os.environ.get("NPROC", "")
+    if told.isdecimal():
+        return int(told)
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +70,7 @@ class Sizes:
       columns: inputs that its tiles read, all tiles together.
       selects: its groups are small enough for positions to select.
       cached: it is in the cache before the product.
+      threads: of the program.
     """
 
     rows: int
@@ -47,9 +80,10 @@ class Sizes:
     columns: int
     selects: bool
     cached: bool
+    threads: int = 1
 
     @staticmethod
-    def of(rows: int, packed: PackedWeight, cached: bool) -> "Sizes":
+    def of(rows: int, packed: PackedWeight, place: Place) -> "Sizes":
         """Those of a matrix of any stack; a matrix beyond the cache is not in it."""
         whole = packed.filled()
         assert whole.dense_index is not None and whole.nm_index is not None
@@ -63,7 +97,8 @@ class Sizes:
             outputs * (dense + whole.nm_values.shape[-1]),
             packed.tiles * (dense + groups),
             selects(packed),
-            cached and 4 * outputs * inputs <= CACHE,
+            place.cached and 4 * outputs * inputs <= CACHE,
+            place.threads,
         )
 
 
@@ -73,11 +108,15 @@ def selects(packed: PackedWeight) -> bool:
 
 
 def dense(sizes: Sizes) -> float:
-    """The product with the matrix [i, o]."""
+    """The product with the matrix as a weight holds it (`dense.WIDE`)."""
     rows = sizes.rows
     each = 0.13 if rows == 1 else 0.16 + 0.035 * rows
-    if not sizes.cached:
+    if not sizes.cached and sizes.inputs > held.WIDE:
+        each = 0.2 if rows == 1 else 0.45 + 0.0275 * rows
+    elif not sizes.cached:
         each += 0.165 if rows == 1 else 0.4 * min(1.0, 16 / rows)
+    if rows == 1 and sizes.threads > 1:
+        each = max(each / THREADS, 0 if sizes.cached else MEMORY)
     return each * sizes.outputs * sizes.inputs
 
 
@@ -89,8 +128,8 @@ def select(sizes: Sizes) -> float:
 
 def gather(sizes: Sizes) -> float:
     """The prepared product in which values read rows of x^T (`terms.gather`)."""
-    rows = -(-sizes.rows // 8) * 8
-    each = max(1.2, 0.45 + 0.05 * rows) + (0 if sizes.cached else 0.25)
+    rows = max(16, -(-sizes.rows // 8) * 8)
+    each = 1.0 + 0.045 * rows
     moved = rows * (sizes.outputs + sizes.inputs)
     return 60e3 + moved + each * sizes.stored
 
@@ -101,7 +140,7 @@ def prepared(sizes: Sizes) -> float:
     return select(sizes) if few else gather(sizes)
 
 
-def holds(rows: int, packed: PackedWeight, cached: bool) -> bool:
+def holds(rows: int, packed: PackedWeight, place: Place) -> bool:
     """Whether so many rows of x run faster with the matrix itself than prepared."""
-    sizes = Sizes.of(rows, packed, cached)
+    sizes = Sizes.of(rows, packed, place)
     return prepared(sizes) > MARGIN * dense(sizes)

@@ -18,14 +18,20 @@ from flexhinm_jax.kernels.packing import (
     stored_columns,
     unpack,
 )
+from flexhinm_jax.ops.products import matmul_transposed
 from flexhinm_jax.types import PackedWeight
 
 NAME = "dense"
 
+WIDE = 1024
+"""A matrix with more inputs is held as [o, i], which a CPU multiplies up to twice as
+fast with few rows of x, and up to half as fast where it has fewer inputs."""
+
 
 def prepare(packed: PackedWeight) -> Array:
-    """The matrix of a weight without factors, [i, o]."""
-    return unpack(packed).T
+    """The matrix of a weight without factors, [o, i] or [i, o], see `WIDE`."""
+    matrix = unpack(packed)
+    return matrix if packed.shape[1] > WIDE else matrix.T
 
 
 def multiply(
@@ -34,7 +40,11 @@ def multiply(
     """Sparse core: x [N, i] @ S^T -> [N, o], or x [N, o] @ S with `transposed`."""
     held = packed.layouts.get(NAME)
     matrix = prepare(packed) if held is None else held
-    return _dot(x, matrix.T if transposed else matrix).astype(dtype)
+    if packed.shape[1] > WIDE and not transposed:
+        wide = accumulator(x.dtype)
+        return matmul_transposed(x, matrix.astype(x.dtype), wide).astype(dtype)
+    turned = transposed and packed.shape[1] <= WIDE
+    return _dot(x, matrix.T if turned else matrix).astype(dtype)
 
 
 def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:

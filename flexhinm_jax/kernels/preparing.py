@@ -58,9 +58,10 @@ def prepare(tree: Any, backend: str = "auto") -> Any:
     """  # noqa: E501
     weights = filter(is_packed, jax.tree.leaves(tree, is_leaf=is_packed))
     cached = sum(map(_dense_bytes, weights)) <= cost.CACHE
+    place = cost.Place(cached, cost.threads())
 
     def one(leaf: Any) -> Any:
-        return _prepared(leaf, backend, cached) if is_packed(leaf) else leaf
+        return _prepared(leaf, backend, place) if is_packed(leaf) else leaf
 
     return jax.tree.map(one, tree, is_leaf=is_packed)
 
@@ -86,17 +87,17 @@ def _dense_bytes(packed: PackedWeight) -> int:
     return matrices * math.prod(packed.shape) * packed.dtype.itemsize
 
 
-def _prepared(packed: PackedWeight, backend: str, cached: bool) -> PackedWeight:
+def _prepared(packed: PackedWeight, backend: str, place: cost.Place) -> PackedWeight:
     bare = strip(packed.core)
     known, layouts = dispatch.known(), dict(packed.layouts)
-    for name in _names(bare, backend, cached):
+    for name in _names(bare, backend, place):
         layouts[name] = known[name].layout(bare)
     if (ready := layouts.get(xla.NAME)) is not None:
-        layouts[xla.NAME] = dataclasses.replace(ready, cached=cached)
+        layouts[xla.NAME] = dataclasses.replace(ready, place=place)
     return dataclasses.replace(packed, layouts=layouts)
 
 
-def _names(packed: PackedWeight, backend: str, cached: bool) -> tuple[str, ...]:
+def _names(packed: PackedWeight, backend: str, place: cost.Place) -> tuple[str, ...]:
     if backend not in ("auto", "gpu"):
         if backend not in dispatch.known():
             raise ValueError(
@@ -115,13 +116,13 @@ def _names(packed: PackedWeight, backend: str, cached: bool) -> tuple[str, ...]:
         )
     if names or dispatch.capability():
         return tuple(names)
-    return _names_on_cpu(packed, cached)
+    return _names_on_cpu(packed, place)
 
 
-def _names_on_cpu(packed: PackedWeight, cached: bool) -> tuple[str, ...]:
+def _names_on_cpu(packed: PackedWeight, place: cost.Place) -> tuple[str, ...]:
     """What some number of rows of x runs fastest with."""
     if packed.values_dtype != jnp.float32:
         # The matrix would be widened in every product.
         return (xla.NAME,)
-    holds = {cost.holds(rows, packed, cached) for rows in cost.ROWS}
+    holds = {cost.holds(rows, packed, place) for rows in cost.ROWS}
     return tuple(dense.NAME if held else xla.NAME for held in sorted(holds))

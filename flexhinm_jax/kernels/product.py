@@ -211,7 +211,7 @@ def _runs_dense(
     ready, rows = packed.layouts.get(xla.NAME), x.shape[0]
     if ready is None or transposed or gpu or not isinstance(rows, int):
         return True
-    return not choice.forced and cost.holds(rows, packed, ready.cached)
+    return not choice.forced and cost.holds(rows, packed, ready.place)
 
 
 def _shape(

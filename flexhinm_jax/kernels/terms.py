@@ -52,8 +52,9 @@ CHUNK = 128
 SHORT = 16
 """Below so many of them two blocks at once are faster."""
 
-VECTOR = 8
-"""Rows of x are padded to whole vectors, unless there are `cost.FEW`."""
+VECTOR, LEAST = 8, 16
+"""Rows of x are padded to whole vectors, and to two, unless there are `cost.FEW`: one
+takes no less time in the cache, and twice as much where the rows of x^T leave it."""
 
 
 Term = Callable[[Array | int, int], tuple[Array, Array]]
@@ -74,15 +75,15 @@ class Terms:
       positions: u32[words, o], the position of every kept value in its group, by
         `words.to_words`; none where a group has too many choices to select.
       inverse: u32[o], storage row of each original row.
-      cached: products may find the weight in the cache, because the tree that it was
-        prepared in fits it (`cost.CACHE`).
+      place: where it was prepared to run: whether the tree that it was prepared in
+        fits the cache (`cost.CACHE`), and the threads.
     """
 
     values: Array
     columns: Array
     positions: Array
     inverse: Array
-    cached: bool = static(default=True)
+    place: cost.Place = static(default=cost.Place())
 
 
 def terms_of(packed: PackedWeight) -> Terms:
@@ -327,7 +328,7 @@ def chunk_of(rows: int) -> int:
     if rows <= cost.FEW:
         return rows
     parts = -(-rows // CHUNK)
-    return -(-rows // (parts * VECTOR)) * VECTOR
+    return max(LEAST, -(-rows // (parts * VECTOR)) * VECTOR)
 
 
 def add_terms(

@@ -43,6 +43,7 @@ from flexhinm_jax.models.decoder_parameters import (
     table_shapes,
 )
 from flexhinm_jax.models.parameters import select
+from flexhinm_jax.ops.products import matmul_transposed
 
 __all__ = [
     "DecoderConfig",
@@ -288,5 +289,4 @@ def _dense(params: Mapping[str, Array], at: str, x: Array) -> Array:
 
 def _product(x: Array, weight: Array) -> Array:
     """Computes x W^T for a weight `[out, in]`."""
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x.astype(weight.dtype), weight, contract)
+    return matmul_transposed(x.astype(weight.dtype), weight)

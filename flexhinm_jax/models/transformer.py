@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from flexhinm_jax.models import fields
+from flexhinm_jax.ops.products import matmul_transposed
 
 __all__ = [
     "ACTIVATIONS",
@@ -207,8 +208,7 @@ def dense(params: Mapping[str, Array], at: str, x: Array) -> Array:
       [..., out] in the dtype of the weight.
     """
     weight, bias = params[f"{at}.weight"], params.get(f"{at}.bias")
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    y = lax.dot_general(x.astype(weight.dtype), weight, contract)
+    y = matmul_transposed(x.astype(weight.dtype), weight)
     return y if bias is None else y + bias
 
 

@@ -10,7 +10,7 @@ import pytest
 import flexhinm_jax as fh
 from flexhinm_jax import kernels
 from flexhinm_jax.kernels import cost
-from flexhinm_jax.kernels.cost import Sizes
+from flexhinm_jax.kernels.cost import Place, Sizes
 
 HALF = Sizes(1, 1536, 576, 1536 * 288, 576, True, True)  # 2:4
 QUARTER = Sizes(1, 1536, 384, 1536 * 96, 24 * 192, True, True)  # FlexHiNM, 75 %
@@ -22,14 +22,17 @@ NARROW = Sizes(1, 192, 576, 192 * 288, 576, True, False)  # keys of SmolLM2, 2:4
     ("sizes", "rows", "cached", "microseconds"),
     [
         (HALF, 1, True, (109, 107)),
-        (HALF, 8, True, (325, 571)),
+        (HALF, 8, True, (362, 715)),
         (HALF, 64, True, (2115, 1685)),
         (HALF, 1, False, (255, 210)),
         (HALF, 4, False, (631, 407)),
         (QUARTER, 1, True, (82, 70)),
         (QUARTER, 16, True, (453, 346)),
         (QUARTER, 64, True, (1329, 729)),
-        (QUARTER, 8, False, (383, 272)),
+        (QUARTER, 8, False, (626, 362)),
+        (LARGE, 1, False, (3235, 2295)),
+        (LARGE, 8, False, (10744, 7719)),
+        (LARGE, 64, False, (34000, 22107)),
     ],
 )
 def test_predictions_are_near_the_medians_they_were_fitted_to(
@@ -42,20 +45,22 @@ def test_predictions_are_near_the_medians_they_were_fitted_to(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "cached", "dense"),
+    ("sizes", "cached", "threads", "dense"),
     [
-        (HALF, True, [1, 2, 4, 8, 16]),
-        (HALF, False, [8]),
-        (QUARTER, True, [1, 4, 8]),
-        (QUARTER, False, []),
-        (LARGE, False, []),
-        (NARROW, True, [1, 2, 4, 8, 16, 32, 64, 128, 256]),
+        (HALF, True, 1, [1, 2, 4, 8, 16, 32]),
+        (HALF, False, 1, [8]),
+        (HALF, False, 2, [1, 8]),
+        (QUARTER, True, 1, [1, 4, 8]),
+        (QUARTER, False, 1, []),
+        (LARGE, False, 1, []),
+        (LARGE, False, 2, []),
+        (NARROW, True, 1, [1, 2, 4, 8, 16, 32, 64, 128]),
     ],
 )
 def test_the_matrix_is_held_for_the_rows_where_no_packed_form_wins(
-    sizes, cached, dense
+    sizes, cached, threads, dense
 ):
-    sizes = dataclasses.replace(sizes, cached=cached)
+    sizes = dataclasses.replace(sizes, cached=cached, threads=threads)
     each = [dataclasses.replace(sizes, rows=rows) for rows in cost.ROWS]
     slower = [s.rows for s in each if cost.prepared(s) > cost.MARGIN * cost.dense(s)]
     assert slower == dense
@@ -70,23 +75,23 @@ def pack(shape, pattern, dtype=jnp.float32, sparsity=None):
 
 def test_sizes_count_what_a_stored_weight_holds():
     packed, w = pack((16, 32), fh.FlexHiNM(8, permute=None), sparsity=0.5)
-    sizes = Sizes.of(3, packed, True)
+    sizes = Sizes.of(3, packed, Place(True, 2))
     whole = packed.filled()
     stored = whole.dense_values.size + whole.nm_values.size
     assert (sizes.rows, sizes.outputs, sizes.inputs) == (3, 16, 32)
     assert sizes.stored == stored >= np.count_nonzero(w)
     assert sizes.columns == whole.dense_index.size + whole.nm_index.size
-    assert sizes.selects and sizes.cached
+    assert sizes.selects and sizes.cached and sizes.threads == 2
     stack = jax.tree.map(lambda a: jnp.stack([a, a]), packed)
-    assert Sizes.of(3, stack, True) == sizes
+    assert Sizes.of(3, stack, Place(True, 2)) == sizes
     large = dataclasses.replace(packed, shape=(4096, 4096))
-    assert not Sizes.of(3, large, True).cached
+    assert not Sizes.of(3, large, Place(True)).cached
 
 
 @pytest.fixture
 def both(monkeypatch):
     """A weight whose terms win from 8 rows on, the matrix below."""
-    monkeypatch.setattr(cost, "holds", lambda rows, packed, cached: rows < 8)
+    monkeypatch.setattr(cost, "holds", lambda rows, packed, place: rows < 8)
     packed, w = pack((16, 32), fh.NM(2, 4))
     return kernels.prepare(packed), w
 
@@ -114,7 +119,7 @@ def test_the_bytes_of_a_tree_say_whether_products_find_it_in_the_cache(both):
             lambda a, n=count: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), bare
         )
         ready = jax.eval_shape(lambda p: kernels.prepare({"w": p}), stack)["w"]
-        assert ready.layouts["xla"].cached == (count * one <= cost.CACHE)
+        assert ready.layouts["xla"].place.cached == (count * one <= cost.CACHE)
 
 
 def test_small_weights_hold_their_matrix_and_those_of_other_dtypes_their_terms():

@@ -75,7 +75,17 @@ def _natural(w):
 
 @pytest.mark.parametrize(
     ("rows", "chunk"),
-    [(1, 1), (6, 6), (7, 8), (9, 16), (64, 64), (128, 128), (129, 72), (1000, 128)],
+    [
+        (1, 1),
+        (6, 6),
+        (7, 16),
+        (9, 16),
+        (17, 24),
+        (64, 64),
+        (128, 128),
+        (129, 72),
+        (1000, 128),
+    ],
 )
 def test_chunks_are_equal_parts_in_whole_vectors(rows, chunk):
     assert terms.chunk_of(rows) == chunk
