@@ -20,10 +20,10 @@ The form follows from the number of rows of x and the size of the weight (`form_
     1, 2     select   each stored value times the input that its position selects;
                       nothing is expanded, each value is read once; up to 4 rows where
                       the stored values stay in cache
-    64 ..    terms    their inputs listed anew in every product, where they stay in
-                      cache while they are listed: of a larger weight that takes longer
-                      than it saves; any number of rows where groups have too many
-                      selections
+    64 ..    terms    their inputs listed anew in every product; fewer rows too where
+                      an expanded tile leaves the cache (2:4 is one tile), and any
+                      number where groups have too many selections and the values stay
+                      in cache
     else     tiles    the expanded tile is joined and multiplied with chunks of rows
 """
 
@@ -50,7 +50,7 @@ from flexhinm_jax.types import PackedWeight
 NAME = "xla"
 FEW, FEW_CACHED = 2, 4
 MANY = 64
-CACHED_VALUES = 1 << 19
+CACHED_VALUES, CACHED_TILE = 1 << 19, 1 << 21
 CHUNK = 128
 
 
@@ -127,11 +127,12 @@ def form_of(rows: int, packed: PackedWeight) -> str:
         return "tiles"
     whole = packed.filled()
     cached = whole.dense_values.size + whole.nm_values.size <= CACHED_VALUES
-    selects = cost.selects(packed)
-    if cached and (rows >= MANY or not selects):
-        return "terms"
-    few = FEW_CACHED if cached else FEW
-    return "select" if rows <= few and selects else "tiles"
+    if not cost.selects(packed):
+        return "terms" if cached else "tiles"
+    if rows <= (FEW_CACHED if cached else FEW):
+        return "select"
+    expanded = whole.dense_values.shape[1] * packed.shape[1]
+    return "terms" if rows >= MANY or expanded > CACHED_TILE else "tiles"
 
 
 def _terms(x: Array, packed: PackedWeight) -> Array:

@@ -328,7 +328,10 @@ def test_the_form_follows_from_the_rows_and_the_size_of_the_weight(monkeypatch):
     wide, _ = pack(fh.NM(6, 8))
     assert [xla.form_of(n, wide) for n in (1, 5, 64)] == ["terms"] * 3
     monkeypatch.setattr(xla, "CACHED_VALUES", 0)
-    assert form(2, 3, 512) == ["select", "tiles", "tiles"]
+    assert form(2, 3, 512) == ["select", "tiles", "terms"]
+    assert xla.form_of(5, wide) == "tiles"
+    monkeypatch.setattr(xla, "CACHED_TILE", 0)
+    assert form(2, 3, 512) == ["select", "terms", "terms"]
 
 
 def test_values_of_a_prepared_weight_are_not_differentiated():
