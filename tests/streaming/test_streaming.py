@@ -19,6 +19,7 @@ from flexhinm_jax.sequential.cuts import Layer, Programs  # noqa: E402
 from flexhinm_jax.streaming import streaming  # noqa: E402
 from flexhinm_jax.streaming.memory import Ahead, Budget  # noqa: E402
 from flexhinm_jax.types import PackedWeight  # noqa: E402
+from tests import compiled  # noqa: E402
 from tests.models import decoder_cases  # noqa: E402
 from tests.models.directories import make_decoder_directory  # noqa: E402
 
@@ -57,6 +58,7 @@ def programs():
         yield made
 
 
+in_memory_too = compiled.walks_share_programs
 OPTIONS = {"key": KEY, "target": "resid", "batch": 2}
 LIMITS = {"memory_limit": "memory", "batch": "batch", "dtype": "dtype"}
 
