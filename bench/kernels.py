@@ -92,7 +92,11 @@ def row(table: str, what: str, taken: Times, anchor: float, **data: Any) -> Row:
         more[name] = float(np.median(each))
         more[f"{name}, range"] = f"{each.min():.2f} to {each.max():.2f}"
     value = more.pop("prepared")
-    data = data | {"times": taken, "cores": cores, "clock": clock}
+    medians = {
+        name: {clock: float(np.median(each)) for clock, each in both.items()}
+        for name, both in taken.items()
+    }
+    data = data | {"milliseconds": medians, "cores": cores, "clock": clock}
     what += ", 1 thread" if cores == 1 else f", {cores} threads"
     return Row(table, what, value, anchor, None, more, data)
 

@@ -6,9 +6,9 @@
     make bench-scale ARGS="--only growth --widths 5"   # up to width 4096
     make bench-scale ARGS="--only growth --widths 5 --methods alps"
 
-block-sparsegpt, block-wanda: one block of the shape of LLaMA-2-7B, random bfloat16
-weights, 32 samples of 512 random tokens, streamed. Hours for a model are the seconds of
-the block times 32: an extrapolation, not a measurement.
+block-sparsegpt, block-wanda, block-alps: one block of the shape of LLaMA-2-7B, random
+bfloat16 weights, 32 samples of 512 random tokens, streamed. Hours for a model are the
+seconds of the block times 32: an extrapolation, not a measurement.
 stream: a random Llama of 200 million parameters, streamed under a limit, beside the
 same model pruned whole; the files must be equal.
 growth: seconds per square matrix against its width.
@@ -74,6 +74,7 @@ LLAMA_200M, SMALL_LLAMA = llama(1024, 2816, 13, 16), llama(128, 352, 3, 4, 2000)
 
 BLOCK_METHODS = {
     "block-sparsegpt": (fh.SparseGPT(fh.NM(2, 4)), None),
+    "block-alps": (fh.ALPS(fh.NM(2, 4)), None),
     "block-wanda": (fh.Wanda(fh.FlexHiNM(64, permute=fh.Gyro())), 0.75),
 }
 NM = fh.NM(2, 4)
@@ -250,18 +251,20 @@ def peak(name: str, figures: dict[str, Any], goal: int, **data: Any) -> Row:
     return Row(PEAK, name, value, limit, seconds, more, {**figures, **data})
 
 
-def block(name: str) -> Callable[[argparse.Namespace], Iterator[Row]]:
-    """A part: one block of the shape of LLaMA-2-7B."""
+def block(
+    name: str, limit: str = "6GiB", goal: int = 7
+) -> Callable[[argparse.Namespace], Iterator[Row]]:
+    """A part: one block of the shape of LLaMA-2-7B; `goal` in GiB."""
 
     def part(flags: argparse.Namespace) -> Iterator[Row]:
         options = options_of(flags, SMALL_SEVEN if flags.small else SEVEN, name, 512)
-        options |= {"memory": size(flags.memory or "6GiB"), "dtype": "bfloat16"}
+        options |= {"memory": size(flags.memory or limit), "dtype": "bfloat16"}
         with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
             apart(make, folder, options)
             figures = apart(streamed, folder, options)
         hours = BLOCKS * sum(figures["blocks_s"]) / 3600
         more = {"hours of 32 blocks, extrapolated": hours}
-        yield peak(name, figures, 7 << 30, options=options, more=more)
+        yield peak(name, figures, goal << 30, options=options, more=more)
 
     return part
 
@@ -387,6 +390,7 @@ STUDY = Study(
         "growth": growth,
         "calibration": calibration,
         "block-wanda": block("block-wanda"),
+        "block-alps": block("block-alps", "8GiB", 8),
     },
     {
         PEAK: "The anchor is the goal; a ratio below 1 meets it. Seconds of blocks "
