@@ -194,7 +194,10 @@ def use_cores(count: int) -> None:
     """
     allowed = sorted(os.sched_getaffinity(0))
     if count > len(allowed):
-        raise SystemExit(f"error: {count} cores wanted, {len(allowed)} are allowed")
+        raise SystemExit(
+            f"error: {count} cores are wanted and this process may use {len(allowed)};"
+            " ask for fewer, or start it with more of them (taskset)"
+        )
     os.sched_setaffinity(0, allowed[-count:])
 
 

@@ -40,11 +40,11 @@ def multiply(
     """Sparse core: x [N, i] @ S^T -> [N, o], or x [N, o] @ S with `transposed`."""
     held = packed.layouts.get(NAME)
     matrix = prepare(packed) if held is None else held
-    if packed.shape[1] > WIDE and not transposed:
+    by_rows = packed.shape[1] > WIDE
+    if by_rows and not transposed:
         wide = accumulator(x.dtype)
         return matmul_transposed(x, matrix.astype(x.dtype), wide).astype(dtype)
-    turned = transposed and packed.shape[1] <= WIDE
-    return _dot(x, matrix.T if turned else matrix).astype(dtype)
+    return _dot(x, matrix if transposed == by_rows else matrix.T).astype(dtype)
 
 
 def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
