@@ -26,8 +26,8 @@ import numpy as np
 import flexhinm_jax as fh
 from bench import gpu
 from bench.study import Row
-from flexhinm_jax.gpu import cost, hopper, selfcheck, support, wgmma_sp
-from flexhinm_jax.gpu.hopper import Source
+from flexhinm_jax.gpu import cost, selfcheck, support, wgmma_sp
+from flexhinm_jax.gpu.tilings import MOST_SPLIT, Source, Tiling
 from flexhinm_jax.kernels import dense, dispatch
 from flexhinm_jax.ops.words import to_words
 from flexhinm_jax.types import PackedWeight
@@ -84,7 +84,7 @@ class Form(NamedTuple):
     """One case: a way to cut a product, and what it runs on."""
 
     source: Source
-    cut: hopper.Tiling
+    cut: Tiling
     dtype: str
 
     @property
@@ -102,9 +102,9 @@ def forms() -> list[Form]:
     plain, listed, stream = Source.PLAIN, Source.LISTED, Source.STREAM
     if not HAS_GPU:
         return [
-            Form(plain, hopper.Tiling(tokens=8), "bfloat16"),
-            Form(listed, hopper.Tiling(1, 16), "float16"),
-            Form(Source.HELD, hopper.Tiling(tokens=8, held=True), "bfloat16"),
+            Form(plain, Tiling(tokens=8), "bfloat16"),
+            Form(listed, Tiling(1, 16), "float16"),
+            Form(Source.HELD, Tiling(tokens=8, held=True), "bfloat16"),
         ]
     pairs = [(groups, t, 64) for t in (8, 16, 32, 64, 128) for groups in (1, 2)]
     pairs += [(1, 128, 32), (2, 256, 32)]
@@ -116,10 +116,10 @@ def forms() -> list[Form]:
         for source in sources:
             threads = source in (plain, Source.HELD)
             for flight in (0,) if threads else (0, 1):
-                several = tokens <= hopper.MOST_SPLIT and (number + threads) % 2
+                several = tokens <= MOST_SPLIT and (number + threads) % 2
                 splits = 3 if several else 1
                 depth = 4 if tokens >= 128 or flight else 5
-                cut = hopper.Tiling(groups, tokens, splits, depth, flight, step=step)
+                cut = Tiling(groups, tokens, splits, depth, flight, step=step)
                 cut = dataclasses.replace(cut, held=source is Source.HELD)
                 dtype = ("bfloat16", "float16")[len(made) // 2 % 2]
                 made.append(Form(source, cut, dtype))
@@ -134,7 +134,7 @@ def forms() -> list[Form]:
         (listed, 128, 2, 2, 64),
         (listed, 256, 1, 2, 32),
     ):
-        cut = hopper.Tiling(2, tokens, splits, sharing=sharing, step=step)
+        cut = Tiling(2, tokens, splits, sharing=sharing, step=step)
         made.append(Form(source, cut, ("bfloat16", "float16")[sharing // 4]))
     return made
 

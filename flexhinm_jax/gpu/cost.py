@@ -11,8 +11,8 @@ columns.
 
 import dataclasses
 
-from flexhinm_jax.gpu.hopper import Source, Tiling
 from flexhinm_jax.gpu.layouts import ROWS, STEP
+from flexhinm_jax.gpu.tilings import Source, Tiling
 
 CORES, CLOCK = 132, 1.7e9
 """Multiprocessors; their clock in Hz."""

@@ -24,11 +24,11 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from flexhinm_jax.gpu import cost, hopper, layouts, support
-from flexhinm_jax.gpu.hopper import MOST_BLOCKS, Source
+from flexhinm_jax.gpu import cost, layouts, support
 from flexhinm_jax.gpu.kernel import Kernel
 from flexhinm_jax.gpu.layouts import ROWS, STEP
 from flexhinm_jax.gpu.selfcheck import Case
+from flexhinm_jax.gpu.tilings import MOST_BLOCKS, MOST_SPLIT, Source, Tiling
 from flexhinm_jax.types import PackedWeight
 
 NAME = "wgmma_sp"
@@ -77,12 +77,12 @@ class Shape(NamedTuple):
     inputs: int
     plain: bool = False
 
-    def ready(self, n: int, cut: hopper.Tiling) -> bool:
+    def ready(self, n: int, cut: Tiling) -> bool:
         """Whether x is the stream as it is: its order, its end, and whole tiles."""
         whole = self.plain and self.inputs == 2 * STEP * self.steps
         return whole and n % cut.tokens == 0
 
-    def source(self, n: int, cut: hopper.Tiling) -> Source:
+    def source(self, n: int, cut: Tiling) -> Source:
         """How activations of n tokens come."""
         if self.plain:
             streams = self.ready(n, cut) or cut.tokens > COPIED
@@ -124,9 +124,11 @@ def matmul(
     x: Array,
     packed: PackedWeight,
     dtype: DTypeLike,
-    cut: hopper.Tiling | None = None,
+    cut: Tiling | None = None,
 ) -> Array:
     """Sparse core x [N, i] @ S^T -> [N, o], accumulated in float32."""
+    from flexhinm_jax.gpu import hopper  # parts of MLIR that only a kernel needs
+
     ready, sizes = packed.layouts[NAME], shape(packed)
     cut = cut or tiling(x.shape[0], sizes)
     values, index = ready["values"].astype(x.dtype), ready.get("index")
@@ -140,12 +142,12 @@ def matmul(
     return hopper.product(values, meta, x, order, rows, dtype, cut, source, index)
 
 
-def tiling(n: int, sizes: Shape) -> hopper.Tiling:
+def tiling(n: int, sizes: Shape) -> Tiling:
     """How to cut a product of n tokens: the way that is predicted to be fastest."""
     return min(cuts(n, sizes))[-1]
 
 
-def cuts(n: int, sizes: Shape) -> Iterator[tuple[float, int, hopper.Tiling]]:
+def cuts(n: int, sizes: Shape) -> Iterator[tuple[float, int, Tiling]]:
     """(predicted seconds, number, cut) of every cut that fits the chip.
 
     More splits than the fewest that fit must not exchange many sums.
@@ -158,7 +160,7 @@ def cuts(n: int, sizes: Shape) -> Iterator[tuple[float, int, hopper.Tiling]]:
     number = 0
     for form in _forms(n, sizes):
         fewest = None
-        most = MOST_BLOCKS // form.sharing if form.tokens <= hopper.MOST_SPLIT else 1
+        most = MOST_BLOCKS // form.sharing if form.tokens <= MOST_SPLIT else 1
         for splits in range(1, most + 1):
             cut = dataclasses.replace(form, splits=splits)
             source = sizes.source(n, cut)
@@ -177,7 +179,7 @@ def cuts(n: int, sizes: Shape) -> Iterator[tuple[float, int, hopper.Tiling]]:
                 yield cost.sparse(product, block, steps, tiles * blocks), number, cut
 
 
-def _room(cut: hopper.Tiling, source: Source, steps: int, held: int) -> tuple[int, int]:
+def _room(cut: Tiling, source: Source, steps: int, held: int) -> tuple[int, int]:
     """Slots and blocks of a multiprocessor: two if they fit, (0, 0) if none does.
 
     Args:
@@ -197,20 +199,20 @@ def _room(cut: hopper.Tiling, source: Source, steps: int, held: int) -> tuple[in
     return (min(one, MOST_SLOTS), 1) if fits else (0, 0)
 
 
-def _forms(n: int, sizes: Shape) -> Iterator[hopper.Tiling]:
+def _forms(n: int, sizes: Shape) -> Iterator[Tiling]:
     """Cuts without splits that suit a number of tokens."""
     pairs = (1, 2) if sizes.blocks % 2 == 0 else (1,)
     few = next((t for t in (8, 16, 32, 64) if t >= n), 0)
     if few and n <= MOST_HELD and not sizes.plain and sizes.inputs % 8 == 0:
-        yield from (hopper.Tiling(rows, few, held=True) for rows in pairs)
+        yield from (Tiling(rows, few, held=True) for rows in pairs)
     if few and not sizes.plain and sizes.tiles > 1:
         few = max(few, 16)  # a gather brings 16 bytes, which swizzling needs twice
     if few:
-        alone = [hopper.Tiling(rows, few) for rows in pairs]
+        alone = [Tiling(rows, few) for rows in pairs]
     elif 2 in pairs:
-        alone = [hopper.Tiling(2, 128), hopper.Tiling(2, 256, step=STEP // 2)]
+        alone = [Tiling(2, 128), Tiling(2, 256, step=STEP // 2)]
     else:
-        alone = [hopper.Tiling(1, 128, step=STEP // 2)]
+        alone = [Tiling(1, 128, step=STEP // 2)]
     for cut in alone:
         yield cut
         for sharing in (2, 4):
@@ -225,28 +227,28 @@ def seconds(n: int, packed: PackedWeight) -> float:
     return min(cuts(n, shape(packed)))[0]
 
 
-RING = hopper.Tiling(depth=4)
+RING = Tiling(depth=4)
 """The shallowest pipeline: 40 steps fill each of its slots ten times."""
 
-SHARED = hopper.Tiling(2, 64, splits=2, sharing=2)
-HELD = hopper.Tiling(2, 8, splits=4, held=True)
-WIDE = hopper.Tiling(2, 256, step=32)
+SHARED = Tiling(2, 64, splits=2, sharing=2)
+HELD = Tiling(2, 8, splits=4, held=True)
+WIDE = Tiling(2, 256, step=32)
 
 CASES = (
     Case(1, 72, 0, 100, 70),
     Case(3, 40, 6, 36, 11),
     Case(1, 64, 0, 1312, 5, "float16", dataclasses.replace(RING, tokens=8)),
     Case(1, 128, 0, 1310, 130, "bfloat16", dataclasses.replace(RING, groups=2)),
-    Case(2, 64, 70, 1300, 70, "float16", hopper.Tiling(1, 32, splits=3)),
-    Case(2, 128, 6, 1300, 130, "bfloat16", hopper.Tiling(2, 128, 2)),
+    Case(2, 64, 70, 1300, 70, "float16", Tiling(1, 32, splits=3)),
+    Case(2, 128, 6, 1300, 130, "bfloat16", Tiling(2, 128, 2)),
     Case(1, 512, 0, 1302, 70, "bfloat16", SHARED, True),
-    Case(1, 512, 0, 1302, 130, "float16", hopper.Tiling(2, 128, sharing=4), True),
+    Case(1, 512, 0, 1302, 130, "float16", Tiling(2, 128, sharing=4), True),
     Case(3, 128, 8, 1299, 5, "bfloat16", HELD),
     Case(1, 136, 0, 1302, 3, "bfloat16", dataclasses.replace(RING, tokens=8), True),
     Case(1, 136, 8, 1299, 3, "float16", dataclasses.replace(HELD, groups=1)),
     Case(1, 256, 0, 1302, 300, "bfloat16", dataclasses.replace(WIDE, sharing=2), True),
     Case(2, 128, 6, 1300, 300, "float16", dataclasses.replace(WIDE, sharing=2)),
-    Case(2, 64, 6, 1300, 300, "bfloat16", hopper.Tiling(1, 128, step=32)),
+    Case(2, 64, 6, 1300, 300, "bfloat16", Tiling(1, 128, step=32)),
 )
 """Ragged sizes; then whole rings and every form of blocks, x and clusters."""
 

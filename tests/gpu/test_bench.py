@@ -9,7 +9,8 @@ import pytest
 
 from bench import gpu, gpu_parts
 from bench.study import Row
-from flexhinm_jax.gpu import cost, hopper, support, wgmma_sp
+from flexhinm_jax.gpu import cost, support, wgmma_sp
+from flexhinm_jax.gpu.tilings import Source, Tiling
 
 mosaic = pytest.mark.skipif(
     not gpu_parts.HAS_MOSAIC, reason=f"the GPU kernels need jax {support.SINCE}"
@@ -71,7 +72,7 @@ def test_a_part_gets_its_share_of_what_the_others_left(tmp_path, monkeypatch):
     assert sum(part.share for part in gpu.PARTS_OF_RUN.values()) == pytest.approx(1)
 
 
-FORM = gpu_parts.Form(hopper.Source.PLAIN, hopper.Tiling(tokens=8), "bfloat16")
+FORM = gpu_parts.Form(Source.PLAIN, Tiling(tokens=8), "bfloat16")
 
 
 def test_a_wrong_case_leaves_what_is_needed_to_understand_it(tmp_path, monkeypatch):
@@ -138,7 +139,7 @@ def test_every_form_of_the_kernel_is_checked(monkeypatch):
     for what in ("in_flight", "splits", "depth"):
         assert len({getattr(form.cut, what) for form in forms}) > 1
     for form in forms:
-        listed = 512 * 43 if form.source is hopper.Source.LISTED else 0
+        listed = 512 * 43 if form.source is Source.LISTED else 0
         slots = form.cut.depth * form.cut.slot_bytes
         assert slots + listed <= support.SHARED_BYTES - 2048
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexhinm_jax.gpu import cost, support, wgmma_sp
-from flexhinm_jax.gpu.hopper import Source
+from flexhinm_jax.gpu.tilings import Source
 from flexhinm_jax.gpu.wgmma_sp import Shape
 
 SIDE = 8192

@@ -28,6 +28,7 @@ from flexhinm_jax.gpu import (
     wgmma_sp,
 )
 from flexhinm_jax.gpu.kernel import Cause
+from flexhinm_jax.gpu.tilings import Source, Tiling
 from flexhinm_jax.kernels.packing import unpack
 from flexhinm_jax.ops.words import to_words
 from flexhinm_jax.types import PackedWeight
@@ -159,18 +160,18 @@ def test_every_cut_serves(sizes, n, dtype):
 @pytest.mark.parametrize("in_flight", [0, 1])
 @pytest.mark.parametrize(
     "source, step",
-    [*((source, 64) for source in hopper.Source), (hopper.Source.STREAM, 32)],
+    [*((source, 64) for source in Source), (Source.STREAM, 32)],
 )
 def test_a_full_pipeline_has_no_race(groups, source, step, in_flight):
     """More steps than slots, so every slot is filled again while others are read."""
-    plain = source is hopper.Source.PLAIN
+    plain = source is Source.PLAIN
     packed = weight(1, 64 * groups, 0, 224, 896, plain=plain)
     ready = jax.jit(layouts.tiles)(packed)
     tokens = 16 if step == 64 else 64
-    cut = hopper.Tiling(groups, tokens, in_flight=in_flight, step=step)
+    cut = Tiling(groups, tokens, in_flight=in_flight, step=step)
     x = inputs(tokens, 896, packed.dtype)
     stream, index = x, ready["index"]
-    if source is hopper.Source.STREAM:
+    if source is Source.STREAM:
         stream = layouts.gather(x, index.reshape(-1))
     with support.interpreted(detect_races=True):
         y = hopper.product(
@@ -182,7 +183,7 @@ def test_a_full_pipeline_has_no_race(groups, source, step, in_flight):
             jnp.float32,
             cut,
             source,
-            None if source in (hopper.Source.STREAM, hopper.Source.PLAIN) else index,
+            None if source in (Source.STREAM, Source.PLAIN) else index,
         )
     np.testing.assert_allclose(y, exact(x, packed), rtol=1e-5, atol=1e-4)
 
@@ -206,7 +207,7 @@ def test_a_long_product_of_the_self_check_is_right_when_interpreted():
 )
 def test_some_product_of_the_self_check_shows(fault):
     steps = lambda c: (c.dense / 2 + c.groups) / 32  # noqa: E731
-    cut = lambda c: c.cut or hopper.Tiling()  # noqa: E731
+    cut = lambda c: c.cut or Tiling()  # noqa: E731
     shows = {
         "rings": lambda c: steps(c) / cut(c).splits >= 10 * cut(c).depth,
         "splits": lambda c: cut(c).splits == 3,
@@ -270,7 +271,7 @@ def test_kernels_lower_for_cuda_without_a_gpu(name):
 )
 def test_a_wrong_cut_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        hopper.Tiling(**change)
+        Tiling(**change)
 
 
 def refusal(kernel, packed, dtype=jnp.bfloat16) -> Any:
@@ -300,9 +301,11 @@ PRIVATE = ["jax.experimental.pallas.mosaic_gpu", "jax.experimental.mosaic.gpu"]
 
 
 def test_importing_every_kernel_module_leaves_mosaic_alone():
+    """The package itself needs no dialect of kernels either: another jax may lack it."""
     modules = (p.stem for p in Path(registry.__file__).parent.glob("*.py"))
     code = "; ".join(
         ["import sys", "import flexhinm_jax"]
+        + ["assert 'jaxlib.mlir.dialects.llvm' not in sys.modules"]
         + [f"import flexhinm_jax.gpu.{name}" for name in modules]
         + [f"print(sorted(set(sys.modules) & set({PRIVATE})))"]
     )

@@ -14,7 +14,7 @@ import pytest
 
 from bench import gpu_compile
 from flexhinm_jax.gpu import hopper, layouts, selfcheck, support
-from flexhinm_jax.gpu.hopper import Source, Tiling
+from flexhinm_jax.gpu.tilings import Source, Tiling
 from tests.gpu import machine
 from tests.gpu.machine import Fault, Machine, TensorMap
 
