@@ -301,7 +301,7 @@ PRIVATE = ["jax.experimental.pallas.mosaic_gpu", "jax.experimental.mosaic.gpu"]
 
 
 def test_importing_every_kernel_module_leaves_mosaic_alone():
-    """The package itself needs no dialect of kernels either: another jax may lack it."""
+    """Nor does the package need a dialect of kernels: another jax may lack it."""
     modules = (p.stem for p in Path(registry.__file__).parent.glob("*.py"))
     code = "; ".join(
         ["import sys", "import flexhinm_jax"]
