@@ -200,15 +200,20 @@ def apply_function(value: Any) -> None:
 @contextlib.contextmanager
 def calling(form: str, arguments: Any) -> Iterator[None]:
     """Adds a note about the arguments to an error of a function that the user wrote."""
+    shapes = ", ".join(shown(x) for x in arguments) or "nothing"
+    note = f"raised by {form} with batch: {shapes}"
+    with noting(f"{note}\n(a batch is the tuple of the arguments after params)"):
+        yield
+
+
+@contextlib.contextmanager
+def noting(note: str) -> Iterator[None]:
+    """Adds a note, once, to an error of something that the user gave."""
     try:
         yield
     except Exception as error:
-        shapes = ", ".join(shown(x) for x in arguments) or "nothing"
-        note = f"raised by {form} with batch: {shapes}"
         if note not in getattr(error, "__notes__", ()):
-            error.add_note(
-                f"{note}\n(a batch is the tuple of the arguments after params)"
-            )
+            error.add_note(note)
         raise
 
 

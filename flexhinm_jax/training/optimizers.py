@@ -7,6 +7,7 @@ that `optax.apply_updates` gives an exact zero in every dtype and with every inn
 optimiser, and nobody can forget a step after the update.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -83,11 +84,11 @@ def keep_sparse(
       [0.5, 0.0]
     """
     arguments.optimiser(tx, "tx")
-    inner = optax.with_extra_args_support(tx)
+    known = _extra_arguments(tx)
 
     def init(params: Any) -> KeepSparseState:
         _check(keep, _fast(params))
-        state = inner.init(_zeroed(_for_all(keep, params), params))
+        state = tx.init(_zeroed(_for_all(keep, params), params))
         return KeepSparseState(owned(keep), apart(state, params))
 
     def update(
@@ -100,7 +101,8 @@ def keep_sparse(
         _check_like(updates, _fast(params), state.keep)
         every = _for_all(state.keep, params)
         sparse, zeroed = _zeroed(every, params), _zeroed(state.keep, updates)
-        moved, after = inner.update(zeroed, state.inner, sparse, **extra)
+        extra = {name: x for name, x in extra.items() if known is None or name in known}
+        moved, after = tx.update(zeroed, state.inner, sparse, **extra)
         back = jax.tree.map(jnp.negative, params)
         return _where(every, moved, back), KeepSparseState(state.keep, after)
 
@@ -157,14 +159,30 @@ def owned(x: Any) -> Any:
     return jax.tree.map(copy, x)
 
 
-def apart(x: Any, other: Any) -> Any:
-    """A tree that shares no array with another one: those that it does are copied."""
-    shared = {id(leaf) for leaf in jax.tree.leaves(other)}
-    return jax.tree.map(lambda leaf: owned(leaf) if id(leaf) in shared else leaf, x)
+def apart(x: Any, other: Any = ()) -> Any:
+    """A tree that may be donated: no array of another one is in it, and none twice.
+
+    Those that are get copied: an optimiser may start several moments from one zero.
+    """
+    seen = {id(leaf) for leaf in jax.tree.leaves(other)}
+
+    def own(leaf: Any) -> Any:
+        again = isinstance(leaf, jax.Array) and id(leaf) in seen
+        seen.add(id(leaf))
+        return owned(leaf) if again else leaf
+
+    return jax.tree.map(own, x)
 
 
 def _is_none(x: Any) -> bool:
     return x is None
+
+
+def _extra_arguments(tx: Any) -> Any:
+    """Names that `tx.update` takes; None for any: some that should take all do not."""
+    parameters = inspect.signature(tx.update).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return None if inspect.Parameter.VAR_KEYWORD in kinds else parameters
 
 
 def _fast(params: Any) -> Any:
@@ -182,8 +200,10 @@ def _zeros_inside(inner: Any, keep: Any) -> Any:
     """The state of an optimiser with zeros where its arrays of a leaf are pruned.
 
     An array belongs to the leaf that its path ends with, if it has the leaf's shape.
+    Of several it is the one with the longest path: "head/w" ends with "w" too.
     """
-    masks = {path: mask for path, mask in jax.tree_util.tree_leaves_with_path(keep)}
+    leaves = jax.tree_util.tree_leaves_with_path(keep, is_leaf=_is_none)
+    masks = dict(leaves)  # those that are not pruned too: they own their arrays
 
     def zero(path: Any, leaf: Any) -> Any:
         ends = (path[k:] for k in range(len(path) + 1))

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import PartitionSpec as P
@@ -63,7 +64,10 @@ class Training:
 
     def at(self, progress: float) -> "Training":
         """The same training at another fraction of its stage."""
-        now = jnp.asarray(progress, jnp.float32)
+        if isinstance(progress, jax.Array):
+            now = jnp.array(progress, jnp.float32)  # a copy: steps use theirs up
+        else:  # put explicitly, which `jax.transfer_guard("disallow")` lets through
+            now = jax.device_put(np.float32(progress))
         mesh = sharding.mesh_of(self.progress)
         if mesh is not None:
             now = sharding.put(now, P(), mesh)
@@ -171,7 +175,7 @@ def _begun(
         progress=jnp.zeros((), jnp.float32),
         gap=jnp.zeros((), jnp.float32),
     )
-    return _on_mesh(training, mesh)
+    return _on_mesh(apart(training), mesh)
 
 
 def harden(method: Method, training: Training, uses: Uses) -> Training:
@@ -241,7 +245,7 @@ def next_stage(
     states = _as_weights(states, like, uses)
     training = dataclasses.replace(training, states=states).at(0.0)
     if isinstance(method, LearnedMethod):
-        learned_opt = mask_tx.init(learned_trees(states))
+        learned_opt = apart(mask_tx.init(learned_trees(states)), states)
         learned_opt = _on_mesh(learned_opt, sharding.mesh_of(like))
         return dataclasses.replace(training, learned_opt=learned_opt)
     params, keep = _pruned(method, solved, whole, uses)

@@ -38,6 +38,12 @@ MEMORY = 0.99
 
 LOSS = "loss_fn(params, *batch)"
 
+UPDATE = (
+    "raised by the optimiser: it gets (gradients, state, params, value=loss); one that "
+    "needs more, or its own kind of parameters, runs in a loop of your own around "
+    "keep_sparse(tx, keep)"
+)
+
 Step = Callable[..., tuple[Training, dict[str, Array]]]
 
 
@@ -239,9 +245,9 @@ class _Step:
         """The training with new weights, and with new states inside their range."""
         after = training
         if "params" in moving:
-            updates, opt = self.tx.update(
-                grads["params"], training.opt_state, training.params, value=total
-            )
+            state = training.opt_state, training.params
+            with arguments.noting(UPDATE):
+                updates, opt = self.tx.update(grads["params"], *state, value=total)
             params = optax.apply_updates(training.params, updates)
             after = dataclasses.replace(after, params=params, opt_state=opt)
         if "learned" in moving:

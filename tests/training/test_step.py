@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -228,3 +229,65 @@ def test_gradients_are_those_of_the_loss_under_the_sampled_weights():
     gates = states["in"].learned["log_alpha"] - 0.5 * g_gates
     got = after.states["in"].learned["log_alpha"]
     np.testing.assert_allclose(got, gates, rtol=1e-4, atol=1e-6)
+
+
+def under_magnitude(tx):
+    """The training and the step of one small matrix."""
+    params, x = {"w": jax.random.normal(KEY, (8, 4))}, jnp.ones((2, 8))
+    loss = lambda p, x: jnp.mean((x @ p["w"] - 1) ** 2)  # noqa: E731
+    uses, method = fh.discover(loss, params, x), fh.Magnitude(fh.NM(2, 4))
+    states = fh.solve(method, KEY, params, uses)
+    training = fh.init_training(method, params, uses, states, tx, key=KEY)
+    return training, fh.make_step(method, loss, tx, uses), x
+
+
+def stingy():
+    """An optimiser that should take further arguments, and does not."""
+    inner = optax.sgd(0.1)
+
+    def update(updates, state, params=None):
+        return inner.update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+@pytest.mark.parametrize(
+    "tx", [optax.lbfgs(0.1, linesearch=None), stingy()], ids=["one zero", "stingy"]
+)
+def test_what_an_optimiser_repeats_in_its_state_or_does_not_take_is_no_obstacle(tx):
+    training, step, x = under_magnitude(tx)
+    before = np.asarray(training.params["w"])
+    training, _ = step(training, x)
+    training, _ = step(training, x)
+    after = np.asarray(training.params["w"])
+    np.testing.assert_array_equal(after == 0, before == 0)
+    assert np.any(after != before)
+
+
+def test_an_error_of_the_optimiser_says_what_it_was_given():
+    training, step, x = under_magnitude(optax.lookahead(optax.sgd(0.1), 2, 0.5))
+    with pytest.raises(AttributeError) as caught:
+        step(training, x)
+    assert "raised by the optimiser: it gets" in "".join(caught.value.__notes__)
+
+
+def test_progress_is_copied_and_transferred_in_so_many_words():
+    training, step, x = under_magnitude(optax.sgd(0.1))
+    half = jnp.float32(0.5)
+    for _ in range(2):
+        training, _ = step(training.at(half), x)
+    with jax.transfer_guard("disallow"):
+        training, _ = step(training.at(0.5), x)
+    assert float(half) == float(training.progress) == 0.5
+
+
+def test_what_a_leaf_remembers_is_no_business_of_a_pruned_one_with_the_same_last_name():
+    one = jnp.ones((4, 4))
+    params = {"w": one, "head": {"w": one}}
+    every, none = jnp.ones((4, 4), bool), jnp.zeros((4, 4), bool)
+    tx = fh.keep_sparse(optax.sgd(0.1, 0.9), {"w": every, "head": {"w": None}})
+    state: Any = tx.update(params, tx.init(params), params)[1]
+    state = state.under({"w": none, "head": {"w": None}})
+    trace: Any = optax.tree.get(state, "trace")
+    np.testing.assert_array_equal(trace["w"], 0 * one)
+    np.testing.assert_array_equal(trace["head"]["w"], one)
