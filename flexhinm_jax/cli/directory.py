@@ -9,9 +9,8 @@ from flexhinm_jax import atomic
 from flexhinm_jax.cli import recipe
 from flexhinm_jax.cli.console import Console, bytes_text
 from flexhinm_jax.cli.recipe import RECIPE
-from flexhinm_jax.io import huggingface, packed
-from flexhinm_jax.io.model_card import CARD, REPORT, cards
-from flexhinm_jax.io.model_card import texts as texts_of
+from flexhinm_jax.io import huggingface, model_card, packed
+from flexhinm_jax.io.model_card import CARD, REPORT
 from flexhinm_jax.io.sources import BUILTIN
 from flexhinm_jax.models.load import PACKED, Model
 from flexhinm_jax.pruning import prune
@@ -58,25 +57,23 @@ def write(
     with atomic.directory(args.out, overwrite=args.force) as folder:
         huggingface.write(folder, result.params, source=model.directory, overwrite=True)
         packed.write_packed(folder / PACKED, result.packed, overwrite=True)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        model_card.write(folder, texts)
 
 
 def texts(args: argparse.Namespace, document: Mapping[str, Any]) -> dict[str, str]:
     """What is written beside the model: report, card, and how to get it again."""
     again = {RECIPE: recipe.text(args)} if hasattr(args, "recipe") else {}
-    facts = {"base": args.base, "command": args.written}
-    return again | texts_of(args.model, document, **facts)
+    return again | model_card.texts(args.model, document, command=args.written)
 
 
 def write_figures(
     args: argparse.Namespace, document: dict[str, Any], figures: dict[str, Any]
 ) -> None:
     """Adds what was measured to the card of a directory that is written."""
-    told = {"base": args.base, "command": args.written} | document
+    told = {"command": args.written} | document
+    card = model_card.cards(args.model, told, figures)[CARD]
     with atomic.file(args.out / CARD, overwrite=True) as temporary:
-        text = cards(args.model, told, figures)[CARD]
-        temporary.write_text(text, encoding="utf-8")
+        model_card.write(temporary.parent, {temporary.name: card})
 
 
 def ending(out: Path, report: Report, packed_file: str | None = None) -> list[str]:

@@ -153,7 +153,7 @@ def add_written(parser: argparse.ArgumentParser) -> None:
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """Adds the random seed."""
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed (default: 0)"
+        "--seed", type=seed, default=0, metavar="N", help="random seed (default: 0)"
     )
 
 
@@ -312,11 +312,26 @@ def mode(text: str) -> Mode:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def written(value: Any) -> str:
+    """The text of an option that is read as this value."""
+    if isinstance(value, OWL):
+        return f"owl:multiple={value.multiple!r},spread={value.spread!r}"
+    return str(value)
+
+
 def positive(text: str) -> int:
     """The type of an option that counts from 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """The type of --seed; of larger ones a PRNG key would see 32 bits."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to {2**32 - 1}")
     return value
 
 

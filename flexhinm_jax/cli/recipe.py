@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from flexhinm_jax.cli import flags
+
 RECIPE = "recipe.yaml"
 
 KEYS = (
@@ -24,6 +26,10 @@ KEYS = (
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False}
 SWITCHES |= {"off": False}
 SWITCH_KEYS = ("sequential", "share_orders", "pack")
+
+
+UNREADABLE = (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError)
+"""What the package raises about a text."""
 
 
 class _Loader(yaml.BaseLoader):
@@ -49,7 +55,7 @@ def options(path: Path) -> tuple[list[str], list[str]]:
         raise FileNotFoundError(f"{path} is not a file; give a recipe")
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} is not a valid recipe: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is not a valid recipe: need KEY: VALUE lines")
@@ -99,5 +105,5 @@ def text(args: argparse.Namespace) -> str:
         if isinstance(value, bool):
             value = "true" if value else None
         if value is not None and value != []:
-            entries[key] = value if key == "rules" else str(value)
+            entries[key] = value if key == "rules" else flags.written(value)
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)

@@ -12,7 +12,7 @@ from flexhinm_jax import atomic, kernels
 from flexhinm_jax.cli import directory, flags, prune_decoder
 from flexhinm_jax.cli.choices import examples
 from flexhinm_jax.cli.console import Console
-from flexhinm_jax.io import huggingface, packed
+from flexhinm_jax.io import huggingface, model_card, packed
 from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.models.load import PACKED, PACKED_BLOCKS, Model, Reads, kind_of, load
 from flexhinm_jax.streaming.blocks import open_blocks
@@ -224,5 +224,4 @@ def _write(
         for name, leaves in _changed(pruned, weights, params).items():
             (folder / name).parent.mkdir(exist_ok=True)
             packed.write_packed(folder / name, leaves, overwrite=True)
-        for name, text in directory.texts(args, document).items():
-            (folder / name).write_text(text, encoding="utf-8")
+        model_card.write(folder, directory.texts(args, document))

@@ -175,8 +175,7 @@ def write(
             metadata = {**header.metadata, "format": "pt"}
             tensors.write(temporary / file, held, metadata)
         if report is not None:
-            for name, text in model_card.texts(source, report).items():
-                (temporary / name).write_text(text, encoding="utf-8")
+            model_card.write(temporary, model_card.texts(source, report))
         _check_written(temporary, layout)
     return Path(directory)
 

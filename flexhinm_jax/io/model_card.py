@@ -14,7 +14,7 @@ import yaml
 
 from flexhinm_jax.io.sources import short
 
-__all__ = ["BASE_CARD", "CARD", "REPORT", "card", "cards", "texts"]
+__all__ = ["BASE_CARD", "CARD", "REPORT", "card", "cards", "texts", "write"]
 
 REPORT = "report.json"
 
@@ -28,6 +28,7 @@ INHERITED = (
     *("library_name", "datasets"),
 )
 TAGS = ("pruned", "sparse", "flexhinm_jax")
+NOTHING = ("", "~", "null")
 
 ROWS = (
     ("base model", "base"),
@@ -50,13 +51,27 @@ def texts(source: Path, report: Mapping[str, Any], **more: Any) -> dict[str, str
     Args:
       source: directory of the model before.
       report: the contents of `report.json`, see `card`.
-      **more: what the card alone says, such as "base" and "command".
+      **more: what the card alone says, such as "command".
 
     Returns:
       File name -> text.
     """
-    told = {"base": short(source), **more, **report}
-    return {REPORT: json.dumps(report, indent=2) + "\n"} | cards(source, told)
+    report_text = json.dumps(report, indent=2) + "\n"
+    return {REPORT: report_text} | cards(source, {**more, **report})
+
+
+def write(folder: Path, texts: Mapping[str, str]) -> None:
+    """Writes texts into a folder.
+
+    Bytes that are no UTF-8, of a card or of the name of a file, come back as they were:
+    they are surrogates in the text.
+
+    Args:
+      folder: of the model.
+      texts: file name -> text.
+    """
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def cards(
@@ -65,17 +80,20 @@ def cards(
     """The new card, and the old one under its new name.
 
     Args:
-      source: directory of the model before.
+      source: directory of the model before, whose name is the "base" of the card unless
+        it is told.
       told: see `card`.
       evaluation: see `card`.
 
     Returns:
-      File name -> text.
+      File name -> text, see `write`.
     """
     path = source / CARD
-    old = path.read_text(encoding="utf-8") if path.is_file() else None
+    old = None
+    if path.is_file():
+        old = path.read_bytes().decode("utf-8", "surrogateescape")
     kept = {} if old is None else {BASE_CARD: old}
-    return {CARD: card(told, old, evaluation)} | kept
+    return {CARD: card({"base": short(source), **told}, old, evaluation)} | kept
 
 
 def card(
@@ -96,10 +114,11 @@ def card(
       Markdown behind a YAML header.
     """
     base = str(told.get("base") or "")
-    header = {k: v for k, v in _header(old).items() if k in INHERITED}
+    before = _header(old)
+    header = {k: v for k, v in before.items() if k in INHERITED and v not in NOTHING}
     if base.count("/") == 1 and not base.startswith(("/", ".")):
         header["base_model"] = base
-    header["tags"] = list(dict.fromkeys([*_tags(_header(old)), *TAGS]))
+    header["tags"] = list(dict.fromkeys([*_tags(before), *TAGS]))
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
@@ -129,15 +148,18 @@ def card(
 
 
 def _header(text: str | None) -> dict[str, Any]:
-    """The YAML header of a card; empty where it has none that can be read."""
-    if text is None or not text.startswith("---\n"):
-        return {}
-    head, closed, _ = text[4:].partition("\n---")
-    if not closed:
+    """The YAML header of a card, scalars as text: "no" is a language.
+
+    It is empty where there is none that can be read.
+    """
+    text = (text or "").removeprefix("\ufeff").replace("\r\n", "\n")
+    text = text.encode("utf-8", "replace").decode()
+    head, closed, _ = text.removeprefix("---\n").partition("\n---")
+    if not text.startswith("---\n") or not closed:
         return {}
     try:
-        entries = yaml.safe_load(head)
-    except yaml.YAMLError:
+        entries = yaml.load(head, yaml.BaseLoader)  # noqa: S506
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}
 

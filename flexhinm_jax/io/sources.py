@@ -1,5 +1,6 @@
 """Where models and texts come from: files, the bundled text, the Hugging Face Hub."""
 
+import os
 import re
 from pathlib import Path
 
@@ -82,11 +83,12 @@ def short(path: Path) -> str:
       >>> short(Path("/models/tiny"))
       'tiny'
     """
-    *_, repository, kind, _ = ("", "", *path.absolute().parts)
+    path = Path(os.path.abspath(path))
+    *_, repository, kind, _ = ("", "", *path.parts)
     remote = re.fullmatch(r"models--(.+?)--(.+)", repository)
     if kind == "snapshots" and remote:
         return f"{remote[1]}/{remote[2]}"
-    return path.absolute().name
+    return path.name
 
 
 def read_text(source: str | Path, limit: int | None = None) -> str:

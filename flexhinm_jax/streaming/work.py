@@ -250,8 +250,7 @@ class Work:
                 self.writer.copy(key)
         self.writer.flush()
         huggingface.copy_others(blocks.index.directory, self.model)
-        for name, text in texts.items():
-            (self.model / name).write_text(text, encoding="utf-8")
+        model_card.write(self.model, texts)
         self.writer.finish()
         atomic.flush(self.model)
         atomic.swap(self.model, self.out)

@@ -66,6 +66,15 @@ def test_a_mistyped_option_is_answered_with_the_nearest(argv, near, capsys):
     assert f"; did you mean '{near}'? (see flexhinm {argv[0]} --help)" in err
 
 
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "1" + "0" * 30, "x"])
+def test_a_seed_that_a_key_cannot_hold_is_refused(seed, capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "m", "--out", "o", f"--seed={seed}"])
+    assert f"argument --seed: {'invalid' if seed == 'x' else seed}" in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("written", [False, True])
 def test_an_interrupted_run_says_what_is_there(
     model_dir, tmp_path, capsys, monkeypatch, written

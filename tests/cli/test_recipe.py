@@ -60,6 +60,16 @@ def test_a_run_is_repeated_from_the_recipe_that_it_wrote(
     assert report["seed"] == 7
 
 
+def test_every_option_is_read_as_it_was_written(file):
+    words = "--sparsity 0.1 --allocate owl:multiple=3,spread=0.05 --memory 1.5GiB"
+    words += " --seed 3 --reconstruct part --reconstruct-rate 1e-5 --pack"
+    argv = ["prune", "m", "--out", "o", "--rule", "a=b=0.5", *words.split()]
+    args = parser().parse_args(argv)
+    file.write_text(recipe.text(args))
+    again = recipe.merged(parser(), argv[:4], file)
+    assert vars(again) == vars(args) and again.allocate.spread == 0.05
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -75,6 +85,7 @@ def test_a_run_is_repeated_from_the_recipe_that_it_wrote(
         ("- method", "need KEY: VALUE lines"),
         ("", "need KEY: VALUE lines"),
         ("a: {b", "is not a valid recipe"),
+        (r'a: "\UFFFFFFFF"', "is not a valid recipe"),
         ("[" * 5000, "is not a valid recipe"),
         ("? [a]\n: b", "is not a valid recipe"),
     ],
