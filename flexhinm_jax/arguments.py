@@ -10,11 +10,12 @@ import contextvars
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import numbers
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -379,6 +380,14 @@ def options(value: Mapping[str, Any], known: Collection[str], caller: str) -> No
             raise TypeError(
                 f"{caller}() has no option {name!r}; did you mean {near[0]!r}?"
             )
+
+
+def keywords(*functions: Callable[..., Any]) -> list[str]:
+    """The names of the keyword-only parameters of functions, for `options`."""
+    parameters = [
+        p for f in functions for p in inspect.signature(f).parameters.values()
+    ]
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def configuration(config: Any) -> None:

@@ -1,5 +1,7 @@
 """Wrong arguments are refused by name at the door, with what to do."""
 
+# pyright: reportArgumentType=false
+
 import dataclasses
 
 import jax
@@ -291,6 +293,15 @@ def test_an_error_of_the_own_function_keeps_its_type_and_says_what_it_got(model)
     with pytest.raises(TypeError) as caught:
         prune(model, batches=[model.x[:, :3]])
     assert any("array float32[4, 3]" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("run", [fh.prune, fh.prune_sequential])
+def test_an_option_that_does_not_exist_is_refused_whatever_the_method(run, model):
+    """Also by a method that does not calibrate, which would not look at it."""
+    options = {"key": jax.random.key(0), "sparsty": 0.5}
+    text = f"{run.__name__}.*no option 'sparsty'; did you mean 'sparsity'"
+    with pytest.raises(TypeError, match=text):
+        run(apply_fn, model.params, [model.x], MAGNITUDE, **options)
 
 
 def test_leaves_that_are_no_arrays_are_left_alone(model):

@@ -21,7 +21,11 @@ from flexhinm_jax.pruning.apply import decide_leaves, densify_leaves, pack_leave
 from flexhinm_jax.pruning.report import Report, notes, report
 from flexhinm_jax.pruning.share_orders import share_orders as with_shared_orders
 from flexhinm_jax.pruning.solve import OnMismatch, fitting, solve_leaves
-from flexhinm_jax.pruning.statistics import calibrate_leaves, unseen_counts
+from flexhinm_jax.pruning.statistics import (
+    calibrate,
+    calibrate_leaves,
+    unseen_counts,
+)
 from flexhinm_jax.tracing import meshes
 from flexhinm_jax.tracing.discover import Traced, discover_leaves
 from flexhinm_jax.tracing.tree import Leaves
@@ -93,6 +97,7 @@ def prune(
       why.
 
     Raises:
+      TypeError: an option that neither this function nor `calibrate` has.
       ValueError: no method, no batch, a rule that matches nothing, rules that leave
         nothing to prune, a leaf that does not fit, NaN.
 
@@ -106,6 +111,7 @@ def prune(
       >>> int((result.params["w"] == 0).sum())
       16
     """
+    arguments.options(calibration, arguments.keywords(prune, calibrate), "prune")
     check_method(method)
     arguments.key(key)
     arguments.batches(batches)

@@ -93,6 +93,7 @@ def prune_sequential(
 
     Raises:
       InUse: another process writes the folder of `resume`.
+      TypeError: an option that does not exist.
       ValueError: no batches, an unknown target or statistics, a method that needs
         gradients, a leaf that does not fit, statistics that are not finite, batches
         that use different weights, or a folder that belongs to another run.
@@ -110,6 +111,8 @@ def prune_sequential(
       >>> int((result.params["a"] == 0).sum())
       32
     """
+    known = arguments.keywords(prune_sequential, Request)
+    arguments.options(options, known, "prune_sequential")
     request = Request(method=method, key=key, **options)
     request.check()
     arguments.key(key)
