@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from flexhinm_jax.types import PackedWeight, Uses
 
@@ -238,12 +239,29 @@ def parameters(params: Any) -> None:
         )
 
 
-def concrete(params: Any) -> None:
-    """Raises ValueError for a tree with shapes in place of arrays."""
+def concrete(params: Any, *, traceable: bool = False) -> None:
+    """Raises ValueError for a tree with shapes, or traced values, in place of arrays.
+
+    Args:
+      params: the parameters.
+      traceable: whether traced values will do.
+    """
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
         raise ValueError(
             "params holds jax.ShapeDtypeStructs, which have no values; load the "
             "parameters first"
+        )
+    if not traceable:
+        untraced(params, "params")
+
+
+def untraced(tree: Any, name: str) -> None:
+    """Raises ValueError for a tree that a transformation of JAX traces."""
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(tree)):
+        raise ValueError(
+            f"{name} holds traced arrays, and pruning reads values: call it outside of "
+            "jax.jit, jax.vmap and jax.grad. Models that are stacked are pruned by one "
+            "call with a vmapped function: apply_fn = jax.vmap(one, in_axes=(0, None))"
         )
 
 

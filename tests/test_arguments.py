@@ -267,6 +267,34 @@ CASES = {
         lambda m: fh.make_step(MAGNITUDE, loss_fn, None, m.uses),
         "tx=None: Magnitude trains the weights",
     ),
+    "training: counter": (
+        lambda m: fh.Training.under(
+            {"w": None, "n": None},
+            {"w": m.params["a"], "n": jnp.int32(0)},
+            optax.sgd(0.1),
+            key=KEY,
+        ),
+        r"n: an array int32\[\] has no gradient, and a step trains every leaf",
+    ),
+    "prune: traced": (
+        lambda m: jax.jit(lambda p: prune(m, params=p).params)(m.params),
+        "params holds traced arrays, and pruning reads values: call it outside of jax",
+    ),
+    "prune: mapped batch": (
+        lambda m: jax.vmap(lambda x: prune(m, batches=[x[None]]).params)(m.x),
+        "a batch holds traced arrays",
+    ),
+    "sequential: traced": (
+        lambda m: jax.eval_shape(
+            lambda x: (
+                fh.prune_sequential(
+                    apply_fn, m.params, [x], WANDA, key=jax.random.key(0)
+                ).params
+            ),
+            m.x,
+        ),
+        "batches holds traced arrays",
+    ),
     "schedule: text": (
         lambda m: schedules.cubic("0", 0.5, 3),
         "sparsity from '0' to 0.5",
@@ -298,7 +326,7 @@ def test_an_error_of_the_own_function_keeps_its_type_and_says_what_it_got(model)
 @pytest.mark.parametrize("run", [fh.prune, fh.prune_sequential])
 def test_an_option_that_does_not_exist_is_refused_whatever_the_method(run, model):
     """Also by a method that does not calibrate, which would not look at it."""
-    options = {"key": jax.random.key(0), "sparsty": 0.5}
+    options = {"key": KEY, "sparsty": 0.5}
     text = f"{run.__name__}.*no option 'sparsty'; did you mean 'sparsity'"
     with pytest.raises(TypeError, match=text):
         run(apply_fn, model.params, [model.x], MAGNITUDE, **options)

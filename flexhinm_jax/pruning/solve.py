@@ -183,7 +183,7 @@ def solve(
     """
     check_method(method)
     arguments.key(key)
-    arguments.concrete(params)
+    arguments.concrete(params, traceable=True)
     if stats is not None:
         arguments.by_path(stats, Stats, "stats", "calibrate()")
     if prev is not None:

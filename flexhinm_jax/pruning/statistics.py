@@ -129,6 +129,7 @@ def calibrate_leaves(
     step = make_step(wanted, token_mask, min(CHUNK_BYTES, left))
     for batch in batches:
         batch = batch if isinstance(batch, tuple) else (batch,)
+        arguments.untraced(batch, "a batch")
         finder = traced.find(leaves, batch)
         sums, empty = step(sums, *split((leaves, batch)), finder), False
     if empty:

@@ -118,6 +118,7 @@ def prune_sequential(
     arguments.key(key)
     every = arguments.listed(batches)
     arguments.concrete(params)
+    arguments.untraced(every, "batches")
     for function, name in (
         (token_mask, "token_mask(*batch)"),
         (progress, "progress(layer)"),

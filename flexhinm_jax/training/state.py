@@ -86,6 +86,7 @@ class Training:
           tx: optimiser of the weights, not yet wrapped.
           key: PRNG key.
         """
+        _check_trainable(params)
         opt = keep_sparse(tx, keep).init(params)
         return _begun(owned(params), {}, opt, (), key, sharding.mesh_of(params))
 
@@ -124,7 +125,8 @@ def init_training(
       The training. For a method without anything to learn, pruned weights are zero.
 
     Raises:
-      ValueError: `tx` is missing, or states do not belong to `uses`.
+      ValueError: `tx` is missing, states do not belong to `uses`, or a leaf that a
+        step would train has no gradient (integers, keys).
     """
     mesh = sharding.mesh_of(params)
     check_method(method)
@@ -140,6 +142,8 @@ def init_training(
             f"tx=None: {type(method).__name__} trains the weights; give an optax "
             "optimiser"
         )
+    if not frozen(method):
+        _check_trainable(params)
     like, opt, learned_opt = params, (), ()
     if isinstance(method, LearnedMethod):
         keep = _keep_all(leaves, uses)
@@ -263,6 +267,18 @@ def check_training(training: Any) -> None:
             f"training is {arguments.shown(training)}: need what init_training(...) "
             "or the step returned"
         )
+
+
+def _check_trainable(params: Any) -> None:
+    """Raises ValueError for a leaf that has no gradient."""
+    for path, leaf in Leaves.of(params).items():
+        if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact):
+            raise ValueError(
+                f"{path}: {arguments.shown(leaf)} has no gradient, and a step trains "
+                "every leaf of params; keep such leaves out of params and close "
+                "loss_fn over them, as over what nnx.split(model, nnx.Param, ...) "
+                "returns beside the parameters"
+            )
 
 
 def frozen(method: Method | None) -> bool:
