@@ -62,11 +62,15 @@ class Blocks:
             for key in self.keys(layer)
         }
 
+    def stored(self, key: str) -> np.dtype:
+        """Dtype of an array in the checkpoint."""
+        return tensors.DTYPES[self.index.dtype(key)]
+
     def computed(self, key: str) -> np.dtype:
         """Dtype in which an array is computed with."""
         if self.dtype == "float32":
             return np.dtype(np.float32)
-        return tensors.DTYPES[self.index.dtype(key)]
+        return self.stored(key)
 
     def load(self, layer: int) -> dict[str, Array]:
         """The parameters of a block, on the device.

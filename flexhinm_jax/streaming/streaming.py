@@ -411,11 +411,14 @@ def write_block(
     """
     if not setting.share.writes:
         return
-    for key, leaf in arrays.items():
-        stored = setting.blocks.index.read(key).dtype
-        work.writer.put(key, np.asarray(leaf).astype(stored, copy=False))
+    stored = {
+        key: np.asarray(leaf).astype(setting.blocks.stored(key), copy=False)
+        for key, leaf in arrays.items()
+    }
+    for key, leaf in stored.items():
+        work.writer.put(key, leaf)
     if setting.pack:
-        others = {k: np.asarray(x) for k, x in arrays.items() if k not in leaves}
+        others = {key: leaf for key, leaf in stored.items() if key not in leaves}
         folder = work.model / PACKED
         folder.mkdir(exist_ok=True)
         path = folder / f"block-{layer:05d}.safetensors"
@@ -423,8 +426,9 @@ def write_block(
 
 
 def described(path: str, plan: Plan, layout: Any, setting: Setting) -> tuple[Row, Any]:
-    """(row of the report, packed leaf or None) of a finished leaf."""
-    leaf: Any = plan.weight
+    """(row of the report, packed leaf or the weight) of a finished leaf, as stored."""
+    weight = plan.weight.astype(setting.blocks.stored(path))
+    plan, leaf = dataclasses.replace(plan, weight=weight), weight
     if setting.pack and plan.support.regions is not None:
         leaf = kernels.pack(plan, layout, setting.values)
     row = report({path: plan}, {path: leaf}).rows[0]

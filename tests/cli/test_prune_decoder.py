@@ -5,18 +5,21 @@ import json
 import os
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
 
+from flexhinm_jax import kernels
 from flexhinm_jax.cli import flags
 from flexhinm_jax.cli.main import main
-from flexhinm_jax.io import huggingface, tensors
+from flexhinm_jax.io import huggingface, packed, tensors
 from flexhinm_jax.pruning.owl import OWL
 from flexhinm_jax.sequential.cuts import Programs
 from flexhinm_jax.streaming import streaming
 from flexhinm_jax.streaming.memory import Ahead
+from flexhinm_jax.types import PackedWeight
 from tests.models.directories import QWEN3, make_decoder_directory
 
 CONFIG = QWEN3 | {
@@ -115,6 +118,27 @@ def test_budgets_of_blocks_with_exceptions(prune, model_dir, tmp_path, capsys):
     for path, target in report["budgets"].items():
         assert abs(zeros[path] - target) <= 1 / 16
     assert abs(report["total"]["zeros"] - 0.5) < 0.02
+
+
+def test_what_is_computed_in_float32_is_packed_and_counted_as_it_is_stored(
+    prune, model_dir, tmp_path
+):
+    shutil.rmtree(model_dir)
+    make_decoder_directory(model_dir, CONFIG, 0, 2, jnp.bfloat16)
+    options = ["--method", "magnitude", "--dtype", "float32", "--pack", "--length", 16]
+    assert prune(*options, "--samples", 8) == 0
+    stored = huggingface.read(tmp_path / "out").params
+    twin = {}
+    for file in (tmp_path / "out" / "packed").iterdir():
+        twin |= packed.read_packed(file)
+    for key, leaf in twin.items():
+        dense = kernels.unpack(leaf) if isinstance(leaf, PackedWeight) else leaf
+        assert dense.dtype == jnp.bfloat16 and (dense == stored[key]).all()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    pruned = [row["path"] for row in report["weights"]]
+    assert report["total"]["dense_bytes"] == sum(stored[k].nbytes for k in pruned)
+    size = sum(leaf.nbytes for leaf in (stored | twin).values())
+    assert report["total"]["tree_packed_bytes"] == size
 
 
 def test_inspect_reads_headers_only(model_dir, capsys, monkeypatch):
