@@ -34,6 +34,10 @@ class Layer:
     theta: float | None = None
     experts: bool = False
 
+    def __post_init__(self):
+        """Validates the types."""
+        fields.check(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts:
@@ -108,21 +112,42 @@ class Family:
 
 def _late(given: Given, layer: int) -> bool:
     """Qwen's windows: only on request, in the layers from `max_window_layers` on."""
-    return bool(given.get("use_sliding_window")) and layer >= given.get(
-        "max_window_layers", 28
-    )
+    first = given.get("max_window_layers", 28)
+    if not given.get("use_sliding_window"):
+        return False
+    return first == 0 or layer >= fields.checked("max_window_layers", first, int)
 
 
 def _every_fourth(given: Given, layer: int) -> bool:
     """SmolLM3's `no_rope_layers`: 1 where a layer turns, by default all but fourths."""
     turning = given.get("no_rope_layers")
-    every = given.get("no_rope_layer_interval", 4)
-    return bool((layer + 1) % every if turning is None else turning[layer])
+    if turning is None:
+        every = given.get("no_rope_layer_interval", 4)
+        every = fields.checked("no_rope_layer_interval", every, int)
+        return bool((layer + 1) % every)
+    turning = fields.integers("no_rope_layers", turning)
+    if len(turning) <= layer:
+        raise ValueError(
+            f"no_rope_layers must have a number for each layer; got {len(turning)}"
+        )
+    return bool(turning[layer])
+
+
+def _interval(given: Given) -> int:
+    """Gemma's layers from one that sees everything to the next."""
+    every = given.get("sliding_window_pattern", 6)
+    return fields.checked("sliding_window_pattern", every, int)
+
+
+def _count(given: Given) -> int:
+    return fields.checked("num_hidden_layers", given.get("num_hidden_layers"), int)
 
 
 def _qwen_experts(given: Given) -> tuple[Experts, set[int]]:
     step, dense = given.get("decoder_sparse_step", 1), given.get("mlp_only_layers", ())
-    layers = set(range(step - 1, given["num_hidden_layers"], step)) - set(dense)
+    fields.checked("decoder_sparse_step", step, int)
+    dense = fields.integers("mlp_only_layers", dense)
+    layers = set(range(step - 1, _count(given), step)) - set(dense)
     return Experts(
         count=given.get("num_local_experts", given["num_experts"]),
         chosen=given["num_experts_per_tok"],
@@ -136,13 +161,15 @@ def _mixtral_experts(given: Given) -> tuple[Experts, set[int]]:
     return Experts(
         count=given["num_local_experts"],
         chosen=given["num_experts_per_tok"],
-        intermediate_size=given["intermediate_size"],
+        intermediate_size=fields.checked(
+            "intermediate_size", given.get("intermediate_size"), int
+        ),
         normalised=True,
         place="block_sparse_moe",
         gate="w1",
         up="w3",
         down="w2",
-    ), set(range(given["num_hidden_layers"]))
+    ), set(range(_count(given)))
 
 
 FAMILIES: dict[str, Family] = {
@@ -226,9 +253,7 @@ FAMILIES: dict[str, Family] = {
             "gelu": True,
         },
         activation=("hidden_activation", ("gelu_pytorch_tanh",)),
-        slides=lambda given, layer: bool(
-            (layer + 1) % given.get("sliding_window_pattern", 6)
-        ),
+        slides=lambda given, layer: bool((layer + 1) % _interval(given)),
     ),
 }
 """Supported values of `model_type`."""
@@ -365,7 +390,7 @@ class DecoderConfig:
         _check_supported(kind, given)
         biased = given.get("attention_bias", False)
         experts = None
-        if family.experts is not None and "num_hidden_layers" in given:
+        if family.experts is not None:
             experts = family.experts(given)
         values: dict[str, Any] = {
             "attention_bias": biased if family.biases is None else family.biases,
@@ -375,7 +400,9 @@ class DecoderConfig:
             **dict.fromkeys(SWITCHES, False),
             **family.switches,
         }
-        theta, scaling, local = rope.from_dict(given, given["max_position_embeddings"])
+        longest = given["max_position_embeddings"]
+        fields.checked("max_position_embeddings", longest, int)
+        theta, scaling, local = rope.from_dict(given, longest)
         values |= {"rope_theta": theta, "rope_scaling": scaling}
         values["layers"] = _layers(family, given, local, experts and experts[1])
         if "vocab_size" not in given:
@@ -412,20 +439,24 @@ def _layers(
             f"layer_types must be a list of names, {' or '.join(known)}, one for each"
             f" of the {count} layers; got {kinds!r}"
         )
-    window = given.get("sliding_window")
-    if window is not None and window >= given["max_position_embeddings"]:
-        window = None if local is None else window
+    every = range(count)
+    if kinds is None:
+        slides = [family.slides(given, k) for k in every]
+    else:
+        slides = [kind == "sliding_attention" for kind in kinds]
+    window = given.get("sliding_window") if any(slides) else None
+    if window is not None:
+        fields.checked("sliding_window", window, int)
+        if window >= given["max_position_embeddings"] and local is None:
+            window = None
     layers = []
-    for k in range(count):
-        slides = family.slides(given, k)
-        if kinds is not None:
-            slides = kinds[k] == "sliding_attention"
-        slides = slides and window is not None
+    for k in every:
+        narrow = slides[k] and window is not None
         layers.append(
             Layer(
-                window=window if slides else None,
+                window=window if narrow else None,
                 rotary=family.rotates(given, k),
-                theta=local if slides else None,
+                theta=local if narrow else None,
                 experts=experts is not None and k in experts,
             )
         )

@@ -166,6 +166,10 @@ class EncoderConfig:
                 )
         known = {"model_type": kind, "first_position": None, **family.switches}
         if family.pad is not None:
-            known["first_position"] = config.get("pad_token_id", family.pad) + 1
+            pad = config.get("pad_token_id")
+            pad = family.pad if pad is None else pad
+            if type(pad) is not int:
+                raise ValueError(f"pad_token_id must be an integer, got {pad!r}")
+            known["first_position"] = pad + 1
         given = {**family.defaults, **config}
         return cls(**fields.read(cls, given, known, family.names))

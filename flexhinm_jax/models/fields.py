@@ -29,10 +29,43 @@ def check(config: Any) -> None:
             continue
         if typing.get_origin(field.type) is tuple:
             fine = isinstance(value, tuple) and all(_is(kind, x) for x in value)
-        else:
-            fine = _is(kind, value)
-        if not fine:
-            raise ValueError(f"{field.name} must be {NEEDS[kind]}, got {value!r}")
+            if not fine:
+                raise ValueError(f"{field.name} must be {NEEDS[kind]}, got {value!r}")
+            continue
+        checked(field.name, value, kind)
+
+
+def checked(name: str, value: Any, kind: type) -> Any:
+    """The value of a field; ask before it is calculated with.
+
+    Args:
+      name: of the field.
+      value: what a file has there; None where it is missing.
+      kind: bool, int or float, see `NEEDS`.
+
+    Raises:
+      ValueError: it is missing or of another kind; names the field.
+    """
+    if value is None:
+        raise _missing(name)
+    if not _is(kind, value):
+        raise ValueError(f"{name} must be {NEEDS[kind]}, got {value!r}")
+    return value
+
+
+def _missing(name: str) -> ValueError:
+    return ValueError(f"{name} is missing from the configuration")
+
+
+def integers(name: str, value: Any) -> list[int]:
+    """The value of a field that is a list of integers.
+
+    Raises:
+      ValueError: it is something else; names the field.
+    """
+    if not isinstance(value, list | tuple) or not all(type(x) is int for x in value):
+        raise ValueError(f"{name} must be a list of integers, got {value!r}")
+    return list(value)
 
 
 def _is(kind: type, value: Any) -> bool:
@@ -73,7 +106,7 @@ def read(
             value = given[name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
         elif field.default is dataclasses.MISSING:
-            raise ValueError(f"{name} is missing from the configuration")
+            raise _missing(name)
     return values
 
 
@@ -93,7 +126,10 @@ def chosen(name: str, value: Any, known: Collection[Any]) -> Any:
 
 def label_count(given: Mapping[str, Any]) -> int:
     """Classes of a classifier: those of `id2label`, else `num_labels`, else 2."""
-    return len(given.get("id2label") or ()) or given.get("num_labels", 2)
+    labels = given.get("id2label") or {}
+    if not isinstance(labels, Mapping):
+        raise ValueError(f"id2label must be an object, got {labels!r}")
+    return len(labels) or given.get("num_labels", 2)
 
 
 def architecture(given: Mapping[str, Any], known: Collection[str]) -> str:
@@ -103,4 +139,6 @@ def architecture(given: Mapping[str, Any], known: Collection[str]) -> str:
       ValueError: it is none of those known.
     """
     names = given.get("architectures") or [next(iter(known))]
+    if not isinstance(names, list):
+        raise ValueError(f"architectures must be a list of names, got {names!r}")
     return chosen("architectures", names[0], known)

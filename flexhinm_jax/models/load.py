@@ -370,7 +370,7 @@ def load(
         params={name: _placed(leaf) for name, leaf in params.items()},
         tokenizer=read,
         ends=_ends(directory, given),
-        pad=given.get("pad_token_id") or 0,
+        pad=_pad(directory, given),
         packed=packed,
     )
 
@@ -523,6 +523,13 @@ def _placed(leaf: Any) -> Any:
     """Floating arrays on the device; 64-bit integers stay on the host as they are."""
     floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     return jax.tree.map(on_device, leaf) if floating else leaf
+
+
+def _pad(directory: Path, given: Mapping[str, Any]) -> int:
+    pad = given.get("pad_token_id") or 0
+    if type(pad) is not int:
+        raise ValueError(f"pad_token_id={pad!r} of {directory} must be an integer")
+    return pad
 
 
 def _ends(directory: Path, given: Mapping[str, Any]) -> tuple[int, ...]:

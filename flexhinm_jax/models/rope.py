@@ -228,6 +228,8 @@ def from_dict(
         entry = {k: v for k, v in entry["full_attention"].items() if v is not None}
     theta = entry.pop("rope_theta", config.get("rope_theta"))
     theta = 10_000.0 if theta is None else theta
+    if local is not None:
+        fields.checked("rope_theta of layers with a window", local, float)
     kind = entry.get("rope_type", entry.get("type", "default"))
     part = entry.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if part not in (None, 1):
@@ -262,10 +264,14 @@ def _scaling(
             high_freq_factor=entry["high_freq_factor"],
             trained=trained,
         )
+    fields.checked("original_max_position_embeddings", trained, int)
     factor = entry["factor"] if "factor" in entry else limit / trained
+    fields.checked("factor", factor, float)
     attention = entry.get("attention_factor")
     one, all_dims = entry.get("mscale"), entry.get("mscale_all_dim")
     if attention is None and one and all_dims:
+        fields.checked("mscale", one, float)
+        fields.checked("mscale_all_dim", all_dims, float)
         attention = _sharpening(factor, one) / _sharpening(factor, all_dims)
     return Yarn(
         factor=factor,

@@ -144,7 +144,7 @@ class ViTConfig:
         for name in ("image_size", "patch_size"):
             size = config.get(name)
             if isinstance(size, list):
-                if len(set(size)) != 1:
+                if not size or any(side != size[0] for side in size):
                     raise ValueError(f"{name}={size} is not supported; give a square")
                 known[name] = size[0]
         return cls(**fields.read(cls, config, known))
