@@ -5,7 +5,8 @@ inside one file system is atomic, so a reader never sees a half-written file and
 failure (disk full, interrupt, bad data) leaves nothing behind.
 
 Who writes a folder holds its lock, a long run from the beginning. The lock belongs to
-the process, so one that was killed leaves a file behind but no lock.
+the process, so one that was killed leaves files behind but no lock: who has it next
+removes them.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ __all__ = [
     "locked",
     "os_error",
     "swap",
+    "sweep",
 ]
 
 MARKER = "config.json"
@@ -48,7 +50,8 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     """Keeps other processes from writing `path` while the block runs.
 
     The lock is a file `.NAME.lock` beside the target, which holds the number of the
-    process. Blocks of one process may be nested.
+    process. Blocks of one process may be nested. What a process that was killed left
+    beside the target is removed.
 
     Args:
       path: file or folder, which need not exist; missing parents are created.
@@ -66,9 +69,11 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     created = [p for p in target.parents if not p.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{target.name}.lock")
-    handle = _taken(lock, path)
+    handle, alone = _taken(lock, path)
     _HELD.add(target)
     try:
+        if alone:
+            sweep(target.parent, target)
         yield
     finally:
         _HELD.discard(target)
@@ -81,10 +86,36 @@ _HELD: set[Path] = set()
 """Targets that this process has locked."""
 
 
-def _taken(lock: Path, path: str | os.PathLike) -> int:
-    """Opens and locks a file that holds the number of this process."""
+def sweep(folder: Path, target: Path | None = None) -> None:
+    """Removes what writers that were killed left, where this process alone writes.
+
+    A directory that was put aside and not yet replaced stays.
+
+    Args:
+      folder: where to look.
+      target: what they wrote there; None for anything, in folders inside too.
+    """
+    names = folder.rglob(".*") if target is None else folder.glob(".*")
+    for path in list(names):
+        left = _HIDDEN.fullmatch(path.name)
+        if left is None or (target is not None and left["name"] != target.name):
+            continue
+        if left["kind"] == "tmp" or (folder / left["name"]).exists():
+            _remove(path)
+
+
+_HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}")
+"""Names that `_hidden` gives."""
+
+
+def _taken(lock: Path, path: str | os.PathLike) -> tuple[int, bool]:
+    """Opens and locks a file that holds the number of this process.
+
+    Returns:
+      The open file, and whether it is locked: some file systems have no locks.
+    """
     while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        handle, alone = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666), True
         try:
             assert fcntl is not None  # asked before
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,7 +127,7 @@ def _taken(lock: Path, path: str | os.PathLike) -> int:
                 " its end, or choose another name"
             ) from error
         except OSError:  # a file system without locks
-            pass
+            alone = False
         # The owner before may have removed the file between the two lines above.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(lock)):
@@ -105,7 +136,7 @@ def _taken(lock: Path, path: str | os.PathLike) -> int:
     os.ftruncate(handle, 0)
     with contextlib.suppress(OSError):  # a full disk: locked, without a name
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return handle
+    return handle, alone
 
 
 @contextlib.contextmanager

@@ -140,6 +140,35 @@ def test_a_lock_names_its_process_and_goes_with_it(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
 
 
+def test_what_a_process_that_was_killed_left_is_removed_by_the_next(tmp_path):
+    stay = [
+        "out2.tmp-0123abcd",
+        ".out2.tmp-0123abcd",
+        ".out.old-0123abcd",
+        ".out.tmp-x",
+    ]
+    for name in (*stay, ".out.tmp-0123abcd"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("ha")
+    with atomic.directory(tmp_path / "out") as temporary:
+        (temporary / "config.json").write_text("whole")
+    # What was put aside is an earlier output, the only one while there is no other.
+    assert sorted(os.listdir(tmp_path)) == sorted(["out", *stay])
+    with atomic.locked(tmp_path / "out"):
+        stay.remove(".out.old-0123abcd")
+        assert sorted(os.listdir(tmp_path)) == sorted(["out", ".out.lock", *stay])
+
+
+def test_a_file_system_without_locks_is_not_swept(tmp_path, monkeypatch):
+    def flock(handle, how):
+        raise disk_full()
+
+    (tmp_path / ".out.tmp-0123abcd").mkdir()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with atomic.locked(tmp_path / "out"):
+        assert (tmp_path / ".out.tmp-0123abcd").exists()
+
+
 def test_a_lock_ends_with_a_process_that_was_killed(tmp_path):
     code = (
         "import sys; from flexhinm_jax import atomic\n"

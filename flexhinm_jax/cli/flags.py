@@ -140,11 +140,16 @@ def add_rows(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_written(parser: argparse.ArgumentParser) -> None:
-    """Adds where a model directory goes, and what decides about it."""
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """Adds where a model directory goes."""
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", required=True, help="directory to write")
     add("--force", action="store_true", help="replace DIR if it is a model directory")
+
+
+def add_written(parser: argparse.ArgumentParser) -> None:
+    """Adds where a pruned model directory goes, and what decides about it."""
+    add_out(parser)
     add_seed(parser)
     add_shown(parser)
     add_rows(parser)

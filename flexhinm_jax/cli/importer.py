@@ -28,14 +28,13 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("file", type=Path, metavar="FILE.gguf", help="the file, in one piece")
-    add("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     add(
         "--dtype",
         choices=list(gguf.DTYPES),
         default="float32",
         help="of the weights written (default: float32)",
     )
-    add("--overwrite", action="store_true", help="replace an earlier output")
+    flags.add_out(parser)
     flags.add_shown(parser)
     parser.set_defaults(run=run)
 
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         args.file,
         args.out,
         dtype=args.dtype,
-        overwrite=args.overwrite,
+        overwrite=args.force,
         progress=tell,
     )
     size = shards.read_index(out).size

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
 @contextlib.contextmanager
 def going_on(out: Path, console: Console) -> Iterator[None]:
     """Says where the state of a run is that began, or that is not finished."""
-    partial = out.with_name(out.name + work.PARTIAL)
+    partial = work.partial(out)
     if partial.exists():
         console.note(f"going on with {partial}")
     try:

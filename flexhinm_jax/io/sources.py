@@ -92,7 +92,7 @@ def short(path: Path) -> str:
 
 
 def read_text(source: str | Path, limit: int | None = None) -> str:
-    """Reads a text, line ends as they are.
+    """Reads a text, line ends as they are, without the mark that Windows begins with.
 
     Args:
       source: a file, "builtin", or hf:DATASET[:CONFIG]:SPLIT:COLUMN.
@@ -111,7 +111,7 @@ def read_text(source: str | Path, limit: int | None = None) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a UTF-8 text")
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text: {error}; save it as UTF-8"

@@ -460,8 +460,13 @@ def token_ids(
       i32[count], and (first, one behind the last) character of every token.
 
     Raises:
-      ValueError: the tokenizer gives a token that the model does not know.
+      ValueError: the tokenizer gives a token that the model does not know, or the text
+        is none, such as arguments of a command that are not UTF-8.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is not UTF-8: {error}") from error
     encoded = tokenizer.encode(text)
     _check_known(max(encoded.ids, default=0), vocab_size)
     return np.array(encoded.ids, np.int32), encoded.offsets

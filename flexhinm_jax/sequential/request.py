@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from jax import Array
 
+from flexhinm_jax import arguments
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.pruning.owl import BLOCK
@@ -15,6 +16,9 @@ from flexhinm_jax.sequential.windows import PART, Trainer
 
 Target = Literal["seq", "asym", "resid"]
 TARGETS = ("seq", "asym", "resid")
+
+WINDOWS = ("block", "part")
+"""What a window may be besides a number of blocks and a regular expression."""
 
 Statistics = Literal["sequential", "block", "dense"]
 STATISTICS = ("sequential", "block", "dense")
@@ -122,6 +126,27 @@ class Request:
                 " pruned before one is trained; give window='block' or a number of"
                 " blocks, or statistics='sequential'"
             )
+
+    def check_names(self, paths: Collection[str]) -> None:
+        """Refuses regular expressions of blocks and windows that match nothing.
+
+        Args:
+          paths: of all leaves of the model.
+
+        Raises:
+          ValueError: names the option, and the nearest paths.
+        """
+        window = None if self.reconstruct is None else self.reconstruct.window
+        given = {"block": self.block, "window": window}
+        for option, regex in given.items():
+            if not isinstance(regex, str) or regex in (BLOCK, *WINDOWS):
+                continue
+            if not any(re.search(regex, path) for path in paths):
+                words = f" (or choose {', '.join(WINDOWS)})" * (option == "window")
+                raise ValueError(
+                    f"{option}={regex!r} matches no leaf;"
+                    f" {arguments.nearest(regex, paths)}{words}"
+                )
 
     def window_of(self, path: str, at: tuple[int | None, ...] = ()) -> Any:
         """The name of what is reconstructed together with a matrix."""

@@ -137,6 +137,7 @@ def prune_sequential(
     if not uses.leaves:
         return prune.untouched(every_use, uses, rules, params)
     check_targets(request.sparsity, uses)
+    request.check_names(uses.leaves)
     job = Job(apply_fn, params, every, uses, request, token_mask)
     with keeping(job, resume):
         walk = Walk(job, Shelf(memory_limit))

@@ -238,12 +238,15 @@ def opened(
 
 
 def check_blocks(setting: Setting) -> None:
-    """Refuses blocks and windows that are never here as a whole.
+    """Refuses blocks and windows that are none, or never here as a whole.
 
     Raises:
-      ValueError: the request names weights of two blocks of the checkpoint alike.
+      ValueError: the request names no weights, or those of two blocks of the checkpoint
+        alike.
     """
     request, named = setting.request, {}
+    layers = range(setting.blocks.count)
+    request.check_names([x for k in layers for x in setting.uses.of(k).leaves])
     if request.statistics == "block":
         named["block", request.block] = request.block_of
     if request.reconstruct is not None:
@@ -257,7 +260,7 @@ def check_blocks(setting: Setting) -> None:
         named["window", window] = request.window_of
     for (option, value), name_of in named.items():
         owners: dict[Any, int] = {}
-        for layer in range(setting.blocks.count):
+        for layer in layers:
             for path in setting.uses.of(layer).leaves:
                 name = name_of(path)
                 if owners.setdefault(name, layer) != layer:

@@ -31,7 +31,11 @@ from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.sequential.share import Share
 from flexhinm_jax.streaming.blocks import Blocks, BlockUses
 
-PARTIAL = ".partial"
+
+def partial(out: Path) -> Path:
+    """The folder of a run that writes OUT."""
+    target = Path(os.path.realpath(out))
+    return target.with_name(target.name + ".partial")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Work:
         """Names the folder; nothing is touched."""
         self.setting, self.share = setting, setting.share
         self.out = Path(os.path.realpath(out))
-        self.folder = self.out.with_name(self.out.name + PARTIAL)
+        self.folder = partial(out)
         self.model = self.folder / "model"
         self.states = self.folder / "states"
         self.budgets = self.folder / "budgets.json"
@@ -131,8 +135,7 @@ class Work:
     @staticmethod
     def taken(out: Path) -> int:
         """Bytes that the files of an earlier run take already."""
-        folder = out.with_name(out.name + PARTIAL)
-        return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        return sum(p.stat().st_size for p in partial(out).rglob("*") if p.is_file())
 
     @contextlib.contextmanager
     def kept(self, states: int) -> Iterator[None]:
@@ -166,6 +169,7 @@ class Work:
         if self.record(0).exists() and not self.model.exists():
             shutil.rmtree(self.folder)  # killed when OUT was there and this was left
         Finished(self.folder, record(self.setting))
+        atomic.sweep(self.folder)
         self.model.mkdir(exist_ok=True)
         try:
             self.writer = shards.Writer(self.model, index)

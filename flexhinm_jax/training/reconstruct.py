@@ -235,6 +235,7 @@ def reconstruct(
     method = Magnitude(Unstructured())  # nothing is solved
     request = Request(method=method, key=key, sparsity=0.5, reconstruct=how)
     request.check()
+    request.check_names(uses.leaves)
     job = Job(apply_fn, dense, every, uses, request, token_mask)
     job.current = {path: on_device(leaf) for path, leaf in leaves.items()}
     keep = keep_from_zeros(params, uses)

@@ -81,6 +81,13 @@ def test_the_bundled_text_is_used_with_a_note(model_dir, tmp_path, capsys):
     assert report["sentences"] == 4 and report["total"]["zeros"] == 0.5
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes("\ufeffa cat\r\na dog".encode())
+    assert sources.read_text(path) == "a cat\r\na dog"
+    assert sources.read_sentences(path) == ["a cat", "a dog"]
+
+
 @pytest.fixture
 def datasets(monkeypatch):
     """Stands for the package: a table of two columns, and what was asked for."""

@@ -263,6 +263,7 @@ def test_bad_options_are_refused_in_one_line(folders, capsys, tmp_path):
     assert "has no text; give a text" in evaluated("--text", tmp_path / "empty.txt")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     assert "is not UTF-8 text" in evaluated("--text", tmp_path / "latin.txt")
+    assert "is not UTF-8" in refused(capsys, "generate", dense, "--prompt", "\udcff")
     told = refused(capsys, "generate", dense, "--prompt", "a" * 14, "--tokens", 2)
     assert "prompt of 15 tokens and 2 new ones are more than max_position" in told
     told = refused(

@@ -141,6 +141,19 @@ def test_what_is_computed_in_float32_is_packed_and_counted_as_it_is_stored(
     assert report["total"]["tree_packed_bytes"] == size
 
 
+def test_an_empty_directory_is_filled_where_it_stands(prune, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.chdir(tmp_path / "out")
+    options = ["--method", "magnitude", "--length", "16", "--samples", "8", "--force"]
+    for out in (".", tmp_path / "link"):
+        assert prune("--out", out, *options) == 0
+        assert (tmp_path / "out" / "report.json").is_file()
+    assert (tmp_path / "link").is_symlink()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["link", "model", "out", "text.txt"]
+
+
 def test_inspect_reads_headers_only(model_dir, capsys, monkeypatch):
     def read(*args):
         raise AssertionError("values were read")

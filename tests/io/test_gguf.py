@@ -428,4 +428,5 @@ def test_the_command_writes_a_directory_that_generates(tmp_path, original, capsy
     assert told["bytes"] == sum(w.nbytes for w in huggingface.read(out).params.values())
     assert main(["generate", out, "--prompt", "the mask", "--tokens", "3"]) == 0
     assert main(["import", str(path), "--out", out]) == 2
-    assert "exists" in capsys.readouterr().err
+    assert "exists; pass --force to replace it" in capsys.readouterr().err
+    assert main(["import", str(path), "--out", out, "--force", "-q"]) == 0

@@ -309,6 +309,8 @@ def test_a_killed_run_goes_on_to_the_same_files(stream, whole, tmp_path, moment)
         stream(progress=kill, overwrite=True, memory_limit=1 << 30)
     assert files(out) == whole.files  # the earlier output is untouched
     assert not list(partial.rglob("*.safetensors"))
+    # A process that is killed inside of a write leaves this.
+    (partial / "model" / ".model.safetensors.partial.tmp-0123abcd").write_text("half")
     job = json.loads((partial / "job.json").read_text())
     assert job["method"] == repr(METHOD)
     with pytest.raises(ValueError, match=r"out\.partial was begun with target=resid"):
@@ -459,6 +461,7 @@ def test_a_nan_is_named_with_its_leaf(model, stream, tmp_path):
         ({"statistics": "dense"}, "give target='seq', or"),
         ({"reconstruct": fh.Reconstruct(2)}, "streaming has one block at a time"),
         ({"reconstruct": fh.Reconstruct("layers")}, "window='layers': 'layers' has"),
+        ({"reconstruct": fh.Reconstruct("blok")}, "window='blok' matches no leaf; the"),
         ({"statistics": "block", "block": "layers"}, "two blocks of the checkpoint"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"method": fh.Fisher(fh.NM(2, 4))}, "needs gradients"),
