@@ -5,7 +5,6 @@ goes to stderr: live on a terminal, elsewhere a line for every tenth of a long s
 """
 
 import contextlib
-import json
 import re
 import sys
 import threading
@@ -19,6 +18,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from flexhinm_jax.io import records
 from flexhinm_jax.pruning.report import Report, Row
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Console:
     def result(self, document: dict[str, Any], *lines: Table | str) -> None:
         """Shows a result: the document with `--json`, otherwise tables and lines."""
         if self.json:
-            print(json.dumps(document, indent=2))
+            print(records.text(document))
         elif not self.quiet:
             for line in lines:
                 self._out.print(line, soft_wrap=isinstance(line, str))

@@ -1,7 +1,6 @@
 """`flexhinm tune`: a pruned model trained to predict what the dense one predicts."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from flexhinm_jax import atomic, kernels
 from flexhinm_jax.cli import directory, flags, prune_decoder
 from flexhinm_jax.cli.choices import examples
 from flexhinm_jax.cli.console import Console
-from flexhinm_jax.io import huggingface, model_card, packed
+from flexhinm_jax.io import huggingface, model_card, packed, records, shards
 from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.models.load import PACKED, PACKED_BLOCKS, Model, Reads, kind_of, load
 from flexhinm_jax.streaming.blocks import open_blocks
@@ -87,9 +86,12 @@ def run(args: argparse.Namespace, console: Console) -> None:
             dense, pruned = load(args.model), load(args.other)
             _check_pair(args, dense, pruned)
             weights = _packed(pruned)
-            _changed(pruned, weights, pruned.params)  # not after hours of training
+            # Not after hours of training.
+            _changed(pruned, weights, pruned.params)
+            report = _report(pruned)
+            shards.check_space(args.out, shards.read_index(args.other).size)
         result = _tuned(args, dense, pruned, console)
-        document = _document(args, pruned, result)
+        document = _document(args, report, result)
         with console.step(f"writing {args.out}"):
             _write(args, pruned, result.params, weights, document)
     console.result(
@@ -153,10 +155,16 @@ def _tuned(
         )
 
 
-def _document(args: argparse.Namespace, pruned: Model, result: Tuned) -> dict[str, Any]:
-    """The report of the pruned directory, with what was done to it."""
+def _report(pruned: Model) -> dict[str, Any]:
+    """The report of the pruned directory; empty where it has none."""
     path = pruned.directory / directory.REPORT
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return records.read(path) if path.is_file() else {}
+
+
+def _document(
+    args: argparse.Namespace, report: Mapping[str, Any], result: Tuned
+) -> dict[str, Any]:
+    """The report of the pruned directory, with what was done to it."""
     tuned = {
         "model": str(args.model),
         "pruned": str(args.other),
@@ -169,7 +177,7 @@ def _document(args: argparse.Namespace, pruned: Model, result: Tuned) -> dict[st
         "after": result.after,
         "note": result.note,
     }
-    return report | {"steps": args.steps, "tuned": tuned}
+    return {**report, "steps": args.steps, "tuned": tuned}
 
 
 def _packed(pruned: Model) -> dict[str, dict[str, Any]]:

@@ -5,13 +5,13 @@ header of the card before says about licence and languages holds for the pruned 
 too; the rest of that card is kept beside the new one.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from flexhinm_jax.io import records
 from flexhinm_jax.io.sources import short
 
 __all__ = ["BASE_CARD", "CARD", "REPORT", "card", "cards", "texts", "write"]
@@ -56,8 +56,8 @@ def texts(source: Path, report: Mapping[str, Any], **more: Any) -> dict[str, str
     Returns:
       File name -> text.
     """
-    report_text = json.dumps(report, indent=2) + "\n"
-    return {REPORT: report_text} | cards(source, {**more, **report})
+    told = records.text(report) + "\n"
+    return {REPORT: told} | cards(source, {**more, **report})
 
 
 def write(folder: Path, texts: Mapping[str, str]) -> None:

@@ -1,6 +1,7 @@
 """JSON objects in files: one, read with errors that name the file, or one a line."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from flexhinm_jax import atomic
 
-__all__ = ["parse", "read", "read_lines", "write", "write_lines"]
+__all__ = ["parse", "read", "read_lines", "text", "write", "write_lines"]
 
 
 def parse(text: str | bytes, where: Any) -> dict[str, Any]:
@@ -43,6 +44,25 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
       ValueError: it is not valid, or no object.
     """
     return parse(Path(path).read_bytes(), path)
+
+
+def text(value: Any) -> str:
+    """JSON for any reader: it has no word for NaN and infinity, which become null.
+
+    Example:
+      >>> text({"kept": [0.5, float("nan")]}).split()
+      ['{', '"kept":', '[', '0.5,', 'null', ']', '}']
+    """
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    lost = isinstance(value, float) and not math.isfinite(value)
+    return None if lost else value
 
 
 def write(path: str | os.PathLike, value: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ smaller stride gives every token behind the first window at least length - strid
 tokens to look back at. The mean is over tokens, not over windows.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -65,8 +66,10 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the mean over tokens."""
-        return math.exp(self.nats / self.tokens)
+        """The exponential of the mean over tokens; infinity where that is too large."""
+        with contextlib.suppress(OverflowError):
+            return math.exp(self.nats / self.tokens)
+        return math.inf
 
     @property
     def bits_per_byte(self) -> float:

@@ -6,7 +6,6 @@ and none of them is speed. The report never implies one from another.
 
 import dataclasses
 import html
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from flexhinm_jax import arguments
+from flexhinm_jax.io import records
 from flexhinm_jax.kernels import unpack
 from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning.apply import dense_weight
@@ -144,7 +144,7 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return records.text(self.to_dict())
 
     def __repr__(self) -> str:
         """The totals in one line; `print` shows the table."""

@@ -73,6 +73,11 @@ def refused(capsys, *args):
     return err
 
 
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    lost = evaluation.Perplexity(nats=8000.0, tokens=10, bytes=9, length=4, stride=4)
+    assert lost.perplexity == math.inf and lost.bits_per_byte > 1000
+
+
 def test_perplexity_is_that_of_every_token_with_its_own_window(folders, capsys):
     text = ["--text", folders / "text.txt"]
     options = ["--length", 8, "--stride", 5, "--batch-size", 3]

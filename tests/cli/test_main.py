@@ -1,5 +1,7 @@
 import io
+import json
 import logging
+import math
 import subprocess
 import sys
 import types
@@ -170,6 +172,13 @@ def test_a_long_step_writes_a_line_for_every_tenth_off_a_terminal(capsys, monkey
         tell(1, 1)
     assert list(quiet.track("a", "reading", 1)) == ["a"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_document_is_json_for_any_reader(capsys):
+    kept = {"inner": float("nan"), "all": [0.5, math.inf], "seed": 2**31}
+    console.Console(json=True).result({"kept": kept})
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert told == {"kept": {"inner": None, "all": [0.5, None], "seed": 2**31}}
 
 
 def test_a_step_that_is_over_at_once_writes_nothing(capsys):

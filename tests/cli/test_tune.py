@@ -1,6 +1,8 @@
 """`flexhinm tune`: the same zeros and packed positions, new values, a better model."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,21 @@ def test_values_of_eight_bits_are_refused_before_the_training(
     told = capsys.readouterr().err
     assert f"{pruned}, encoder.layer.0" in told and "pack the trained weights" in told
     assert not out.exists()
+
+
+def test_what_cannot_be_written_is_refused_before_the_training(
+    model_dir, text_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(tune, "tune", None)
+    command = ["tune", model_dir, model_dir, "--out", tmp_path / "out"]
+    (model_dir / "report.json").write_text("[]")
+    assert run(*command, "--calibration", text_file) == 2
+    assert "report.json holds a list, not a JSON object" in capsys.readouterr().err
+    (model_dir / "report.json").unlink()
+    usage = SimpleNamespace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert run(*command, "--calibration", text_file) == 2
+    assert "are free on its disk" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
