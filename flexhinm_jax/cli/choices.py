@@ -8,7 +8,7 @@ from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import directory, evaluate, flags
 from flexhinm_jax.io.sources import read_sentences
 from flexhinm_jax.models import images
-from flexhinm_jax.models.load import Examples, Kind, Reads, load_config
+from flexhinm_jax.models.load import Examples, Kind, Reads, is_decoder, load_config
 from flexhinm_jax.sequential.request import Statistics, statistics_of
 from flexhinm_jax.training.reconstruct import Reconstruct
 
@@ -117,6 +117,7 @@ def examples(args: argparse.Namespace, kind: Kind) -> Examples:
 
 def document(args: argparse.Namespace, choices: Choices) -> dict[str, Any]:
     """What decides about the result, as the report says it."""
+    read = len(choices.examples) or is_decoder(args.model)
     return {
         "model": str(args.model),
         "out": str(args.out),
@@ -125,7 +126,7 @@ def document(args: argparse.Namespace, choices: Choices) -> dict[str, Any]:
         "rules": {regex: str(value) for regex, value in choices.rules.items()},
         "allocate": str(args.allocate),
         "exceptions": choices.exceptions,
-        "calibration": str(args.calibration),
+        "calibration": str(args.calibration) if read else None,
         "seed": args.seed,
         "target": (args.target or "seq") if args.sequential else None,
         "reconstruct": None

@@ -171,6 +171,8 @@ def test_magnitude_needs_no_calibration_and_a_fixed_pattern_no_sparsity(
     prune, tmp_path
 ):
     assert prune("-q", "--method", "magnitude", calibration=None) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["calibration"] is None  # of the text that nobody read
     weight = huggingface.read(tmp_path / "out").params[
         "encoder.layer.0.output.dense.weight"
     ]
