@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
-EPS = 1e-5  # added to every norm of `normalise`
-
 
 def magnitude(w: Array) -> Array:
     """|w|, as f32[o, i]."""
@@ -107,12 +105,18 @@ def normalise(w: Array) -> tuple[Array, Array, Array]:
 
     Returns:
       bar f32[o, i], r f32[o], c f32[i] with w = r[:, None] * bar * c. Rows of `bar`
-      have unit norm up to EPS, columns only roughly; a channel of zeros stays zero.
+      have unit norm, columns only roughly; a channel of zeros stays zero. Nothing is
+      added to the norms, or a factor on the whole weight would change `bar`.
     """
+
+    def norms(x: Array, axis: int) -> Array:
+        norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=axis))
+        return jnp.where(norm > 0, norm, jnp.ones_like(norm))
+
     w = w.astype(jnp.float32)
-    c = jnp.sqrt(jnp.sum(jnp.square(w), axis=0)) + EPS
+    c = norms(w, 0)
     bar = w / c
-    r = jnp.sqrt(jnp.sum(jnp.square(bar), axis=1)) + EPS
+    r = norms(bar, 1)
     return bar / r[:, None], r, c
 
 

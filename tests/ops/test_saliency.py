@@ -44,7 +44,7 @@ ENERGY = jnp.linspace(0.5, 4, 8)
 
 def test_normalising_gives_unit_rows_and_can_be_undone():
     bar, r, c = saliency.normalise(SKEWED)
-    np.testing.assert_allclose(jnp.linalg.norm(bar, axis=1), 1, rtol=1e-4)
+    np.testing.assert_allclose(jnp.linalg.norm(bar, axis=1), 1, rtol=1e-6)
     np.testing.assert_allclose(r[:, None] * bar * c, SKEWED, rtol=1e-5)
 
 
@@ -67,6 +67,13 @@ def test_an_input_without_valid_energy_counts_like_the_mean_of_the_others():
 def test_a_factor_on_the_energy_changes_no_score():
     one, other = saliency.nowag(SKEWED, ENERGY), saliency.nowag(SKEWED, 512 * ENERGY)
     np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_a_factor_on_the_weight_changes_no_score():
+    small = SKEWED * 2.0**-20
+    np.testing.assert_array_equal(
+        saliency.nowag(small, ENERGY), saliency.nowag(SKEWED, ENERGY)
+    )
 
 
 def test_the_loss_is_zero_for_the_target_and_one_for_zeros():
