@@ -158,6 +158,8 @@ def arrange(
         none = jnp.zeros((rounds,), jnp.float32)
         return (table, none) if trace else table  # pyright: ignore[reportReturnType]
     scores = scores.astype(jnp.float32)
+    factor = to_one(scores)
+    scores *= factor  # `divide` squares twice: 2^32 would overflow, 2^-32 vanish
     whole = rounded(scores)
     counts = dense, dense + nm
 
@@ -172,13 +174,19 @@ def arrange(
 
         drawn = bits[2 * t :].reshape(exchanges, t, v)
         state = lax.scan(step, state, drawn)[0]
-        return state, jnp.sum(state[2]) if trace else None
+        return state, jnp.sum(state[2]) / factor if trace else None
 
     c = tile_sums(scores, table)
     start = table, c, *worth(c, counts)
     state, curve = lax.scan(one, start, jax.random.split(key, rounds))
     table = state[0]
     return (table, curve) if trace else table  # pyright: ignore[reportReturnType]
+
+
+def to_one(scores: Array) -> Array:
+    """The power of two that brings the largest score near 1, f32[]: it rounds none."""
+    exponent = jnp.frexp(jnp.max(scores))[1]
+    return jnp.ldexp(jnp.ones((), jnp.float32), -jnp.clip(exponent, -120, 120))
 
 
 def exchange(drawn, state, scores, whole, counts):

@@ -118,6 +118,15 @@ def test_rows_are_permuted_and_the_objective_never_falls(seed, dense, nm):
     )
 
 
+@pytest.mark.parametrize("exponent", [-60, -40, 40, 60])
+def test_a_factor_on_the_scores_moves_no_row(exponent):
+    scores, _ = planted(2, 4, 8, 64)
+    one = search(scores, rows(32, 8), 8, 16)
+    np.testing.assert_array_equal(
+        search(scores * 2.0**exponent, rows(32, 8), 8, 16), one
+    )
+
+
 def test_tiny_matrices_reach_the_best_of_all_partitions():
     hits = 0
     for seed in range(6):
