@@ -52,6 +52,8 @@ def test_predictions_are_near_the_medians_they_were_fitted_to(
         (HALF, False, 2, [1, 8]),
         (QUARTER, True, 1, [1, 4, 8]),
         (QUARTER, False, 1, []),
+        (QUARTER, False, 2, []),
+        (QUARTER, True, 2, [1, 4, 8]),
         (LARGE, False, 1, []),
         (LARGE, False, 2, []),
         (NARROW, True, 1, [1, 2, 4, 8, 16, 32, 64, 128]),
@@ -86,6 +88,24 @@ def test_sizes_count_what_a_stored_weight_holds():
     assert Sizes.of(3, stack, Place(True, 2)) == sizes
     large = dataclasses.replace(packed, shape=(4096, 4096))
     assert not Sizes.of(3, large, Place(True)).cached
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_row_that_threads_share_reads_the_canonical_arrays(
+    monkeypatch, threads, rows
+):
+    monkeypatch.setattr(cost, "threads", lambda: threads)
+    packed, w = pack((16, 32), fh.NM(2, 4))
+    ready, x = (
+        kernels.prepare(packed, "xla"),
+        jnp.asarray(np.ones((rows, 32), np.float32)),
+    )
+    np.testing.assert_allclose(fh.sparse_dot(x, ready), x @ w.T, rtol=1e-4, atol=1e-4)
+    assert ready.nm_values is not None
+    empty = dataclasses.replace(ready, nm_values=jnp.zeros_like(ready.nm_values))
+    reads_them = not np.any(fh.sparse_dot(x, empty))
+    assert reads_them == (rows == 1 and threads == 2)
 
 
 @pytest.fixture
