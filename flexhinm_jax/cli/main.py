@@ -5,11 +5,13 @@ Each command is a module with `add_parser(commands)` and `run(args, console)`.
 """
 
 import argparse
+import errno
 import logging
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -97,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError, NotFinite) as error:
-        print(f"flexhinm: error: {_one_line(error)}", file=sys.stderr)
+        told = _one_line(error, getattr(args, "out", None))
+        print(f"flexhinm: error: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         out = getattr(args, "out", None)
@@ -146,7 +149,13 @@ def parser() -> Parser:
     return top
 
 
-def _one_line(error: Exception) -> str:
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of errors that come while writing, often without the name of the file."""
+
+
+def _one_line(error: Exception, out: Path | None) -> str:
+    if isinstance(error, OSError) and error.errno in FULL and out is not None:
+        return f"{out} could not be written: {os.strerror(error.errno)}"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -9,10 +9,11 @@ device, and int64 buffers, which JAX would narrow, stay int64.
 `write` makes a directory that any reader of the source can load: same keys, shapes,
 dtypes and shards, every other file of the source copied, and only values changed.
 Weights in other formats (`pytorch_model.bin`, ONNX, ...) are not copied, because they
-would still hold the unpruned model.
+would still hold the unpruned model; those of its further modules (`2_Dense`) are.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,9 @@ __all__ = [
 ]
 
 CONFIG = "config.json"
+
+MODULES = "modules.json"
+"""The parts of an embedding model, as sentence-transformers lists them."""
 
 NARROWED = {"I64": np.int32, "U64": np.uint32, "F64": np.float32}
 """What JAX makes of the 64-bit dtypes by default."""
@@ -281,16 +285,27 @@ def _others(source: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    seen = set()
+    seen, modules = set(), _modules(source)
     for folder, folders, names in os.walk(source, onerror=refuse, followlinks=True):
         seen.add(os.path.realpath(folder))
         inner = sorted(set(folders) - SKIPPED_FOLDERS)
         # A link may lead back to a folder above it.
         real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
         folders[:] = [name for name in inner if real[name] not in seen]
+        apart = any(Path(folder).is_relative_to(module) for module in modules)
         for name in sorted(names):
-            if not name.endswith((".safetensors", *OTHER_WEIGHTS)):
+            if apart or not name.endswith((".safetensors", *OTHER_WEIGHTS)):
                 yield Path(folder, name)
+
+
+def _modules(source: Path) -> list[Path]:
+    """Folders of the modules after the encoder, whose weights are never pruned."""
+    try:
+        parts = json.loads((source / MODULES).read_bytes())
+        names = [str(part.get("path") or "") for part in parts]
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError):
+        return []  # said where embeddings are computed
+    return [source / name for name in names if name]
 
 
 def _check_written(directory: Path, wanted: shards.Index) -> None:

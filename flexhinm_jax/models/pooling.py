@@ -13,11 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from flexhinm_jax.io import shards
+from flexhinm_jax.io.huggingface import CONFIG, MODULES
 
 __all__ = ["MEAN", "MODES", "Pooling", "read"]
-
-MODULES = "modules.json"
-CONFIG = "config.json"
 
 
 def _mean(hidden: Array, real: Array) -> Array:

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import logging
@@ -91,6 +92,20 @@ def test_an_interrupted_run_says_what_is_there(
     assert main(["prune", str(model_dir), "--out", str(out)]) == 130
     told = "" if written else f"; {out} was not written"
     assert capsys.readouterr().err == f"flexhinm: interrupted{told}\n"
+
+
+@pytest.mark.parametrize("place", [(), ("model/tokenizer.json",)])
+def test_a_full_disk_is_told_by_the_output(
+    model_dir, tmp_path, capsys, monkeypatch, place
+):
+    def full(args, console):
+        raise OSError(errno.ENOSPC, "No space left on device", *place)
+
+    monkeypatch.setattr(prune, "run", full)
+    out = tmp_path / "out"
+    assert main(["prune", str(model_dir), "--out", str(out)]) == 2
+    told = f"{out} could not be written: No space left on device"
+    assert capsys.readouterr().err == f"flexhinm: error: {told}\n"
 
 
 def test_warnings_are_not_logged_as_well(caplog, monkeypatch):

@@ -233,6 +233,21 @@ def test_what_cannot_be_copied_is_refused_before_and_not_after(
     assert listing(tmp_path) == before
 
 
+def test_weights_of_further_modules_are_copied(single, tmp_path):
+    parts = [{"type": "t.Transformer", "path": ""}, {"type": "d.Dense"}, {"path": None}]
+    parts[1]["path"] = "2_Dense"
+    for name in ("2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "o/m.onnx"):
+        (single / name).parent.mkdir(exist_ok=True)
+        (single / name).write_text(name)
+    params = huggingface.read(single).params
+    for text, copied in ((json.dumps(parts), True), ("[[", False), ("[1]", False)):
+        (single / "modules.json").write_text(text)
+        out = huggingface.write(tmp_path / "out", params, source=single, overwrite=True)
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            assert (out / "2_Dense" / name).exists() == copied
+        assert not (out / "o").exists() and (out / "modules.json").exists()
+
+
 def test_links_are_followed_once(single, tmp_path):
     """The hub's cache is made of links; one may lead back to a folder above it."""
     elsewhere = tmp_path / "elsewhere"
