@@ -14,7 +14,16 @@ import yaml
 from flexhinm_jax.io import records
 from flexhinm_jax.io.sources import short
 
-__all__ = ["BASE_CARD", "CARD", "REPORT", "card", "cards", "texts", "write"]
+__all__ = [
+    "BASE_CARD",
+    "CARD",
+    "REPORT",
+    "card",
+    "cards",
+    "is_pruned",
+    "texts",
+    "write",
+]
 
 REPORT = "report.json"
 
@@ -58,6 +67,14 @@ def texts(source: Path, report: Mapping[str, Any], **more: Any) -> dict[str, str
     """
     told = records.text(report) + "\n"
     return {REPORT: told} | cards(source, {**more, **report})
+
+
+def is_pruned(source: Path) -> bool:
+    """Whether a directory says in its report that it was pruned."""
+    try:
+        return bool(records.read(source / REPORT).get("weights"))
+    except (OSError, ValueError):
+        return False
 
 
 def write(folder: Path, texts: Mapping[str, str]) -> None:

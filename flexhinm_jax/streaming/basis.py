@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from flexhinm_jax import atomic
-from flexhinm_jax.io import huggingface, shards, tensors
+from flexhinm_jax.io import huggingface, model_card, shards, tensors
 from flexhinm_jax.models import decoder
 from flexhinm_jax.models.basis import Basis, turned_block, turned_ends
 from flexhinm_jax.models.decoder_parameters import HEAD, NORM, TABLE
@@ -43,6 +43,12 @@ def opened(
     """
     atomic.check_directory(out, overwrite=overwrite)
     huggingface.check_copy(Path(directory), Path(out))
+    if model_card.is_pruned(Path(directory)):
+        raise ValueError(
+            f"{directory} is pruned already, as its {model_card.REPORT} says, and in"
+            " other channels its zeros are lost or lie in other groups; give the model"
+            " before pruning, and prune what is written"
+        )
     blocks, (n, m) = open_blocks(Path(directory)), form
     sizes = {"stream": blocks.config.hidden_size, "heads": blocks.config.head_size}
     for name, size in sizes.items():

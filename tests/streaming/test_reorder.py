@@ -105,3 +105,14 @@ def test_the_command_writes_a_directory_and_says_what_it_gained(tmp_path, capsys
     assert load(out).config == load(dense).config
     assert main([*line, "--force", "--pattern", "vector:v=8"]) == 2
     assert "channels are arranged for groups" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["reorder", "rotate"])
+def test_a_pruned_model_keeps_its_channels(tmp_path, capsys, command):
+    directories.make_decoder_directory(tmp_path / "pruned", directories.LLAMA2)
+    report = tmp_path / "pruned" / "report.json"
+    report.write_text(json.dumps({"weights": [{"path": "w"}]}))
+    line = [command, str(tmp_path / "pruned"), "--out", str(tmp_path / "out")]
+    assert main([*line, "--length", "16", "--samples", "4"]) == 2
+    assert "is pruned already, as its report.json says" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
