@@ -139,6 +139,25 @@ def test_the_same_key_gives_the_same_plan(method_name, pattern_name):
 
 
 @pairs
+def test_a_factor_on_the_weights_or_the_inputs_moves_no_mask(method_name, pattern_name):
+    """A power of two, which rounds nothing: no constant of a method has a unit."""
+    method = build(method_name, pattern_name)
+    target = targets(method.pattern)[1]
+    _, one = plan(method, target)
+    for of_weights, of_inputs in ((2.0**-20, 1.0), (1.0, 2.0**20)):
+        s, square = stats(), of_inputs**2
+        s = dataclasses.replace(
+            s, sq_norm=s.sq_norm * square, mean=s.mean * of_inputs, gram=s.gram * square
+        )
+        args = KEY, weight() * of_weights, s, jnp.float32(target), None
+        _, other = solve_and_decide(method, *args)
+        np.testing.assert_array_equal(other.support.keep, one.support.keep)
+        np.testing.assert_allclose(
+            other.weight / of_weights, one.weight, rtol=1e-4, atol=1e-5
+        )
+
+
+@pairs
 def test_with_a_previous_state_the_kept_set_only_shrinks(method_name, pattern_name):
     method = build(method_name, pattern_name)
     low, high = targets(method.pattern)
