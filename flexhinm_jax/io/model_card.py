@@ -224,7 +224,7 @@ def _figures(evaluation: Mapping[str, Any]) -> list[str]:
         "| model | zeros | perplexity | bits per byte |",
         "|---|---|---|---|",
         *(
-            f"| {_cell(Path(row['model']).name)} | {row['zeros']:.1%}"
+            f"| {_cell(short(Path(row['model'])))} | {row['zeros']:.1%}"
             f" | {row['perplexity']:.4f} | {row['bits_per_byte']:.4f} |"
             for row in rows
         ),

@@ -271,7 +271,9 @@ def _cut(
             " between two windows would not be scored"
         )
     length = min(length, len(tokens) - 1)
-    size = len(text[offsets[1][0] : offsets[-1][1]].encode())
+    # An end token that the tokenizer adds stands at (0, 0), as the first one does.
+    end = max(last for _, last in offsets)
+    size = len(text[offsets[1][0] : end].encode())
     return _Cut(tokens, size, length, min(stride or length, length))
 
 

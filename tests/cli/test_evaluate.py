@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from flexhinm_jax import models
 from flexhinm_jax.cli import console
@@ -92,6 +93,20 @@ def test_perplexity_is_that_of_every_token_with_its_own_window(folders, capsys):
         assert row["bits_per_byte"] == pytest.approx(nats / count / math.log(2), 1e-4)
         assert row["zeros"] == pytest.approx(zeros, abs=0.02)
         assert (row["length"], row["stride"]) == (8, 5)
+
+
+def test_an_end_that_the_tokenizer_adds_takes_no_bytes(folders, tmp_path, capsys):
+    shutil.copytree(folders / "dense", tmp_path / "ends")
+    path = tmp_path / "ends" / "tokenizer.json"
+    made = tokenizers.Tokenizer.from_file(str(path))
+    ends = [("<s>", directories.BYTES), ("</s>", directories.BYTES + 1)]
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=ends
+    )
+    made.save(str(path))
+    text = ["--text", folders / "text.txt", "--length", 8]
+    (row,) = run(capsys, "eval", tmp_path / "ends", *text)["models"]
+    assert row["bytes"] == len(TEXT.encode()) == row["tokens"] - 1
 
 
 def test_predictions_of_two_models_are_compared_token_by_token(folders, capsys):

@@ -34,6 +34,15 @@ def test_only_a_model_of_the_hub_is_linked(tmp_path, monkeypatch, place, name):
     assert "# tiny, pruned" in body and f"| base model | {name or 'tiny'} |" in body
 
 
+def test_figures_call_a_model_of_the_hub_by_its_name():
+    row = {"zeros": 0.5, "perplexity": 2.0, "bits_per_byte": 1.0, "length": 8}
+    row |= {"tokens": 9}
+    models = [row | {"model": f"models--owner--tiny/snapshots/{'0' * 40}"}]
+    figures = {"kind": "decoder", "text": "wiki.txt", "models": models}
+    text = model_card.card({}, evaluation=figures)
+    assert "| owner/tiny | 50.0% | 2.0000 | 1.0000 |" in text
+
+
 def test_the_name_of_a_folder_does_not_depend_on_where_it_is_called_from(
     tmp_path, monkeypatch
 ):
