@@ -142,14 +142,23 @@ def check_text(path: Path, kind: Kind) -> None:
 def evaluated(
     args: argparse.Namespace, document: dict[str, Any], console: Console
 ) -> tuple[dict[str, Any], list[Any]]:
-    """The document of a pruned model and further lines, with what --eval asks for."""
+    """The document of a pruned model and further lines, with what --eval asks for.
+
+    Raises:
+      ValueError: the comparison failed; says that the model is written.
+    """
     if args.eval is None:
         both = shlex.join([args.base, str(args.out)])
         return document, [f"compare them: flexhinm eval {both} --text FILE"]
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
     asked = parser.parse_args(["eval", f"--text={args.eval}", "--", str(args.model)])
-    figures, *lines = measure(asked, [args.model, args.out], console)
+    try:
+        figures, *lines = measure(asked, [args.model, args.out], console)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{args.out} is written, but not compared with {args.base}: {error}"
+        ) from error
     directory.write_figures(args, document, figures)
     return document | {"evaluation": figures}, ["", *lines]
 

@@ -154,6 +154,22 @@ def test_an_empty_directory_is_filled_where_it_stands(prune, tmp_path, monkeypat
     assert names == ["link", "model", "out", "text.txt"]
 
 
+def test_a_comparison_that_fails_says_that_the_model_is_written(
+    prune, model_dir, tmp_path, capsys
+):
+    tokenizer = json.loads((model_dir / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = None
+    (model_dir / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "short.txt").write_text("a")
+    options = ["--method", "magnitude", "--length", "16", "--samples", "8", "-q"]
+    assert prune(*options, "--eval", tmp_path / "short.txt") == 2
+    out, told = capsys.readouterr()
+    assert out == "" and told.count("\n") == 1
+    assert f"{tmp_path / 'out'} is written, but not compared with {model_dir}: " in told
+    assert "the text has 1 tokens" in told
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
 def test_inspect_reads_headers_only(model_dir, capsys, monkeypatch):
     def read(*args):
         raise AssertionError("values were read")
