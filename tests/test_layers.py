@@ -11,6 +11,7 @@ LAYERS = {
     "arguments": 1,
     "jax_versions": 1,
     "paths": 1,
+    "promotion": 1,
     "atomic": 2,
     "checks": 2,
     "ops": 3,

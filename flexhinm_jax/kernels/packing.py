@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from flexhinm_jax import arguments, checks
+from flexhinm_jax import arguments, checks, promotion
 from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.kernels import positions
 from flexhinm_jax.kernels.quantised import quantise
@@ -50,6 +50,7 @@ def sizes(regions: Regions) -> tuple[int, int]:
     return int(dense.max()), int((nm - dense).max())
 
 
+@promotion.usual()
 def pack(
     plan: Plan, layout: Layout | None = None, values: DTypeLike | None = None
 ) -> PackedWeight:
@@ -106,6 +107,7 @@ def pack(
 
 
 @functools.partial(jax.jit, static_argnames=("dense", "nm", "layout"))
+@promotion.usual()
 def pack_to(
     plan: Plan, dense: int, nm: int, layout: Layout | None = None
 ) -> PackedWeight:
@@ -331,6 +333,7 @@ def block_product(x: Array, factor: BlockDiagonal | None, axis: int = -1) -> Arr
     return jnp.moveaxis(y, -1, axis)
 
 
+@promotion.usual()
 def unpack(packed: PackedWeight) -> Array:
     """The dense matrix of a packed weight.
 

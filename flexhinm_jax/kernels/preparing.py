@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flexhinm_jax import promotion
 from flexhinm_jax.kernels import cost, dense, dispatch, xla
 from flexhinm_jax.paths import is_packed
 from flexhinm_jax.types import PackedWeight
@@ -20,6 +21,7 @@ FEW, MANY = 1, 4096
 """Numbers of rows for which "auto" and "gpu" prepare."""
 
 
+@promotion.usual()
 def prepare(tree: Any, backend: str = "auto") -> Any:
     """Adds the layouts of a backend to every packed weight of a tree.
 

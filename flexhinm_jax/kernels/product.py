@@ -24,7 +24,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
-from flexhinm_jax import arguments, jax_versions
+from flexhinm_jax import arguments, jax_versions, promotion
 from flexhinm_jax.gpu import support
 from flexhinm_jax.kernels import cost, dense, dispatch, reference, xla
 from flexhinm_jax.kernels.dispatch import Choice
@@ -32,6 +32,7 @@ from flexhinm_jax.kernels.packing import accumulator, block_product, scales
 from flexhinm_jax.types import PackedWeight
 
 
+@promotion.usual()
 def sparse_dot(
     x: Array,
     packed: PackedWeight,
@@ -178,6 +179,7 @@ def _run_packed(x: Array, packed: PackedWeight, **how: Any) -> Array:
     return _run(x, *leaves, structure=structure, **how)
 
 
+@promotion.usual()
 def _run(
     x: Array,
     *leaves: Array,
@@ -221,6 +223,7 @@ def _shape(
     return x.update((x.shape[0], i if transposed else o), dtype, weak_type=False)
 
 
+@promotion.usual()
 def _jvp(primals: Any, tangents: Any, *, structure: Any, **how: Any) -> Any:
     """d(x @ S^T) = dx @ S^T + x @ dS^T."""
     (x, *leaves), (dx, *moves) = primals, tangents
@@ -244,6 +247,7 @@ def _jvp(primals: Any, tangents: Any, *, structure: Any, **how: Any) -> Any:
     return y, functools.reduce(jnp.add, terms)
 
 
+@promotion.usual()
 def _transpose(
     g: Any,
     x: Any,

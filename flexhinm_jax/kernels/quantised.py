@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from flexhinm_jax import promotion
 from flexhinm_jax.paths import is_packed
 from flexhinm_jax.types import PackedWeight
 
@@ -21,6 +22,7 @@ DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 """What values may be stored in."""
 
 
+@promotion.usual()
 def quantise(tree: Any, dtype: DTypeLike) -> Any:
     """The tree with packed values in another dtype and a scale for every row.
 

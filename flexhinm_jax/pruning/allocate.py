@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flexhinm_jax import arguments, checks
+from flexhinm_jax import arguments, checks, promotion
 from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning.gains import Increments, offered, plain
 from flexhinm_jax.pruning.owl import OWL, densities, outlier_shares
@@ -30,6 +30,7 @@ MODES = ("uniform", "global", "owl")
 EXACT = 1e-6
 
 
+@promotion.usual()
 def allocate(
     mode: Mode | Mapping[str, float],
     layers: Mapping[str, Increments],
@@ -107,6 +108,7 @@ def allocate(
     return {path: chosen[path] if path in chosen else shared[path] for path in layers}
 
 
+@promotion.usual()
 def budgets(
     method: Method,
     params: Any,

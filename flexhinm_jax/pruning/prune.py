@@ -14,7 +14,7 @@ import jax
 from jax import Array
 from jax.typing import DTypeLike
 
-from flexhinm_jax import arguments, kernels
+from flexhinm_jax import arguments, kernels, promotion
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.pruning.apply import decide_leaves, densify_leaves, pack_leaves
@@ -60,6 +60,7 @@ class Pruned:
         return f"Pruned(uses={self.uses!r}, report={self.report!r})"
 
 
+@promotion.usual()
 def prune(
     apply_fn: Callable[..., Any],
     params: Any,

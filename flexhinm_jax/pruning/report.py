@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, promotion
 from flexhinm_jax.io import records
 from flexhinm_jax.kernels import unpack
 from flexhinm_jax.methods import Method
@@ -250,6 +250,7 @@ class Report:
         figure.savefig(Path(path), dpi=150)
 
 
+@promotion.usual()
 def report(
     plans: Mapping[str, Plan],
     packed: Any,

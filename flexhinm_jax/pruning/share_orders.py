@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from flexhinm_jax import arguments, checks
+from flexhinm_jax import arguments, checks, promotion
 from flexhinm_jax.methods import LearnedMethod, Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.ordered import Ordered
@@ -29,6 +29,7 @@ from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Stats, Use, Uses
 
 
+@promotion.usual()
 def share_orders(
     method: Method,
     key: Array,

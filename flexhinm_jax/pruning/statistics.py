@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flexhinm_jax import arguments, checks, jax_versions
+from flexhinm_jax import arguments, checks, jax_versions, promotion
 from flexhinm_jax.tracing.contractions import Chunk, Product, equation
 from flexhinm_jax.tracing.discover import Finder, Traced
 from flexhinm_jax.tracing.masks import Masks
@@ -46,6 +46,7 @@ HIGHEST: dict[str, Any] = {
 MIN_BANDED_WIDTH = 768
 
 
+@promotion.usual()
 def calibrate(
     apply_fn: Callable,
     params: Any,

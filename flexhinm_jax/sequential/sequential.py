@@ -34,7 +34,7 @@ from typing import Any
 
 from jax import Array
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, promotion
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Method
 from flexhinm_jax.pruning import prune
@@ -46,6 +46,7 @@ from flexhinm_jax.tracing.discover import Traced, discover
 from flexhinm_jax.tracing.tree import Leaves
 
 
+@promotion.usual()
 def prune_sequential(
     apply_fn: Callable[..., Any],
     params: Any,

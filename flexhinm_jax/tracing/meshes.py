@@ -17,7 +17,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flexhinm_jax import checks
+from flexhinm_jax import checks, promotion
 
 
 def released(tree: Any) -> Any:
@@ -87,6 +87,7 @@ def under_automatic_axes(f: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(f)
+    @promotion.usual()
     def run(*args: Any, **options: Any) -> Any:
         meshes = map(explicit, jax.tree.leaves((args, options)))
         mesh = next((m for m in meshes if m is not None), None)

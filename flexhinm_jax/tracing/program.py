@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from flexhinm_jax import arguments, jax_versions
+from flexhinm_jax import arguments, jax_versions, promotion
 from flexhinm_jax.kernels import unpack
 from flexhinm_jax.tracing import meshes, views
 from flexhinm_jax.tracing.contractions import Tracked, plain
@@ -171,5 +171,6 @@ def run(
                     lambda value=value: value,
                     on_grid=path in on_grid,
                 )
-    outs, state = walk(program.jaxpr, operands, visitor, state)
-    return plain(outs), state
+    with promotion.usual():  # what the visitor does; the program has its dtypes
+        outs, state = walk(program.jaxpr, operands, visitor, state)
+        return plain(outs), state

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, promotion
 from flexhinm_jax.io import fingerprint
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
@@ -67,6 +67,7 @@ class Told(Saves, total=False):
     config: Any
 
 
+@promotion.usual()
 def fit(
     method: LearnedMethod,
     states: Mapping[str, State],

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, promotion
 from flexhinm_jax.methods.hyperprune import HyperPrune, check_hyperprune
 from flexhinm_jax.ops import hypernet
 from flexhinm_jax.pruning import solve
@@ -76,6 +76,7 @@ def name(path: str, at: tuple[int, ...]) -> Name:
     return (int(number[0]), *at), rest
 
 
+@promotion.usual()
 def hyper_prune(
     method: HyperPrune,
     key: Array,

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, promotion
 from flexhinm_jax.io import fingerprint
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.methods import Magnitude
@@ -168,6 +168,7 @@ class Reconstruct:
         return problem.known[name]
 
 
+@promotion.usual()
 def reconstruct(
     apply_fn: Callable[..., Any],
     params: Any,

@@ -15,7 +15,7 @@ import optax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, promotion
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
@@ -100,6 +100,7 @@ class Training:
         return self if moves else dataclasses.replace(self, params=start.params)
 
 
+@promotion.usual()
 def init_training(
     method: Method,
     params: Any,
@@ -182,6 +183,7 @@ def _begun(
     return _on_mesh(apart(training), mesh)
 
 
+@promotion.usual()
 def harden(method: Method, training: Training, uses: Uses) -> Training:
     """Makes every choice: exact zeros in the parameters, and they stay zero.
 
@@ -216,6 +218,7 @@ def harden(method: Method, training: Training, uses: Uses) -> Training:
     )
 
 
+@promotion.usual()
 def next_stage(
     method: Method,
     training: Training,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, promotion
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod, ScoreFunction
@@ -184,6 +184,7 @@ class _Step:
         total = advantage * model_gates.log_prob(learner, states, uses, key)
         return total, (loss, terms, dict(extra) | {"gap": gap})
 
+    @promotion.usual()
     def step(
         self, training: Training, *batch: Any
     ) -> tuple[Training, dict[str, Array]]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, promotion
 from flexhinm_jax.io import fingerprint
 from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.tracing.discover import discover
@@ -76,6 +76,7 @@ class Tuned:
         return f"Tuned(before={self.before:.4g}, after={self.after:.4g})"
 
 
+@promotion.usual()
 def tune(
     apply_fn: Callable[..., Array],
     params: Any,

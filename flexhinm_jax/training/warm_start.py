@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flexhinm_jax import checks
+from flexhinm_jax import checks, promotion
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.gated import Gated
 from flexhinm_jax.paths import over_stack
@@ -18,6 +18,7 @@ from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Plan, State, Use, Uses
 
 
+@promotion.usual()
 def adopt(
     method: Gated, plans: Mapping[str, Plan], params: Any, uses: Uses
 ) -> tuple[dict[str, State], Any]:
