@@ -443,6 +443,26 @@ def dense_tree(packed: Any) -> Any:
     return jax.tree.map(unpacked, packed, is_leaf=is_packed)
 
 
+def outcome(apply_fn: Any, *args: Any, argnums: Any = 0) -> Any:
+    """The output, and the gradients of the sum of its sines in `argnums`.
+
+    One program, in which the output is computed once: several outcomes in one program
+    take longer to compile than each by itself.
+    """
+
+    @jax.jit
+    def run(*args: Any) -> Any:
+        def loss(*args: Any) -> Any:
+            y = apply_fn(*args)
+            return jnp.sin(y).sum(), y
+
+        gradients, y = jax.grad(loss, argnums, has_aux=True, allow_int=True)(*args)
+        leaves = jax.tree.leaves(gradients)
+        return y, [g for g in leaves if g.dtype != jax.float0]
+
+    return run(*args)
+
+
 def assert_close(actual: Any, expected: Any, tol: float = 1e-5) -> None:
     """Equal up to `tol` of the largest entry."""
     expected = np.asarray(expected, np.float32)

@@ -14,7 +14,7 @@ from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.tracing.sparsify import sparsify
-from tests.tracing.cases import assert_close, dense_tree, normal, packed_tree
+from tests.tracing.cases import assert_close, dense_tree, normal, outcome, packed_tree
 
 D, H, E, K, VOCABULARY = 8, 12, 8, 2, 16
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 5)).astype(np.int32)
@@ -203,19 +203,9 @@ def test_packed_experts_equal_densified_ones(named):
     _, apply_fn = named
     uses = discover(apply_fn, P, IDS)
     packed = packed_tree(P, uses, leaf_paths(P))
-
-    @jax.jit
-    def outcome(p, ids):
-        def both(f):
-            loss = lambda p: jnp.sin(f(p, ids)).sum()  # noqa: E731
-            grads = jax.tree.leaves(jax.grad(loss, allow_int=True)(p))
-            return f(p, ids), [g for g in grads if g.dtype != jax.float0]
-
-        return both(sparsify(apply_fn)), both(
-            lambda p, ids: apply_fn(dense_tree(p), ids)
-        )
-
-    (got, got_grads), (want, want_grads) = outcome(packed, IDS)
+    got, got_grads = outcome(sparsify(apply_fn), packed, IDS)
+    dense = lambda p, ids: apply_fn(dense_tree(p), ids)  # noqa: E731
+    want, want_grads = outcome(dense, packed, IDS)
     assert_close(got, want)
     for g, w in zip(got_grads, want_grads, strict=True):
         assert_close(g, w, 1e-4)

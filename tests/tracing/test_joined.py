@@ -12,7 +12,7 @@ from flexhinm_jax.paths import leaf_paths
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.tracing.sparsify import sparsify
-from tests.tracing.cases import assert_close, dense_tree, normal, packed_tree
+from tests.tracing.cases import assert_close, dense_tree, normal, outcome, packed_tree
 
 X = normal(5, 8)
 QKV = {"q": normal(8, 4), "k": normal(8, 8), "v": normal(8, 12)}
@@ -127,22 +127,11 @@ def test_packed_parts_run_sparse_and_equal_densified_ones(apply_fn):
     program = str(jax.make_jaxpr(sparse)(packed, X))
     assert program.count("name=sparse_product") >= len(params)
     dense = lambda p, x: apply_fn(dense_tree(p), x)  # noqa: E731
-
-    @jax.jit
-    def outcome(p, x):
-        def both(f):
-            loss = lambda p, x: jnp.sin(f(p, x)).sum()  # noqa: E731
-            grads = jax.grad(loss, (0, 1), allow_int=True)(p, x)
-            floats = [g for g in jax.tree.leaves(grads) if g.dtype != jax.float0]
-            return f(p, x), floats
-
-        return both(sparse), both(dense)
-
     trees = [packed]
     if apply_fn in (batched, inputs):
         trees.append({**dense_tree(packed), "b": packed["b"]})
     for p in trees:
-        got, want = outcome(p, X)
+        got, want = (outcome(f, p, X, argnums=(0, 1)) for f in (sparse, dense))
         for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert_close(g, w, 1e-4)
 

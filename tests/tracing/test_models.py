@@ -14,6 +14,7 @@ from tests.tracing.cases import (
     CASES,
     assert_close,
     dense_tree,
+    outcome,
     packed_tree,
 )
 
@@ -70,20 +71,13 @@ def test_sparsify_equals_the_dense_function_of_the_same_zeros(case, uses):
     def dense(packed, *args):
         return case.apply_fn(dense_tree(packed), *args)
 
-    @jax.jit
-    def outcomes(packed, *args):
-        out = []
-        for f in (sparse, dense):
-            if case.differentiable:
-                loss = lambda p, *a, f=f: jnp.sin(f(p, *a)).sum()  # noqa: E731
-                grads = jax.grad(loss, (0, 1), allow_int=True)(packed, *args)
-                grads = [g for g in jax.tree.leaves(grads) if g.dtype != jax.float0]
-            else:
-                grads = []
-            out.append((f(packed, *args), grads))
-        return out
-
-    (got, got_grads), (want, want_grads) = outcomes(packed, *case.args)
+    if case.differentiable:
+        (got, got_grads), (want, want_grads) = (
+            outcome(f, packed, *case.args, argnums=(0, 1)) for f in (sparse, dense)
+        )
+    else:
+        got, want = (jax.jit(f)(packed, *case.args) for f in (sparse, dense))
+        got_grads = want_grads = []
     tol = 3e-2 if case.apply_fn.__qualname__.startswith("mixed") else 1e-5
     assert_close(got, want, tol)
     for g, w in zip(got_grads, want_grads, strict=True):
