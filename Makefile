@@ -85,7 +85,8 @@ test-all: $(STAMP) ## Run every test
 # What depends on the versions of Python and jax: jaxprs (tracing, sequential), lowering,
 # export and GPU kernels (kernels, gpu), stacks and sums under jit (pruning), orbax and
 # arrays of files (io), a learned step. The mathematics of single matrices, methods,
-# models, programs, messages and formats run on the older Python.
+# models, programs, messages and formats run on the older Python, and so do tests in
+# these files that are marked `once`.
 NEXT := $(addprefix tests/,tracing sequential training/test_step.py \
   $(addprefix kernels/test_,dispatch.py shipping.py) \
   $(addprefix gpu/test_,kernels.py programs.py) \

@@ -20,18 +20,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("project")
 
-#: Folders whose tests do not depend on the version of jax: conformance runs every
-#: method on both Pythons, so `make test-next` leaves the papers' claims out.
-ONCE = {"train", "methods"}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Marks whole folders `once`."""
-    for item in items:
-        if item.path.parent.name in ONCE:
-            item.add_marker(pytest.mark.once)
-
 
 @pytest.fixture
 def owned(tmp_path):

@@ -137,6 +137,7 @@ def test_the_loops_are_what_other_platforms_run(weights):
     assert "while" in lowered(product, normal(16, w.shape[1]), packed, "cpu")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ALL)
 def test_expanded_products_are_those_of_the_matrix(weights, name):
     packed, w = weights[name]

@@ -67,6 +67,7 @@ def in_every_form(x, packed):
     }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ALL)
 def test_every_form_computes_the_product_of_every_pattern(weights, name):
     packed, w = weights[name]
@@ -100,6 +101,7 @@ def test_tiles_with_different_regions_give_the_dense_product(form):
     np.testing.assert_allclose(got, y @ plan.weight, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("backend", ["reference", "xla"])
 def test_half_precision_accumulates_in_float32(dtype, backend):

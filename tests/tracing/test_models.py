@@ -1,7 +1,6 @@
 """discover, calibrate and sparsify agree with the hand-made answers on every model."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
