@@ -266,7 +266,8 @@ def test_masked_tokens_count_for_no_expert():
     keep = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]], bool)
     f = lambda p, x, to: jnp.einsum("btd,btdh->bth", x, p["w"][to])  # noqa: E731
     uses = discover(f, w, x, to)
-    stats = calibrate(f, w, uses, [(x, to)], token_mask=lambda x, to: keep)["w"]
+    mask = lambda x, to: jnp.asarray(keep)  # noqa: E731
+    stats = calibrate(f, w, uses, [(x, to)], token_mask=mask)["w"]
     parts = [x[keep & (to == e)] for e in range(3)]
     assert stats.count.tolist() == [len(part) for part in parts]
     assert_close(stats.gram, np.stack([part.T @ part for part in parts]))
@@ -293,7 +294,8 @@ def test_experts_inside_a_scan_over_layers():
         return lax.scan(one, x, p["w"])[0]
 
     def runs(p, x):
-        step = lambda x, w: (jnp.tanh(lax.ragged_dot(x, w, sizes)), None)  # noqa: E731
+        groups = jnp.asarray(sizes)
+        step = lambda x, w: (jnp.tanh(lax.ragged_dot(x, w, groups)), None)  # noqa: E731
         return lax.scan(step, x, p["w"])[0]
 
     for f, own in ((tokens, to), (runs, np.repeat(np.arange(3), sizes))):
