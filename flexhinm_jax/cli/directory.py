@@ -44,7 +44,7 @@ def check_uses(model: Path, uses: Uses) -> None:
 def check_out(args: argparse.Namespace) -> None:
     """Refuses an --out that must not be written, and a model that cannot be copied."""
     huggingface.check_copy(args.model, args.out)
-    atomic.check_directory(args.out, overwrite=args.force)
+    huggingface.check_place(args.out, overwrite=args.force)
 
 
 def write(

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flexhinm_jax import arguments, atomic
-from flexhinm_jax.io import gguf_tokenizer, shards, tensors
+from flexhinm_jax.io import gguf_tokenizer, huggingface, shards, tensors
 
 __all__ = ["ARCHITECTURES", "Architecture", "convert"]
 
@@ -153,7 +153,7 @@ def convert(
     file = Path(file)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: need one of {', '.join(DTYPES)}")
-    atomic.check_directory(directory, overwrite=overwrite)
+    huggingface.check_place(directory, overwrite=overwrite)
     meta = Metadata(file, _reader(file))
     weights = {w.key: w for w in _weights(meta)}
     config = _config(meta, weights, dtype)

@@ -29,6 +29,7 @@ from flexhinm_jax.io.hints import OTHER_WEIGHTS, hint
 __all__ = [
     "Checkpoint",
     "check_copy",
+    "check_place",
     "copy_others",
     "read",
     "read_config",
@@ -167,6 +168,7 @@ def write(
         )
     source = Path(source.directory if isinstance(source, Checkpoint) else source)
     check_copy(source, Path(directory))
+    check_place(directory, overwrite=overwrite)
     config = read_config(source)
     layout = shards.read_index(source)
     arrays = _as_stored(params, layout)
@@ -268,6 +270,26 @@ def check_copy(source: Path, output: Path) -> None:
             )
         if not os.access(path, os.R_OK):
             raise PermissionError(f"{path} may not be read; give yourself the right to")
+
+
+def check_place(output: str | os.PathLike, *, overwrite: bool) -> None:
+    """Raises what writing a model directory there would raise, for asking before.
+
+    Args:
+      output: the directory that is going to be written.
+      overwrite: an earlier model directory there may be replaced.
+
+    Raises:
+      FileExistsError: it exists and may not be replaced, or holds no model: a
+        `config.json` alone may be of anything.
+    """
+    atomic.check_directory(output, overwrite=overwrite)
+    target = Path(output)
+    if (target / CONFIG).is_file() and not any(target.glob("*.safetensors")):
+        raise FileExistsError(
+            f"{output} has a {CONFIG} but no weights, so it is no model directory and"
+            " is not replaced; remove it by hand or choose another directory"
+        )
 
 
 def copy_others(source: Path, output: Path) -> None:

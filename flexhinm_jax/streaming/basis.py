@@ -41,7 +41,7 @@ def opened(
     Raises:
       FileNotFoundError, FileExistsError, ValueError: see `reorder`.
     """
-    atomic.check_directory(out, overwrite=overwrite)
+    huggingface.check_place(out, overwrite=overwrite)
     huggingface.check_copy(Path(directory), Path(out))
     if model_card.is_pruned(Path(directory)):
         raise ValueError(

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from flexhinm_jax import atomic, kernels
+from flexhinm_jax import kernels
 from flexhinm_jax.io import huggingface, packed, shards
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.allocate import check_mode
@@ -216,7 +216,7 @@ def opened(
       limits: memory, batch and dtype.
       output: what to write.
     """
-    atomic.check_directory(out, overwrite=output.overwrite)
+    huggingface.check_place(out, overwrite=output.overwrite)
     huggingface.check_copy(Path(directory), Path(out))
     blocks = open_blocks(Path(directory), limits.dtype)
     shards.check_space(Path(out), blocks.index.size - Work.taken(Path(out)))

@@ -371,6 +371,9 @@ def test_a_folder_that_is_no_model_is_never_replaced(prune, tmp_path, capsys):
     (tmp_path / "out" / "thesis.txt").write_text("important")
     assert prune("--force") == 2
     assert "config.json" in error_line(capsys)
+    (tmp_path / "out" / "config.json").write_text("{}")  # of something else
+    assert prune("--force") == 2
+    assert "no weights, so it is no model directory" in error_line(capsys)
     assert (tmp_path / "out" / "thesis.txt").exists()
 
 

@@ -248,6 +248,15 @@ def test_weights_of_further_modules_are_copied(single, tmp_path):
         assert not (out / "o").exists() and (out / "modules.json").exists()
 
 
+def test_a_folder_with_a_config_alone_is_not_replaced(single, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    params = huggingface.read(single)
+    with pytest.raises(FileExistsError, match="has a config.json but no weights"):
+        huggingface.write(tmp_path / "out", params, overwrite=True)
+    assert listing(tmp_path / "out") == ["config.json"]
+
+
 def test_links_are_followed_once(single, tmp_path):
     """The hub's cache is made of links; one may lead back to a folder above it."""
     elsewhere = tmp_path / "elsewhere"
