@@ -53,6 +53,11 @@ MODEL = "A language model beside PyTorch and transformers"
 #: Largest relative difference of the errors, by method.
 TOLERANCE = {"magnitude": 1e-4, "wanda": 1e-4, "ria": 1e-4, "transposable": 1e-3}
 
+#: Largest relative difference of the perplexities, by method; .01 for others. SparseGPT
+#: on the same Gram has the same error to five digits on either side, but hands every
+#: difference of rounding on to the columns and the blocks behind it.
+APART = {"sparsegpt": 0.03}
+
 PEERS: dict[str, tuple[Callable, Callable]] = {
     "magnitude": (formulas.magnitude, fh.Magnitude),
     "wanda": (formulas.wanda, fh.Wanda),
@@ -236,7 +241,7 @@ def whole_model(flags: argparse.Namespace) -> Iterator[Row]:
             done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
             theirs = json.loads(done.stdout.splitlines()[-1])
             apart = ours / theirs["perplexity"]
-            if abs(apart - 1) > 0.01:
+            if abs(apart - 1) > APART.get(method, 0.01):
                 raise RuntimeError(f"{method}: {ours} and {theirs['perplexity']}")
             yield Row(
                 MODEL,

@@ -101,9 +101,22 @@ class Report:
 
     @property
     def coverage_lines(self) -> list[str]:
-        """The coverage, and the largest skipped leaves with their reasons."""
+        """The coverage, the largest skipped leaves, and what packing makes larger."""
         pruned = sum(r.weights for r in self.rows)
-        return coverage_lines(pruned, self.dense, self.skipped)
+        lines = coverage_lines(pruned, self.dense, self.skipped)
+        larger = [r for r in self.rows if r.packed_bytes > r.dense_bytes]
+        if larger:
+            dense, packed = (
+                sum(getattr(r, name) for r in larger)
+                for name in ("dense_bytes", "packed_bytes")
+            )
+            lines.append(
+                f"packing makes {len(larger)} of {len(self.rows)} {packed / dense:.2f}"
+                f" times as large, such as {larger[0].path}: every tile of rows takes"
+                " the space of the most dense and of the most N:M columns; patterns"
+                " whose tiles have equal regions, such as FlexHiNM, pack smaller"
+            )
+        return lines
 
     @property
     def total(self) -> dict[str, float]:

@@ -62,6 +62,24 @@ def test_an_unstructured_weight_stays_dense_and_says_so():
     assert "stays dense" in str(report)
 
 
+def test_weights_that_packing_makes_larger_are_named():
+    """One row of dense tiles beside one of 2:4 ones: all take the space of both."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(16, 32)).astype(np.float32)
+    w[:8] *= 100
+    method = fh.Magnitude(fh.Tiles(tile=8))
+    key, params = jax.random.key(0), {"w": jnp.asarray(w.T)}
+    apply_fn, x = lambda p, x: x @ p["w"], jnp.ones((2, 32))
+    made = fh.prune(apply_fn, params, [x], method, sparsity=0.25, key=key)
+    row = made.report.rows[0]
+    assert (made.params["w"].T[:8] != 0).all() and row.packed_bytes > row.dense_bytes
+    times = row.packed_bytes / row.dense_bytes
+    text = f"packing makes 1 of 1 {times:.2f} times as large, such as w:"
+    assert text in str(made.report) and text in made.report._repr_html_()
+    flat = fh.prune(apply_fn, params, [x], fh.Magnitude(fh.NM(2, 4)), key=key)
+    assert "packing makes" not in str(flat.report)
+
+
 def test_regions_are_reported_per_tile():
     row = run(fh.HiNM(8, permute=None), 0.75).report.rows[0]
     assert (row.dense_columns, row.nm_columns, row.pruned_columns) == (0, 16, 16)
