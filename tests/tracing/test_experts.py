@@ -214,7 +214,6 @@ def test_packed_experts_equal_densified_ones(named):
 TARGETS = dict(zip(MODELS, ("seq", "resid", "asym", "asym"), strict=True))
 
 
-@pytest.mark.once
 def test_experts_in_order_are_pruned_on_their_own_tokens(named):
     name, apply_fn = named
     records = []
