@@ -8,7 +8,7 @@ weight that holds its matrix as well is as fast as that where it chooses dense.
 Weights that come from memory cost a packed form less than the dense product, which
 reads two to four times the bytes: `Place` says whether they do not. With one row of x
 threads share the dense product and the one with the canonical arrays, but not the short
-loops over packed terms; with more rows they help all alike.
+loops over packed terms; with more rows they share those too where they are long.
 """
 
 import dataclasses
@@ -27,8 +27,11 @@ MARGIN = 0.95
 FEW, MOST = 6, 32
 """Positions select up to so many rows of x, and products n * m of a group."""
 
-THREADS = 1.5
-"""How many times faster two threads make the dense product with one row of x."""
+THREADS = 1.5, 1.8
+"""How many times faster two threads make the dense product, with one row and more."""
+
+LONG = 5e5
+"""Nanoseconds from which threads make packed products as much faster."""
 
 MEMORY = 0.19
 """Nanoseconds in which memory gives a float32, to however many threads."""
@@ -115,8 +118,9 @@ def dense(sizes: Sizes) -> float:
         each = 0.2 if rows == 1 else 0.45 + 0.0275 * rows
     elif not sizes.cached:
         each += 0.165 if rows == 1 else 0.4 * min(1.0, 16 / rows)
-    if rows == 1 and sizes.threads > 1:
-        each = max(each / THREADS, 0 if sizes.cached else MEMORY)
+    if sizes.threads > 1:
+        each /= THREADS[rows > 1]
+        each = max(each, 0 if sizes.cached else MEMORY)
     return each * sizes.outputs * sizes.inputs
 
 
@@ -141,9 +145,11 @@ def gather(sizes: Sizes) -> float:
 
 def prepared(sizes: Sizes) -> float:
     """The product of a weight that is prepared, as `xla.matmul` takes it."""
-    if not sizes.selects or sizes.rows > FEW:
-        return gather(sizes)
-    return canonical(sizes) if shared(sizes.rows, sizes.threads) else select(sizes)
+    few = sizes.selects and sizes.rows <= FEW
+    if few and shared(sizes.rows, sizes.threads):
+        return canonical(sizes)
+    time = select(sizes) if few else gather(sizes)
+    return time / THREADS[1] if sizes.threads > 1 and time > LONG else time
 
 
 def shared(rows: int, threads: int) -> bool:
