@@ -27,8 +27,8 @@ MARGIN = 0.95
 FEW, MOST = 6, 32
 """Positions select up to so many rows of x, and products n * m of a group."""
 
-THREADS = 1.5, 1.8
-"""How many times faster two threads make the dense product, with one row and more."""
+THREADS, THREADS_ALONE = 1.8, 1.5
+"""How many times faster two threads make the dense product; the one of one row of x."""
 
 LONG = 5e5
 """Nanoseconds from which threads make packed products as much faster."""
@@ -119,7 +119,7 @@ def dense(sizes: Sizes) -> float:
     elif not sizes.cached:
         each += 0.165 if rows == 1 else 0.4 * min(1.0, 16 / rows)
     if sizes.threads > 1:
-        each /= THREADS[rows > 1]
+        each /= THREADS_ALONE if rows == 1 else THREADS
         each = max(each, 0 if sizes.cached else MEMORY)
     return each * sizes.outputs * sizes.inputs
 
@@ -145,20 +145,20 @@ def gather(sizes: Sizes) -> float:
 
 def prepared(sizes: Sizes) -> float:
     """The product of a weight that is prepared, as `xla.matmul` takes it."""
-    few = sizes.selects and sizes.rows <= FEW
-    if few and shared(sizes.rows, sizes.threads):
+    if reads_canonical(sizes.rows, sizes.selects, sizes.threads):
         return canonical(sizes)
+    few = sizes.selects and sizes.rows <= FEW
     time = select(sizes) if few else gather(sizes)
-    return time / THREADS[1] if sizes.threads > 1 and time > LONG else time
+    return time / THREADS if sizes.threads > 1 and time > LONG else time
 
 
-def shared(rows: int, threads: int) -> bool:
-    """Whether the canonical arrays beat the terms where positions can select.
+def reads_canonical(rows: int, selects: bool, threads: int) -> bool:
+    """Whether a prepared product reads the canonical arrays in place of the terms.
 
     Two threads take 42, 117 and 136 us for 576 x 576, 1536 x 576 and 576 x 1536 at
     75 %, with the terms 61, 117 and 207; one thread 60, 128 and 123, and 61, 99, 140.
     """
-    return rows == 1 and threads > 1
+    return rows == 1 and selects and threads > 1
 
 
 def holds(rows: int, packed: PackedWeight, place: Place) -> bool:

@@ -1,8 +1,8 @@
 """The product in plain XLA, in the forms that were fastest on CPUs.
 
 A prepared weight runs as `terms`, at any number of rows of x but one that threads share
-(`cost.shared`). Without `prepare` the canonical arrays are read, in forms that need
-little reordering per call.
+(`cost.reads_canonical`). Without `prepare` the canonical arrays are read, in forms that
+need little reordering per call.
 
 Two things decide their speed. Weights must expand by elementwise operations on long
 contiguous rows, which a loop vectorises: so the groups are read slot-major, all first
@@ -112,8 +112,9 @@ def matmul(x: Array, packed: PackedWeight, dtype: DTypeLike) -> Array:
     # computed once for every time that they read an element.
     x = lax.optimization_barrier(x)
     rows, ready = x.shape[0], packed.layouts.get(NAME)
-    apart = ready is None or cost.shared(rows, ready.place.threads)
-    if ready is not None and not (apart and cost.selects(packed)):
+    if ready is not None and not cost.reads_canonical(
+        rows, cost.selects(packed), ready.place.threads
+    ):
         return terms.matmul(x, packed, ready, dtype)
     packed = packed.filled()
     y = FORMS[form_of(rows, packed)](x, packed)
