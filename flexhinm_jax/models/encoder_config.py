@@ -168,8 +168,6 @@ class EncoderConfig:
         if family.pad is not None:
             pad = config.get("pad_token_id")
             pad = family.pad if pad is None else pad
-            if type(pad) is not int:
-                raise ValueError(f"pad_token_id must be an integer, got {pad!r}")
-            known["first_position"] = pad + 1
+            known["first_position"] = fields.integer("pad_token_id", pad) + 1
         given = {**family.defaults, **config}
         return cls(**fields.read(cls, given, known, family.names))

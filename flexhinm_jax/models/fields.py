@@ -29,10 +29,10 @@ def check(config: Any) -> None:
             continue
         if typing.get_origin(field.type) is tuple:
             fine = isinstance(value, tuple) and all(_is(kind, x) for x in value)
-            if not fine:
-                raise ValueError(f"{field.name} must be {NEEDS[kind]}, got {value!r}")
-            continue
-        checked(field.name, value, kind)
+        else:
+            fine = _is(kind, value)
+        if not fine:
+            raise _wrong(field.name, value, kind)
 
 
 def checked(name: str, value: Any, kind: type) -> Any:
@@ -49,12 +49,27 @@ def checked(name: str, value: Any, kind: type) -> Any:
     if value is None:
         raise _missing(name)
     if not _is(kind, value):
-        raise ValueError(f"{name} must be {NEEDS[kind]}, got {value!r}")
+        raise _wrong(name, value, kind)
     return value
+
+
+def _wrong(name: str, value: Any, kind: type) -> ValueError:
+    return ValueError(f"{name} must be {NEEDS[kind]}, got {value!r}")
 
 
 def _missing(name: str) -> ValueError:
     return ValueError(f"{name} is missing from the configuration")
+
+
+def integer(name: str, value: Any) -> int:
+    """The value of a field that is any integer, such as the number of a token.
+
+    Raises:
+      ValueError: it is something else; names the field.
+    """
+    if type(value) is not int:
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return value
 
 
 def integers(name: str, value: Any) -> list[int]:

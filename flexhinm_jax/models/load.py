@@ -32,6 +32,7 @@ from flexhinm_jax.models import (
     decoder_config,
     encoder,
     encoder_config,
+    fields,
     resnet,
     vit,
 )
@@ -370,7 +371,9 @@ def load(
         params={name: _placed(leaf) for name, leaf in params.items()},
         tokenizer=read,
         ends=_ends(directory, given),
-        pad=_pad(directory, given),
+        pad=fields.integer(
+            f"pad_token_id of {directory}", given.get("pad_token_id") or 0
+        ),
         packed=packed,
     )
 
@@ -528,13 +531,6 @@ def _placed(leaf: Any) -> Any:
     """Floating arrays on the device; 64-bit integers stay on the host as they are."""
     floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     return jax.tree.map(on_device, leaf) if floating else leaf
-
-
-def _pad(directory: Path, given: Mapping[str, Any]) -> int:
-    pad = given.get("pad_token_id") or 0
-    if type(pad) is not int:
-        raise ValueError(f"pad_token_id={pad!r} of {directory} must be an integer")
-    return pad
 
 
 def _ends(directory: Path, given: Mapping[str, Any]) -> tuple[int, ...]:
