@@ -106,15 +106,14 @@ class Report:
         lines = coverage_lines(pruned, self.dense, self.skipped)
         larger = [r for r in self.rows if r.packed_bytes > r.dense_bytes]
         if larger:
-            dense, packed = (
-                sum(getattr(r, name) for r in larger)
-                for name in ("dense_bytes", "packed_bytes")
-            )
+            packed = sum(r.packed_bytes for r in larger)
+            dense = sum(r.dense_bytes for r in larger)
             lines.append(
-                f"packing makes {len(larger)} of {len(self.rows)} {packed / dense:.2f}"
-                f" times as large, such as {larger[0].path}: every tile of rows takes"
-                " the space of the most dense and of the most N:M columns; patterns"
-                " whose tiles have equal regions, such as FlexHiNM, pack smaller"
+                f"packing makes {len(larger)} of {len(self.rows)} weights"
+                f" {packed / dense:.2f} times as large, such as {larger[0].path}: every"
+                " tile of rows takes the space of the most dense and of the most N:M"
+                " columns; patterns whose tiles have equal regions, such as FlexHiNM,"
+                " pack smaller"
             )
         return lines
 

@@ -74,7 +74,7 @@ def test_weights_that_packing_makes_larger_are_named():
     row = made.report.rows[0]
     assert (made.params["w"].T[:8] != 0).all() and row.packed_bytes > row.dense_bytes
     times = row.packed_bytes / row.dense_bytes
-    text = f"packing makes 1 of 1 {times:.2f} times as large, such as w:"
+    text = f"packing makes 1 of 1 weights {times:.2f} times as large, such as w:"
     assert text in str(made.report) and text in made.report._repr_html_()
     flat = fh.prune(apply_fn, params, [x], fh.Magnitude(fh.NM(2, 4)), key=key)
     assert "packing makes" not in str(flat.report)
