@@ -30,6 +30,7 @@ from flexhinm_jax.types import PackedWeight, Uses
 WORDS = {
     "allocate": "allocate",
     "batch": "a smaller batch",
+    "block": "block={!r}",
     "continue": "resume=True",
     "describe": "print(describe(uses))",
     "exceptions": "exceptions",
@@ -46,6 +47,7 @@ WORDS = {
     "some sparsity": "sparsity=",
     "sparsity": "sparsity={}",
     "target": "target 'seq', or the dtype of the checkpoint",
+    "window": "window={!r}",
 }
 
 _spoken: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(

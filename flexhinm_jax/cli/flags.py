@@ -42,6 +42,7 @@ UNITS |= {f"{u}B": 1000**k for k, u in enumerate("KMGT", 1)}
 WORDS = {
     "allocate": "--allocate",
     "batch": "a smaller --batch-size",
+    "block": "block={!r}",
     "continue": "the same --resume",
     "describe": "'flexhinm inspect MODEL'",
     "exceptions": "--rule REGEX=SPARSITY",
@@ -58,6 +59,7 @@ WORDS = {
     "some sparsity": "--sparsity",
     "sparsity": "--sparsity {}",
     "target": "--target seq, or --dtype checkpoint",
+    "window": "--reconstruct {}",
 }
 """The words of `arguments.WORDS` on the command line."""
 

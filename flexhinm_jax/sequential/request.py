@@ -144,7 +144,7 @@ class Request:
             if not any(re.search(regex, path) for path in paths):
                 words = f" (or choose {', '.join(WINDOWS)})" * (option == "window")
                 raise ValueError(
-                    f"{option}={regex!r} matches no leaf;"
+                    f"{arguments.say(option, regex)} matches no leaf;"
                     f" {arguments.nearest(regex, paths)}{words}"
                 )
 

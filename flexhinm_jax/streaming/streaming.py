@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from flexhinm_jax import kernels
+from flexhinm_jax import arguments, kernels
 from flexhinm_jax.io import huggingface, packed, shards
 from flexhinm_jax.io.shelf import Shelf
 from flexhinm_jax.pruning.allocate import check_mode
@@ -254,8 +254,8 @@ def check_blocks(setting: Setting) -> None:
         window = request.reconstruct.window
         if isinstance(window, int) and window > 1:
             raise ValueError(
-                f"window={window}: streaming has one block at a time; give 'block' or"
-                " 'part', or call prune_sequential"
+                f"{arguments.say('window', window)}: streaming has one block at a time;"
+                " give 'block' or 'part', or call prune_sequential"
             )
         named["window", window] = request.window_of
     for (option, value), name_of in named.items():
@@ -265,9 +265,10 @@ def check_blocks(setting: Setting) -> None:
                 name = name_of(path)
                 if owners.setdefault(name, layer) != layer:
                     raise ValueError(
-                        f"{option}={value!r}: {name!r} has weights of two blocks of the"
-                        f" checkpoint, {owners[name]} and {layer}; streaming has one at"
-                        " a time: give a finer one, or call prune_sequential"
+                        f"{arguments.say(option, value)}: {name!r} has weights of two"
+                        f" blocks of the checkpoint, {owners[name]} and {layer};"
+                        " streaming has one at a time: give a finer one, or call"
+                        " prune_sequential"
                     )
 
 

@@ -87,6 +87,8 @@ def test_the_plan_comes_first_then_a_line_per_block(prune, model_dir, tmp_path, 
 def test_blocks_are_reconstructed_and_the_recipe_says_how(prune, tmp_path, capsys):
     assert prune("--reconstruct-steps", 2) == 2
     assert "--reconstruct-steps is for --reconstruct" in capsys.readouterr().err
+    assert prune("--reconstruct", "blok") == 2
+    assert "--reconstruct blok matches no leaf; the nearest" in capsys.readouterr().err
     options = "--length 16 --samples 8 --statistics block --reconstruct block"
     options += " --reconstruct-steps 4 --reconstruct-rate 0.01"
     assert prune(*options.split()) == 0
