@@ -150,5 +150,6 @@ def samples(args: argparse.Namespace, blocks: Blocks) -> Any:
         load_tokenizer(args.model / TOKENIZER),
         read_text(args.calibration),
         blocks.config.vocab_size,
+        count=(args.samples or flags.SAMPLES) * length,
     )
     return pieces(tokens, length, args.samples, flags.SAMPLES)

@@ -173,8 +173,8 @@ def divergence(
       ValueError: as `perplexity`, and tokenizers that give different tokens.
     """
     cut = _cut(first, text, length, stride, limit)
-    other, _ = second.encode(text)
-    if not np.array_equal(cut.tokens, other[:limit]):
+    other, _ = second.encode(text, limit)
+    if not np.array_equal(cut.tokens, other):
         raise ValueError(
             f"{first.directory} and {second.directory} cut the text into different"
             " tokens, so their predictions cannot be compared token by token; give two"
@@ -251,8 +251,7 @@ def _cut(
     model: Model, text: str, length: int | None, stride: int | None, limit: int | None
 ) -> _Cut:
     """A text as `perplexity` reads it."""
-    tokens, offsets = model.encode(text)
-    tokens, offsets = tokens[:limit], offsets[:limit]
+    tokens, offsets = model.encode(text, limit)
     if len(tokens) < 2:
         raise ValueError(
             f"the text has {len(tokens)} tokens; at least 2 are needed, the first of"

@@ -61,6 +61,13 @@ PACKED_BLOCKS = "packed"
 """Folder with one packed file per block, as a decoder is written."""
 
 SAMPLE_TOKENS = 8
+
+MARGIN = 64
+"""Tokens at the end of a piece of text that the text behind it may change."""
+
+CHARACTERS = 6
+"""Of a token, about: what is read first of a long text."""
+
 TOKENIZER = "tokenizer.json"
 GENERATION = "generation_config.json"
 
@@ -246,13 +253,19 @@ class Model:
         """(inputs of `apply`) -> which tokens count; None where all do."""
         return real_tokens if self.kind.reads is Reads.SENTENCES else None
 
-    def encode(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    def encode(
+        self, text: str, count: int | None = None
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """Tokens of a text, and where in it each begins and ends, in characters.
+
+        Args:
+          text: anything.
+          count: the first so many of them; None for all.
 
         Raises:
           ValueError: the tokenizer belongs to another model.
         """
-        return token_ids(self.tokenizer, text, self.config.vocab_size)
+        return token_ids(self.tokenizer, text, self.config.vocab_size, count)
 
     def tokenize(
         self,
@@ -450,14 +463,15 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def token_ids(
-    tokenizer: Any, text: str, vocab_size: int
+    tokenizer: Any, text: str, vocab_size: int, count: int | None = None
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Tokens of a text, and where in it each begins and ends.
 
     Args:
       tokenizer: from `load_tokenizer`.
-      text: anything.
+      text: anything; of a long one no more is cut into tokens than `count` needs.
       vocab_size: tokens that the model knows.
+      count: the first so many tokens, or as many as there are; None for all.
 
     Returns:
       i32[count], and (first, one behind the last) character of every token.
@@ -470,9 +484,14 @@ def token_ids(
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the text is not UTF-8: {error}") from error
-    encoded = tokenizer.encode(text)
-    _check_known(max(encoded.ids, default=0), vocab_size)
-    return np.array(encoded.ids, np.int32), encoded.offsets
+    size = len(text) if count is None else CHARACTERS * (count + MARGIN)
+    encoded = tokenizer.encode(text[:size])
+    while size < len(text) and len(encoded.ids) < (count or 0) + MARGIN:
+        size *= 2
+        encoded = tokenizer.encode(text[:size])
+    ids = encoded.ids[:count]
+    _check_known(max(ids, default=0), vocab_size)
+    return np.array(ids, np.int32), encoded.offsets[:count]
 
 
 def _check_known(largest: int, vocab_size: int) -> None:

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 pytest.importorskip("safetensors")
 import flexhinm_jax as fh  # noqa: E402
 from flexhinm_jax import models  # noqa: E402
-from flexhinm_jax.io import packed  # noqa: E402
+from flexhinm_jax.io import packed, sources  # noqa: E402
 from flexhinm_jax.models import decoder  # noqa: E402
+from flexhinm_jax.models.load import token_ids  # noqa: E402
 from tests.models import decoder_cases, directories  # noqa: E402
 
 TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
@@ -88,3 +90,44 @@ def test_what_is_no_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json is missing"):
         models.load(tmp_path / "n")
     assert models.load(tmp_path / "n", tokenizer=False).tokenizer is None
+
+
+def trained(kind: str, text: str) -> tokenizers.Tokenizer:
+    """A tokenizer of 300 words; "runs" are merged across spaces, as Llama 2 does."""
+    if kind == "unigram":
+        made = tokenizers.Tokenizer(tokenizers.models.Unigram())
+        trainer = tokenizers.trainers.UnigramTrainer(
+            vocab_size=300,
+            show_progress=False,
+            unk_token="<unk>",
+            special_tokens=["<unk>"],
+        )
+    else:
+        made = tokenizers.Tokenizer(tokenizers.models.BPE())
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    if kind != "runs":
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.train_from_iterator(text.splitlines(), trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        "e $A t", special_tokens=[(one, made.token_to_id(one)) for one in "et"]
+    )
+    return made
+
+
+@pytest.mark.parametrize("kind", ["words", "runs", "unigram"])
+def test_the_first_tokens_of_a_text_need_only_its_beginning(kind):
+    text = sources.read_text(sources.BUILTIN)[:20_000]
+    tokenizer, read = trained(kind, text[:5_000]), []
+
+    class Counting:
+        def encode(self, text: str) -> tokenizers.Encoding:
+            read.append(len(text))
+            return tokenizer.encode(text)
+
+    whole, places = token_ids(tokenizer, text, 300)
+    for count in (1, 5, 100, 1_000, len(whole) - 1, len(whole), 10**6):
+        read.clear()
+        first, where = token_ids(Counting(), text, 300, count)
+        np.testing.assert_array_equal(first, whole[:count])
+        assert where == places[:count]
+        assert max(read) <= max(16 * count, 2_000), read
