@@ -1,16 +1,20 @@
 """Compiles the GPU kernels for chips that are not here, and reads what came out.
 
 `make gpu-compile` runs it in an environment of its own (jax >= 0.11.2, its CUDA 13
-plugin and NVIDIA's assembler; no driver and no GPU). Every kernel is compiled to PTX
-and machine code for the chips it is meant for. A case passes if
+plugin and NVIDIA's assembler; no driver and no GPU), ARGS=--all for all that
+`bench.gpu` and the self-check run. Every kernel is compiled to PTX and machine code for
+the chips it is meant for. A case passes if
 
     the sparse instruction is in the PTX, and in the machine code where `nvdisasm`
     can list it,
     nothing is spilled from registers,
     products in flight are not serialised by the assembler,
-    no register of a product is touched before the wait that covers it, and every
-    element of both operands is read where the copies put it (`bench.gpu_faults`),
-    shared memory stays within the limit of the chip.
+    no register of a product is touched before the wait that covers it (the metadata
+    apart where one product is in flight: whether it still reads them a GPU must show),
+    and every element of both operands is read where the copies put it
+    (`bench.gpu_faults`),
+    shared memory stays within the limit of the chip,
+    programs without a kernel, such as the one that writes the matrix out, have no loop.
 
 Nothing is run: numbers and speed need a GPU (`bench/gpu.py`). Chips are compiled in
 processes of their own, because Mosaic keeps the architecture of the first one.
@@ -18,6 +22,7 @@ processes of their own, because Mosaic keeps the architecture of the first one.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib
 import os
@@ -32,8 +37,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else the plugin asks for a driv
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bench import gpu_faults, gpu_parts, study
+from flexhinm_jax import kernels
+from flexhinm_jax.gpu import selfcheck, wgmma_sp
+from flexhinm_jax.gpu.layouts import STEP
+from flexhinm_jax.gpu.tilings import Tiling
+from flexhinm_jax.kernels import dense, dispatch
+from flexhinm_jax.types import PackedWeight
 
 OUT = Path(__file__).parent / "results" / "gpu_compile.json"
 
@@ -58,15 +70,21 @@ CHIPS = {
 
 
 class Case(NamedTuple):
-    """One kernel at one size, and how it is cut; None if it is no sparse kernel."""
+    """One program that is compiled.
 
-    kernel: str
+    Attributes:
+      group: what it belongs to, a row of the results.
+      size: what it multiplies.
+      function: of the arguments.
+      arguments: shapes.
+      cuts: of the sparse kernels in it, none if it has none.
+    """
+
+    group: str
     size: str
     function: Callable[..., Any]
-    arguments: tuple[jax.ShapeDtypeStruct, ...]
-    ptx: str
-    sass: str
-    cut: Any = None
+    arguments: tuple[Any, ...]
+    cuts: tuple[Tiling, ...] = ()
 
 
 def target(chip: Chip) -> str:
@@ -124,44 +142,98 @@ def mesh_of(chip: Chip) -> Any:
     return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
 
 
-def dump(case: Case, chip: Chip, mesh: Any) -> dict[str, str]:
-    """Compiles one case: kind of file -> what Mosaic and the assembler wrote."""
+class Dump(NamedTuple):
+    """What a compilation wrote: kind of file -> text of every kernel; the program."""
+
+    kernels: list[dict[str, str]]
+    program: str
+
+
+KINDS = (".ptx", ".ptxas", ".sass_ctrl")
+
+_written: dict[str, dict[str, str]] = {}
+"""Of every kernel of this process, by its hash: one is compiled and written once."""
+
+
+def dump(case: Case, chip: Chip, mesh: Any) -> Dump:
+    """Compiles one case."""
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    arguments = [
-        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-        for a in case.arguments
-    ]
+    put = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)  # noqa: E731
+    arguments = jax.tree.map(put, case.arguments)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-        with traced_for(chip):
-            jax.jit(case.function).lower(*arguments).compile()
-        return {
-            kind: "\n".join(
-                p.read_text() for p in sorted(Path(folder).glob(f"*{kind}"))
-            )
-            for kind in (".ptx", ".ptxas", ".resources.txt", ".sass_ctrl")
-        }
+        with traced_for(chip), kernels.assume(*chip.capability):
+            lowered = jax.jit(case.function).lower(*arguments)
+            program = lowered.compile()
+        read = lambda path: path.read_text() if path.exists() else ""  # noqa: E731
+        shared = map(read, sorted(Path(folder).glob("*.resources.txt")))
+        common = {".resources.txt": "\n".join(shared)}
+        fresh = [
+            {kind: read(path.with_suffix(kind)) for kind in KINDS} | common
+            for path in sorted(Path(folder).glob("*.ptx"))
+        ]
+    hashes = re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', lowered.as_text())
+    new = [name for name in dict.fromkeys(hashes) if name not in _written]
+    _written.update(zip(new, fresh, strict=True))
+    texts = [_written[name] for name in dict.fromkeys(hashes)]
+    return Dump(texts, program.as_text() or "")
 
 
 def compile_case(case: Case, chip: Chip, mesh: Any) -> dict[str, Any]:
     """Compiles one case and reads the reports of the assembler."""
-    row: dict[str, Any] = {"chip": chip.name, "kernel": case.kernel, "size": case.size}
+    row: dict[str, Any] = {"chip": chip.name, "kernel": case.group, "size": case.size}
     try:
-        text = dump(case, chip, mesh)
+        made = dump(case, chip, mesh)
     except Exception as error:  # every kind of failure is a row of the table
         return row | {"failures": [f"{type(error).__name__}: {str(error)[:300]}"]}
-    return row | read_reports(text, case, chip)
+    return row | read_dump(made, case.cuts, chip)
 
 
-def read_reports(text: dict[str, str], case: Case, chip: Chip) -> dict[str, Any]:
-    """What the dumped files of one compilation say, and what is wrong with it."""
+def read_dump(made: Dump, cuts: tuple[Tiling, ...], chip: Chip) -> dict[str, Any]:
+    """The reports of all kernels of a program as one, and what it starts."""
+    each = [read_reports(text, cuts, chip) for text in made.kernels]
+    failures = [failure for report in each for failure in report["failures"]]
+    if bool(each) != bool(cuts):
+        failures.append(f"{len(each)} sparse kernels, {len(cuts)} cuts")
+    if re.search(r"\bwhile\(", made.program):
+        failures.append("a loop of programs")
+    found: dict[str, Any] = {"programs": programs(made.program)}
+    for name, of in {"ptx": sum, "sass": sum, "registers": max, "spills": sum}.items():
+        found[name] = of([report[name] for report in each] or [0])
+    found["shared"] = max([report["shared"] for report in each] or [0])
+    found["disassembled"] = all(report["disassembled"] for report in each)
+    return found | {"failures": failures}
+
+
+def programs(text: str) -> int:
+    """How many a compiled program starts, one after the other.
+
+    XLA says what is fused; sorting may take several of its own.
+    """
+    entry = text[text.find("\nENTRY") :]
+    started = r" = .*? (fusion|custom-call|sort|copy|dot|reduce|scatter|gather)\("
+    return len(re.findall(started, entry))
+
+
+def read_reports(
+    text: dict[str, str], cuts: tuple[Tiling, ...], chip: Chip
+) -> dict[str, Any]:
+    """What the dumped files of one kernel say, and what is wrong with it.
+
+    Args:
+      text: kind of file -> what is in it.
+      cuts: of the kernels of the program; that of this one has as many tokens as its
+        instructions; none lets descriptors and registers unread.
+      chip: that it is compiled for.
+    """
     number = lambda pattern, where: [int(n) for n in re.findall(pattern, where)]  # noqa: E731
     spills = number(r"(\d+) bytes spill", text[".ptxas"])
     registers = number(r"Used (\d+) registers", text[".ptxas"])
     shared = number(r"smem_scratch_bytes=(\d+)", text[".resources.txt"])
+    tokens = number(PTX, text[".ptx"])
     found = {
-        "ptx": len(re.findall(case.ptx, text[".ptx"])),
-        "sass": len(re.findall(case.sass, text[".sass_ctrl"])),
+        "ptx": len(tokens),
+        "sass": len(re.findall(SASS, text[".sass_ctrl"])),
         "registers": max(registers, default=0),
         "spills": sum(spills),
         "shared": max(shared, default=0),
@@ -170,21 +242,27 @@ def read_reports(text: dict[str, str], case: Case, chip: Chip) -> dict[str, Any]
     failures = []
     if not registers or not spills:
         failures.append("no report of the assembler")
-    if not found["ptx"]:
-        failures.append(f"no {case.ptx!r} in the PTX")
+    if not tokens:
+        failures.append("no sparse product in the PTX")
     if found["disassembled"] and not found["sass"]:
-        failures.append(f"no {case.sass!r} in the machine code")
+        failures.append("no sparse product in the machine code")
     if found["spills"]:
         failures.append(f"{found['spills']} bytes spilled")
     if any(word in text[".ptxas"] for word in SERIALISED):
         failures.append("the assembler serialised wgmma")
-    if case.cut and found["ptx"]:
-        cut = case.cut
-        failures += gpu_faults.descriptor_faults(text[".ptx"], cut.tokens, cut.step)
-        failures += gpu_faults.machine_faults(text[".sass_ctrl"])
+    if cuts and tokens:
+        steps = {cut.tokens: cut.step for cut in cuts}
+        step = steps.get(tokens[0], STEP)
+        failures += gpu_faults.descriptor_faults(text[".ptx"], tokens[0], step)
+        latched = any(cut.in_flight for cut in cuts)
+        failures += gpu_faults.machine_faults(text[".sass_ctrl"], latched)
     if found["shared"] > chip.shared_block:
         failures.append(f"{found['shared']} bytes of shared memory are too many")
     return found | {"failures": failures}
+
+
+PTX = r"wgmma\.mma_async\.sp\.sync\.aligned\.m64n(\d+)k32"
+SASS = r"HGMMA\.SP\.64x\d+x32"
 
 
 def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -192,50 +270,57 @@ def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def backend_case(
-    backend: Any,
-    name: str,
-    size: gpu_parts.Size,
-    n: int,
-    dtype: Any,
-    ptx: str,
-    sass: str,
-    plain: bool = False,
-) -> Case:
-    """A case of a whole backend: `matmul` on a packed weight with its layout."""
-    import dataclasses
+def abstract(size: gpu_parts.Size, dtype: Any, plain: bool | None = None) -> Any:
+    """Shapes of a packed weight as it is laid out for the kernel.
 
+    Args:
+      size: of the weight.
+      dtype: of its values.
+      plain: its columns are in their own order; None as the size says.
+    """
     make = functools.partial(gpu_parts.random_weight, size=size, dtype=dtype)
     packed = jax.eval_shape(make, jax.random.key(0))
-    ready = jax.eval_shape(backend.prepare, packed)
-    ready = {k: v for k, v in ready.items() if not (plain and k == "index")}
-    leaves, tree = jax.tree.flatten(
-        dataclasses.replace(packed, layouts={backend.NAME: ready})
-    )
-
-    def run(x: jax.Array, *leaves: jax.Array) -> jax.Array:
-        return backend.matmul(x, jax.tree.unflatten(tree, leaves), dtype)
-
-    kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
-    o, i = packed.shape
-    x, name = struct(n, i, dtype=dtype), f"{name} {o}x{i} n={n} {kind}"
-    cut = backend.tiling(n, backend.shape(jax.tree.unflatten(tree, leaves)))
-    return Case(backend.NAME, name, run, (x, *leaves), ptx, sass, cut)
+    return laid_out(packed, size.plain if plain is None else plain)
 
 
-def cases(chip: str) -> list[Case]:
-    """What is compiled for a chip."""
-    from flexhinm_jax.gpu import wgmma_sp
+def laid_out(packed: PackedWeight, plain: bool) -> PackedWeight:
+    """With the shapes of the layout; without the index where columns are in order."""
+    ready = jax.eval_shape(wgmma_sp.prepare, packed)
+    ready = {k: a for k, a in ready.items() if not (plain and k == "index")}
+    return dataclasses.replace(packed, layouts={wgmma_sp.NAME: ready})
 
-    assert chip == "h200"
+
+def product(
+    group: str,
+    name: str,
+    packed: PackedWeight,
+    n: int,
+    dtype: Any,
+    cut: Tiling | None = None,
+    result: Any = None,
+) -> Case:
+    """A product of n tokens with a laid out weight, cut as predicted or as told."""
+
+    def run(x: jax.Array, packed: PackedWeight) -> jax.Array:
+        return wgmma_sp.matmul(x, packed, result or dtype, cut)
+
+    cuts = (cut or wgmma_sp.tiling(n, wgmma_sp.shape(packed)),)
+    x = struct(n, packed.shape[1], dtype=dtype)
+    return Case(group, name, run, (x, packed), cuts)
+
+
+def cases() -> list[Case]:
+    """What continuous integration compiles: every way to read x, cut and gather."""
     bf16, f16 = jnp.bfloat16, jnp.float16
     flat, half, mixed = gpu_parts.two_of_four, gpu_parts.hinm, gpu_parts.flexhinm
-    sparse = functools.partial(
-        backend_case,
-        wgmma_sp,
-        ptx=r"wgmma\.mma_async\.sp\.sync\.aligned",
-        sass=r"HGMMA\.SP\.64x\d+x32",
-    )
+
+    def sparse(
+        name: str, size: gpu_parts.Size, n: int, dtype: Any, plain: bool = False
+    ) -> Case:
+        o, i, kind = size.outputs, size.inputs, {bf16: "bf16", f16: "f16"}[dtype]
+        what = f"{name} {o}x{i} n={n} {kind}"
+        return product(wgmma_sp.NAME, what, abstract(size, dtype, plain), n, dtype)
+
     return [
         sparse("2:4", flat(4096, 4096), 1, bf16, plain=True),
         sparse("2:4", flat(8192, 8192), 64, bf16, plain=True),
@@ -253,37 +338,105 @@ def cases(chip: str) -> list[Case]:
         sparse("HiNM v=128", half(8192, 8192, 128), 8, f16),
         sparse("FlexHiNM v=32", mixed(4096, 4096, 32), 16, f16),
         sparse("HiNM v=64", half(14336, 4096, 64), 32, bf16),
+        sparse("HiNM v=256", half(8192, 8192, 256), 64, bf16),
     ]
 
 
-def compile_chip(chip: str) -> list[dict[str, Any]]:
-    """Compiles every case of one chip in this process."""
+def every_case() -> list[Case]:
+    """What `bench.gpu` runs on a GPU beside that, and the self-check."""
+    made = []
+    for form in gpu_parts.every_form():
+        case = gpu_parts.case_of(form, *gpu_parts.ON_GPU)
+        made.append(exact(f"{wgmma_sp.NAME}, numerics", form.name, case))
+    for number, case in enumerate(wgmma_sp.CASES):
+        made.append(exact(f"{wgmma_sp.NAME}, self-check", f"case {number}", case))
+    times, half = f"{wgmma_sp.NAME}, times", jnp.bfloat16
+    for size, tokens in gpu_parts.every_size():
+        packed = abstract(size, half)
+        for n in tokens:
+            name = f"{size.name} n={n}"
+            made.append(product(times, name, packed, n, half))
+            if (size.name, n) in gpu_parts.IN_FLIGHT:
+                cut = gpu_parts.cut_in_flight(n, packed)
+                made.append(product(times, f"{name} in flight", packed, n, half, cut))
+        x = struct(1024, size.inputs)
+        run = functools.partial(dense.multiply_expanded, dtype=half, transposed=False)
+        bare = kernels.strip(packed)
+        made.append(Case("written out", f"{size.name} n=1024", run, (x, bare)))
+    return made + blocks()
+
+
+def exact(group: str, name: str, case: selfcheck.Case) -> Case:
+    """A product of integers, as it is checked on a GPU."""
+    rng = np.random.default_rng(0)
+    packed, _ = selfcheck.example(rng, *case[:4], dtype=case.dtype, plain=case.plain)
+    packed, dtype = laid_out(packed, case.plain), jnp.dtype(case.dtype)
+    return product(group, name, packed, case.tokens, dtype, case.cut, jnp.float32)
+
+
+def held(packed: PackedWeight) -> PackedWeight:
+    """With the matrix as well."""
+    matrix = {dense.NAME: jax.eval_shape(dense.prepare, kernels.strip(packed))}
+    return dataclasses.replace(packed, layouts=packed.layouts | matrix)
+
+
+def blocks() -> list[Case]:
+    """Decoder blocks, every product by the program that is predicted to be fastest."""
+    os.environ[dispatch.OPT_IN] = "1"
+    run = functools.partial(gpu_parts.decoder_block, multiply=kernels.sparse_dot)
+    made = []
+    for name, sized in gpu_parts.block_sizes(128).items():
+        packed = [
+            held(abstract(sized(*shape), jnp.bfloat16))
+            for shape in gpu_parts.BLOCK_SHAPES
+        ]
+        for n in gpu_parts.BLOCK_TOKENS:
+            x = struct(n, gpu_parts.BLOCK_SHAPES[0][1])
+            with kernels.assume(*CHIPS["h200"].capability):
+                cuts = {
+                    wgmma_sp.tiling(n, wgmma_sp.shape(w))
+                    for w in packed
+                    if dispatch.choose(
+                        "auto", struct(n, w.shape[1]), w, transposed=False
+                    ).cuda
+                }
+            made.append(Case("block", f"{name} n={n}", run, (x, packed), tuple(cuts)))
+    return made
+
+
+def compile_chip(chip: str, beside: bool) -> list[dict[str, Any]]:
+    """Compiles every case for one chip in this process."""
     numbers = CHIPS[chip]
     mesh = mesh_of(numbers)
-    return [compile_case(case, numbers, mesh) for case in cases(chip)]
+    rows = []
+    for case in cases() + (every_case() if beside else []):
+        rows.append(compile_case(case, numbers, mesh))
+        print(table(rows[-1:]).partition("\n")[2], file=sys.stderr, flush=True)
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
     lines = [
-        f"{'chip':22} {'kernel':9} {'size':36} {'ptx':>4} {'sass':>4} {'regs':>4} "
-        f"{'spills':>6} {'shared':>7}"
+        f"{'kernel':20} {'size':45} {'ptx':>4} {'sass':>4} {'regs':>4} "
+        f"{'spills':>6} {'shared':>7} {'programs':>8}"
     ]
     for row in rows:
         sass = row.get("sass", 0) if row.get("disassembled") else "-"
         lines.append(
-            f"{row['chip']:22} {row['kernel']:9} {row['size']:36} "
+            f"{row['kernel']:20} {row['size']:45} "
             f"{row.get('ptx', 0):4} {sass:>4} {row.get('registers', 0):4} "
-            f"{row.get('spills', 0):6} {row.get('shared', 0):7}"
+            f"{row.get('spills', 0):6} {row.get('shared', 0):7} "
+            f"{row.get('programs', 0):8}"
         )
         lines += [f"    FAILED: {failure}" for failure in row["failures"]]
     return "\n".join(lines)
 
 
-def run_chip(chip: str) -> list[dict[str, Any]]:
+def run_chip(chip: str, beside: bool) -> list[dict[str, Any]]:
     """`compile_chip` in a process of its own; a crash becomes a failed row."""
     try:
-        return study.alone(compile_chip, chip)
+        return study.alone(compile_chip, chip, beside)
     except RuntimeError as error:
         failed = {"chip": CHIPS[chip].name, "kernel": "all", "size": ""}
         return [failed | {"failures": [str(error)]}]
@@ -304,9 +457,11 @@ def results(cases: list[dict[str, Any]]) -> Iterator[study.Row]:
         more = {
             "registers, most": max(case.get("registers", 0) for case in each),
             "spills": sum(case.get("spills", 0) for case in each),
+            "programs, most": max(case.get("programs", 0) for case in each),
         }
         data, what = {"cases": each}, f"{chip}, {kernel}"
         command = "make gpu-compile"
+        command += "" if kernel == wgmma_sp.NAME else " ARGS=--all"
         yield study.Row(TABLE, what, passed, len(each), None, more, data, command)
 
 
@@ -314,8 +469,9 @@ def main() -> int:
     """Compiles for all chips, prints the table, writes the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--all", action="store_true", help="all that bench.gpu runs")
     options = parser.parse_args()
-    rows = [row for chip in CHIPS for row in run_chip(chip)]
+    rows = [row for chip in CHIPS for row in run_chip(chip, options.all)]
     print(table(rows))
     failed = sum(bool(row["failures"]) for row in rows)
     for row in results(rows):

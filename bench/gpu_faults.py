@@ -62,11 +62,13 @@ WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
 MOST_IN_FLIGHT = 4
 
 
-def machine_faults(sass: str) -> list[str]:
+def machine_faults(sass: str, latched: bool = False) -> list[str]:
     """Registers touched while a product that uses them may be in flight.
 
     Args:
       sass: machine code as nvdisasm lists it.
+      latched: take it that a product has read its metadata when it begins, which is
+        what a cut with `in_flight` supposes and a GPU has to show.
 
     Returns:
       Sentences, none if the metadata are whole until the wait that covers their product
@@ -86,7 +88,9 @@ def machine_faults(sass: str) -> list[str]:
                 before[following] = joined
                 todo.append(following)
     faults = [
-        f for k, flight in sorted(before.items()) for f in _touch(lines[k], flight)
+        f
+        for k, flight in sorted(before.items())
+        for f in _touch(lines[k], flight, latched)
     ]
     return list(dict.fromkeys(faults))[:FAULTS]
 
@@ -116,13 +120,13 @@ def _after(line: str, flight: Flight) -> Flight:
     return flight
 
 
-def _touch(line: str, flight: Flight) -> Iterator[str]:
+def _touch(line: str, flight: Flight, latched: bool) -> Iterator[str]:
     if "HGMMA" in line or line.endswith(":"):
         return
     whole = flight.begun
     for group in flight.committed:
         whole |= group
-    for r in sorted(_written(line) & whole.metadata):
+    for r in () if latched else sorted(_written(line) & whole.metadata):
         yield f"R{r}, metadata of a product in flight, is written: {line}"
     for r in sorted(_named(line) & whole.sums):
         yield f"R{r}, a sum of a product in flight, is used: {line}"

@@ -98,14 +98,19 @@ class Form(NamedTuple):
 
 
 def forms() -> list[Form]:
+    """What `numerics` runs: every form on a GPU, three tiny ones interpreted."""
+    if HAS_GPU:
+        return every_form()
+    return [
+        Form(Source.PLAIN, Tiling(tokens=8), "bfloat16"),
+        Form(Source.LISTED, Tiling(1, 16), "float16"),
+        Form(Source.HELD, Tiling(tokens=8, held=True), "bfloat16"),
+    ]
+
+
+def every_form() -> list[Form]:
     """Every form of the kernel, each with nothing and with one product in flight."""
     plain, listed, stream = Source.PLAIN, Source.LISTED, Source.STREAM
-    if not HAS_GPU:
-        return [
-            Form(plain, Tiling(tokens=8), "bfloat16"),
-            Form(listed, Tiling(1, 16), "float16"),
-            Form(Source.HELD, Tiling(tokens=8, held=True), "bfloat16"),
-        ]
     pairs = [(groups, t, 64) for t in (8, 16, 32, 64, 128) for groups in (1, 2)]
     pairs += [(1, 128, 32), (2, 256, 32)]
     made = []
@@ -115,14 +120,9 @@ def forms() -> list[Form]:
         sources += [Source.HELD] * (tokens <= 16)
         for source in sources:
             threads = source in (plain, Source.HELD)
-            for flight in (0,) if threads else (0, 1):
-                several = tokens <= MOST_SPLIT and (number + threads) % 2
-                splits = 3 if several else 1
-                depth = 4 if tokens >= 128 or flight else 5
-                cut = Tiling(groups, tokens, splits, depth, flight, step=step)
-                cut = dataclasses.replace(cut, held=source is Source.HELD)
-                dtype = ("bfloat16", "float16")[len(made) // 2 % 2]
-                made.append(Form(source, cut, dtype))
+            several = tokens <= MOST_SPLIT and (number + threads) % 2
+            cut = Tiling(groups, tokens, 3 if several else 1, step=step)
+            made.append((source, dataclasses.replace(cut, held=source is Source.HELD)))
     for source, tokens, splits, sharing, step in (
         (stream, 64, 2, 2, 64),
         (stream, 64, 1, 4, 64),
@@ -134,9 +134,37 @@ def forms() -> list[Form]:
         (listed, 128, 2, 2, 64),
         (listed, 256, 1, 2, 32),
     ):
-        cut = Tiling(2, tokens, splits, sharing=sharing, step=step)
-        made.append(Form(source, cut, ("bfloat16", "float16")[sharing // 4]))
-    return made
+        made.append((source, Tiling(2, tokens, splits, sharing=sharing, step=step)))
+    forms, half = [], ("bfloat16", "float16")
+    for number, (source, cut) in enumerate(made):
+        # Of a slot of which five fit beside x, if x is held.
+        small = cut.slot_bytes < (20_000 if source is Source.HELD else 40_000)
+        for flight, depth in ((0, 5 if small else 4), (1, 4)):
+            each = dataclasses.replace(cut, depth=depth, in_flight=flight)
+            forms.append(Form(source, each, half[number % 2]))
+    return forms
+
+
+def case_of(form: Form, steps: int, tokens: int) -> selfcheck.Case:
+    """The product that shows a form: ragged rows, columns and tokens.
+
+    Args:
+      form: to show.
+      steps: of 64 stored columns, of a tile.
+      tokens: more or fewer than a block has; x is held for those of one block.
+    """
+    tiles = 3 if form.source in (Source.LISTED, Source.HELD) else 1
+    plain = form.source is Source.PLAIN
+    along_rows = form.cut.sharing if form.source is Source.STREAM else 1
+    rows = 64 * form.cut.groups * along_rows
+    rows -= 8 if form.cut.groups == 1 else 0
+    sizes = (0, 32 * steps - 2) if plain else (8, 32 * steps - 7)
+    tokens = form.cut.tokens + (-3 if form.source is Source.HELD else tokens)
+    return selfcheck.Case(tiles, rows, *sizes, tokens, form.dtype, form.cut, plain)
+
+
+ON_GPU = (41, 3)
+"""Steps and more tokens of a form: whole rings, and two blocks of tokens."""
 
 
 def numerics(shard: int, shards: int, out: Path) -> Iterator[Row]:
@@ -151,18 +179,10 @@ def numerics(shard: int, shards: int, out: Path) -> Iterator[Row]:
 
 def one_form(form: Form, out: Path, run: Callable[..., Any] = wgmma_sp.matmul) -> Row:
     """One case; what went wrong is written to a folder."""
-    steps = 41 if HAS_GPU else 3
-    tiles = 3 if form.source in (Source.LISTED, Source.HELD) else 1
-    plain = form.source is Source.PLAIN
-    along_rows = form.cut.sharing if form.source is Source.STREAM else 1
-    rows = 64 * form.cut.groups * along_rows
-    rows -= 8 if form.cut.groups == 1 else 0
-    tokens = form.cut.tokens + (3 if HAS_GPU else -3)
-    sizes = (0, 32 * steps - 2) if plain else (8, 32 * steps - 7)
-    case = selfcheck.Case(tiles, rows, *sizes, tokens, form.dtype, form.cut, plain)
-    seed = sum(form.name.encode())
+    case = case_of(form, *(ON_GPU if HAS_GPU else (3, -3)))
+    tokens, seed = case.tokens, sum(form.name.encode())
     rng = np.random.default_rng(seed)
-    packed, w = selfcheck.example(rng, *case[:4], dtype=case.dtype, plain=plain)
+    packed, w = selfcheck.example(rng, *case[:4], dtype=case.dtype, plain=case.plain)
     x = rng.integers(-2, 3, (tokens, w.shape[1])).astype(np.float32)
     data: dict[str, Any] = {"seed": seed, "tried": form.cut.in_flight} | where()
     want, got = x @ w.T, None
@@ -309,19 +329,39 @@ def flexhinm(o: int, i: int, v: int) -> Size:
 
 def timed_sizes() -> list[tuple[Size, tuple[int, ...]]]:
     """Weights, and tokens of each."""
-    if not HAS_GPU:
-        sizes = [two_of_four(64, 128), hinm(64, 128, 32), flexhinm(64, 128, 32)]
-        return [(size, (1, 8)) for size in sizes]
-    side, most, few = 8192, (1, 16, 64, 1024, 4096), (1, 8, 1024)
-    return [
-        (two_of_four(side, side), most),
-        (flexhinm(side, side, 64), most),
-        (hinm(side, side, 128), most),
-        (flexhinm(side, side, 128), most),
-        (two_of_four(4096, 4096), most),
-        (hinm(side, side, 64), few),
-        (hinm(side, side, 256), few),
+    if HAS_GPU:
+        return every_size()
+    sizes = [two_of_four(64, 128), hinm(64, 128, 32), flexhinm(64, 128, 32)]
+    return [(size, (1, 8)) for size in sizes]
+
+
+def every_size() -> list[tuple[Size, tuple[int, ...]]]:
+    """What is timed on a GPU."""
+    side, tokens = 8192, (1, 16, 64, 1024, 4096)
+    sizes = [
+        two_of_four(side, side),
+        flexhinm(side, side, 64),
+        hinm(side, side, 128),
+        flexhinm(side, side, 128),
+        two_of_four(4096, 4096),
+        hinm(side, side, 64),
+        hinm(side, side, 256),
     ]
+    return [(size, tokens) for size in sizes]
+
+
+IN_FLIGHT = {
+    ("2:4 8192x8192", 16),
+    ("2:4 8192x8192", 1024),
+    ("FlexHiNM 75 % v=128 8192x8192", 1024),
+}
+"""Sizes and tokens that are timed with one product in flight, too."""
+
+
+def cut_in_flight(n: int, packed: PackedWeight) -> Tiling:
+    """The cut of a prepared weight with one product in flight."""
+    cut = wgmma_sp.tiling(n, wgmma_sp.shape(packed))
+    return dataclasses.replace(cut, in_flight=1)
 
 
 def random_weight(key: jax.Array, size: Size, dtype: Any) -> PackedWeight:
@@ -423,7 +463,7 @@ def kernel_time(call: Any, x: jax.Array, weight: Any) -> float | None:
         return None
 
 
-def programs(n: int) -> dict[str, Any]:
+def programs(size: Size, n: int) -> dict[str, Any]:
     """Name -> (prepares one weight, runs a product); the kernel on a GPU alone.
 
     What writes the matrix out takes as long for any number of tokens, so one is enough.
@@ -433,9 +473,17 @@ def programs(n: int) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if HAS_GPU and HAS_MOSAIC:
         made["wgmma_sp"] = (laid_out, lambda x, w: kernel.run(x, w, half))
+        if (size.name, n) in IN_FLIGHT:
+            made["wgmma_sp, in flight 1"] = (laid_out, run_in_flight)
     if n == 1024 or not HAS_GPU:
         made["expanded"] = (lambda w: w, expanded)
     return made
+
+
+def run_in_flight(x: jax.Array, packed: PackedWeight) -> jax.Array:
+    """A product whose kernel has one in flight."""
+    cut = cut_in_flight(x.shape[0], packed)
+    return wgmma_sp.matmul(x, packed, jnp.bfloat16, cut)
 
 
 def times(shard: int, shards: int, out: Path) -> Iterator[Row]:
@@ -452,7 +500,7 @@ def times(shard: int, shards: int, out: Path) -> Iterator[Row]:
         for n in tokens:
             x = jax.random.normal(keys[0], (n, i), jnp.bfloat16)
             base = per_product(lambda x, w: x @ w.T, x, matrices, out, tunes=True)
-            for name, (ready, product) in programs(n).items():
+            for name, (ready, product) in programs(size, n).items():
                 what = f"{size.name}, {n} tokens, {name}"
                 data = where() | {"dense": base}
                 tunes = name == "expanded"
@@ -465,7 +513,7 @@ def times(shard: int, shards: int, out: Path) -> Iterator[Row]:
                     continue
                 floor = 1e6 * cost.floor(size.product(n))
                 seconds = cost.expanded(size.product(n))
-                if name == wgmma_sp.NAME:
+                if name.startswith(wgmma_sp.NAME):
                     seconds = wgmma_sp.seconds(n, weights[0])
                 more = {
                     "share of the limit": floor / taken["wall"],
@@ -532,25 +580,36 @@ def graph_time(torch: Any, graph: Any) -> float:
 # A block
 
 
+def block_shapes(d: int, kv: int, up: int) -> list[tuple[int, int]]:
+    """Outputs and inputs of q, k, v, o, gate, up and down."""
+    return [(d, d), (kv, d), (kv, d), (d, d), (up, d), (up, d), (d, up)]
+
+
+BLOCK_SHAPES, BLOCK_TOKENS = block_shapes(4096, 1024, 14336), (1, 16, 1024)
+
+
+def block_sizes(v: int) -> dict[str, Callable[[int, int], Size]]:
+    """Patterns of a block -> the size of a weight [o, i]; tiles of v rows."""
+    return {
+        "2:4": two_of_four,
+        "HiNM 50 %": functools.partial(hinm, v=v),
+        "FlexHiNM 75 %": functools.partial(flexhinm, v=v),
+    }
+
+
 def block(shard: int, shards: int, out: Path) -> Iterator[Row]:
     """The products of a decoder block of 8B parameters, decode and prefill."""
     os.environ[dispatch.OPT_IN] = "1"
-    d, kv, up = (4096, 1024, 14336) if HAS_GPU else (64, 32, 128)
-    shapes = [(d, d), (kv, d), (kv, d), (d, d), (up, d), (up, d), (d, up)]
+    shapes = BLOCK_SHAPES if HAS_GPU else block_shapes(64, 32, 128)
     count, v = (COPIES, 128) if HAS_GPU else (1, 16)
     keys = jax.random.split(jax.random.key(1), count)
     draw = lambda key, s: jax.random.normal(key, s[::-1], jnp.bfloat16) / s[1] ** 0.5  # noqa: E731
     matrices = [[draw(key, s) for s in shapes] for key in keys]
     kinds: dict[str, Any] = {}
-    sizes = {
-        "2:4": two_of_four,
-        "HiNM 50 %": functools.partial(hinm, v=v),
-        "FlexHiNM 75 %": functools.partial(flexhinm, v=v),
-    }
-    for name, sized in list(sizes.items())[shard::shards]:
+    for name, sized in list(block_sizes(v).items())[shard::shards]:
         kinds[name] = [packed_block(key, [sized(*s) for s in shapes]) for key in keys]
-    for n in (1, 16, 1024) if HAS_GPU else (4,):
-        x = jax.random.normal(keys[0], (n, d), jnp.bfloat16)
+    for n in BLOCK_TOKENS if HAS_GPU else (4,):
+        x = jax.random.normal(keys[0], (n, shapes[0][1]), jnp.bfloat16)
         plain = functools.partial(decoder_block, multiply=jnp.matmul)
         how = {"out": out, "kernels": False}
         base = per_product(plain, x, matrices, tunes=True, **how)["wall"]
@@ -565,14 +624,15 @@ def block(shard: int, shards: int, out: Path) -> Iterator[Row]:
 
 
 def packed_block(key: jax.Array, sizes: list[Size]) -> list[PackedWeight]:
-    """Random weights, with the layout of the kernel where there is one."""
+    """Random weights with their matrix, and with the layout of the kernel, if any."""
+    hold = jax.jit(functools.partial(fh.kernels.prepare, backend=dense.NAME))
 
     @functools.partial(jax.jit, static_argnums=1)
     def make(key: jax.Array, size: Size) -> PackedWeight:
         return random_weight(key, size, jnp.bfloat16)
 
     weights = [make(jax.random.fold_in(key, k), size) for k, size in enumerate(sizes)]
-    return [laid_out(w) if HAS_GPU and HAS_MOSAIC else w for w in weights]
+    return [hold(laid_out(w) if HAS_GPU and HAS_MOSAIC else w) for w in weights]
 
 
 def decoder_block(x: jax.Array, weights: Any, multiply: Any) -> jax.Array:

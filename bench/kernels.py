@@ -32,12 +32,16 @@ from bench.study import Row, Study, use_cores
 from flexhinm_jax import kernels
 from flexhinm_jax.kernels import xla
 from flexhinm_jax.models import decoder, generation
-from flexhinm_jax.patterns import NM, FlexHiNM
+from flexhinm_jax.patterns import NM, FlexHiNM, HiNM
 from train.lab import models
 
-SHAPES = {(1536, 384): ("75 %",), (1536, 576): ("2:4",), (4096, 4096): ("75 %",)}
+SHAPES = {
+    (1536, 384): ("75 %",),
+    (1536, 576): ("2:4", "HiNM 50 %"),
+    (4096, 4096): ("75 %",),
+}
 BATCHES = (1, 4, 8, 64, 512)
-SPARSITY = {"75 %": 0.75, "37.5 %": 0.375, "2:4": None}
+SPARSITY = {"75 %": 0.75, "37.5 %": 0.375, "2:4": None, "HiNM 50 %": 0.5}
 LAYERS = "Packed products on a CPU"
 DECODER = "Tokens of a packed decoder on a CPU"
 MODEL = "MiniLM packed on a CPU, 75 %"
@@ -104,7 +108,8 @@ def row(table: str, what: str, taken: Times, anchor: float, **data: Any) -> Row:
 def pack(shape: tuple[int, int], kind: str, vector_size: int) -> tuple[Any, Any]:
     """(packed weight, dense weight) of a Gaussian matrix pruned by magnitude."""
     w = jax.random.normal(jax.random.key(0), shape)
-    pattern = NM(2, 4) if kind == "2:4" else FlexHiNM(vector_size, permute=None)
+    others = {"2:4": NM(2, 4), "HiNM 50 %": HiNM(128, permute=None)}
+    pattern = others.get(kind, FlexHiNM(vector_size, permute=None))
     method = fh.Magnitude(pattern)
     state = method.solve(jax.random.key(1), w, None, sparsity=SPARSITY[kind])
     plan = method.decide(state, w)

@@ -118,6 +118,7 @@ def test_a_case_that_does_not_compile_leaves_its_error(tmp_path, monkeypatch):
 def test_every_form_of_the_kernel_is_checked(monkeypatch):
     monkeypatch.setattr(gpu_parts, "HAS_GPU", True)
     forms = gpu_parts.forms()
+    assert forms == gpu_parts.every_form()
     assert len({form.name for form in forms}) == len(forms)
 
     def kind(source, cut):
@@ -138,10 +139,19 @@ def test_every_form_of_the_kernel_is_checked(monkeypatch):
             assert kind(shape.source(n, cut), cut) in kinds
     for what in ("in_flight", "splits", "depth"):
         assert len({getattr(form.cut, what) for form in forms}) > 1
+    tried = [(form.source, form.cut.tokens, form.cut.sharing) for form in forms]
+    assert tried[::2] == tried[1::2], "each with nothing and with one in flight"
     for form in forms:
-        listed = 512 * 43 if form.source is Source.LISTED else 0
-        slots = form.cut.depth * form.cut.slot_bytes
-        assert slots + listed <= support.SHARED_BYTES - 2048
+        cut, source = form.cut, form.source
+        case = gpu_parts.case_of(form, *gpu_parts.ON_GPU)
+        inputs = case.dense + 4 * case.groups + 4
+        more = {
+            Source.LISTED: 512 * 43,
+            Source.HELD: 512 * cut.depth + 2 * case.tokens * inputs,
+        }
+        slots = cut.depth * cut.slot_bytes
+        assert slots + more.get(source, 0) <= support.SHARED_BYTES - 2048
+        assert source is not Source.HELD or case.tokens <= cut.tokens
 
 
 @mosaic

@@ -138,8 +138,8 @@ def compiled(form: Form) -> Product:
 
     shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays)
     chip = gpu_compile.CHIPS["h200"]
-    case = gpu_compile.Case("wgmma_sp", "small", run, shapes, "", "")
-    text = gpu_compile.dump(case, chip, gpu_compile.mesh_of(chip))
+    case = gpu_compile.Case("wgmma_sp", "small", run, shapes)
+    [text] = gpu_compile.dump(case, chip, gpu_compile.mesh_of(chip)).kernels
     if source is Source.STREAM:
         activations = support.pad_rows(activations, cut.tokens)
     if source is Source.LISTED:
