@@ -12,7 +12,7 @@ columns.
 import dataclasses
 
 from flexhinm_jax.gpu.layouts import ROWS, STEP
-from flexhinm_jax.gpu.tilings import Source, Tiling
+from flexhinm_jax.gpu.tilings import MOST_BLOCKS, Source, Tiling
 
 CORES, CLOCK = 132, 1.7e9
 """Multiprocessors; their clock in Hz."""
@@ -28,6 +28,10 @@ DENSE_RATE = 790e12
 
 START, SLACK = 2e-6, 1.15
 """Seconds to start a program; loss of a kernel against its bound."""
+
+SINGLE, TILED = 5, 7
+"""Programs, the product among them, in which a weight of one tile, and of more, is
+written out and multiplied, as XLA compiles it for an H200 (`make gpu-compile`)."""
 
 MEET, REMOTE = 1e-6, 32 * CLOCK
 """Seconds in which a cluster meets twice; bytes per second from another block: guesses.
@@ -89,18 +93,18 @@ def expanded(sizes: Sizes) -> float:
     n, o, i = sizes.n, sizes.o, sizes.i
     moved = sizes.packed_bytes + 2 * o * i
     if sizes.tiles > 1:  # the kept columns turned, and the result in order
-        moved += 4 * o * sizes.kept + 4 * n * o
+        moved, programs = moved + 4 * o * sizes.kept + 4 * n * o, TILED
     else:  # the columns of x in the order of the weight
-        moved += 4 * n * i
-    return moved / MEMORY + START + dense(n, o, i)
+        moved, programs = moved + 4 * n * i, SINGLE
+    return moved / MEMORY + (programs - 1) * START + dense(n, o, i)
 
 
 def floor(sizes: Sizes) -> float:
     """Least seconds of a packed product for anybody, on this chip.
 
-    Bytes from memory, the tensor cores at twice the dense rate, and shared memory,
-    which has to feed them: a block of 128 x 256 reads and writes it 1.8 times as long
-    as the tensor cores work.
+    Bytes from memory, the tensor cores at twice the dense rate, shared memory, which
+    has to feed them: a block of 128 x 256 reads and writes it 1.8 times as long as the
+    tensor cores work; and the L2 cache, which the largest cluster asks least often.
     """
     moved = sizes.packed_bytes + 2 * sizes.n * (sizes.i + sizes.o)
     columns = -(-sizes.n // 8) * 8
@@ -108,10 +112,13 @@ def floor(sizes: Sizes) -> float:
     work = 2 * sizes.o * columns * sizes.stored / DENSE_RATE
     steps = sizes.stored / STEP
     rows = 2 * ROWS
-    step_bytes = rows * (2 * STEP + 16) + 2 * STEP * width * 2
-    step_bytes += 2 * 4 * (64 * width + 2048)
-    blocks = sizes.o / rows * columns / width
-    return max(moved / MEMORY, work, blocks * steps * step_bytes / SHARED)
+    values, x = rows * (2 * STEP + 16), 2 * STEP * width * 2
+    operands = 2 * 4 * (64 * width + 2048)
+    along = [k for k in (1, 2, 4, 8) if k * width <= columns]  # k blocks of tokens
+    brought = min(values / k + x * k / MOST_BLOCKS for k in along)
+    count = sizes.o / rows * columns / width * steps
+    shared, cache = count * (values + x + operands) / SHARED, count * brought / CACHE
+    return max(moved / MEMORY, work, shared, cache)
 
 
 def sparse(sizes: Sizes, block: Block, steps: int, blocks: int) -> float:

@@ -3,8 +3,8 @@
 Few rows of x and a matrix that fits the cache leave a packed form nothing to win on
 CPUs, and many rows little on GPUs. A weight prepared for "dense" runs one dense
 product, in value and in gradients, for the memory of the dense matrix. On GPUs a packed
-weight without a faster kernel is written out as its matrix in every product: a few
-programs of elementwise operations and one dense product, no loop.
+weight that holds none, and has no faster kernel, is written out as its matrix in every
+product: a few programs of elementwise operations and one dense product, no loop.
 """
 
 import jax.numpy as jnp

@@ -1,7 +1,8 @@
 """Which program runs a product: the choice among the kernels of a platform.
 
-The platform is known when a program is lowered: GPUs without a kernel for a product run
-`dense.multiply_expanded`, everything else runs `xla`. Lowering cannot see the compute
+The platform is known when a program is lowered: GPUs without a kernel for a product
+multiply with the matrix that the weight holds, else with one that they write out
+(`dense`), everything else runs `xla`. Lowering cannot see the compute
 capability of a chip, so that is read when the product is traced: from `assume`, else
 from the abstract mesh, else from the first CUDA device.
 

@@ -32,18 +32,21 @@ def prepare(tree: Any, backend: str = "auto") -> Any:
       tree: a `PackedWeight` or any tree with some, such as `result.packed`; stacks
         keep their leading axes.
       backend: "auto" takes what the device at hand would run: on CPUs "xla", "dense"
-        or both, whatever is faster for some number of rows of x (`cost`), where products
-        choose between both by their rows; on GPUs the kernels that "auto" may take, or nothing, because what runs there reads the
-        canonical arrays; "gpu" or the name of a backend takes that. "dense" holds the
-        matrix itself and runs one dense product in place of the packed one, also in its
-        gradients, for the memory of that matrix. A weight prepared for a GPU kernel
-        and for "dense" runs the kernel for few tokens, the matrix for many.
+        or both, on GPUs the kernels that "auto" may take, "dense" or both, whatever is
+        predicted to be faster for some number of rows of x; products choose by theirs.
+        "gpu" takes the GPU kernels alone, the name of a backend that one. "dense" holds
+        the matrix itself and runs one dense product in place of the packed one, also in
+        its gradients.
 
     Returns:
       The same tree with `layouts` filled. The layout of "xla" holds every stored value,
       2 bytes for its column and the bits of its position beside the canonical arrays,
-      that of "dense" the matrix with its zeros; `packed.nbytes` counts all of it. Ask
-      for "xla" where the matrix is too large to hold.
+      that of a GPU kernel the bytes of the canonical arrays once more, that of "dense"
+      the matrix with its zeros; `packed.nbytes` counts all of it. In bfloat16 2:4 takes
+      .56 of the bytes of the matrix, 1.56 with the matrix, 2.13 with a kernel, too.
+      Where the matrix is too large to hold ask for "xla" on a CPU, for "gpu" on a GPU
+      with a kernel; leave the weight as it is on others, which then write the matrix
+      out in every product: memory in place of time.
 
     Raises:
       ValueError: an unknown backend.
@@ -94,6 +97,9 @@ def _prepared(packed: PackedWeight, backend: str, place: cost.Place) -> PackedWe
     known, layouts = dispatch.known(), dict(packed.layouts)
     for name in _names(bare, backend, place):
         layouts[name] = known[name].layout(bare)
+    if backend == "auto" and dispatch.capability():
+        if _runs_matrix(dataclasses.replace(bare, layouts=layouts)):
+            layouts[dense.NAME] = known[dense.NAME].layout(bare)
     if (ready := layouts.get(xla.NAME)) is not None:
         layouts[xla.NAME] = dataclasses.replace(ready, place=place)
     return dataclasses.replace(packed, layouts=layouts)
@@ -119,6 +125,18 @@ def _names(packed: PackedWeight, backend: str, place: cost.Place) -> tuple[str, 
     if names or dispatch.capability():
         return tuple(names)
     return _names_on_cpu(packed, place)
+
+
+def _runs_matrix(packed: PackedWeight) -> bool:
+    """Whether a GPU runs some number of rows of x fastest with the matrix itself."""
+    layouts = packed.layouts | {dense.NAME: ()}
+    held = dataclasses.replace(packed, layouts=layouts)
+    for _ in range(packed.out_order.ndim - 1):
+        held = jax.tree.map(lambda a: a[0], held)
+    side, dtype = packed.shape[1], jnp.result_type(packed.dtype)
+    rows = [jax.ShapeDtypeStruct((n, side), dtype) for n in (*cost.ROWS, MANY)]
+    choices = [dispatch.choose("auto", x, held, transposed=False) for x in rows]
+    return any(choice.cuda is None for choice in choices)
 
 
 def _names_on_cpu(packed: PackedWeight, place: cost.Place) -> tuple[str, ...]:

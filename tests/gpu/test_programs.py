@@ -1,6 +1,7 @@
 """The programs that run on a GPU without a kernel: no loop over row tiles."""
 
 import dataclasses
+import re
 import warnings
 
 import jax
@@ -78,6 +79,19 @@ def test_no_scale_and_no_factor_brings_the_loops_back(weights, name, program):
         )
     side = 0 if program is transposed else 1
     assert "while" not in lowered(program, normal(40, w.shape[side]), packed)
+
+
+@pytest.mark.parametrize("program", [product, transposed])
+def test_a_stack_of_weights_loops_over_its_matrices_and_over_nothing_else(
+    weights, program
+):
+    packed, w = weights["flexhinm"]
+    assert packed.tiles == 2
+    stack = jax.tree.map(lambda a: jnp.stack([a] * 5), packed)
+    x = normal(5, 40, w.shape[0 if program is transposed else 1])
+    text = lowered(jax.vmap(program), x, stack)
+    turns = re.findall(r"cond \{\s+%\w+ = stablehlo.constant dense<(\d+)>", text)
+    assert turns == ["5"] and text.count("while") == 1
 
 
 CHIPS = {"A100": (8, 0), "L40": (8, 9), "H200": (9, 0), "B200": (10, 0)}
@@ -220,10 +234,45 @@ def test_few_tokens_take_the_kernel_many_the_matrix(
     assert forced.forced and forced.cuda == "fake"
 
 
-def test_preparing_for_a_gpu_without_kernels_adds_nothing(weights, monkeypatch):
-    packed, _ = weights["2:4"]
+@pytest.mark.parametrize("chip", CHIPS)
+def test_preparing_for_a_gpu_without_kernels_holds_the_matrix(
+    weights, monkeypatch, chip
+):
+    """Written out in every product a packed weight is slower than a dense one."""
+    packed, w = weights["flexhinm"]
     monkeypatch.delenv(dispatch.OPT_IN, raising=False)
-    with kernels.assume(8, 0):
-        assert kernels.prepare(packed).layouts == {}
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), packed)
+    with kernels.assume(*CHIPS[chip]):
+        ready, both = kernels.prepare((packed, stack))
+        text = lowered(lambda x, p: product(x, p), normal(40, w.shape[1]), ready)
+    np.testing.assert_array_equal(ready.layouts["dense"], w.T)
+    assert list(ready.layouts) == list(both.layouts) == ["dense"]
+    assert both.layouts["dense"].shape == (2, *w.T.shape)
+    assert text.count("dot_general") == 1
+    assert "gather" not in text and "scatter" not in text
+
+
+@pytest.mark.parametrize(
+    "seconds, names",
+    [(0.0, ["fake"]), (1.0, ["fake", "dense"])],
+    ids=["faster", "slower"],
+)
+def test_the_matrix_is_held_beside_a_kernel_that_loses_for_many_tokens(
+    weights, monkeypatch, seconds, names
+):
+    packed, w = weights["flexhinm"]
+    slow = lambda n, _: seconds if n > 300 else 0.0  # noqa: E731
+    monkeypatch.setattr(
+        registry, "KERNELS", {"fake": dataclasses.replace(FAKE, seconds=slow)}
+    )
+    monkeypatch.setattr(support, "HALF", (jnp.dtype(jnp.float32),))
+    monkeypatch.setenv(dispatch.OPT_IN, "1")
     with kernels.assume(9, 0):
-        assert kernels.prepare(packed).layouts == {}
+        ready = kernels.prepare(packed)
+        assert list(ready.layouts) == names
+        assert list(kernels.prepare(packed, "gpu").layouts) == ["fake"]
+        for n in (FEW, 4096):
+            x = jax.ShapeDtypeStruct((n, w.shape[1]), jnp.float32)
+            choice = dispatch.choose("auto", x, ready, transposed=False)
+            kernel = None if seconds and n > 300 else "fake"
+            assert choice == dispatch.Choice("xla", kernel)
