@@ -161,7 +161,8 @@ install-gpu: $(GPU_VENV)/.installed ## Make .venv-gpu, in which GPU kernels comp
 
 gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline (.venv-gpu)
 	JAX_PLATFORMS=cpu $(GPU_PY) -m bench.gpu_compile $(ARGS)
-	JAX_PLATFORMS=cpu $(GPU_PY) -m pytest -q tests/gpu/test_machine.py
+	JAX_PLATFORMS=cpu $(GPU_PY) -m pytest -q -m "not slow" tests/gpu/test_machine.py \
+	  tests/gpu/test_bench.py
 
 # Copies run: what they print is kept for the site and never committed. The one that takes
 # longest comes first.

@@ -4,33 +4,40 @@
 
 Runs with any Python that has jax, CUDA and this folder; nothing is installed. Every
 part is a process with a time limit; every row is written to DIR/rows.jsonl when it is
-there, in the form of `study.Row`. What ends a part, its rows stay and the others run:
+there, in the form of `study.Row`: first when its case begins, then with the figure. A
+case that hangs or ends its process keeps the first, and the process is started again
+after it. What ends a part, its rows stay and the others run:
 
     setup       versions, bandwidth and dense rate of the chip
-    numerics    exact integers in every form of the kernel, twice
+    numerics    exact integers in every form of the kernel, twice; its self-check
     times       packed, expanded and dense products; wall and kernel time
     cusparselt  2:4 by torch, in CUDA graphs
-    block       the products of a decoder block, decode and prefill
+    block       the products of a decoder block, decode and prefill; the kernel if the
+                self-check of numerics passed
     solvers     Gyro, TSENOR, SparseGPT, ALPS
 
-A wrong or failing case leaves DIR/failed/CASE: seed, inputs, the matrix that the kernel
-believes in (x = the identity), where it differs, PTX and machine code. `--merge` puts
-the rows into bench/results/gpu.json. Without a GPU the sizes are tiny, the kernel is
-interpreted (jax >= 0.11.2), and no time is that of a GPU.
+A form of the kernel that is wrong, fails, hangs or ends its process leaves
+DIR/failed/FORM: seed and PTX, machine code where CUDA's nvdisasm is found (CUDA_ROOT,
+else /usr/local/cuda). If it is wrong, also inputs, the matrix that the kernel believes
+in (x = the identity) and where it differs. `--merge` puts the rows into
+bench/results/gpu.json. Without a GPU the sizes are tiny and no time is that of a GPU;
+the kernel is interpreted, or left out with jax < 0.11.2.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import json
+import functools
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from bench import report, study
+from bench.gpu_cases import PATIENCE, SINCE, lines, read, write
 
 NUMERICS, TIMES = "GPU kernels, numerics", "GPU kernels, times"
 BLOCK, SOLVERS, PARTS = "GPU, a decoder block", "GPU, solvers", "GPU, parts of the run"
@@ -57,49 +64,90 @@ class Part:
       share: of the seconds of the whole run.
       shards: processes at a time; each does its share of the cases. They compile at a
         time, and measure one after the other.
+      patience: share of the seconds of the part after which a case hangs.
     """
 
     share: float
     shards: int = 1
+    patience: float = 0.5
 
 
 CORES = os.cpu_count() or 1
 
 PARTS_OF_RUN = {
     "setup": Part(0.05),
-    "numerics": Part(0.2, shards=max(1, min(8, CORES // 2))),
-    "times": Part(0.36, shards=min(4, CORES)),
-    "cusparselt": Part(0.12),
-    "block": Part(0.17, shards=min(3, CORES)),
+    "numerics": Part(0.25, shards=max(2, min(9, CORES // 2 + 1)), patience=0.25),
+    "times": Part(0.34, shards=min(4, CORES)),
+    "cusparselt": Part(0.1),
+    "block": Part(0.16, shards=min(3, CORES)),
     "solvers": Part(0.1),
 }
 """Most of the time of numerics, times and a block goes into compiling, a core each."""
 
-
-def write(out: Path, row: study.Row) -> None:
-    """Appends a row at once: several processes write, lines stay whole."""
-    line = json.dumps(row.document()) + "\n"
-    handle = os.open(out / "rows.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)
-
-
-def read(out: Path) -> list[dict[str, Any]]:
-    """All rows so far; a line that a killed process left is skipped."""
-    path, rows = out / "rows.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+CUDA = Path("/usr/local/cuda")
 
 
 def command(name: str, shard: int, out: Path) -> list[str]:
     """Starts one process of a part."""
     return [sys.executable, "-m", "bench.gpu_parts", name, str(shard), str(out)]
+
+
+class Shard:
+    """A process of a part and all that it starts; again after a case that ends it.
+
+    What they print goes to DIR/NAME-NUMBER.log.
+
+    Args:
+      begin: its command.
+      log: file.
+      settings: environment.
+      begun: cases that the shard has begun, in all its processes.
+    """
+
+    def __init__(
+        self,
+        begin: list[str],
+        log: Path,
+        settings: dict[str, str],
+        begun: Callable[[], int],
+    ) -> None:
+        self.begin, self.log, self.settings, self.begun = begin, log, settings, begun
+        self.ends: list[str] = []
+        self._start()
+
+    def _start(self) -> None:
+        self.before, self.ended = self.begun(), False
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                self.begin,
+                cwd=report.BENCH.parent,
+                env=self.settings,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # its children end with it
+            )
+
+    def runs(self) -> bool:
+        """Whether it goes on."""
+        if not self.ended and (code := self.process.poll()) is not None:
+            self._end(f"code {code}")
+            if code and self.begun() > self.before:
+                self._start()
+        return not self.ended
+
+    def stop(self) -> str:
+        """Ends it if it still runs; how its processes ended."""
+        if not self.ended:
+            self._end("time limit")
+        return ", ".join(self.ends)
+
+    def _end(self, how: str) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.ends.append(how)
+        self.ended = True
 
 
 def run_part(
@@ -109,44 +157,53 @@ def run_part(
     seconds: float,
     start: Callable[[str, int, Path], list[str]] = command,
 ) -> bool:
-    """Runs the processes of a part, ends them after `seconds`; whether all ended well.
-
-    What they print goes to DIR/NAME-SHARD.log.
-    """
+    """Runs the processes of a part for at most `seconds`; whether all ended well."""
     began = time.monotonic()
-    root = report.BENCH.parent
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    settings = os.environ | {"PYTHONPATH": path}
-    settings.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    running = []
-    for shard in range(part.shards):
-        log = (out / f"{name}-{shard}.log").open("w")
-        process = subprocess.Popen(
-            start(name, shard, out),
-            cwd=root,
-            env=settings,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        running.append((process, log))
-    ends = []
-    for process, log in running:
-        left = max(0.0, began + seconds - time.monotonic())
-        try:
-            ends.append(f"code {process.wait(left)}")
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            ends.append("time limit")
-        log.close()
+    path = out / "rows.jsonl"
+    since = path.stat().st_size if path.exists() else 0
+    settings = environment(since, part.patience * seconds)
+    ends, shards = [], []
+    try:
+        for number in range(part.shards):
+            begin, log = start(name, number, out), out / f"{name}-{number}.log"
+            begun = functools.partial(cases_begun, out, since, number)
+            shards.append(Shard(begin, log, settings, begun))
+        while any([s.runs() for s in shards]) and time.monotonic() < began + seconds:
+            time.sleep(0.05)
+    finally:
+        ends = [shard.stop() for shard in shards]
     well = all(end == "code 0" for end in ends)
     more = {"failed": int(not well)}
     taken = round(time.monotonic() - began, 1)
     row = study.Row(PARTS, name, taken, round(seconds, 1), None, more, {"ended": ends})
     write(out, row)
-    print(f"{name}: {taken} s, {', '.join(ends)}", flush=True)
+    print(f"{name}: {taken} s, {'; '.join(ends)}", flush=True)
     return well
+
+
+def environment(since: int, patience: float) -> dict[str, str]:
+    """Of the processes of a part.
+
+    Args:
+      since: `SINCE`.
+      patience: `PATIENCE`.
+    """
+    path = [str(report.BENCH.parent), os.environ.get("PYTHONPATH")]
+    made = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        SINCE: str(since),
+        PATIENCE: str(patience),
+    }
+    made.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if (CUDA / "bin" / "nvdisasm").exists():  # else jax may find no tools at all
+        made.setdefault("CUDA_ROOT", str(CUDA))
+    return made
+
+
+def cases_begun(out: Path, since: int, shard: int) -> int:
+    """How many cases a shard has begun."""
+    rows = lines(out, since)
+    return sum(row.get("data", {}).get("begun by") == shard for row in rows)
 
 
 def run(out: Path, seconds: float, names: Iterable[str]) -> bool:
@@ -171,6 +228,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(PARTS_OF_RUN), help="parts")
     parser.add_argument("--merge", action="store_true", help="into bench/results")
     flags = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     unknown = [n for n in flags.only.split(",") if n not in PARTS_OF_RUN]
     if unknown:
         parser.error(f"--only {unknown[0]}: choose from {', '.join(PARTS_OF_RUN)}")
@@ -183,10 +241,13 @@ def main() -> int:
     if flags.merge:
         for row in rows:
             study.merge(report.RESULTS / "gpu.json", STUDY, row)
-    wrong = [r for r in rows if r["table"] == NUMERICS and r.get("value")]
-    required = [r for r in wrong if not r.get("data", {}).get("tried")]
-    print(f"{len(rows)} rows, {len(required)} wrong; failures in {flags.out}/failed")
-    return 0 if well and not required else 1
+    exact = [(row, row.get("data", {})) for row in rows if row["table"] == NUMERICS]
+    wrong = sum(
+        bool(row["value"] or "error" in data) and not data.get("tried")
+        for row, data in exact
+    )
+    print(f"{len(rows)} rows, {wrong} wrong; failures in {flags.out}/failed")
+    return 0 if well and not wrong else 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import faulthandler
 import fcntl
 import functools
 import json
@@ -10,9 +11,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexhinm_jax as fh
-from bench import gpu
-from bench.study import Row
+from bench import gpu, gpu_cases
+from bench.gpu_cases import Case, watch
 from flexhinm_jax.gpu import cost, selfcheck, support, wgmma_sp
 from flexhinm_jax.gpu.tilings import MOST_SPLIT, Source, Tiling
 from flexhinm_jax.kernels import dense, dispatch
@@ -34,8 +33,17 @@ from flexhinm_jax.types import PackedWeight
 
 HAS_GPU = dispatch.capability() is not None
 HAS_MOSAIC = tuple(jax.__version_info__) >= support.SINCE
-COPIES = 4
+COPIES = 4 if HAS_GPU else 1
 """Weights in turn: together larger than the L2 cache."""
+
+
+def answers() -> bool:
+    """Whether programs still run: an illegal address ends all later ones."""
+    try:
+        jax.block_until_ready(jnp.zeros(8, jnp.float32) + jnp.float32(1))
+    except Exception:
+        return False
+    return True
 
 
 def where() -> dict[str, Any]:
@@ -47,23 +55,40 @@ def where() -> dict[str, Any]:
 # Setup
 
 
-def setup(shard: int, shards: int, out: Path) -> Iterator[Row]:
+def setup(shard: int, shards: int, out: Path) -> Iterator[Case]:
     """Versions of what is here; bandwidth and dense rate where there is a GPU."""
-    tools = {}
-    for name, flag in (("nvidia-smi", "-L"), ("ptxas", "--version")):
-        if path := shutil.which(name):
+    yield Case(gpu.PARTS, "jax", lambda: {"data": tools()})
+    yield Case(gpu.PARTS, "bytes per second", bandwidth)
+    yield Case(gpu.PARTS, "operations per second", dense_rate)
+
+
+def tools() -> dict[str, Any]:
+    """What NVIDIA's programs say of themselves."""
+    root, said = os.environ.get("CUDA_ROOT"), {}
+    places = os.pathsep.join(filter(None, [root and f"{root}/bin", os.environ["PATH"]]))
+    for name, flag in {
+        "nvidia-smi": "-L",
+        "ptxas": "--version",
+        "nvdisasm": "--version",
+    }.items():
+        if path := shutil.which(name, path=places):
             done = subprocess.run([path, flag], capture_output=True, text=True)
-            tools[name] = done.stdout.strip().splitlines()[-1:]
-    data = where() | {"tools": tools, "CUDA_ROOT": os.environ.get("CUDA_ROOT")}
-    yield Row(gpu.PARTS, "jax", None, data=data)
-    megabytes, side = (1024, 8192) if HAS_GPU else (4, 256)
-    big = jnp.ones(megabytes << 19, jnp.bfloat16)
-    bump = jax.jit(lambda x: x + jnp.bfloat16(1))
-    rate = 2 * big.nbytes / least(bump, big)
-    square = jnp.ones((side, side), jnp.bfloat16)
-    dot = 2 * side**3 / least(jax.jit(lambda x: x @ x), square)
-    yield Row(gpu.PARTS, "bytes per second", rate, cost.MEMORY, data=where())
-    yield Row(gpu.PARTS, "operations per second", dot, cost.DENSE_RATE, data=where())
+            said[path] = done.stdout.strip().splitlines()[-1:]
+    return {"tools": said, "CUDA_ROOT": root}
+
+
+def bandwidth() -> dict[str, Any]:
+    """Bytes per second of memory."""
+    big = jnp.ones((1024 if HAS_GPU else 4) << 19, jnp.bfloat16)
+    taken = least(jax.jit(lambda x: x + jnp.bfloat16(1)), big)
+    return {"value": 2 * big.nbytes / taken, "anchor": cost.MEMORY}
+
+
+def dense_rate() -> dict[str, Any]:
+    """Operations per second of a dense product."""
+    side = 8192 if HAS_GPU else 256
+    taken = least(jax.jit(lambda x: x @ x), jnp.ones((side, side), jnp.bfloat16))
+    return {"value": 2 * side**3 / taken, "anchor": cost.DENSE_RATE}
 
 
 def least(function: Callable[..., Any], *arguments: Any) -> float:
@@ -167,39 +192,54 @@ ON_GPU = (41, 3)
 """Steps and more tokens of a form: whole rings, and two blocks of tokens."""
 
 
-def numerics(shard: int, shards: int, out: Path) -> Iterator[Row]:
-    """Exact products in every form of the shard, each twice."""
+def numerics(shard: int, shards: int, out: Path) -> Iterator[Case]:
+    """Exact products in every form, each twice; the last shard runs the self-check."""
     if not HAS_MOSAIC:
         why = f"the kernel needs jax {support.SINCE}, this is {jax.__version__}"
-        yield Row(gpu.NUMERICS, f"none, shard {shard}", None, 0.0, data={"why": why})
+        what = f"none, shard {shard}"
+        yield Case(gpu.NUMERICS, what, lambda: {"data": {"why": why}})
         return
-    for form in forms()[shard::shards]:
-        yield one_form(form, out)
+    others = max(1, shards - 1)
+    if shard == shards - 1 and HAS_GPU:
+        yield Case(gpu.NUMERICS, f"self-check of {wgmma_sp.NAME}", self_check)
+    if shard < others:
+        for form in forms()[shard::others]:
+            measure = functools.partial(one_form, form, out)
+            data = {"tried": form.cut.in_flight}
+            yield Case(gpu.NUMERICS, form.name, measure, data)
 
 
-def one_form(form: Form, out: Path, run: Callable[..., Any] = wgmma_sp.matmul) -> Row:
-    """One case; what went wrong is written to a folder."""
+def self_check() -> dict[str, Any]:
+    """What "auto" asks for, in a process that has a limit of its own."""
+    faulthandler.cancel_dump_traceback_later()
+    began = time.perf_counter()
+    why = selfcheck.failure(wgmma_sp.__name__)
+    data = {"why": why, "seconds": time.perf_counter() - began}
+    return {"value": int(why is not None), "anchor": 0.0, "data": data}
+
+
+def one_form(
+    form: Form, out: Path, run: Callable[..., Any] = wgmma_sp.matmul
+) -> dict[str, Any]:
+    """One case; its folder stays unless it came out right."""
     case = case_of(form, *(ON_GPU if HAS_GPU else (3, -3)))
-    tokens, seed = case.tokens, sum(form.name.encode())
-    rng = np.random.default_rng(seed)
+    data: dict[str, Any] = {"seed": sum(form.name.encode())}
+    rng = np.random.default_rng(data["seed"])
     packed, w = selfcheck.example(rng, *case[:4], dtype=case.dtype, plain=case.plain)
-    x = rng.integers(-2, 3, (tokens, w.shape[1])).astype(np.float32)
-    data: dict[str, Any] = {"seed": seed, "tried": form.cut.in_flight} | where()
-    want, got = x @ w.T, None
-    folder = out / "failed" / form.name
-    with dumped() as dump:
-        try:
-            product = exact_product(packed, case, run)
-            got, again = product(x), product(x)
-            wrong = int((got != want).sum())
-            data["differs when repeated"] = int((got != again).sum())
-        except Exception:
-            wrong, data["error"] = want.size, traceback.format_exc()[-2000:]
-        if wrong or data.get("differs when repeated"):
-            probe = None if got is None else identity_probe(product, w, tokens)
-            save(folder, data, {"x": x, "w": w, "want": want, "got": got}, probe, dump)
+    x = rng.integers(-2, 3, (case.tokens, w.shape[1])).astype(np.float32)
+    want, folder = x @ w.T, out / "failed" / form.name
+    with dumped(folder, data | {"case": str(case)}):
+        product = exact_product(packed, case, run)
+        got, again = product(x), product(x)
+        wrong = int((got != want).sum())
+        data["differs when repeated"] = int((got != again).sum())
+        if wrong or data["differs when repeated"]:
+            probe = identity_probe(product, w, case.tokens)
+            save(folder, {"x": x, "w": w, "want": want, "got": got}, probe)
             wrong = max(wrong, 1)
-    return Row(gpu.NUMERICS, form.name, wrong, 0.0, data=data)
+        else:
+            shutil.rmtree(folder)
+    return {"value": wrong, "anchor": 0.0, "data": data}
 
 
 def exact_product(
@@ -252,36 +292,24 @@ def identity_probe(
 
 
 @contextlib.contextmanager
-def dumped() -> Iterator[Path]:
-    """Mosaic writes PTX and machine code into a folder while it is open."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-        try:
-            yield Path(folder)
-        finally:
-            del os.environ["MOSAIC_GPU_DUMP_TO"]
-
-
-def save(
-    folder: Path,
-    data: dict[str, Any],
-    arrays: dict[str, Any],
-    probe: np.ndarray | None,
-    dump: Path,
-) -> None:
-    """What is needed to understand a wrong case elsewhere."""
+def dumped(folder: Path, data: dict[str, Any]) -> Iterator[None]:
+    """A folder of a case: what it is, and while open Mosaic's PTX and machine code."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "case.json").write_text(json.dumps(data, indent=1))
-    kept = {name: value for name, value in arrays.items() if value is not None}
-    if probe is not None:
-        kept |= {
-            "believed": probe,
-            "mismatch": np.packbits(probe != arrays["w"], axis=1),
-        }
-    np.savez_compressed(folder / "arrays.npz", **kept)
-    for path in dump.iterdir():
-        if path.suffix in (".ptx", ".ptxas", ".sass_ctrl"):
-            shutil.copy(path, folder / path.name)
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["MOSAIC_GPU_DUMP_TO"]
+
+
+def save(folder: Path, arrays: dict[str, Any], probe: np.ndarray) -> None:
+    """What is needed to understand a wrong case elsewhere; not megabytes of MLIR."""
+    differs = np.packbits(probe != arrays["w"], axis=1)
+    arrays |= {"believed": probe, "mismatch": differs}
+    np.savez_compressed(folder / "arrays.npz", **arrays)
+    for path in folder.glob("*.mlir-passes.log"):
+        path.unlink()
 
 
 # Times
@@ -397,11 +425,16 @@ def random_weight(key: jax.Array, size: Size, dtype: Any) -> PackedWeight:
     )
 
 
+make_weight = jax.jit(random_weight, static_argnums=(1, 2))
+
+
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
     """While it is open no other process of the run measures or tunes."""
     with (out / "gpu.lock").open("w") as lock:
+        faulthandler.cancel_dump_traceback_later()  # the others' time is not its own
         fcntl.flock(lock, fcntl.LOCK_EX)
+        watch()
         yield
 
 
@@ -464,116 +497,165 @@ def kernel_time(call: Any, x: jax.Array, weight: Any) -> float | None:
 
 
 def programs(size: Size, n: int) -> dict[str, Any]:
-    """Name -> (prepares one weight, runs a product); the kernel on a GPU alone.
+    """Name -> (prepares one weight, runs a product).
 
     What writes the matrix out takes as long for any number of tokens, so one is enough.
     """
-    half, kernel = jnp.bfloat16, wgmma_sp.KERNEL
+    half = jnp.bfloat16
     expanded = functools.partial(dense.multiply_expanded, dtype=half, transposed=False)
     made: dict[str, Any] = {}
-    if HAS_GPU and HAS_MOSAIC:
-        made["wgmma_sp"] = (laid_out, lambda x, w: kernel.run(x, w, half))
-        if (size.name, n) in IN_FLIGHT:
-            made["wgmma_sp, in flight 1"] = (laid_out, run_in_flight)
+    if HAS_MOSAIC:
+        made[wgmma_sp.NAME] = (laid_out, by_kernel)
+    if HAS_GPU and HAS_MOSAIC and (size.name, n) in IN_FLIGHT:
+        made[f"{wgmma_sp.NAME}, in flight 1"] = (laid_out, run_in_flight)
     if n == 1024 or not HAS_GPU:
         made["expanded"] = (lambda w: w, expanded)
     return made
 
 
+def by_kernel(x: jax.Array, packed: PackedWeight) -> jax.Array:
+    """A product in bfloat16."""
+    with quietly():
+        return wgmma_sp.KERNEL.run(x, packed, jnp.bfloat16)
+
+
 def run_in_flight(x: jax.Array, packed: PackedWeight) -> jax.Array:
     """A product whose kernel has one in flight."""
     cut = cut_in_flight(x.shape[0], packed)
-    return wgmma_sp.matmul(x, packed, jnp.bfloat16, cut)
+    with quietly():
+        return wgmma_sp.matmul(x, packed, jnp.bfloat16, cut)
 
 
-def times(shard: int, shards: int, out: Path) -> Iterator[Row]:
-    """Every size and number of tokens; an error is a row, the others go on."""
-    make = jax.jit(random_weight, static_argnums=(1, 2))
+def times(shard: int, shards: int, out: Path) -> Iterator[Case]:
+    """Every size and number of tokens."""
     for size, tokens in timed_sizes()[shard::shards]:
-        keys = jax.random.split(jax.random.key(0), COPIES)
-        o, i = size.outputs, size.inputs
-        draw = jax.jit(
-            lambda key, o=o, i=i: jax.random.normal(key, (o, i), jnp.bfloat16)
-        )
-        matrices = [draw(key) for key in keys]
-        packed = [make(key, size, jnp.bfloat16) for key in keys]
         for n in tokens:
-            x = jax.random.normal(keys[0], (n, i), jnp.bfloat16)
-            base = per_product(lambda x, w: x @ w.T, x, matrices, out, tunes=True)
-            for name, (ready, product) in programs(size, n).items():
+            for name in programs(size, n):
                 what = f"{size.name}, {n} tokens, {name}"
-                data = where() | {"dense": base}
-                tunes = name == "expanded"
-                try:
-                    weights = [ready(w) for w in packed]
-                    taken = per_product(product, x, weights, out, tunes=tunes)
-                except Exception as error:
-                    data["error"] = f"{type(error).__name__}: {error}"[:500]
-                    yield Row(gpu.TIMES, what, None, base["wall"], data=data)
-                    continue
-                floor = 1e6 * cost.floor(size.product(n))
-                seconds = cost.expanded(size.product(n))
-                if name.startswith(wgmma_sp.NAME):
-                    seconds = wgmma_sp.seconds(n, weights[0])
-                more = {
-                    "share of the limit": floor / taken["wall"],
-                    "predicted": 1e6 * seconds,
-                }
-                if taken["kernels"]:
-                    more["kernels alone"] = taken["kernels"]
-                yield Row(
-                    gpu.TIMES, what, taken["wall"], base["wall"], None, more, data
-                )
+                measure = functools.partial(one_time, size, n, name, out)
+                yield Case(gpu.TIMES, what, measure)
+
+
+def one_time(size: Size, n: int, name: str, out: Path) -> dict[str, Any]:
+    """A packed product beside the dense one."""
+    base, x = dense_time(size.outputs, size.inputs, n, out), activations(n, size.inputs)
+    ready, product = programs(size, n)[name]
+    weights = [ready(w) for w in packed_copies(size)]
+    taken = per_product(product, x, weights, out, tunes=name == "expanded")
+    seconds = cost.expanded(size.product(n))
+    if name.startswith(wgmma_sp.NAME):
+        seconds = wgmma_sp.seconds(n, weights[0])
+    more = {
+        "share of the limit": 1e6 * cost.floor(size.product(n)) / taken["wall"],
+        "predicted": 1e6 * seconds,
+    }
+    if taken["kernels"]:
+        more["kernels alone"] = taken["kernels"]
+    figures = {"value": taken["wall"], "anchor": base["wall"]}
+    return figures | {"more": more, "data": {"dense": base}}
+
+
+def activations(n: int, inputs: int) -> jax.Array:
+    """x [n, inputs]."""
+    return jax.random.normal(jax.random.key(n), (n, inputs), jnp.bfloat16)
+
+
+@functools.lru_cache(maxsize=1)
+def packed_copies(size: Size) -> list[PackedWeight]:
+    """Weights in turn."""
+    keys = jax.random.split(jax.random.key(0), COPIES)
+    return [make_weight(key, size, jnp.bfloat16) for key in keys]
+
+
+@functools.lru_cache(maxsize=1)
+def dense_time(o: int, i: int, n: int, out: Path) -> dict[str, Any]:
+    """`per_product` of matrices [o, i] and n tokens."""
+    keys = jax.random.split(jax.random.key(0), COPIES)
+    matrices = [jax.random.normal(key, (o, i), jnp.bfloat16) for key in keys]
+    product = lambda x, w: x @ w.T  # noqa: E731
+    return per_product(product, activations(n, i), matrices, out, tunes=True)
 
 
 # cuSPARSELt
 
 
-def cusparselt(shard: int, shards: int, out: Path) -> Iterator[Row]:
+def cusparselt(shard: int, shards: int, out: Path) -> Iterator[Case]:
     """2:4 by torch in CUDA graphs, beside its own dense product."""
     try:
         import torch
-        from torch.sparse import to_sparse_semi_structured
+
+        missing = None if torch.cuda.is_available() else "torch sees no GPU"
     except ImportError as error:
-        yield Row(gpu.TIMES, "cuSPARSELt", None, data={"why": str(error)})
+        missing = str(error)
+    if missing:
+        yield Case(gpu.TIMES, "cuSPARSELt", lambda: {"data": {"why": missing}})
         return
-    if not torch.cuda.is_available():
-        yield Row(gpu.TIMES, "cuSPARSELt", None, data={"why": "torch sees no GPU"})
-        return
-    version = torch.backends.cusparselt.version()
-    linear = torch.nn.functional.linear
     for o in (8192, 4096):
-        pattern = torch.tensor([1.0, 1, 0, 0], device="cuda", dtype=torch.bfloat16)
-        w = torch.randn(o, o, device="cuda", dtype=torch.bfloat16) * pattern.tile(
-            o // 4
-        )
-        sparse = [to_sparse_semi_structured(w) for _ in range(COPIES)]
-        plain = [w.clone() for _ in range(COPIES)]
         for n in (16, 64, 1024, 4096):
-            x = torch.randn(n, o, device="cuda", dtype=torch.bfloat16)
-            taken = []
-            for weights in (sparse, plain):
-                for weight in weights:
-                    linear(x, weight)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    for weight in weights:
-                        linear(x, weight)
-                taken.append(graph_time(torch, graph) / COPIES)
-            what = f"2:4 {o}x{o}, {n} tokens, cuSPARSELt"
-            data = {"cusparselt": str(version), "torch": torch.__version__}
-            yield Row(gpu.TIMES, what, taken[0], taken[1], data=data)
+            measure = functools.partial(one_by_torch, o, n)
+            yield Case(gpu.TIMES, f"2:4 {o}x{o}, {n} tokens, cuSPARSELt", measure)
 
 
-def graph_time(torch: Any, graph: Any) -> float:
-    """Median microseconds of a replay."""
+def one_by_torch(o: int, n: int) -> dict[str, Any]:
+    """A product of [n, o] and [o, o], by functions that only cuSPARSELt has."""
+    import torch
+
+    half = {"device": "cuda", "dtype": torch.bfloat16}
+    pattern = torch.tensor([1.0, 1, 0, 0], **half).tile(o // 4)
+    plain = [torch.randn(o, o, **half) * pattern for _ in range(COPIES)]
+    packed = [torch._cslt_compress(w) for w in plain]
+    x = torch.randn(n, o, **half)
+    data = {
+        "cusparselt": str(torch.backends.cusparselt.version()),
+        "torch": torch.__version__,
+    }
+    how: dict[str, int] = {}
+
+    def sparse(w: Any) -> Any:
+        return torch._cslt_sparse_mm(w, x.t(), transpose_result=True, **how)
+
+    def dense(w: Any) -> Any:
+        return torch.nn.functional.linear(x, w)
+
+    try:
+        how.update(searched(torch, packed[0], x.t()))
+        sparse(packed[0])
+    except Exception as error:  # then its default algorithm
+        how.clear()
+        data["search"] = f"{type(error).__name__}: {error}"[:500]
+    data["algorithm"] = dict(how)
+    data["largest difference"] = (
+        (sparse(packed[0]) - dense(plain[0])).abs().max().item()
+    )
+    base = graph_time(torch, dense, plain)
+    return {"value": graph_time(torch, sparse, packed), "anchor": base, "data": data}
+
+
+def searched(torch: Any, packed: Any, x: Any) -> dict[str, int]:
+    """The fastest algorithm for a product, as the product takes it."""
+    search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+    if search is None:  # torch < 2.7
+        number = torch._cslt_sparse_mm_search(packed, x, transpose_result=True)
+        return {"alg_id": number}
+    number, split_k, mode, _ = search(packed, x, None, None, None, True)
+    return {"alg_id": number, "split_k": split_k, "split_k_mode": mode}
+
+
+def graph_time(torch: Any, product: Callable[[Any], Any], weights: list[Any]) -> float:
+    """Median microseconds of a product, weights in turn, as a CUDA graph."""
+    for weight in weights:
+        product(weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            product(weight)
     taken = []
     for _ in range(20):
         torch.cuda.synchronize()
         start = time.perf_counter()
         graph.replay()
         torch.cuda.synchronize()
-        taken.append(1e6 * (time.perf_counter() - start))
+        taken.append(1e6 * (time.perf_counter() - start) / len(weights))
     return statistics.median(taken)
 
 
@@ -597,42 +679,74 @@ def block_sizes(v: int) -> dict[str, Callable[[int, int], Size]]:
     }
 
 
-def block(shard: int, shards: int, out: Path) -> Iterator[Row]:
+def block(shard: int, shards: int, out: Path) -> Iterator[Case]:
     """The products of a decoder block of 8B parameters, decode and prefill."""
     os.environ[dispatch.OPT_IN] = "1"
-    shapes = BLOCK_SHAPES if HAS_GPU else block_shapes(64, 32, 128)
-    count, v = (COPIES, 128) if HAS_GPU else (1, 16)
-    keys = jax.random.split(jax.random.key(1), count)
-    draw = lambda key, s: jax.random.normal(key, s[::-1], jnp.bfloat16) / s[1] ** 0.5  # noqa: E731
-    matrices = [[draw(key, s) for s in shapes] for key in keys]
-    kinds: dict[str, Any] = {}
-    for name, sized in list(block_sizes(v).items())[shard::shards]:
-        kinds[name] = [packed_block(key, [sized(*s) for s in shapes]) for key in keys]
     for n in BLOCK_TOKENS if HAS_GPU else (4,):
-        x = jax.random.normal(keys[0], (n, shapes[0][1]), jnp.bfloat16)
-        plain = functools.partial(decoder_block, multiply=jnp.matmul)
-        how = {"out": out, "kernels": False}
-        base = per_product(plain, x, matrices, tunes=True, **how)["wall"]
-        for name, weights in kinds.items():
-            what, data, taken = f"{name}, {n} tokens", where(), None
-            try:
-                packed = functools.partial(decoder_block, multiply=fh.sparse_dot)
-                taken = per_product(packed, x, weights, tunes=n > 16, **how)["wall"]
-            except Exception as error:
-                data["error"] = f"{type(error).__name__}: {error}"[:500]
-            yield Row(gpu.BLOCK, what, taken, base, data=data)
+        for name in list(block_sizes(TILE))[shard::shards]:
+            measure = functools.partial(one_block, name, n, out)
+            yield Case(gpu.BLOCK, f"{name}, {n} tokens", measure)
 
 
-def packed_block(key: jax.Array, sizes: list[Size]) -> list[PackedWeight]:
-    """Random weights with their matrix, and with the layout of the kernel, if any."""
-    hold = jax.jit(functools.partial(fh.kernels.prepare, backend=dense.NAME))
+TILE = 128 if HAS_GPU else 16
+"""Rows of a tile of a block."""
+
+
+def timed_shapes() -> list[tuple[int, int]]:
+    """Outputs and inputs of the weights of a block here."""
+    return BLOCK_SHAPES if HAS_GPU else block_shapes(64, 64, 64)
+
+
+def one_block(name: str, n: int, out: Path) -> dict[str, Any]:
+    """The products of a block as `sparse_dot` runs them, beside dense ones."""
+    verdict = checked()
+    x, packed = activations(n, timed_shapes()[0][1]), packed_blocks(name)
+    run = functools.partial(decoder_block, multiply=fh.sparse_dot)
+    taken = per_product(run, x, packed, out, tunes=n > 16, kernels=False)["wall"]
+    data = {"self-check": verdict}
+    return {"value": taken, "anchor": dense_block_time(n, out), "data": data}
+
+
+def checked() -> str | None:
+    """Why `sparse_dot` refuses the kernel, or None. No process checks it here."""
+    if (device := selfcheck.first_gpu()) is None:
+        return "no GPU"
+    path = selfcheck.place(wgmma_sp.__name__, device)
+    if not path.exists():
+        selfcheck.keep(path, "the self-check of numerics did not end in this run")
+    return selfcheck.failure(wgmma_sp.__name__)
+
+
+@functools.lru_cache(maxsize=1)
+def dense_block_time(n: int, out: Path) -> float:
+    """Microseconds of the products of a dense block."""
 
     @functools.partial(jax.jit, static_argnums=1)
-    def make(key: jax.Array, size: Size) -> PackedWeight:
-        return random_weight(key, size, jnp.bfloat16)
+    def draw(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        return jax.random.normal(key, shape[::-1], jnp.bfloat16) / shape[1] ** 0.5
 
-    weights = [make(jax.random.fold_in(key, k), size) for k, size in enumerate(sizes)]
-    return [hold(laid_out(w) if HAS_GPU and HAS_MOSAIC else w) for w in weights]
+    shapes, keys = timed_shapes(), jax.random.split(jax.random.key(1), COPIES)
+    matrices = [[draw(key, shape) for shape in shapes] for key in keys]
+    run = functools.partial(decoder_block, multiply=jnp.matmul)
+    x = activations(n, shapes[0][1])
+    return per_product(run, x, matrices, out, tunes=True, kernels=False)["wall"]
+
+
+@functools.lru_cache(maxsize=3)
+def packed_blocks(name: str) -> list[list[PackedWeight]]:
+    """Random weights in turn, with the layout of the kernel where there is one."""
+    keys = jax.random.split(jax.random.key(1), COPIES)
+    sized = block_sizes(TILE)[name]
+    sizes = [sized(*shape) for shape in timed_shapes()]
+
+    def weights(key: jax.Array) -> list[PackedWeight]:
+        each = jax.random.split(key, len(sizes))
+        made = [
+            make_weight(k, s, jnp.bfloat16) for k, s in zip(each, sizes, strict=True)
+        ]
+        return [laid_out(w) if HAS_GPU and HAS_MOSAIC else w for w in made]
+
+    return [weights(key) for key in keys]
 
 
 def decoder_block(x: jax.Array, weights: Any, multiply: Any) -> jax.Array:
@@ -647,9 +761,22 @@ def decoder_block(x: jax.Array, weights: Any, multiply: Any) -> jax.Array:
 # Solvers
 
 
-def solvers(shard: int, shards: int, out: Path) -> Iterator[Row]:
+def solvers(shard: int, shards: int, out: Path) -> Iterator[Case]:
     """Seconds of one matrix."""
     side = 4096 if HAS_GPU else 64
+    tiled = fh.HiNM(min(64, side // 4), permute=fh.Gyro())
+    for name, method, sparsity in (
+        ("SparseGPT 2:4", fh.SparseGPT(fh.NM(2, 4)), None),
+        ("TSENOR 2:4", fh.Magnitude(fh.Transposable(2, 4)), None),
+        ("ALPS 2:4", fh.ALPS(fh.NM(2, 4)), None),
+        ("Gyro, HiNM 75 %", fh.Magnitude(tiled), 0.75),
+    ):
+        measure = functools.partial(one_solve, method, sparsity, side)
+        yield Case(gpu.SOLVERS, f"{name}, {side}x{side}", measure)
+
+
+def one_solve(method: Any, sparsity: float | None, side: int) -> dict[str, Any]:
+    """The second call of a solver."""
     key = jax.random.key(2)
     w = jax.random.normal(key, (side, side))
     x = jax.random.normal(jax.random.fold_in(key, 1), (2 * side, side))
@@ -660,26 +787,12 @@ def solvers(shard: int, shards: int, out: Path) -> Iterator[Row]:
         count=jnp.float32(2 * side),
         gram=gram,
     )
-    methods = {
-        "SparseGPT 2:4": (fh.SparseGPT(fh.NM(2, 4)), None),
-        "TSENOR 2:4": (fh.Magnitude(fh.Transposable(2, 4)), None),
-        "ALPS 2:4": (fh.ALPS(fh.NM(2, 4)), None),
-        "Gyro, HiNM 75 %": (
-            fh.Magnitude(fh.HiNM(min(64, side // 4), permute=fh.Gyro())),
-            0.75,
-        ),
-    }
-    for name, (method, sparsity) in methods.items():
-        what = f"{name}, {side}x{side}"
-        try:
-            solve = lambda: method.solve(key, w, stats, sparsity=sparsity)  # noqa: B023, E731
-            jax.block_until_ready(jax.tree.leaves(solve()))
-            start = time.perf_counter()
-            jax.block_until_ready(jax.tree.leaves(solve()))
-            yield Row(gpu.SOLVERS, what, time.perf_counter() - start, data=where())
-        except Exception as error:
-            data = where() | {"error": f"{type(error).__name__}: {error}"[:500]}
-            yield Row(gpu.SOLVERS, what, None, data=data)
+    for _ in range(2):
+        start = time.perf_counter()
+        plan = method.solve(key, w, stats, sparsity=sparsity)
+        jax.block_until_ready(jax.tree.leaves(plan))
+        taken = time.perf_counter() - start
+    return {"value": taken}
 
 
 PARTS = {
@@ -693,13 +806,12 @@ PARTS = {
 
 
 def main() -> None:
-    """Writes every row when it is there."""
-    name, shard, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    shards = gpu.PARTS_OF_RUN[name].shards
-    for row in PARTS[name](shard, shards, folder):
-        command = f"python3 -m bench.gpu --only {name}"
-        gpu.write(folder, row._replace(command=command))
-        print(row.table, row.what, row.value, flush=True)
+    """The cases of a shard."""
+    name, shard, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    os.environ.setdefault(selfcheck.FOLDER, str(out / "checks"))
+    cases = PARTS[name](shard, gpu.PARTS_OF_RUN[name].shards, out)
+    again = f"python3 -m bench.gpu --only {name}"
+    gpu_cases.run(cases, shard, out, where(), answers, again)
 
 
 if __name__ == "__main__":

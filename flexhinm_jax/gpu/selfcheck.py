@@ -87,7 +87,7 @@ def failure(module: str) -> str | None:
     device = first_gpu()
     if device is None or support.interpreting():
         return None
-    path = folder() / f"{module.rpartition('.')[2]}-{fingerprint(device)}.json"
+    path = place(module, device)
     try:
         return json.loads(path.read_text())["why"]
     except (OSError, ValueError, KeyError):
@@ -104,6 +104,11 @@ def first_gpu() -> Any:
         return jax.local_devices(backend="cuda")[0]
     except RuntimeError:
         return None
+
+
+def place(module: str, device: Any) -> Path:
+    """Where the verdict on a kernel is kept."""
+    return folder() / f"{module.rpartition('.')[2]}-{fingerprint(device)}.json"
 
 
 def folder() -> Path:
