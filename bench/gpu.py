@@ -19,9 +19,9 @@ after it. What ends a part, its rows stay and the others run:
 A form of the kernel that is wrong, fails, hangs or ends its process leaves
 DIR/failed/FORM: seed and PTX, machine code where CUDA's nvdisasm is found (CUDA_ROOT,
 else /usr/local/cuda). If it is wrong, also inputs, the matrix that the kernel believes
-in (x = the identity) and where it differs. `--merge` puts the rows into
-bench/results/gpu.json. Without a GPU the sizes are tiny and no time is that of a GPU;
-the kernel is interpreted, or left out with jax < 0.11.2.
+in (x = the identity) and where it differs, and it is tried without selector 1.
+`--merge` puts the rows into bench/results/gpu.json. Without a GPU the sizes are tiny
+and no time is that of a GPU; the kernel is interpreted, left out with jax < 0.11.2.
 """
 
 import argparse
@@ -79,7 +79,7 @@ PARTS_OF_RUN = {
     "numerics": Part(0.25, shards=max(2, min(9, CORES // 2 + 1)), patience=0.25),
     "times": Part(0.34, shards=min(4, CORES)),
     "cusparselt": Part(0.1),
-    "block": Part(0.16, shards=min(3, CORES)),
+    "block": Part(0.16, shards=min(3, CORES), patience=0.75),
     "solvers": Part(0.1),
 }
 """Most of the time of numerics, times and a block goes into compiling, a core each."""

@@ -236,6 +236,10 @@ def one_form(
         if wrong or data["differs when repeated"]:
             probe = identity_probe(product, w, case.tokens)
             save(folder, {"x": x, "w": w, "want": want, "got": got}, probe)
+            lone = case._replace(cut=dataclasses.replace(form.cut, selectors=1))
+            with contextlib.suppress(Exception):  # the row is about the form itself
+                y = exact_product(packed, lone, run)(x)
+                data["wrong with selector 0 alone"] = int((y != want).sum())
             wrong = max(wrong, 1)
         else:
             shutil.rmtree(folder)
@@ -301,15 +305,15 @@ def dumped(folder: Path, data: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         del os.environ["MOSAIC_GPU_DUMP_TO"]
+        for path in folder.glob("*.mlir-passes.log"):  # megabytes
+            path.unlink()
 
 
 def save(folder: Path, arrays: dict[str, Any], probe: np.ndarray) -> None:
-    """What is needed to understand a wrong case elsewhere; not megabytes of MLIR."""
+    """What is needed to understand a wrong case elsewhere."""
     differs = np.packbits(probe != arrays["w"], axis=1)
     arrays |= {"believed": probe, "mismatch": differs}
     np.savez_compressed(folder / "arrays.npz", **arrays)
-    for path in folder.glob("*.mlir-passes.log"):
-        path.unlink()
 
 
 # Times

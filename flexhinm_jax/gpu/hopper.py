@@ -371,7 +371,7 @@ class _Block:
             plgpu.barrier_wait(full.at[slot])
         words = plgpu.load(m.at[self.group], layout=self.words)
         how = (self.of_values, self.of_x, tiling.in_flight, not launch.turned)
-        multiply = ptx.sparse_product(self.sums, self.words, *how)
+        multiply = ptx.sparse_product(self.sums, self.words, *how, tiling.selectors)
         acc = multiply(acc, words, a.at[pl.ds(self.group * ROWS, ROWS)], x)
         if launch.frees:
             self._free(k)

@@ -211,7 +211,13 @@ def drain(kind: Any) -> Any:
 
 
 def sparse_product(
-    kind: Any, words: Any, of_a: Any, of_b: Any, in_flight: int, turned: bool
+    kind: Any,
+    words: Any,
+    of_a: Any,
+    of_b: Any,
+    in_flight: int,
+    turned: bool,
+    selectors: int = 2,
 ) -> Any:
     """Adds A [64, 2 c] in 2:4 form @ B [2 c, n] to an accumulator; c is 32 or 64.
 
@@ -224,6 +230,8 @@ def sparse_product(
         their metadata, of which neither LLVM nor ptxas knows when they are written
         again.
       turned: B lies in memory as [n, 2 c].
+      selectors: sparsity selectors in use; with 1 the metadata that selector 1 reads
+        are moved to the lanes of selector 0.
 
     Returns:
       A function (acc, meta, a, b) -> acc. acc: f32 registers in WGMMA layout, ordered
@@ -238,7 +246,7 @@ def sparse_product(
         from jax.experimental.mosaic import gpu as mgpu
 
         b = mgpu.memref_transpose(b, (1, 0, 3, 2)) if turned else b
-        return _sparse_product(acc, meta, a, b, in_flight)
+        return _sparse_product(acc, meta, a, b, in_flight, selectors)
 
     def meaning(acc: Array, meta: Array, a: Any, b: Any) -> Array:
         return _product_meaning(acc, meta, a[...], b[...].T if turned else b[...])
@@ -246,7 +254,9 @@ def sparse_product(
     return inline(multiply, meaning, (kind.layout, words, _ref(of_a), _ref(of_b)), kind)
 
 
-def _sparse_product(acc: Any, meta: Any, a_ref: Any, b_ref: Any, in_flight: int) -> Any:
+def _sparse_product(
+    acc: Any, meta: Any, a_ref: Any, b_ref: Any, in_flight: int, selectors: int
+) -> Any:
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.mosaic.gpu import fragmented_array as fa
     from jax.experimental.mosaic.gpu import mma_utils, utils
@@ -255,8 +265,10 @@ def _sparse_product(acc: Any, meta: Any, a_ref: Any, b_ref: Any, in_flight: int)
     held = mgpu.WGMMAAccumulator.from_registers(acc, sync=False)
     registers = [_part(r, 0) for r in held._value.registers.flat]
     words = [_part(r, 0) for r in fa.optimization_barrier(meta).registers.flat]
-    nvvm.wgmma_fence_aligned()  # the metadata are registers of the product, too
     n, stored = acc.shape[1], 32 * len(words)
+    if selectors == 1:
+        words = [w for word in words for w in (word, utils.shfl_bfly(word, 2))]
+    nvvm.wgmma_fence_aligned()  # the metadata are registers of the product, too
     assert len(registers) == n // 2
 
     b_type = ir.MemRefType(b_ref.type)
@@ -288,8 +300,8 @@ def _sparse_product(acc: Any, meta: Any, a_ref: Any, b_ref: Any, in_flight: int)
             *registers,
             advance(a_base, i * a_strides[-1]),
             advance(b_base, b_offset(32 * i)),
-            words[i // 2],
-            llvm.ConstantOp(_i32(), ir.IntegerAttr.get(_i32(), i % 2)).result,
+            words[i // selectors],
+            llvm.ConstantOp(_i32(), ir.IntegerAttr.get(_i32(), i % selectors)).result,
             returns=llvm.StructType.get_literal([f32] * len(registers)),
         )
         registers = [llvm.extractvalue(f32, result, [r]) for r in range(len(registers))]

@@ -45,6 +45,8 @@ class Tiling:
         along the rows tiles of x (`Source.STREAM`), along the tokens values and
         metadata (`Source.LISTED`).
       step: stored columns of a slot, 64, or 32 where a slot of many tokens is large.
+      selectors: sparsity selectors of the instruction in use: 2, or 1 to try on a GPU
+        at the cost of a shuffle. Nobody but the PTX ISA tells what selector 1 does.
     """
 
     groups: int = 1
@@ -55,6 +57,7 @@ class Tiling:
     held: bool = False
     sharing: int = 1
     step: int = STEP
+    selectors: int = 2
 
     def __post_init__(self) -> None:
         """Checks the numbers against each other."""
@@ -64,6 +67,7 @@ class Tiling:
             "in_flight": (0, 1),
             "sharing": (1, 2, 4),
             "step": (32, 64),
+            "selectors": (1, 2),
         }.items():
             if getattr(self, name) not in values:
                 among = ", ".join(map(str, values))

@@ -375,6 +375,8 @@ class Warpgroup:
             return (left + right).astype(np.float32).view(np.uint32)
         if name == "elect":
             return np.arange(LANES) % 32 == 0
+        if name == "shfl" and "bfly" in kinds:
+            return v[0][np.arange(LANES) ^ int(v[1][0])]
         if name == "shfl":  # of lane 0
             return v[0].reshape(-1, 32)[:, :1].repeat(32, 1).reshape(-1)
         if name == "setp":

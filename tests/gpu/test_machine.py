@@ -179,6 +179,7 @@ FORMS = {
     "half steps": HALF,
     "half steps, 256 tokens": Form(Tiling(2, 256, step=32), rows=128, tokens=250),
     "gathered, weights shared by 2": PAIR,
+    "selector 0 alone": Form(Tiling(1, 16, selectors=1)),
 }
 
 
@@ -324,6 +325,13 @@ def other_stride(ptx: str) -> str:
 )
 def test_a_spoilt_program_is_caught(products, name, spoil):
     assert caught(products(name), spoil)
+
+
+def test_metadata_can_move_to_the_lanes_of_selector_0(products):
+    used = re.compile(r", ([01]), p, 1, 1")
+    assert set(used.findall(products("rows").ptx)) == {"0", "1"}
+    assert set(used.findall(products("selector 0 alone").ptx)) == {"0"}
+    assert caught(products("selector 0 alone"), other_selector)
 
 
 def test_a_product_in_flight_while_metadata_are_loaded_is_caught():
