@@ -159,7 +159,7 @@ $(GPU_VENV)/.installed: pyproject.toml
 
 install-gpu: $(GPU_VENV)/.installed ## Make .venv-gpu, in which GPU kernels compile offline
 
-gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline (.venv-gpu)
+gpu-compile: $(GPU_VENV)/.installed ## Compile the GPU kernels offline (.venv-gpu); ARGS=--all: what bench.gpu runs
 	JAX_PLATFORMS=cpu $(GPU_PY) -m bench.gpu_compile $(ARGS)
 	JAX_PLATFORMS=cpu $(GPU_PY) -m pytest -q -m "not slow" tests/gpu/test_machine.py \
 	  tests/gpu/test_bench.py

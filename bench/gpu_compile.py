@@ -253,7 +253,8 @@ def read_reports(
     if cuts and tokens:
         steps = {cut.tokens: cut.step for cut in cuts}
         step = steps.get(tokens[0], STEP)
-        failures += gpu_faults.descriptor_faults(text[".ptx"], tokens[0], step)
+        use = min(cut.selectors for cut in cuts)
+        failures += gpu_faults.descriptor_faults(text[".ptx"], tokens[0], step, use)
         latched = any(cut.in_flight for cut in cuts)
         failures += gpu_faults.machine_faults(text[".sass_ctrl"], latched)
     if found["shared"] > chip.shared_block:
@@ -270,6 +271,7 @@ def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+@functools.cache
 def abstract(size: gpu_parts.Size, dtype: Any, plain: bool | None = None) -> Any:
     """Shapes of a packed weight as it is laid out for the kernel.
 
@@ -348,6 +350,9 @@ def every_case() -> list[Case]:
     for form in gpu_parts.every_form():
         case = gpu_parts.case_of(form, *gpu_parts.ON_GPU)
         made.append(exact(f"{wgmma_sp.NAME}, numerics", form.name, case))
+        if not form.cut.in_flight:  # what a wrong one is tried with
+            lone = case._replace(cut=dataclasses.replace(form.cut, selectors=1))
+            made.append(exact(f"{wgmma_sp.NAME}, selector 0", form.name, lone))
     for number, case in enumerate(wgmma_sp.CASES):
         made.append(exact(f"{wgmma_sp.NAME}, self-check", f"case {number}", case))
     times, half = f"{wgmma_sp.NAME}, times", jnp.bfloat16

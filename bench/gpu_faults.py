@@ -190,17 +190,20 @@ OPERANDS = re.compile(
 )
 
 
-def descriptor_faults(ptx: str, width: int, stored: int = 64) -> list[str]:
+def descriptor_faults(
+    ptx: str, width: int, stored: int = 64, selectors: int = 2
+) -> list[str]:
     """Elements that a product reads elsewhere than where they were written.
 
     Args:
       ptx: of a kernel.
       width: tokens of a block.
       stored: columns of a step, 16 of them to a product.
+      selectors: that are in use, one word of metadata for as many products.
 
     Returns:
       Sentences, none if every element of both operands is read where it is, with the
-      selectors 0, 1, 0, 1 and one word of metadata for two products.
+      selectors 0, 1, 0, 1 or 0 alone.
     """
     constant = {
         name: int(value) % 2**64
@@ -214,19 +217,24 @@ def descriptor_faults(ptx: str, width: int, stored: int = 64) -> list[str]:
         return [f"{len(products)} sparse products, {count} are one step"]
     faults = []
     for first in range(0, len(products), count):  # more where a loop was unrolled
-        faults += _step_faults(products[first : first + count], constant, width)
+        step = products[first : first + count]
+        faults += _step_faults(step, constant, width, selectors)
     return faults[:FAULTS]
 
 
 def _step_faults(
-    products: list[tuple[str, ...]], constant: dict[str, int], width: int
+    products: list[tuple[str, ...]],
+    constant: dict[str, int],
+    width: int,
+    use: int,
 ) -> list[str]:
     """The faults of one step."""
     faults = []
     words = [word for *_, word, _, _, _ in products]
-    if words[::2] != words[1::2] or len(set(words)) != len(words) // 2:
-        faults.append(f"metadata {words}: one register for two products")
-    wanted = [k % 2 for k in range(len(products))]
+    each = [name for name in dict.fromkeys(words) for _ in range(use)]
+    if words != each or len(set(words)) != len(words) // use:
+        faults.append(f"metadata {words}: one register for {use} products")
+    wanted = [k % use for k in range(len(products))]
     if (selectors := [int(p[4]) for p in products]) != wanted:
         faults.append(f"selectors {selectors} instead of {wanted}")
     n, (a, b) = int(products[0][0]), zip(*((p[1], p[2]) for p in products), strict=True)

@@ -552,6 +552,7 @@ def one_time(size: Size, n: int, name: str, out: Path) -> dict[str, Any]:
     more = {
         "share of the limit": 1e6 * cost.floor(size.product(n)) / taken["wall"],
         "predicted": 1e6 * seconds,
+        "dense, predicted": 1e6 * cost.dense(n, size.outputs, size.inputs),
     }
     if taken["kernels"]:
         more["kernels alone"] = taken["kernels"]
@@ -632,7 +633,12 @@ def one_by_torch(o: int, n: int) -> dict[str, Any]:
         (sparse(packed[0]) - dense(plain[0])).abs().max().item()
     )
     base = graph_time(torch, dense, plain)
-    return {"value": graph_time(torch, sparse, packed), "anchor": base, "data": data}
+    taken = graph_time(torch, sparse, packed)
+    more = {
+        "predicted": 1e6 * cost.tuned(n, o, o),
+        "dense, predicted": 1e6 * cost.dense(n, o, o),
+    }
+    return {"value": taken, "anchor": base, "more": more, "data": data}
 
 
 def searched(torch: Any, packed: Any, x: Any) -> dict[str, int]:
@@ -707,8 +713,14 @@ def one_block(name: str, n: int, out: Path) -> dict[str, Any]:
     x, packed = activations(n, timed_shapes()[0][1]), packed_blocks(name)
     run = functools.partial(decoder_block, multiply=fh.sparse_dot)
     taken = per_product(run, x, packed, out, tunes=n > 16, kernels=False)["wall"]
-    data = {"self-check": verdict}
-    return {"value": taken, "anchor": dense_block_time(n, out), "data": data}
+    each = [cost.dense(n, *weight.shape) for weight in packed[0]]
+    least = [
+        min(d, wgmma_sp.seconds(n, w) if wgmma_sp.NAME in w.layouts else d)
+        for d, w in zip(each, packed[0], strict=True)
+    ]
+    figures = {"value": taken, "anchor": dense_block_time(n, out)}
+    more = {"predicted": 1e6 * sum(least), "dense, predicted": 1e6 * sum(each)}
+    return figures | {"more": more, "data": {"self-check": verdict}}
 
 
 def checked() -> str | None:
@@ -738,8 +750,9 @@ def dense_block_time(n: int, out: Path) -> float:
 
 @functools.lru_cache(maxsize=3)
 def packed_blocks(name: str) -> list[list[PackedWeight]]:
-    """Random weights in turn, with the layout of the kernel where there is one."""
+    """Random weights in turn, with their matrix, and the layout of a kernel, if any."""
     keys = jax.random.split(jax.random.key(1), COPIES)
+    held = jax.jit(functools.partial(fh.kernels.prepare, backend=dense.NAME))
     sized = block_sizes(TILE)[name]
     sizes = [sized(*shape) for shape in timed_shapes()]
 
@@ -748,7 +761,7 @@ def packed_blocks(name: str) -> list[list[PackedWeight]]:
         made = [
             make_weight(k, s, jnp.bfloat16) for k, s in zip(each, sizes, strict=True)
         ]
-        return [laid_out(w) if HAS_GPU and HAS_MOSAIC else w for w in made]
+        return [held(laid_out(w) if HAS_GPU and HAS_MOSAIC else w) for w in made]
 
     return [weights(key) for key in keys]
 

@@ -276,6 +276,8 @@ def test_every_part_runs_at_tiny_sizes(tmp_path, monkeypatch):
         for begun, ended in zip(rows[::2], rows[1::2], strict=True):
             assert begun[:3] == (*ended[:2], None) and begun.data["error"]
             assert "error" not in ended.data, ended
+            timed = ended.table in (gpu.TIMES, gpu.BLOCK) and ended.value
+            assert not timed or {"predicted", "dense, predicted"} <= set(ended.more)
         exact = [row.value for row in rows[1::2] if row.table == gpu.NUMERICS]
         assert exact == [0] * len(exact)
     assert not list((tmp_path / "failed").iterdir())

@@ -77,6 +77,7 @@ def test_what_runs_on_a_gpu_is_compiled_before():
     sizes = gpu_parts.every_size()
     assert groups == {
         "wgmma_sp, numerics": len(gpu_parts.every_form()),
+        "wgmma_sp, selector 0": len(gpu_parts.every_form()) // 2,
         "wgmma_sp, self-check": len(wgmma_sp.CASES),
         "wgmma_sp, times": sum(len(tokens) for _, tokens in sizes)
         + len(gpu_parts.IN_FLIGHT),

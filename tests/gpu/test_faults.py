@@ -59,6 +59,14 @@ def test_touching_registers_of_a_product_in_flight_is_told(right, wrong, fault):
         assert any(text.startswith(fault) for text in faults), faults
 
 
+def test_metadata_may_be_written_where_products_are_taken_to_have_read_them():
+    early = LOOP.replace(WAIT, WAIT.replace("0x0", "0x1"))
+    assert gpu_faults.machine_faults(early)
+    assert gpu_faults.machine_faults(early, latched=True) == []
+    spoilt = early.replace(DRAIN, "")
+    assert gpu_faults.machine_faults(spoilt, latched=True)[0].startswith("R24, a sum")
+
+
 def product(k, a, b, word, selector, turned):
     return (
         f"add.s64 %rd{10 + k}, %rd1, {a};\n add.s64 %rd{20 + k}, %rd2, {b};\n"
@@ -93,6 +101,13 @@ HALF = dict(a=2 << 62 | 32 << 32 | 1 << 16, b=A, turned=0, advance=(0, 4))
 def test_descriptors_that_meet_the_copies_have_no_fault(form):
     stored = 16 * len(form["advance"])
     assert gpu_faults.descriptor_faults(listing(**form), 16, stored) == []
+
+
+def test_selector_0_alone_has_a_word_for_every_product():
+    lone = ROWS | dict(words=(93, 94, 95, 96), selectors=(0, 0, 0, 0))
+    assert gpu_faults.descriptor_faults(listing(**lone), 16, 64, 1) == []
+    assert gpu_faults.descriptor_faults(listing(**ROWS), 16, 64, 1)
+    assert gpu_faults.descriptor_faults(listing(**lone), 16, 64, 2)
 
 
 @pytest.mark.parametrize(
