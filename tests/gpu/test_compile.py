@@ -4,7 +4,7 @@ import collections
 
 import pytest
 
-from bench import gpu_compile, gpu_parts
+from bench import gpu_compile, gpu_parts, gpu_programs
 from flexhinm_jax.gpu import wgmma_sp
 from flexhinm_jax.gpu.tilings import Tiling
 
@@ -73,7 +73,7 @@ def test_a_program_without_its_kernels_or_with_a_loop_fails():
 
 
 def test_what_runs_on_a_gpu_is_compiled_before():
-    groups = collections.Counter(case.group for case in gpu_compile.every_case())
+    groups = collections.Counter(case.group for case in gpu_programs.every_case())
     sizes = gpu_parts.every_size()
     assert groups == {
         "wgmma_sp, numerics": len(gpu_parts.every_form()),

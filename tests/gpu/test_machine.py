@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import gpu_compile
+from bench import gpu_compile, gpu_programs
 from flexhinm_jax.gpu import hopper, layouts, selfcheck, support
 from flexhinm_jax.gpu.tilings import Source, Tiling
 from tests.gpu import machine
@@ -138,7 +138,7 @@ def compiled(form: Form) -> Product:
 
     shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays)
     chip = gpu_compile.CHIPS["h200"]
-    case = gpu_compile.Case("wgmma_sp", "small", run, shapes)
+    case = gpu_programs.Case("wgmma_sp", "small", run, shapes)
     [text] = gpu_compile.dump(case, chip, gpu_compile.mesh_of(chip)).kernels
     if source is Source.STREAM:
         activations = support.pad_rows(activations, cut.tokens)
