@@ -45,6 +45,7 @@ FIGURES = ("peak GB", "packed / dense bytes", "zeros")
 """Columns of rows that were pruned."""
 
 GYRO, HINM, TILES = "flexhinm:v=32", "hinm:v=32", "tiles:tile=64"
+NARROW = "flexhinm:v=16"
 WRITTEN = {"reorder": "reordered", "rotate": "rotated", "tune": "tuned"}
 """Verb before or behind a prune -> the directory it writes."""
 
@@ -153,6 +154,8 @@ def recipes() -> dict[str, Recipe]:
                 name = f"{kind} {sparsity:.1%} {method}"
                 options = f"--method {method} --pattern {pattern}"
                 add(CURVES, name, f"{options} --sparsity {sparsity}")
+        options = f"--method staged_alps --pattern {NARROW} --sparsity {sparsity}"
+        add(CURVES, f"FlexHiNM v=16 {sparsity:.1%} staged_alps", options)
         for method in ("sparsegpt", "staged_alps"):
             name = f"FlexHiNM {sparsity:.1%} {method}"
             options = f"--method {method} --pattern {GYRO} --sparsity {sparsity}"
@@ -164,7 +167,7 @@ def recipes() -> dict[str, Recipe]:
             rows[f"{name} reconstructed on {MORE} samples"] = more.reconstructed()
             rows[f"{name} tuned"] = plain._replace(tuned=TUNED, rate=rate)
     roles = " ".join(f"--rule {role}_proj={part}" for role, part in ROLES.items())
-    options = "--method staged_alps --pattern flexhinm:v=16 --sparsity 0.25"
+    options = f"--method staged_alps --pattern {NARROW} --sparsity 0.25"
     best = Recipe(CURVES, f"{options} {roles}")
     name = "FlexHiNM v=16 25.0% staged_alps by role"
     rows[name] = best
