@@ -154,13 +154,18 @@ def recipes() -> dict[str, Recipe]:
                 name = f"{kind} {sparsity:.1%} {method}"
                 options = f"--method {method} --pattern {pattern}"
                 add(CURVES, name, f"{options} --sparsity {sparsity}")
+        rate = GENTLE if sparsity < 0.3 else None
         options = f"--method staged_alps --pattern {NARROW} --sparsity {sparsity}"
-        add(CURVES, f"FlexHiNM v=16 {sparsity:.1%} staged_alps", options)
+        name, plain = (
+            f"FlexHiNM v=16 {sparsity:.1%} staged_alps",
+            Recipe(CURVES, options),
+        )
+        rows[name] = plain
+        rows[f"{name} tuned"] = plain._replace(tuned=TUNED, rate=rate)
         for method in ("sparsegpt", "staged_alps"):
             name = f"FlexHiNM {sparsity:.1%} {method}"
             options = f"--method {method} --pattern {GYRO} --sparsity {sparsity}"
             plain = Recipe(CURVES, options)
-            rate = GENTLE if sparsity < 0.3 else None
             rows[name], more = plain, plain.on_more()
             rows[f"{name} reconstructed"] = plain.reconstructed()
             rows[f"{name} on {MORE} samples"] = more
