@@ -108,7 +108,7 @@ def row(table: str, what: str, taken: Times, anchor: float, **data: Any) -> Row:
 def pack(shape: tuple[int, int], kind: str, vector_size: int) -> tuple[Any, Any]:
     """(packed weight, dense weight) of a Gaussian matrix pruned by magnitude."""
     w = jax.random.normal(jax.random.key(0), shape)
-    others = {"2:4": NM(2, 4), "HiNM 50 %": HiNM(128, permute=None)}
+    others = {"2:4": NM(2, 4), "HiNM 50 %": HiNM(128)}
     pattern = others.get(kind, FlexHiNM(vector_size, permute=None))
     method = fh.Magnitude(pattern)
     state = method.solve(jax.random.key(1), w, None, sparsity=SPARSITY[kind])
