@@ -160,14 +160,14 @@ def every_form() -> list[Form]:
         (listed, 256, 1, 2, 32),
     ):
         made.append((source, Tiling(2, tokens, splits, sharing=sharing, step=step)))
-    forms, half = [], ("bfloat16", "float16")
+    every, half = [], ("bfloat16", "float16")
     for number, (source, cut) in enumerate(made):
         # Of a slot of which five fit beside x, if x is held.
         small = cut.slot_bytes < (20_000 if source is Source.HELD else 40_000)
         for flight, depth in ((0, 5 if small else 4), (1, 4)):
             each = dataclasses.replace(cut, depth=depth, in_flight=flight)
-            forms.append(Form(source, each, half[number % 2]))
-    return forms
+            every.append(Form(source, each, half[number % 2]))
+    return every
 
 
 def case_of(form: Form, steps: int, tokens: int) -> selfcheck.Case:

@@ -156,11 +156,8 @@ def recipes() -> dict[str, Recipe]:
                 add(CURVES, name, f"{options} --sparsity {sparsity}")
         rate = GENTLE if sparsity < 0.3 else None
         options = f"--method staged_alps --pattern {NARROW} --sparsity {sparsity}"
-        name, plain = (
-            f"FlexHiNM v=16 {sparsity:.1%} staged_alps",
-            Recipe(CURVES, options),
-        )
-        rows[name] = plain
+        name = f"FlexHiNM v=16 {sparsity:.1%} staged_alps"
+        rows[name] = plain = Recipe(CURVES, options)
         rows[f"{name} tuned"] = plain._replace(tuned=TUNED, rate=rate)
         for method in ("sparsegpt", "staged_alps"):
             name = f"FlexHiNM {sparsity:.1%} {method}"
@@ -173,10 +170,9 @@ def recipes() -> dict[str, Recipe]:
             rows[f"{name} tuned"] = plain._replace(tuned=TUNED, rate=rate)
     roles = " ".join(f"--rule {role}_proj={part}" for role, part in ROLES.items())
     options = f"--method staged_alps --pattern {NARROW} --sparsity 0.25"
-    best = Recipe(CURVES, f"{options} {roles}")
     name = "FlexHiNM v=16 25.0% staged_alps by role"
-    rows[name] = best
-    rows[f"{name} tuned"] = best._replace(tuned=LONG, rate=GENTLE)
+    rows[name] = plain = Recipe(CURVES, f"{options} {roles}")
+    rows[f"{name} tuned"] = plain._replace(tuned=LONG, rate=GENTLE)
     for method in ("wanda", "sparsegpt", "alps"):
         options = f"--method {method} --pattern 2:4 {ONLY_MLP}"
         add(CURVES, f"2:4 on MLP only 37.5% {method}", options)
