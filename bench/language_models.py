@@ -193,6 +193,10 @@ def learned() -> dict[str, Recipe]:
     for method in ("maskllm", "maskpro", "proxsparse"):
         options = f"--method {method} --pattern 2:4 {steps}"
         rows[f"2:4 {method}"] = Recipe(LEARNED, options, verb="learn")
+    for window in ("part", "model"):
+        options = f"--method maskllm --pattern 2:4 {steps} --window {window}"
+        name = f"2:4 maskllm on the outputs of a {window}"
+        rows[name] = Recipe(LEARNED, options, verb="learn")
     # Its own loop is on the Gram matrices, so steps are cheap.
     options = "--method hyperprune --pattern 2:4"
     rows["2:4 hyperprune"] = Recipe(LEARNED, options, verb="learn")

@@ -12,6 +12,7 @@ from flexhinm_jax.cli.recipe import RECIPE
 from flexhinm_jax.io import huggingface, model_card, packed
 from flexhinm_jax.io.model_card import CARD, REPORT
 from flexhinm_jax.io.sources import BUILTIN
+from flexhinm_jax.models import decoder
 from flexhinm_jax.models.load import PACKED, Model
 from flexhinm_jax.pruning import prune
 from flexhinm_jax.pruning.report import Report
@@ -28,8 +29,10 @@ def note_builtin(args: argparse.Namespace, console: Console) -> None:
 
 
 def rules(model: Model, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The rules of the command line, then those that the model itself has."""
-    return dict(asked) | {k: v for k, v in model.rules.items() if k not in asked}
+    """What never is pruned, the rules of the command line, those of the model."""
+    never = decoder.rules(model.config) if model.is_decoder else {}
+    own = {k: v for k, v in model.rules.items() if k not in asked}
+    return never | dict(asked) | own
 
 
 def check_uses(model: Path, uses: Uses) -> None:
@@ -56,7 +59,8 @@ def write(
     """Writes the directory: the model with zeros in place, packed file, other texts."""
     with atomic.directory(args.out, overwrite=args.force) as folder:
         huggingface.write(folder, result.params, source=model.directory, overwrite=True)
-        packed.write_packed(folder / PACKED, result.packed, overwrite=True)
+        if args.pack or not model.is_decoder:
+            packed.write_packed(folder / PACKED, result.packed, overwrite=True)
         model_card.write(folder, texts)
 
 

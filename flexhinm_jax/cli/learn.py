@@ -1,10 +1,12 @@
 """`flexhinm learn`: masks of a model directory, by distilling its own outputs.
 
-An encoder is learned as a whole here; a decoder block by block, in `learn_decoder`.
+An encoder is learned as a whole here, a decoder too where that is asked for; else it is
+learned block by block, in `learn_decoder`.
 """
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import jax
 import numpy as np
 
 from flexhinm_jax import atomic, checks, patterns
-from flexhinm_jax.cli import directory, flags, learn_decoder
+from flexhinm_jax.cli import directory, flags, learn_decoder, prune_decoder
 from flexhinm_jax.cli.choices import examples
 from flexhinm_jax.cli.console import Console, report_table
 from flexhinm_jax.cli.directory import REPORT
@@ -30,6 +32,9 @@ BATCH_SENTENCES = 16
 LOOKS = 20  # validations of the hard masks in a run
 HELD = 0.125  # share of the batches that validate
 
+OF_BLOCKS = ("target", "weights_rate", "memory", "dtype")
+"""Options of decoders that are learned block by block."""
+
 
 def add_parser(commands: Any) -> None:
     """Adds the command to the parser."""
@@ -46,7 +51,8 @@ def add_parser(commands: Any) -> None:
             A decoder is learned block by block, in the memory of one block: the
             block is to give what the dense block gives on the hidden states of the
             text. A run that is stopped or killed goes on by itself when the same
-            command is given again.
+            command is given again. With --window model all of it is in memory, and is
+            to predict what the dense model predicts; --resume keeps checkpoints.
             """,
         epilog=EXAMPLES,
     )
@@ -90,7 +96,8 @@ def add_parser(commands: Any) -> None:
         "--resume",
         type=Path,
         metavar="DIR",
-        help="keep checkpoints in DIR, and go on behind the newest one there",
+        help="keep checkpoints in DIR, and go on behind the newest one there; for what"
+        " is learned whole",
     )
     add(
         "--rule",
@@ -102,7 +109,7 @@ def add_parser(commands: Any) -> None:
     flags.add_sentences(
         parser,
         f"sentences (or samples of a decoder) of a step (default: {BATCH_SENTENCES}, or"
-        f" {flags.BATCH_SAMPLES})",
+        f" {flags.BATCH_SAMPLES}; 1 with --window model)",
     )
     _add_decoders(parser)
     flags.add_pack_values(parser)
@@ -113,6 +120,13 @@ def add_parser(commands: Any) -> None:
 def _add_decoders(parser: argparse.ArgumentParser) -> None:
     """Adds the options that are for decoders."""
     add = flags.add_decoders(parser).add_argument
+    add(
+        "--window",
+        choices=("block", "part", "model"),
+        help="whose outputs are compared with the dense ones: those of a block (the"
+        " default), those of its attention as well (part), or the predictions of the"
+        " whole model, which it then holds in memory (model)",
+    )
     add(
         "--weights-rate",
         type=float,
@@ -134,6 +148,7 @@ examples:
   flexhinm learn all-MiniLM-L6-v2 --method patch --pattern tiles:tile=128 \\
       --sparsity 0.35 --calibration sentences.txt --resume half-way --out masked
   flexhinm learn Qwen2.5-0.5B --calibration text.txt --memory 8GiB --out masked
+  flexhinm learn Qwen2.5-0.5B --window model --calibration text.txt --out masked
 """
 
 
@@ -145,10 +160,15 @@ def run(args: argparse.Namespace, console: Console) -> None:
     given = [] if decoder else examples(args, kind)
     directory.note_builtin(args, console)
     with atomic.locked(args.out), atomic.locked(args.resume or args.out):
-        if decoder:
-            learn_decoder.run(args, choices, console)
-        else:
+        if _is_whole(args, kind):
             _run(args, choices, given, console)
+        else:
+            learn_decoder.run(args, choices, console)
+
+
+def _is_whole(args: argparse.Namespace, kind: Kind) -> bool:
+    """Whether the model is learned as a whole, not block by block."""
+    return kind.reads is not Reads.TEXT or args.window == "model"
 
 
 def _run(
@@ -156,10 +176,18 @@ def _run(
 ) -> None:
     with console.step("reading the model"):
         model = load(args.model)
-    result, history = _learn(args, choices, text, model, console)
+    if model.is_decoder:
+        batches = prune_decoder.batches(args, args.batch_size or 1)
+        samples, length = sum(len(x) for (x,) in batches), batches[0][0].shape[1]
+        told = {"window": "model", "samples": samples, "length": length}
+    else:
+        size = args.batch_size or BATCH_SENTENCES
+        batches = model.steps(text, size, args.max_length)
+        told = {"images" if model.reads_images else "sentences": len(text)}
+    result, history = _learn(args, choices, batches, model, console)
     first, best = history[0]["value"], min(entry["value"] for entry in history)
     document = learn_decoder.document(args, choices) | {
-        "images" if model.reads_images else "sentences": len(text),
+        **told,
         "validation": {"first": first, "best": best},
         "history": [{k: v for k, v in e.items() if v == v} for e in history],
         **result.report.to_dict(),
@@ -177,7 +205,7 @@ def _run(
 
 def check(args: argparse.Namespace, kind: Kind) -> Choices:
     """Everything that can be refused before the model is read."""
-    decoder = kind.reads is Reads.TEXT
+    decoder, whole = kind.reads is Reads.TEXT, _is_whole(args, kind)
     pattern = patterns.parse(args.pattern)
     method = few_steps.method(args.method, pattern, args.noise)
     checks.sparsity(
@@ -188,16 +216,18 @@ def check(args: argparse.Namespace, kind: Kind) -> Choices:
         if value is not None:
             flags.check_rate(name, value)
     directory.check_out(args)
-    flags.check_kind(args, kind.reads)
-    for option in ("target", "weights_rate") if not decoder else ():
+    flags.check_kind(args, kind.reads, but=("resume",) if whole else ())
+    for option in (*OF_BLOCKS, *(() if decoder else ("window",))) if whole else ():
         if getattr(args, option):
+            kinds = "masks that are learned block by block" if decoder else "decoders"
             name = option.replace("_", "-")
-            raise ValueError(f"--{name} is for decoders; leave it out")
+            raise ValueError(f"--{name} is for {kinds}; leave it out")
     fitted = isinstance(method, LearnedMethod) and method.frozen_weights
-    if not decoder and not fitted:
+    if whole and not fitted:
+        only = "" if decoder else ", which is for decoders"
         raise ValueError(
-            f"--method {args.method} learns block by block, which is for decoders;"
-            " choose another method"
+            f"--method {args.method} learns block by block{only}; choose another method"
+            + " or leave --window model out" * decoder
         )
     start = few_steps.start(args.start, method)
     rules, numbers = flags.rules(args.rule)
@@ -212,7 +242,7 @@ def check(args: argparse.Namespace, kind: Kind) -> Choices:
 def _learn(
     args: argparse.Namespace,
     choices: Choices,
-    text: Examples,
+    batches: Sequence[tuple[Any, ...]],
     model: Model,
     console: Console,
 ) -> tuple[prune.Pruned, list[dict[str, float]]]:
@@ -220,8 +250,6 @@ def _learn(
     params, rules = model.params, directory.rules(model, choices.rules)
     uses = discover(model.apply, params, *model.sample(), rules=rules)
     directory.check_uses(args.model, uses)
-    size = args.batch_size or BATCH_SENTENCES
-    batches = model.steps(text, size, args.max_length)
     steps = [tuple(map(on_device, batch)) for batch in batches]
     stats = calibrate(
         model.apply,
@@ -238,14 +266,17 @@ def _learn(
     order = np.asarray(jax.random.permutation(mix_key, len(steps)))
     steps = [steps[k] for k in order]
     held = math.ceil(HELD * len(steps)) if len(steps) > 1 else 0
-    # every dense output is computed once
-    with console.step(f"the dense model reads {len(steps)} batches", long=True):
-        learned_from = objectives.taught(model.apply, params, steps)
     loss_fn = objectives.distillation(
         model.apply,
-        kind="kl" if model.reads_images else "cosine",
+        kind="cosine" if model.kind.reads is Reads.SENTENCES else "kl",
         token_mask=model.token_mask,
     )
+    if model.is_decoder:  # a prediction of every token would take too much memory
+        loss_fn = objectives.beside(model.apply, loss_fn)
+        learned_from = [(params, *batch) for batch in steps]
+    else:
+        with console.step(f"the dense model reads {len(steps)} batches", long=True):
+            learned_from = objectives.taught(model.apply, params, steps)
     value = jax.jit(loss_fn)
 
     def evaluate(now: Any) -> float:

@@ -80,6 +80,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
     def told(result: learned.Learned) -> dict[str, Any]:
         return document(args, choices) | {
             "target": args.target or "seq",
+            "window": args.window or "block",
             "samples": tokens.shape[0],
             "length": tokens.shape[1],
             "validation": [list(pair) for pair in result.values],
@@ -110,6 +111,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
                 start=choices.start,
                 config={"method": args.method, "noise": args.noise} | rates,
                 weights_tx=weights_tx,
+                window=args.window or "block",
             ),
             limits=limits(args),
             output=streaming.Output(args.pack, args.force, texts, args.pack_values),

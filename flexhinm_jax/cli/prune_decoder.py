@@ -153,3 +153,9 @@ def samples(args: argparse.Namespace, blocks: Blocks) -> Any:
         count=(args.samples or flags.SAMPLES) * length,
     )
     return pieces(tokens, length, args.samples, flags.SAMPLES)
+
+
+def batches(args: argparse.Namespace, size: int) -> list[tuple[Any, ...]]:
+    """The same in steps of so many samples, for a decoder that is read whole."""
+    tokens = samples(args, open_blocks(args.model))
+    return [(tokens[k : k + size],) for k in range(0, len(tokens), size)]

@@ -14,7 +14,6 @@ from flexhinm_jax.cli.console import Console
 from flexhinm_jax.io import huggingface, model_card, packed, records, shards
 from flexhinm_jax.jax_versions import on_device
 from flexhinm_jax.models.load import PACKED, PACKED_BLOCKS, Model, Reads, kind_of, load
-from flexhinm_jax.streaming.blocks import open_blocks
 from flexhinm_jax.tracing import views
 from flexhinm_jax.training.tune import Tuned, tune
 from flexhinm_jax.types import PackedWeight
@@ -118,9 +117,7 @@ def _tuned(
 ) -> Tuned:
     """Both models' batches, and the training."""
     if dense.is_decoder:
-        size = args.batch_size or 1
-        tokens = prune_decoder.samples(args, open_blocks(args.model))
-        batches = [(tokens[k : k + size],) for k in range(0, len(tokens), size)]
+        batches = prune_decoder.batches(args, args.batch_size or 1)
     else:
         size = args.batch_size or BATCH_SENTENCES
         text = examples(args, dense.kind)

@@ -38,6 +38,7 @@ from flexhinm_jax.models.decoder_parameters import (
     check,
     head_shapes,
     init,
+    model_rules,
     rules,
     shapes,
     table_shapes,
@@ -56,6 +57,8 @@ __all__ = [
     "embed",
     "head",
     "init",
+    "model_rules",
+    "parts",
     "rules",
     "shapes",
 ]
@@ -132,6 +135,26 @@ def block(
     Raises:
       ValueError: a parameter is missing or has a shape that disagrees with `config`.
     """
+    return parts(params, h, config, layer)[1]
+
+
+def parts(
+    params: Mapping[str, Array], h: Array, config: DecoderConfig, layer: int = 0
+) -> tuple[Array, Array]:
+    """`block`, and the residual stream between its two parts.
+
+    Args:
+      params: as in `block`, as the other arguments.
+      h: [batch, length, hidden_size].
+      config: sizes.
+      layer: which layer, where layers differ.
+
+    Returns:
+      [batch, length, hidden_size] each: behind the attention, and behind the block.
+
+    Raises:
+      ValueError: a parameter is missing or has a shape that disagrees with `config`.
+    """
     window = config.layer(layer).window
 
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
@@ -149,7 +172,8 @@ def block(
     length = h.shape[1]
     positions = jnp.arange(length, dtype=jnp.int32)
     turned = turns(positions, length, config, layer)
-    return run_block(params, h, turned, attend, config)[0]
+    h, _ = _after_attention(params, h, turned, attend, config)
+    return h, _after_feed_forward(params, h, config)
 
 
 def head(params: Mapping[str, Array], h: Array, config: DecoderConfig) -> Array:
@@ -190,6 +214,18 @@ def run_block(
     Returns:
       [batch, length, hidden_size] and the state that `attend` returned.
     """
+    h, state = _after_attention(params, h, turned, attend, config)
+    return _after_feed_forward(params, h, config), state
+
+
+def _after_attention(
+    params: Mapping[str, Array],
+    h: Array,
+    turned: tuple[Array, Array] | None,
+    attend: Attend,
+    config: DecoderConfig,
+) -> tuple[Array, Any]:
+    """The residual stream behind the attention, and the state of `attend`."""
     batch, length = h.shape[:2]
 
     def split(name: str) -> Array:
@@ -204,14 +240,21 @@ def run_block(
         query, key = rope.rotate(query, turned), rope.rotate(key, turned)
     mixed, state = attend(query, key, split("v"))
     mixed = _dense(params, "self_attn.o_proj", mixed.reshape(batch, length, -1))
-    after = params["post_attention_layernorm.weight"]
     if config.sandwich_norms:
-        h = h + _norm(after, mixed, config)
+        mixed = _norm(params["post_attention_layernorm.weight"], mixed, config)
+    return h + mixed, state
+
+
+def _after_feed_forward(
+    params: Mapping[str, Array], h: Array, config: DecoderConfig
+) -> Array:
+    """The residual stream behind the feed-forward part, from that before it."""
+    if config.sandwich_norms:
         x = _norm(params["pre_feedforward_layernorm.weight"], h, config)
         y = _feed_forward(params, x, config)
-        return h + _norm(params["post_feedforward_layernorm.weight"], y, config), state
-    h = h + mixed
-    return h + _feed_forward(params, _norm(after, h, config), config), state
+        return h + _norm(params["post_feedforward_layernorm.weight"], y, config)
+    x = _norm(params["post_attention_layernorm.weight"], h, config)
+    return h + _feed_forward(params, x, config)
 
 
 def _feed_forward(

@@ -19,6 +19,7 @@ __all__ = [
     "check",
     "head_shapes",
     "init",
+    "model_rules",
     "rules",
     "shapes",
     "table_shapes",
@@ -99,6 +100,19 @@ def rules(config: DecoderConfig) -> dict[str, str]:
     if config.experts is None:
         return {}
     return {rf"\.{re.escape(config.experts.router)}$": "skip"}
+
+
+def model_rules(config: DecoderConfig) -> dict[str, str]:
+    """`rules`, and an output layer of its own stays: only blocks are pruned.
+
+    Args:
+      config: sizes.
+
+    Returns:
+      {regex of keys: "skip"}.
+    """
+    own = {} if config.tie_word_embeddings else {rf"^{re.escape(HEAD)}$": "skip"}
+    return rules(config) | own
 
 
 def check(stored: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> None:

@@ -114,7 +114,7 @@ DECODER = Kind(
     decoder.apply,
     Reads.TEXT,
     r"^model\.layers\.",
-    decoder.rules,
+    decoder.model_rules,
 )
 ENCODER = Kind(
     encoder.EncoderConfig,

@@ -151,11 +151,13 @@ class BlockProgram:
 
     Attributes:
       apply: (parameters, hidden states) -> hidden states.
+      parts: the same -> those behind the attention and behind the block.
       run: the same, compiled.
       uses: what is prunable.
     """
 
     apply: Callable[[Mapping[str, Any], Array], Array]
+    parts: Callable[[Mapping[str, Any], Array], tuple[Array, Array]]
     run: Callable[[Mapping[str, Any], Array], Array]
     uses: Uses
 
@@ -205,9 +207,10 @@ class BlockUses:
                 f"^{re.escape(prefix + name)}$": action for name, action in kind[1]
             }
             uses = self.fit(discover(self.blocks.apply(layer), like, h, rules=rules))
-            apply = lambda params, h: decoder.block(params, h, config, layer)  # noqa: E731
+            apply = functools.partial(decoder.block, config=config, layer=layer)
             self.programs[kind] = BlockProgram(
                 apply,
+                functools.partial(decoder.parts, config=config, layer=layer),
                 jax.jit(apply),
                 renamed(uses, lambda key: key.removeprefix(prefix)),
             )

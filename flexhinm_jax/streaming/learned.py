@@ -2,11 +2,12 @@
 
 One block at a time is loaded, and the masks of its weights are learned so that the
 block gives what the dense block gives: on the hidden states behind the pruned blocks
-before it (target "seq"), or what the dense model gives there ("asym"). The weights
-stay. The loss is the squared error over the squared outputs, and the training is a
-`Run` of the training room: the best hard masks seen are kept, the first ones among
-them, so no block ends worse than it began. With an optimiser of its own what stays
-of the weights moves along with the masks, norms and biases too, as in FlexHiNM-GP.
+before it (target "seq"), or what the dense model gives there ("asym"). With the window
+"part" the residual stream between attention and feed-forward counts as well. The
+weights stay. The loss is the squared error over the squared outputs, and the training
+is a `Run` of the training room: the best hard masks seen are kept, the first ones among
+them, so no block ends worse than it began. With an optimiser of its own what stays of
+the weights moves along with the masks, norms and biases too, as in FlexHiNM-GP.
 
 Blocks of one kind are one program, under keys without the number of the layer, so
 every kind is compiled once. Resuming, writing and packing are those of `streaming`; a
@@ -18,7 +19,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,8 @@ class Learning:
       config: plain values that explain `tx`: a run that goes on must give the same.
       weights_tx: optimiser of the weights that stay, norms and biases, for a method
         that does not freeze them (HardConcrete, GumbelPatterns); None leaves them.
+      window: whose output is compared: "block", or "part" for both halves of a block,
+        the residual stream behind its attention and behind its end.
     """
 
     tx: optax.GradientTransformation
@@ -82,6 +85,7 @@ class Learning:
     held: float = 0.125
     config: Any = None
     weights_tx: optax.GradientTransformation | None = None
+    window: Literal["block", "part"] = "block"
 
     def __post_init__(self):
         """Validates the fields."""
@@ -92,6 +96,8 @@ class Learning:
         arguments.count(self.looks, "looks", 1)
         if not 0 < self.held < 1:
             raise ValueError(f"held={self.held!r}: need a share between 0 and 1")
+        if self.window not in ("block", "part"):
+            raise ValueError(f"window={self.window!r}: choose 'block' or 'part'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +191,13 @@ def learn_blocks(
         more={k: v for k, v in how.items() if k not in ("tx", "weights_tx")},
     )
     memory.check_all(setting)
-    _check_weights(setting, learning)
-    plan = learning_budget(setting, limits.memory, learning.weights_tx is not None)
+    _check_method(setting, learning)
+    plan = learning_budget(
+        setting,
+        limits.memory,
+        trained=learning.weights_tx is not None,
+        goals=1 + (learning.window == "part"),
+    )
     tell(plan)
     plan.check()
     work = Work(Path(out), setting)
@@ -200,9 +211,14 @@ def learn_blocks(
     return result
 
 
-def _check_weights(setting: Setting, learning: Learning) -> None:
-    """Refuses to train weights that stay as they are, or that round steps away."""
+def _check_method(setting: Setting, learning: Learning) -> None:
+    """Refuses what the method does not take, and weights that round steps away."""
     method = setting.request.method
+    if learning.window != "block" and not isinstance(method, LearnedMethod):
+        raise ValueError(
+            f"window={learning.window!r}: {type(method).__name__} has a loop of its"
+            " own, on the Gram of every weight, and compares no outputs; leave it out"
+        )
     if learning.weights_tx is None:
         return
     if frozen(method) or not isinstance(method, LearnedMethod):
@@ -224,6 +240,7 @@ class _Programs:
 
     Attributes:
       block: their program.
+      run: (parameters, hidden states) -> what is compared; the block's output last.
       weights_tx: of the weights; None where the method keeps them as they are.
       step: of a `Phase`.
       value: (states, parameters, *batch) -> loss under the hard masks.
@@ -231,7 +248,9 @@ class _Programs:
 
     def __init__(self, block: BlockProgram, method: Any, learning: Learning):
         """Compiles nothing yet."""
-        loss, self.block = output_error(block.apply), block
+        one = lambda params, h: (block.apply(params, h),)  # noqa: E731
+        compared = block.parts if learning.window == "part" else one
+        loss, self.block, self.run = output_error(compared), block, jax.jit(compared)
         moving, tx = learning.weights_tx or optax.set_to_zero(), learning.tx
         self.weights_tx = None if frozen(method) else moving
         if isinstance(method, LearnedMethod):
@@ -279,17 +298,19 @@ class _Task:
 
     def block(self, layer: int, states: States) -> tuple[list[Row], dict[str, float]]:
         """Learns and writes a block; `states` are then those after it."""
-        setting, block = self.setting, self.programs(layer).block
+        setting, programs = self.setting, self.programs(layer)
+        block = programs.block
         params = decoder.block_params(setting.blocks.load(layer), layer)
         inputs, twins = states.take()
         shelf = Shelf(self.plan.shelf, self.work.folder)
         goals = [
-            shelf.put(block.run(params, jnp.asarray(h)))
+            [shelf.put(x) for x in programs.run(params, jnp.asarray(h))]
             for h in (inputs if twins is None else twins)
         ]
 
         def batch(k: int) -> tuple[Array, Teacher]:
-            return jnp.asarray(inputs[k]), Teacher(jnp.asarray(shelf.get(goals[k])))
+            wanted = tuple(jnp.asarray(shelf.get(goal)) for goal in goals[k])
+            return jnp.asarray(inputs[k]), Teacher(wanted)
 
         batches = ((jnp.asarray(h),) for h in inputs)
         stats = calibrate(block.apply, params, block.uses, batches)
@@ -299,8 +320,8 @@ class _Task:
         sparse = apply.densify(plans, weights, block.uses)
         rows = self._written(layer, plans, sparse)
         after = (
-            ([block.run(sparse, jnp.asarray(h))], [shelf.get(goal)])
-            for h, goal in zip(inputs, goals, strict=True)
+            (programs.run(sparse, jnp.asarray(h))[-1:], [shelf.get(parts[-1])])
+            for h, parts in zip(inputs, goals, strict=True)
         )
         states.next(layer + 1, after, setting.request.beside)
         shelf.close()

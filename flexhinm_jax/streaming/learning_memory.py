@@ -21,21 +21,24 @@ COPIES = 5
 """Of what is learned: itself, its gradient, two moments, the best so far."""
 
 
-def learning_budget(setting: Setting, limit: int | None, trained: bool) -> Budget:
+def learning_budget(
+    setting: Setting, limit: int | None, *, trained: bool, goals: int
+) -> Budget:
     """Plans a run, for the kind of block that takes most.
 
     Args:
       setting: what to do.
       limit: bytes; None for any amount.
       trained: whether the weights are trained too.
+      goals: arrays of the size of the hidden states that are compared with.
     """
     kinds = setting.uses.kinds().values()
-    plans = [_block_budget(setting, n, limit, trained) for n in kinds]
+    plans = [_block_budget(setting, n, limit, trained, goals) for n in kinds]
     return max(plans, key=lambda plan: plan.least)
 
 
 def _block_budget(
-    setting: Setting, layer: int, limit: int | None, trained: bool
+    setting: Setting, layer: int, limit: int | None, trained: bool, goals: int
 ) -> Budget:
     blocks, beside = setting.blocks, setting.request.beside
     count, (samples, length) = len(setting.batches), setting.batches[0].shape
@@ -60,7 +63,7 @@ def _block_budget(
         solver=learned,
         step=step,
         working=gram + learned + step,
-        hidden=hidden * (2 + beside),
+        hidden=hidden * (1 + goals + beside),
         files=2 * hidden * (1 + beside),
         leaf=largest[0],
     )

@@ -62,6 +62,34 @@ def taught(
     return [(*batch, Teacher(run(params, *batch))) for batch in every]
 
 
+def beside(
+    apply_fn: Callable[..., Any], loss_fn: Callable[..., Array]
+) -> Callable[..., Array]:
+    """A loss whose batches begin with the dense parameters.
+
+    The dense outputs are computed in every step and not kept: for outputs that are
+    large, such as a distribution for every token. `taught` keeps them.
+
+    Args:
+      apply_fn: pure function of (params, *batch).
+      loss_fn: takes batches that end in a `Teacher`.
+
+    Returns:
+      loss_fn(params, dense, *batch).
+
+    Example:
+      >>> apply_fn = lambda p, x: x * p
+      >>> loss_fn = beside(apply_fn, output_error(apply_fn))
+      >>> float(loss_fn(1.0, 2.0, jnp.ones(3)))
+      0.25
+    """
+
+    def beside_dense(now: Any, dense: Any, *batch: Any) -> Array:
+        return loss_fn(now, *batch, Teacher(apply_fn(dense, *batch)))
+
+    return beside_dense
+
+
 def layer_task(params: Any, uses: Uses, stats: Mapping[str, Stats]) -> Task:
     """The dense weights, their Grams and the energy of their outputs.
 

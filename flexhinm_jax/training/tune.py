@@ -27,7 +27,6 @@ from flexhinm_jax.tracing.discover import discover
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.training import objectives
 from flexhinm_jax.training.gradual import Saves, saves
-from flexhinm_jax.training.objectives import Teacher
 from flexhinm_jax.training.optimizers import keep_from_zeros, warmed_adam
 from flexhinm_jax.training.phases import Judge, Phase, Row
 from flexhinm_jax.training.run import Run
@@ -149,10 +148,10 @@ def tune(
     distance = objectives.distillation(
         apply_fn, kind=kind, token_mask=options.get("token_mask")
     )
+    distance = objectives.beside(apply_fn, distance)
 
     def loss_fn(student: Any, fixed: Any, dense: Any, *batch: Any) -> Array:
-        wanted = Teacher(apply_fn(dense, *batch))
-        return distance(leaves.tree({**fixed, **student}), *batch, wanted)
+        return distance(leaves.tree({**fixed, **student}), dense, *batch)
 
     chance = np.random.default_rng(fingerprint.key_words(key))
     order = chance.permutation(len(every))

@@ -1,9 +1,11 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import flexhinm_jax as fh
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, packed
 from flexhinm_jax.methods import RefineMask
@@ -137,6 +139,7 @@ def test_a_decoder_is_learned_block_by_block(tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["weights"]) == 2 * 3 and report["steps"] == 2
     assert len(report["validation"]) == 2 and (report["samples"], 16) == (8, 16)
+    assert (report["window"], report["target"]) == ("block", "seq")
     after = huggingface.read(tmp_path / "out").params
     for row in report["weights"]:
         assert np.mean(after[row["path"]] == 0) == 0.5
@@ -144,6 +147,49 @@ def test_a_decoder_is_learned_block_by_block(tmp_path, capsys):
     assert "| steps | 2 |" in (tmp_path / "out" / "README.md").read_text()
     assert main([str(x) for x in (*arguments, "--force", "--limit", 3)]) == 2
     assert "--limit is for encoders; give --samples" in error_line(capsys)
+
+
+def test_a_decoder_can_be_learned_whole(tmp_path, capsys):
+    config = CONFIG | {"num_hidden_layers": 1, "tie_word_embeddings": False}
+    make_decoder_directory(tmp_path / "model", config)
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat, a dog ran under a tree. " * 6)
+    line = ["learn", tmp_path / "model", "--out", tmp_path / "out", "--steps", 16]
+    line += ["--calibration", text, "--length", 16, "--samples", 8, "--pack"]
+    line += ["--start", "magnitude", "--rate", 1e-3, "--rule", "self_attn=skip"]
+    line += ["--window", "model"]
+    assert main([str(x) for x in line]) == 0
+    capsys.readouterr()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    told = report["window"], report["samples"], report["length"]
+    assert told == ("model", 8, 16) and "target" not in report
+    # The head is no part of a block.
+    names = {row["path"] for row in report["weights"]}
+    assert names == {
+        f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "gate", "down")
+    }
+    dense, sparse = (fh.models.load(tmp_path / x) for x in ("model", "out"))
+    tokens = sparse.encode(text.read_text(), 8 * 16)[0].reshape(8, 1, 16)
+    logs = [
+        jax.nn.log_softmax(jnp.stack([m.apply(m.params, x) for x in tokens]))
+        for m in (dense, sparse)
+    ]
+    each = jnp.sum(jnp.exp(logs[0]) * (logs[0] - logs[1]), -1).mean((1, 2))
+    first, best = report["validation"]["first"], report["validation"]["best"]
+    # One of the eight samples judged.
+    assert best < first and np.isclose(each, best, rtol=1e-3).any()
+    packed = fh.models.load(tmp_path / "out", packed=True)
+    assert jnp.allclose(
+        packed.apply(packed.params, tokens[0]),
+        sparse.apply(sparse.params, tokens[0]),
+        atol=1e-5,
+    )
+    for extra, wanted in (
+        (("--memory", "1GiB"), "--memory is for masks that are learned block by block"),
+        (("--method", "hyperprune"), "choose another method or leave --window model"),
+    ):
+        assert main([str(x) for x in (*line, "--force", *extra)]) == 2
+        assert wanted in error_line(capsys)
 
 
 def test_a_decoder_is_learned_by_a_method_with_a_loop_of_its_own(tmp_path, capsys):
@@ -164,6 +210,7 @@ def test_options_of_decoders_and_their_methods_are_refused_for_encoders(learn, c
     for extra, told in (
         (("--memory", "1GiB"), "--memory is for decoders; leave it out"),
         (("--target", "asym"), "--target is for decoders; leave it out"),
+        (("--window", "part"), "--window is for decoders; leave it out"),
         (("--weights-rate", "1e-3"), "--weights-rate is for decoders; leave it out"),
         (("--method", "hyperprune"), "learns block by block, which is for decoders"),
     ):

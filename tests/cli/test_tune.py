@@ -30,7 +30,8 @@ def dense_of(leaf):
 def test_a_decoder_predicts_more_like_the_dense_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "SHORT_SECONDS", 0)
     dense, pruned, out = (tmp_path / name for name in ("dense", "pruned", "tuned"))
-    make_decoder_directory(dense, QWEN3 | SMALL | {"num_key_value_heads": 4}, 0, 1)
+    untied = {"num_key_value_heads": 4, "tie_word_embeddings": False}
+    make_decoder_directory(dense, QWEN3 | SMALL | untied, 0, 1)
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     shared = ["--calibration", text, "--length", 16, "--samples", 8]
@@ -45,6 +46,7 @@ def test_a_decoder_predicts_more_like_the_dense_one(tmp_path, capsys, monkeypatc
     before, after = huggingface.read(pruned).params, huggingface.read(out).params
     moved = [k for k in before if not np.array_equal(before[k], after[k])]
     assert "model.norm.weight" in moved and "model.embed_tokens.weight" not in moved
+    assert "lm_head.weight" in before and "lm_head.weight" not in moved
     for key in before:
         if before[key].ndim > 1:
             np.testing.assert_array_equal(before[key] == 0, after[key] == 0)

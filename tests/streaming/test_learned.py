@@ -52,7 +52,7 @@ def programs():
     known: dict[Any, Any] = {}
 
     def programs_of(block, method, learning, new=learned._Programs):
-        name = method, learning.tx, learning.weights_tx
+        name = method, learning.tx, learning.weights_tx, learning.window
         if name not in known:
             known[name] = new(block, method, learning)
         return known[name]
@@ -81,6 +81,7 @@ def learn(model, out, name="maskllm", pattern="2:4", steps=12, rate=None, **opti
         looks=3,
         config={"rate": rate},
         weights_tx=options.pop("weights_tx", None),
+        window=options.pop("window", "block"),
     )
     outer = {
         k: options.pop(k) for k in ("limits", "output", "progress") if k in options
@@ -157,6 +158,29 @@ def test_the_loss_is_the_error_of_the_block_on_what_pruned_ones_give(model, whol
         # One of three batches judged the masks.
         assert min(abs(error - best) for error in errors) < 1e-4 * best
         h = got
+
+
+def test_with_parts_the_attention_counts_as_well(model, tmp_path):
+    def parts(folder, h):
+        params = {k: jnp.asarray(x) for k, x in huggingface.read(folder).params.items()}
+        down = "model.layers.0.mlp.down_proj.weight"
+        without = params | {down: jnp.zeros_like(params[down])}
+        both = decoder.block_params(without, 0), decoder.block_params(params, 0)
+        return jnp.stack([decoder.block(one, h, config) for one in both], 1)
+
+    out = tmp_path / "out"
+    result = learn(
+        model, out, steps=1, rules={"mlp|layers.1": "skip"}, window="part", **WORST
+    )
+    config = decoder.DecoderConfig.from_dict(CONFIG)
+    table = {k: jnp.asarray(x) for k, x in huggingface.read(model).params.items()}
+    h = decoder.embed(table, jnp.asarray(TOKENS, jnp.int32), config)
+    want, got = (parts(folder, h).reshape(3, -1) for folder in (model, out))
+    errors = np.asarray(jnp.sum((got - want) ** 2, 1) / jnp.sum(want**2, 1))
+    # One of three batches judged the masks.
+    assert np.isclose(errors, result.values[0][1], rtol=1e-4).any()
+    with pytest.raises(ValueError, match="window='part': HyperPrune has a loop of its"):
+        learn(model, tmp_path / "other", "hyperprune", window="part")
 
 
 @pytest.mark.parametrize(
@@ -324,6 +348,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="held=1: need a share"):
         Learning(tx=few_steps.optimiser("maskllm", 1.0, 1), steps=1, held=1)
+    window: Any = "model"
+    with pytest.raises(ValueError, match="window='model': choose 'block' or 'part'"):
+        Learning(tx=few_steps.optimiser("maskllm", 1.0, 1), steps=1, window=window)
 
 
 def test_a_loss_that_is_not_finite_names_the_block(model, tmp_path):
