@@ -59,7 +59,7 @@ STEPS, RATE = 64, "2e-3"
 """Of a window that is trained, one sample a step."""
 
 MORE = 128
-"""Samples of rows with more of them, and then steps of a window too."""
+"""Samples of rows with more of them."""
 
 TUNED = 120
 """Steps of the whole model at the end, each on another sample."""
@@ -69,6 +69,16 @@ LONG = 240
 
 GENTLE = "1e-4"
 """The rate of that training where little was lost: more of it only does harm."""
+
+USUAL = {("wanda", "block"), ("sparsegpt", "sequential"), ("alps", "sequential")}
+"""What these take unless told: rows of the table of 2:4."""
+
+TUNED_ROWS = [
+    f"FlexHiNM v=16 {sparsity}% staged_alps" for sparsity in (37.5, 50.0, 75.0)
+]
+TUNED_ROWS += [f"FlexHiNM {sparsity}% sparsegpt" for sparsity in (25.0, 37.5)]
+TUNED_ROWS += [f"FlexHiNM {sparsity}% staged_alps" for sparsity in (37.5, 75.0)]
+"""Rows of sparsities whose whole model is trained as well."""
 
 ROLES = {"q": 0.43, "o": 0.283, "gate": 0.27, "k": 0.222, "up": 0.219, "v": 0.1}
 """Sparsities at 25 % by what every role alone costs; down_proj has what is left."""
@@ -95,15 +105,11 @@ class Recipe(NamedTuple):
     tuned: int = 0
     rate: str | None = None
 
-    def reconstructed(self, steps: int | None = None) -> "Recipe":
-        """The row with its blocks trained; every sample once where there are many."""
+    def reconstructed(self, steps: int = STEPS) -> "Recipe":
+        """The row with its blocks trained."""
         trained = f" --batch-size 1 --reconstruct block --reconstruct-rate {RATE}"
-        trained += f" --reconstruct-steps {steps or self.samples or STEPS}"
+        trained += f" --reconstruct-steps {steps}"
         return self._replace(options=self.options + trained)
-
-    def on_more(self) -> "Recipe":
-        """The row on more samples."""
-        return self._replace(samples=MORE)
 
 
 def recipes() -> dict[str, Recipe]:
@@ -113,34 +119,30 @@ def recipes() -> dict[str, Recipe]:
     def add(table: str, name: str, options: str, *before: str) -> None:
         rows[name] = Recipe(table, options, before)
 
-    for method in ("magnitude", "wanda", "ria", "sparsegpt", "alps", "nowag", "armor"):
+    for method in ("magnitude", "wanda", "sparsegpt", "alps", "nowag", "armor"):
         add(FIFTY, f"2:4 {method}", f"--method {method} --pattern 2:4")
     for method in ("refine_mask", "refit", "sparse_swaps"):
         add(FIFTY, f"2:4 {method}(wanda)", f"--method {method}(wanda) --pattern 2:4")
     for method in ("wanda", "ria", "sparsegpt", "alps"):
         for statistics in ("sequential", "block", "dense"):
             options = f"--method {method} --pattern 2:4 --statistics {statistics}"
-            add(WALKS, f"2:4 {method} on {statistics} statistics", options)
+            if (method, statistics) not in USUAL:
+                add(WALKS, f"2:4 {method} on {statistics} statistics", options)
     for method in ("wanda", "sparsegpt", "alps"):
-        add(
-            FIFTY,
-            f"2:4 {method} in one order per matrix",
-            f"--method {method} --pattern nm:n=2,m=4,permute=channels",
-        )
-    for method in ("wanda", "sparsegpt", "alps"):
+        options = f"--method {method} --pattern nm:n=2,m=4,permute=channels"
+        add(FIFTY, f"2:4 {method} in one order per matrix", options)
+        name = f"2:4 {method}"
         plain = Recipe(FIFTY, f"--method {method} --pattern 2:4")
-        rows[f"2:4 {method} reconstructed"] = plain.reconstructed()
-        for name, verb in (("reordered", "reorder"), ("rotated", "rotate")):
-            folded = plain._replace(before=(verb,))
-            rows[f"2:4 {method} {name}"] = folded
-            rows[f"2:4 {method} {name} and reconstructed"] = folded.reconstructed()
-            if method != "wanda":
-                more = folded.on_more()
-                both = f"2:4 {method} {name} and reconstructed on {MORE} samples"
-                rows[f"2:4 {method} {name} on {MORE} samples"] = more
-                rows[both] = more.reconstructed()
-                tuned = more._replace(tuned=TUNED)
-                rows[f"2:4 {method} {name} and tuned on {MORE} samples"] = tuned
+        rows[f"{name} reconstructed"] = plain.reconstructed()
+        rows[f"{name} reordered"] = folded = plain._replace(before=("reorder",))
+        if method == "sparsegpt":
+            rows[f"{name} rotated"] = plain._replace(before=("rotate",))
+            rows[f"{name} reordered and reconstructed"] = folded.reconstructed()
+        if method != "wanda":
+            more = folded._replace(samples=MORE)
+            rows[f"{name} reordered on {MORE} samples"] = more
+            tuned = more._replace(tuned=TUNED)
+            rows[f"{name} reordered and tuned on {MORE} samples"] = tuned
     rows |= learned()
     for n, m in ((2, 4), (4, 8), (16, 32)):
         for method in ("wanda", "sparsegpt", "alps"):
@@ -154,33 +156,24 @@ def recipes() -> dict[str, Recipe]:
                 name = f"{kind} {sparsity:.1%} {method}"
                 options = f"--method {method} --pattern {pattern}"
                 add(CURVES, name, f"{options} --sparsity {sparsity}")
-        rate = GENTLE if sparsity < 0.3 else None
-        options = f"--method staged_alps --pattern {NARROW} --sparsity {sparsity}"
-        name = f"FlexHiNM v=16 {sparsity:.1%} staged_alps"
-        rows[name] = plain = Recipe(CURVES, options)
-        rows[f"{name} tuned"] = plain._replace(tuned=TUNED, rate=rate)
-        for method in ("sparsegpt", "staged_alps"):
-            name = f"FlexHiNM {sparsity:.1%} {method}"
-            options = f"--method {method} --pattern {GYRO} --sparsity {sparsity}"
-            plain = Recipe(CURVES, options)
-            rows[name], more = plain, plain.on_more()
-            rows[f"{name} reconstructed"] = plain.reconstructed()
-            rows[f"{name} on {MORE} samples"] = more
-            rows[f"{name} reconstructed on {MORE} samples"] = more.reconstructed()
-            rows[f"{name} tuned"] = plain._replace(tuned=TUNED, rate=rate)
+        for kind, pattern in (("FlexHiNM", GYRO), ("FlexHiNM v=16", NARROW)):
+            options = f"--method staged_alps --pattern {pattern} --sparsity {sparsity}"
+            add(CURVES, f"{kind} {sparsity:.1%} staged_alps", options)
+    for name in TUNED_ROWS:
+        rate = GENTLE if " 25.0%" in name else None
+        rows[f"{name} tuned"] = rows[name]._replace(tuned=TUNED, rate=rate)
     roles = " ".join(f"--rule {role}_proj={part}" for role, part in ROLES.items())
     options = f"--method staged_alps --pattern {NARROW} --sparsity 0.25"
     name = "FlexHiNM v=16 25.0% staged_alps by role"
     rows[name] = plain = Recipe(CURVES, f"{options} {roles}")
     rows[f"{name} tuned"] = plain._replace(tuned=LONG, rate=GENTLE)
+    options = "--method sparsegpt --pattern flexhinm:v=192 --sparsity 0.5"
+    add(CURVES, "FlexHiNM v=192 50.0% sparsegpt", options)
     for method in ("wanda", "sparsegpt", "alps"):
         options = f"--method {method} --pattern 2:4 {ONLY_MLP}"
         add(CURVES, f"2:4 on MLP only 37.5% {method}", options)
-    add(
-        CURVES,
-        "unstructured 50.0% sparsegpt by OWL",
-        "--method sparsegpt --pattern unstructured --sparsity 0.5 --allocate owl",
-    )
+    options = "--method sparsegpt --pattern unstructured --sparsity 0.5"
+    add(CURVES, "unstructured 50.0% sparsegpt by OWL", f"{options} --allocate owl")
     return rows
 
 
@@ -202,10 +195,8 @@ def learned() -> dict[str, Recipe]:
     rows["2:4 hyperprune"] = Recipe(LEARNED, options, verb="learn")
     options = f"--method permllm --pattern nm:n=2,m=4,permute=channels {steps}"
     rows["2:4 permllm"] = Recipe(LEARNED, options, verb="learn")
-    for pattern in ("2:4", f"{GYRO} --sparsity 0.5"):
-        kind = "2:4" if pattern == "2:4" else "FlexHiNM 50.0%"
-        options = f"--method hard_concrete --pattern {pattern} {steps}"
-        rows[f"{kind} hard_concrete"] = Recipe(LEARNED, options, verb="learn")
+    options = f"--method hard_concrete --pattern 2:4 {steps}"
+    rows["2:4 hard_concrete"] = Recipe(LEARNED, options, verb="learn")
     flex = f"--pattern {GYRO} --sparsity 0.5"
     fixed = Recipe(GATES, f"--method wanda {flex}").reconstructed(STEPS * 3 // 2)
     rows["FlexHiNM 50.0% wanda reconstructed"] = fixed
@@ -214,9 +205,8 @@ def learned() -> dict[str, Recipe]:
     rows[name] = Recipe(GATES, both, verb="learn")
     published = Recipe(GATES, f"{both} --noise", verb="learn")
     rows["FlexHiNM 50.0% gates as published and weights"] = published
-    for sparsity in (0.25, 0.375):
-        options = f"--method patch --pattern {TILES} --sparsity {sparsity} {steps}"
-        rows[f"tiles {sparsity:.1%} patch"] = Recipe(LEARNED, options, verb="learn")
+    options = f"--method patch --pattern {TILES} --sparsity 0.375 {steps}"
+    rows["tiles 37.5% patch"] = Recipe(LEARNED, options, verb="learn")
     return rows
 
 

@@ -59,8 +59,8 @@ SLOW = (
     "2:4 armor",
     "2:4 nowag",
     "2:4 on MLP only 37.5% sparsegpt",
-    "2:4 sparsegpt rotated and reconstructed on 128 samples",
-    "FlexHiNM 37.5% sparsegpt reconstructed",
+    "2:4 sparsegpt rotated",
+    "2:4 sparsegpt reordered and reconstructed",
     "2:4 sparsegpt reordered and tuned on 128 samples",
     *(name for name in language_models.learned() if name != "2:4 proxsparse"),
 )
