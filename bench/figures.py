@@ -149,10 +149,11 @@ def nm_time(results: Mapping[str, Any], axes: Any) -> None:
     front = [(at, math.exp(-value), label) for at, value, label in best(shown)]
     axis.plot(*list(zip(*front, strict=True))[:2], "o-", ms=5, color="#1f4e79", lw=1)
     for seconds, value, label in front:
-        place = {"textcoords": "offset points", "xytext": (5, 4)}
-        axis.annotate(label, (seconds, value), fontsize=7, **place)
+        place = {"textcoords": "offset points", "xytext": (3, 5), "rotation": 25}
+        place |= {"rotation_mode": "anchor", "fontsize": 7}
+        axis.annotate(label, (seconds, value), **place)
     axis.axhline(rows[0]["anchor"], color="#999999", ls="--", lw=0.8)
-    axis.set_xlim(min(x) / 1.5, max(x) * 16)
+    axis.set_xlim(min(x) / 1.5, max(x) * 6)
     plain_numbers(axis.xaxis, wide=True)
     plain_numbers(axis.yaxis)
     axis.set(xlabel="CPU seconds", ylabel="perplexity")
