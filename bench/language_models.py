@@ -35,7 +35,7 @@ WINDOW = 1024
 """Tokens of a window, as in the specification of the dense figure."""
 
 FIFTY = "Half of the weights gone"
-LEARNED = "Masks that are learned, block by block"
+LEARNED = "Masks that are learned"
 GATES = "Gates learned with the weights, beside fixed masks"
 WALKS = "Whose inputs a weight is judged by, 2:4"
 TRANSPOSABLE = "Transposable groups"
@@ -116,8 +116,8 @@ def recipes() -> dict[str, Recipe]:
     """Name of a row -> what is run."""
     rows: dict[str, Recipe] = {}
 
-    def add(table: str, name: str, options: str, *before: str) -> None:
-        rows[name] = Recipe(table, options, before)
+    def add(table: str, name: str, options: str) -> None:
+        rows[name] = Recipe(table, options)
 
     for method in ("magnitude", "wanda", "sparsegpt", "alps", "nowag", "armor"):
         add(FIFTY, f"2:4 {method}", f"--method {method} --pattern 2:4")

@@ -172,8 +172,7 @@ def parts(
     length = h.shape[1]
     positions = jnp.arange(length, dtype=jnp.int32)
     turned = turns(positions, length, config, layer)
-    h, _ = _after_attention(params, h, turned, attend, config)
-    return h, _after_feed_forward(params, h, config)
+    return run_block(params, h, turned, attend, config)[0]
 
 
 def head(params: Mapping[str, Array], h: Array, config: DecoderConfig) -> Array:
@@ -201,8 +200,8 @@ def run_block(
     turned: tuple[Array, Array] | None,
     attend: Attend,
     config: DecoderConfig,
-) -> tuple[Array, Any]:
-    """One layer with any attention: what `block` and generation share.
+) -> tuple[tuple[Array, Array], Any]:
+    """One layer with any attention: what `parts` and generation share.
 
     Args:
       params: those of one layer under their short keys, no others; not checked.
@@ -212,20 +211,8 @@ def run_block(
       config: sizes.
 
     Returns:
-      [batch, length, hidden_size] and the state that `attend` returned.
+      What `parts` returns, and the state that `attend` returned.
     """
-    h, state = _after_attention(params, h, turned, attend, config)
-    return _after_feed_forward(params, h, config), state
-
-
-def _after_attention(
-    params: Mapping[str, Array],
-    h: Array,
-    turned: tuple[Array, Array] | None,
-    attend: Attend,
-    config: DecoderConfig,
-) -> tuple[Array, Any]:
-    """The residual stream behind the attention, and the state of `attend`."""
     batch, length = h.shape[:2]
 
     def split(name: str) -> Array:
@@ -240,21 +227,16 @@ def _after_attention(
         query, key = rope.rotate(query, turned), rope.rotate(key, turned)
     mixed, state = attend(query, key, split("v"))
     mixed = _dense(params, "self_attn.o_proj", mixed.reshape(batch, length, -1))
+    after = params["post_attention_layernorm.weight"]
     if config.sandwich_norms:
-        mixed = _norm(params["post_attention_layernorm.weight"], mixed, config)
-    return h + mixed, state
-
-
-def _after_feed_forward(
-    params: Mapping[str, Array], h: Array, config: DecoderConfig
-) -> Array:
-    """The residual stream behind the feed-forward part, from that before it."""
-    if config.sandwich_norms:
-        x = _norm(params["pre_feedforward_layernorm.weight"], h, config)
+        between = h + _norm(after, mixed, config)
+        x = _norm(params["pre_feedforward_layernorm.weight"], between, config)
         y = _feed_forward(params, x, config)
-        return h + _norm(params["post_feedforward_layernorm.weight"], y, config)
-    x = _norm(params["post_attention_layernorm.weight"], h, config)
-    return h + _feed_forward(params, x, config)
+        y = _norm(params["post_feedforward_layernorm.weight"], y, config)
+    else:
+        between = h + mixed
+        y = _feed_forward(params, _norm(after, between, config), config)
+    return (between, between + y), state
 
 
 def _feed_forward(

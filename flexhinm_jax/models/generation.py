@@ -285,7 +285,7 @@ def _advance(
         bound = functools.partial(attend, keys=keys, values=values, seen=seen)
         turned = decoder.turns(positions, total, config, layer)
         block = decoder.block_params(params, layer)
-        h, new = decoder.run_block(block, h, turned, bound, config)
+        (_, h), new = decoder.run_block(block, h, turned, bound, config)
         filled.append(new)
     logits = decoder.head(params, h[:, -1], config)
     return logits.astype(jnp.float32), tuple(filled)
