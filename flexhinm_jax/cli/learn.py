@@ -217,11 +217,12 @@ def check(args: argparse.Namespace, kind: Kind) -> Choices:
             flags.check_rate(name, value)
     directory.check_out(args)
     flags.check_kind(args, kind.reads, but=("resume",) if whole else ())
+    blocks = "masks that are learned block by block; leave it or --window model out"
+    reason = blocks if decoder else "decoders; leave it out"
     for option in (*OF_BLOCKS, *(() if decoder else ("window",))) if whole else ():
         if getattr(args, option):
-            kinds = "masks that are learned block by block" if decoder else "decoders"
             name = option.replace("_", "-")
-            raise ValueError(f"--{name} is for {kinds}; leave it out")
+            raise ValueError(f"--{name} is for {reason}")
     fitted = isinstance(method, LearnedMethod) and method.frozen_weights
     if whole and not fitted:
         only = "" if decoder else ", which is for decoders"
