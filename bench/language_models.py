@@ -73,15 +73,16 @@ GENTLE = "1e-4"
 USUAL = {("wanda", "block"), ("sparsegpt", "sequential"), ("alps", "sequential")}
 """What these take unless told: rows of the table of 2:4."""
 
-TUNED_ROWS = [
-    f"FlexHiNM v=16 {sparsity}% staged_alps" for sparsity in (37.5, 50.0, 75.0)
-]
+TUNED_ROWS = [f"FlexHiNM v=16 {sparsity}% staged_alps" for sparsity in (37.5, 50.0)]
 TUNED_ROWS += [f"FlexHiNM {sparsity}% sparsegpt" for sparsity in (25.0, 37.5)]
 TUNED_ROWS += [f"FlexHiNM {sparsity}% staged_alps" for sparsity in (37.5, 75.0)]
 """Rows of sparsities whose whole model is trained as well."""
 
-ROLES = {"q": 0.43, "o": 0.283, "gate": 0.27, "k": 0.222, "up": 0.219, "v": 0.1}
-"""Sparsities at 25 % by what every role alone costs; down_proj has what is left."""
+ROLES = {
+    0.25: {"q": 0.43, "o": 0.283, "gate": 0.27, "k": 0.222, "up": 0.219, "v": 0.1},
+    0.375: {"q": 0.5, "o": 0.419, "gate": 0.409, "k": 0.349, "up": 0.343, "v": 0.181},
+}
+"""Sparsity of all -> by what every role alone costs; down_proj has what is left."""
 
 
 class Recipe(NamedTuple):
@@ -162,11 +163,21 @@ def recipes() -> dict[str, Recipe]:
     for name in TUNED_ROWS:
         rate = GENTLE if " 25.0%" in name else None
         rows[f"{name} tuned"] = rows[name]._replace(tuned=TUNED, rate=rate)
-    roles = " ".join(f"--rule {role}_proj={part}" for role, part in ROLES.items())
-    options = f"--method staged_alps --pattern {NARROW} --sparsity 0.25"
-    name = "FlexHiNM v=16 25.0% staged_alps by role"
-    rows[name] = plain = Recipe(CURVES, f"{options} {roles}")
-    rows[f"{name} tuned"] = plain._replace(tuned=LONG, rate=GENTLE)
+    for sparsity in (0.25, 0.375, 0.75):
+        options = f"--method staged_alps --pattern {NARROW} --sparsity {sparsity}"
+        name = f"FlexHiNM v=16 {sparsity:.1%} staged_alps"
+        if sparsity in ROLES:
+            name = f"{name} by role"
+            for role, part in ROLES[sparsity].items():
+                options = f"{options} --rule {role}_proj={part}"
+        plain = Recipe(CURVES, options, samples=MORE)
+        rows[f"{name} on {MORE} samples"] = plain
+        rate = {0.25: GENTLE, 0.375: "2e-4"}.get(sparsity)
+        tuned = plain._replace(tuned=LONG, rate=rate)
+        rows[f"{name} on {MORE} samples and tuned"] = tuned
+        if sparsity == 0.25:
+            rows[name] = plain._replace(samples=None)
+            rows[f"{name} tuned"] = tuned._replace(samples=None)
     options = "--method sparsegpt --pattern flexhinm:v=192 --sparsity 0.5"
     add(CURVES, "FlexHiNM v=192 50.0% sparsegpt", options)
     for method in ("wanda", "sparsegpt", "alps"):
