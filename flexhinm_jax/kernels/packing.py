@@ -37,6 +37,23 @@ def sizes(regions: Regions) -> tuple[int, int]:
 
     Returns:
       D and H of `PackedWeight`, Python integers: they are its static shape.
+    """
+    dense, nm = np.asarray(regions.dense_end), np.asarray(regions.nm_end)
+    return int(dense.max()), int((nm - dense).max())
+
+
+def levelled(regions: Regions) -> Regions:
+    """Boundaries with which tiles of unequal regions take the least space.
+
+    Every tile has the places of the one with most dense columns. Where another has
+    fewer, its first groups of N:M columns take them, with their zeros: no tile then
+    needs places for N:M columns beside dense ones that are empty.
+
+    Args:
+      regions: concrete regions, with any leading stack axes.
+
+    Returns:
+      The same orders; equal regions as they are.
 
     Raises:
       ValueError: under jit, where the counts are not known.
@@ -47,7 +64,11 @@ def sizes(regions: Regions) -> tuple[int, int]:
             "pack_to(plan, dense, nm) with static sizes"
         )
     dense, nm = np.asarray(regions.dense_end), np.asarray(regions.nm_end)
-    return int(dense.max()), int((nm - dense).max())
+    groups = np.minimum(dense.max() - dense, nm - dense) // regions.m
+    if not groups.any():
+        return regions
+    moved = jnp.asarray(dense + groups * regions.m, jnp.int32)
+    return dataclasses.replace(regions, dense_end=moved)
 
 
 @promotion.usual()
@@ -89,8 +110,12 @@ def pack(
             "an unstructured support has no regions to pack; keep the weight dense, or "
             "choose a pattern such as NM or FlexHiNM"
         )
-    dense, nm = sizes(regions)
+    regions = levelled(regions)
     verify_plan(plan)
+    plan = dataclasses.replace(
+        plan, support=dataclasses.replace(plan.support, regions=regions)
+    )
+    dense, nm = sizes(regions)
     axes = plan.weight.ndim - 2
     known = checks.are_concrete(plan)  # not the weight inside of a gradient
     devices = jnp.asarray(plan.weight).devices() if known else ()

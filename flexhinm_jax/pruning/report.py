@@ -111,9 +111,9 @@ class Report:
             lines.append(
                 f"packing makes {len(larger)} of {len(self.rows)} weights"
                 f" {packed / dense:.2f} times as large, such as {larger[0].path}: every"
-                " tile of rows takes the space of the most dense and of the most N:M"
-                " columns; patterns whose tiles have equal regions, such as FlexHiNM,"
-                " pack smaller"
+                " tile of rows takes the space of the one with most dense columns;"
+                " patterns whose tiles have equal regions, such as FlexHiNM, pack"
+                " smaller"
             )
         return lines
 

@@ -49,30 +49,58 @@ def test_positions_increase_inside_a_group_of_zeros():
 
 
 def ragged_plan():
-    """Two tiles: everything dense; one group, and the rest pruned."""
+    """Two tiles: half dense and the rest pruned; two groups."""
     keep = np.zeros((4, 8), bool)
-    keep[:2] = True  # tile 0: everything dense
-    keep[2:, :2] = True  # tile 1: one group, its first two columns
+    keep[:2, :4] = True  # tile 0: four dense columns
+    keep[2:, [0, 1, 4, 5]] = True  # tile 1: two groups, the first two columns of each
     weight = jnp.where(keep, jnp.arange(1.0, 33).reshape(4, 8), 0)
     regions = Regions(
         out_order=jnp.arange(4, dtype=jnp.int32),
         in_order=jnp.tile(jnp.arange(8, dtype=jnp.int32), (2, 1)),
-        dense_end=jnp.array([8, 0], jnp.int32),
-        nm_end=jnp.array([8, 4], jnp.int32),
+        dense_end=jnp.array([4, 0], jnp.int32),
+        nm_end=jnp.array([4, 8], jnp.int32),
         n=2,
         m=4,
     )
     return Plan(weight, Support(jnp.asarray(keep), regions), jnp.float32(1))
 
 
-def test_tiles_of_different_sizes_are_padded_and_come_back_exactly():
+def test_tiles_of_different_sizes_are_levelled_and_come_back_exactly():
     plan = ragged_plan()
     fh.verify(plan)
     packed = fh.kernels.pack(plan)
-    assert packed.dense_values.shape == (2, 2, 8)
+    assert packed.dense_values.shape == (2, 2, 4)
+    assert packed.nm_index.tolist() == [[0, 0, 0, 0], [4, 5, 6, 7]]
     np.testing.assert_array_equal(fh.kernels.unpack(packed), plan.weight)
     x = jax.random.normal(jax.random.key(0), (3, 8))
     np.testing.assert_allclose(fh.sparse_dot(x, packed), x @ plan.weight.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stack", [(), (3,)])
+@pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.4])
+def test_unequal_tiles_take_the_least_space_there_is(sparsity, stack):
+    method = fh.Magnitude(fh.Tiles((4, 8)))
+    w = jax.random.normal(jax.random.key(7), (*stack, 16, 64), jnp.float32)
+    one = lambda w: method.decide(  # noqa: E731
+        method.solve(jax.random.key(0), w, None, sparsity=sparsity), w
+    )
+    plan = one(w) if not stack else jax.vmap(one)(w)
+    packed = fh.kernels.pack(plan)
+    np.testing.assert_array_equal(fh.kernels.unpack(packed), plan.weight)
+    regions = plan.support.regions
+    dense = np.asarray(regions.dense_end).ravel()
+    groups = (np.asarray(regions.nm_end).ravel() - dense) // 4
+    assert len(set(dense)) > 1
+    # Dense places for all, and those that are free taken by as many groups as fit.
+    fits = [
+        (d + 2 * h, d, 4 * h)
+        for d in range(dense.max(), 65)
+        for h in range(17)
+        if (groups - np.minimum((d - dense) // 4, groups) <= h).all()
+    ]
+    packed = packed.filled()
+    got = packed.dense_index.shape[-1], packed.nm_index.shape[-1]
+    assert got == min(fits)[1:] and sum(got) == 64
 
 
 def test_block_wrappers_multiply_in():
@@ -198,7 +226,7 @@ def test_the_values_of_a_packed_weight_have_gradients():
         packed = fh.kernels.pack(dataclasses.replace(plan, weight=w))
         return packed.dense_values.sum() + 2 * packed.nm_values.sum()
 
-    factors = jnp.where(jnp.arange(4)[:, None] < 2, 1.0, 2.0)
+    factors = jnp.ones((4, 8)).at[2:, 4:].set(2.0)  # the one group that found no place
     want = jnp.where(plan.weight != 0, factors, 0)
     np.testing.assert_array_equal(
         jnp.where(plan.weight != 0, jax.grad(total)(plan.weight), 0), want
@@ -227,7 +255,7 @@ def test_weights_of_one_shape_are_packed_by_one_program_as_by_one_for_their_size
     for sparsity in (0.0, 0.2, 0.4, 0.75, 1.0):
         state = method.solve(jax.random.key(0), w, None, sparsity=sparsity)
         plan = method.decide(state, w)
-        dense, nm = packing.sizes(plan.support.regions)
+        dense, nm = packing.sizes(plan.support.regions)  # equal tiles, so as they are
         packed = fh.kernels.pack(plan)
         programs.add(gathered._cache_size())
         chex.assert_trees_all_equal(packed, fh.kernels.pack_to(plan, dense, nm))

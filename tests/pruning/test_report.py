@@ -63,7 +63,7 @@ def test_an_unstructured_weight_stays_dense_and_says_so():
 
 
 def test_weights_that_packing_makes_larger_are_named():
-    """One row of dense tiles beside one of 2:4 ones: all take the space of both."""
+    """One row of dense tiles beside one of 2:4 ones: all take places of dense ones."""
     rng = np.random.default_rng(0)
     w = rng.normal(size=(16, 32)).astype(np.float32)
     w[:8] *= 100
