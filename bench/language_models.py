@@ -61,6 +61,9 @@ STEPS, RATE = 64, "2e-3"
 MORE = 128
 """Samples of rows with more of them."""
 
+MOST = 256
+"""As many as 20 CPU minutes allow by ALPS."""
+
 TUNED = 120
 """Steps of the whole model at the end, each on another sample."""
 
@@ -144,6 +147,8 @@ def recipes() -> dict[str, Recipe]:
             rows[f"{name} reordered on {MORE} samples"] = more
             tuned = more._replace(tuned=TUNED)
             rows[f"{name} reordered and tuned on {MORE} samples"] = tuned
+        if method == "alps":
+            rows[f"{name} reordered on {MOST} samples"] = folded._replace(samples=MOST)
     rows |= learned()
     for n, m in ((2, 4), (4, 8), (16, 32)):
         for method in ("wanda", "sparsegpt", "alps"):
