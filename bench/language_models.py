@@ -138,11 +138,10 @@ def recipes() -> dict[str, Recipe]:
         name = f"2:4 {method}"
         plain = Recipe(FIFTY, f"--method {method} --pattern 2:4")
         rows[f"{name} reconstructed"] = plain.reconstructed()
-        rows[f"{name} reordered"] = folded = plain._replace(before=("reorder",))
         if method == "sparsegpt":
             rows[f"{name} rotated"] = plain._replace(before=("rotate",))
-            rows[f"{name} reordered and reconstructed"] = folded.reconstructed()
         if method != "wanda":
+            rows[f"{name} reordered"] = folded = plain._replace(before=("reorder",))
             more = folded._replace(samples=MORE)
             rows[f"{name} reordered on {MORE} samples"] = more
             tuned = more._replace(tuned=TUNED)
@@ -164,13 +163,14 @@ def recipes() -> dict[str, Recipe]:
                 name = f"{kind} {sparsity:.1%} {method}"
                 options = f"--method {method} --pattern {pattern}"
                 add(CURVES, name, f"{options} --sparsity {sparsity}")
+    for sparsity in (0.375, 0.5, 0.75):
         for kind, pattern in (("FlexHiNM", GYRO), ("FlexHiNM v=16", NARROW)):
             options = f"--method staged_alps --pattern {pattern} --sparsity {sparsity}"
             add(CURVES, f"{kind} {sparsity:.1%} staged_alps", options)
     for name in TUNED_ROWS:
         rate = GENTLE if " 25.0%" in name else None
         rows[f"{name} tuned"] = rows[name]._replace(tuned=TUNED, rate=rate)
-    for sparsity in (0.25, 0.375, 0.5, 0.75):
+    for sparsity in (0.25, 0.375, 0.5, 0.625, 0.75):
         options = f"--method staged_alps --pattern {NARROW} --sparsity {sparsity}"
         name = f"FlexHiNM v=16 {sparsity:.1%} staged_alps"
         if sparsity in ROLES:

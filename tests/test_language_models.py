@@ -60,7 +60,7 @@ SLOW = (
     "2:4 nowag",
     "2:4 on MLP only 37.5% sparsegpt",
     "2:4 sparsegpt rotated",
-    "2:4 sparsegpt reordered and reconstructed",
+    "2:4 sparsegpt reconstructed",
     "2:4 sparsegpt reordered and tuned on 128 samples",
     *(name for name in language_models.learned() if name != "2:4 proxsparse"),
 )
