@@ -170,21 +170,7 @@ def recipes() -> dict[str, Recipe]:
     for name in TUNED_ROWS:
         rate = GENTLE if " 25.0%" in name else None
         rows[f"{name} tuned"] = rows[name]._replace(tuned=TUNED, rate=rate)
-    for sparsity in (0.25, 0.375, 0.5, 0.625, 0.75):
-        options = f"--method staged_alps --pattern {NARROW} --sparsity {sparsity}"
-        name = f"FlexHiNM v=16 {sparsity:.1%} staged_alps"
-        if sparsity in ROLES:
-            name = f"{name} by role"
-            for role, part in ROLES[sparsity].items():
-                options = f"{options} --rule {role}_proj={part}"
-        plain = Recipe(CURVES, options, samples=MORE)
-        rows[f"{name} on {MORE} samples"] = plain
-        rate = {0.25: GENTLE, 0.375: "2e-4"}.get(sparsity)
-        tuned = plain._replace(tuned=LONG, rate=rate)
-        rows[f"{name} on {MORE} samples and tuned"] = tuned
-        if sparsity == 0.25:
-            rows[name] = plain._replace(samples=None)
-            rows[f"{name} tuned"] = tuned._replace(samples=None)
+    rows |= best()
     options = "--method sparsegpt --pattern flexhinm:v=192 --sparsity 0.5"
     add(CURVES, "FlexHiNM v=192 50.0% sparsegpt", options)
     for method in ("wanda", "sparsegpt", "alps"):
@@ -225,6 +211,27 @@ def learned() -> dict[str, Recipe]:
     rows["FlexHiNM 50.0% gates as published and weights"] = published
     options = f"--method patch --pattern {TILES} --sparsity 0.375 {steps}"
     rows["tiles 37.5% patch"] = Recipe(LEARNED, options, verb="learn")
+    return rows
+
+
+def best() -> dict[str, Recipe]:
+    """The best recipe that is known at every sparsity, in one shot and tuned."""
+    rows = {}
+    for sparsity in (0.25, 0.375, 0.5, 0.625, 0.75):
+        options = f"--method staged_alps --pattern {NARROW} --sparsity {sparsity}"
+        name = f"FlexHiNM v=16 {sparsity:.1%} staged_alps"
+        if sparsity in ROLES:
+            name = f"{name} by role"
+            for role, part in ROLES[sparsity].items():
+                options = f"{options} --rule {role}_proj={part}"
+        plain = Recipe(CURVES, options, samples=MORE)
+        rows[f"{name} on {MORE} samples"] = plain
+        rate = {0.25: GENTLE, 0.375: "2e-4"}.get(sparsity)
+        tuned = plain._replace(tuned=LONG, rate=rate)
+        rows[f"{name} on {MORE} samples and tuned"] = tuned
+        if sparsity == 0.25:
+            rows[name] = plain._replace(samples=None)
+            rows[f"{name} tuned"] = tuned._replace(samples=None)
     return rows
 
 
