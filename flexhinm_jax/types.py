@@ -411,9 +411,9 @@ class PackedWeight:
 
     `D` dense and `H` N:M columns per tile are static; a tile with fewer dense columns
     holds N:M groups there, with their zeros, and what is left is padding, index 0 and
-    value 0. A stack of matrices has the same leading axes on every
-    array. No array is empty: without dense columns the first two are None, without N:M
-    columns the next three; a weight without any has one column of padding.
+    value 0. A stack of matrices has the same leading axes on every array. No array is
+    empty: without dense columns the first two are None, without N:M columns the next
+    three; a weight without any has one column of padding.
 
     Attributes:
       dense_index: i32[t, D], original input of each dense column, or None.
