@@ -163,7 +163,7 @@ def recipes() -> dict[str, Recipe]:
                 name = f"{kind} {sparsity:.1%} {method}"
                 options = f"--method {method} --pattern {pattern}"
                 add(CURVES, name, f"{options} --sparsity {sparsity}")
-    for sparsity in (0.375, 0.5, 0.75):
+    for sparsity in (0.375, 0.5, 0.625, 0.75):
         for kind, pattern in (("FlexHiNM", GYRO), ("FlexHiNM v=16", NARROW)):
             options = f"--method staged_alps --pattern {pattern} --sparsity {sparsity}"
             add(CURVES, f"{kind} {sparsity:.1%} staged_alps", options)
@@ -232,6 +232,9 @@ def best() -> dict[str, Recipe]:
         if sparsity == 0.25:
             rows[name] = plain._replace(samples=None)
             rows[f"{name} tuned"] = tuned._replace(samples=None)
+    options = f"--method alps --pattern {NARROW} --sparsity 0.5"
+    name = f"FlexHiNM v=16 50.0% alps on {MORE} samples"
+    rows[name] = Recipe(CURVES, options, samples=MORE)
     return rows
 
 

@@ -42,7 +42,7 @@ class Choices:
 def check(args: argparse.Namespace, kind: Kind) -> Choices:
     """Everything that can be refused before the model is read."""
     pattern = patterns.parse(args.pattern)
-    args.method = args.method or best(pattern)
+    args.method = args.method or best(pattern, args.sparsity)
     method = methods.parse(args.method, pattern)
     low, high = pattern.sparsity_range()
     checks.sparsity(args.sparsity, low, high, pattern, f"--pattern {args.pattern}")
@@ -88,10 +88,14 @@ def reconstruct(args: argparse.Namespace) -> Reconstruct | None:
     return Reconstruct(int(window) if window.isdecimal() else window, **options)
 
 
-def best(pattern: patterns.Pattern) -> str:
-    """The method that lost least in our measurements, of those that do not train."""
+def best(pattern: patterns.Pattern, sparsity: float | None = None) -> str:
+    """The method that lost least in our measurements, of those that do not train.
+
+    To choose columns before weights is worth its time where more than half goes.
+    """
     low, high = pattern.sparsity_range()
-    return "staged_alps" if pattern.form and low < high else "alps"
+    columns = pattern.form is not None and low < high
+    return "staged_alps" if columns and (sparsity or high) > 0.5 else "alps"
 
 
 def _examples(args: argparse.Namespace, method: methods.Method, kind: Kind) -> Examples:

@@ -84,8 +84,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     add(
         "--method",
         metavar="NAME",
-        help="see below (default: staged_alps for patterns of columns and groups, alps"
-        " for others)",
+        help="see below (default: alps, and staged_alps where a pattern of columns and"
+        " groups prunes more than half)",
     )
     add(
         "--pattern",

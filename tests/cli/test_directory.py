@@ -57,12 +57,15 @@ def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch):
         assert str(sources.find(name, offline=True)).strip("./") in name
 
 
-def test_the_default_method_follows_the_pattern():
-    def method(text):
-        return choices.best(patterns.parse(text))
+def test_the_default_method_follows_the_pattern_and_the_sparsity():
+    def method(text, sparsity=None):
+        return choices.best(patterns.parse(text), sparsity)
 
-    assert method("2:4") == method("vector:v=8") == method("unstructured") == "alps"
-    assert method("flexhinm:v=8") == method("hinm:v=8") == "staged_alps"
+    assert method("2:4") == method("vector:v=8", 0.75) == "alps"
+    assert method("unstructured", 0.75) == "alps"
+    for text in ("flexhinm:v=8", "hinm:v=8"):
+        assert method(text, 0.5) == "alps"
+        assert method(text, 0.625) == method(text, 0.75) == "staged_alps"
     assert methods.parse("alps", NM(2, 4)).needs == "gram"
 
 
