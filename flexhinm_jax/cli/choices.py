@@ -88,14 +88,14 @@ def reconstruct(args: argparse.Namespace) -> Reconstruct | None:
     return Reconstruct(int(window) if window.isdecimal() else window, **options)
 
 
-def best(pattern: patterns.Pattern, sparsity: float | None = None) -> str:
+def best(pattern: patterns.Pattern, sparsity: float | None) -> str:
     """The method that lost least in our measurements, of those that do not train.
 
     To choose columns before weights is worth its time where more than half goes.
     """
     low, high = pattern.sparsity_range()
     columns = pattern.form is not None and low < high
-    return "staged_alps" if columns and (sparsity or high) > 0.5 else "alps"
+    return "staged_alps" if columns and (sparsity or 0) > 0.5 else "alps"
 
 
 def _examples(args: argparse.Namespace, method: methods.Method, kind: Kind) -> Examples:
