@@ -78,8 +78,9 @@ def quality(results: Mapping[str, Any], axes: Any) -> None:
 
 
 def language_models(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows on the language model, all tables."""
-    return results.get("language_models", {}).get("rows", [])
+    """Rows on the language model, all tables but that of other seeds."""
+    rows = results.get("language_models", {}).get("rows", [])
+    return [row for row in rows if ", seed " not in row["what"]]
 
 
 def pattern_of(row: Mapping[str, Any]) -> str:

