@@ -100,3 +100,81 @@ def test_all_benchmarks_are_found_and_those_without_a_device_skipped(monkeypatch
     assert run.reason_to_skip("gpu", False) == "needs an NVIDIA GPU"
     assert run.reason_to_skip("minilm", False) is None
     assert run.reason_to_skip("minilm", True) == "has no short form"
+
+
+def shows(cell, value):
+    """Whether a cell is the value, rounded to the digits that the cell has."""
+    text = cell.replace(",", "").strip("* ")
+    places = len(text.partition(".")[2])
+    return abs(float(text) - value) <= 0.501 * 10**-places
+
+
+def cells(*heading):
+    """Rows of the tables of docs/language-models.md that have this heading."""
+    page = (report.BENCH.parent / "docs" / "language-models.md").read_text()
+    for block in page.split("\n\n"):
+        lines = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in block.splitlines()
+            if line.startswith("|")
+        ]
+        if lines and tuple(lines[0][1:]) == heading:
+            yield from lines[2:]
+
+
+def test_rows_of_the_page_on_language_models_are_rows_of_the_file():
+    known = report.load()["language_models"]["rows"][1:]
+    heading = ("perplexity", "/ dense", "same top token", "CPU s", "bytes, whole model")
+    shown = list(cells(*heading))
+    assert len(shown) > 80
+    for what, *figures_of in shown:
+        if "one run" in figures_of[3]:
+            continue
+        found = [
+            row["what"]
+            for row in known
+            if all(
+                map(
+                    shows,
+                    figures_of,
+                    (
+                        row["value"],
+                        row["value"] / row["anchor"],
+                        row["more"]["same top token"],
+                        row["seconds"],
+                        row["more"].get("packed / dense bytes", 1),
+                    ),
+                )
+            )
+        ]
+        assert found, f"{what}: no row has {figures_of}"
+
+
+KINDS = {
+    "unstructured": "unstructured",
+    "FlexHiNM, V = 32, Gyro": "FlexHiNM",
+    "V = 64": "FlexHiNM v=64",
+    "V = 32, random rows": "FlexHiNM random rows",
+    "V = 32, no order": "FlexHiNM without order",
+    "HiNM, V = 32, Gyro": "HiNM",
+    "dense + 2:4, one boundary a matrix, Gyro": "dense + 2:4 with one boundary",
+    "tiles of 64": "tiles",
+}
+
+
+def test_the_table_by_sparsity_is_that_of_the_file():
+    known = {row["what"]: row for row in report.load()["language_models"]["rows"]}
+    sparsities = ("25 %", "37.5 %", "50 %", "62.5 %", "75 %")
+    shown = {what: row for what, *row in cells(*sparsities)}
+    assert set(KINDS) <= set(shown)
+    for label, kind in KINDS.items():
+        for sparsity, cell in zip(sparsities, shown[label], strict=True):
+            figures_of = [x for x in cell.split(" / ") if x]
+            methods = ("wanda", "sparsegpt", "alps")
+            for method, figure in zip(methods, figures_of, strict=False):
+                name = f"{kind} {float(sparsity[:-2])}% {method}"
+                row = known.get(name)
+                if figure == "-":
+                    assert row is None, f"{name} is measured"
+                else:
+                    assert shows(figure, row["value"] / row["anchor"]), name
