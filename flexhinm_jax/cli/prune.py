@@ -226,20 +226,20 @@ def _epilog() -> str:
     for name, pattern in patterns.PATTERNS.items():
         options = ",".join(f"{letter}=" for letter in pattern.letters)
         lines += _entry(f"{name}:{options}" if options else name, pattern)
-    lines += ["", "methods (a wrapper takes another one: refit(ria)):"]
+    lines += ["", "methods (a wrapper takes another one: refit(ria); alps:damp=0.02):"]
     for name, method in methods.METHODS.items():
         if method.needs != "gradients":
-            lines += _entry(name, method)
+            options = ", ".join(f"{field}=" for field in methods.options(method))
+            lines += _entry(name, method, f"Options: {options}." if options else "")
     return "\n".join([*lines, "", EXAMPLES])
 
 
-def _entry(name: str, described: type) -> list[str]:
+def _entry(name: str, described: type, more: str = "") -> list[str]:
     first = (described.__doc__ or "").partition("\n")[0]
-    indent = " " * 6
-    return [
-        f"  {name}",
-        *textwrap.wrap(first, 84, initial_indent=indent, subsequent_indent=indent),
-    ]
+    wrapped = textwrap.TextWrapper(
+        84, initial_indent=" " * 6, subsequent_indent=" " * 6
+    )
+    return [f"  {name}", *wrapped.wrap(first), *wrapped.wrap(more)]
 
 
 def run(args: argparse.Namespace, console: Console) -> None:

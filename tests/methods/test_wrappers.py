@@ -110,6 +110,38 @@ def test_the_text_form_nests():
     assert methods.parse("refit", NM) == fh.Refit(fh.Wanda(NM))
 
 
+def test_options_follow_the_name():
+    assert methods.parse("alps:damp=0.1,growth=(1.5,1.2,1.1)", NM) == fh.ALPS(
+        NM, damp=0.1, growth=(1.5, 1.2, 1.1)
+    )
+    assert methods.parse("refit(ria:a=1):steps=3", NM) == fh.Refit(
+        fh.RIA(NM, a=1), steps=3
+    )
+    start = fh.Refit(fh.RIA(NM, a=1))
+    assert methods.parse("armor:start=refit(ria:a=1),block=8", NM) == fh.ARMOR(
+        NM, start=start, block=8
+    )
+    assert methods.parse("armor:start=None,steps=None", NM) == fh.ARMOR(NM)
+    assert methods.parse("permllm:scores=ria", NM) == fh.PermLLM(NM, scores="ria")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alps:dmp=1", r"'dmp=1'; it takes damp=, .*did you mean 'damp'"),
+        ("alps:damp", r"unknown option 'damp'; it takes damp=,"),
+        ("wanda:a=1", "it takes no options"),
+        ("refit:inner=ria", "unknown option 'inner=ria'"),
+        ("alps:damp=much", r"'alps:damp=much': ALPS: damp='much': need a number"),
+        ("sparsegpt:mask=last", "choose 'adaptive' or 'first'"),
+        ("armor:start=nope", "unknown method 'nope'"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        methods.parse(text, NM)
+
+
 @pytest.mark.parametrize("text", ["", "nope", "refit(nope)", "refit(wanda", "refit)"])
 def test_unknown_names_list_the_known_ones(text):
     with pytest.raises(ValueError, match=r"known: magnitude, wanda.*refit"):
