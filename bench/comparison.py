@@ -96,9 +96,9 @@ def compare(
 
 
 def verdict(a: Sequence[float], b: Sequence[float], level: float = 0.05) -> str:
-    """Whether a is lower than b, seed by seed: "lower", "higher" or "tie".
+    """Whether a is lower than b, seed by seed: "lower", "higher", "tie" or "one seed".
 
-    A tie is a paired t-test that does not reject equal means.
+    A tie is a paired t-test that does not reject equal means; one seed tells nothing.
 
     Args:
       a: one number per seed.
@@ -107,8 +107,10 @@ def verdict(a: Sequence[float], b: Sequence[float], level: float = 0.05) -> str:
     """
     difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     sign = "lower" if difference.mean() < 0 else "higher"
-    if len(difference) < 2 or np.ptp(difference) == 0:
-        return "tie" if len(difference) < 2 or difference.mean() == 0 else sign
+    if len(difference) < 2:
+        return "one seed"
+    if np.ptp(difference) == 0:
+        return "tie" if difference.mean() == 0 else sign
     tested: Any = scipy.stats.ttest_1samp(difference, 0.0)
     return sign if tested.pvalue < level else "tie"
 

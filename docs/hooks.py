@@ -85,7 +85,7 @@ def room_of(thing: Any) -> str:
 
 
 def exported(package: Any) -> Iterator[tuple[str, Any]]:
-    """(path, object) of every public name that is no module, each object once.
+    """(path, object) of every public name that is no room, each object once.
 
     Names of `flexhinm_jax.__all__` come before those that a room exports by itself.
     """
@@ -96,7 +96,8 @@ def exported(package: Any) -> Iterator[tuple[str, Any]]:
         for name in place.exports or ():
             thing = place[str(name)]
             target = thing.final_target if thing.is_alias else thing
-            if target.is_module or target.canonical_path in seen:
+            room = target.is_module and target.canonical_path.count(".") < 2
+            if room or target.canonical_path in seen:
                 continue
             seen.add(target.canonical_path)
             yield f"{place.path}.{name}", target
@@ -344,4 +345,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
             raise PluginError(f"unknown {match[0]}")
         return made[what](_package)
 
+    # Pages lead to files of the repository where they are read there.
+    markdown = markdown.replace("](../bench/RESULTS.md", "](measurements.md")
+    markdown = markdown.replace("](../bench/results/", "](results/")
     return re.sub(r"^\{\{ (\w+)(?:: (.+?))? \}\}$", fill, markdown, flags=re.M)

@@ -96,8 +96,8 @@ def add_parser(commands: Any) -> None:
         "--resume",
         type=Path,
         metavar="DIR",
-        help="keep checkpoints in DIR, and go on behind the newest one there; for what"
-        " is learned whole",
+        help="keep checkpoints in DIR, and continue after the newest one there; for"
+        " what is learned whole",
     )
     add(
         "--rule",

@@ -174,8 +174,8 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
         "--resume",
         type=Path,
         metavar="DIR",
-        help="with --sequential: keep finished weights in DIR, and go on behind those"
-        " that are there",
+        help="encoders with --sequential: keep finished weights in DIR, and continue"
+        " after those that are there",
     )
     add(
         "--share-orders",

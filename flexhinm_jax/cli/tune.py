@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
         "--resume",
         type=Path,
         metavar="DIR",
-        help="keep checkpoints in DIR, and go on behind the newest one there",
+        help="keep checkpoints in DIR, and continue after the newest one there",
     )
     flags.add_sentences(
         parser,

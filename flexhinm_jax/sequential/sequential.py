@@ -84,7 +84,12 @@ def prune_sequential(
         files; None for any.
       **options: the other fields of `sequential.request.Request`, by name:
         sparsity, fraction of weights removed, one for all or one per path; rules,
-        {regex: pattern or "skip"}; target and statistics, see above; block, a regular
+        {regex: pattern or "skip"}; target, what a weight is fitted to: "seq", its dense
+        product on the inputs that the pruned model gives, "asym", the output of the
+        dense model, or "resid", that and what the residual stream lacks; statistics,
+        whose inputs judge a weight: "sequential", those that the pruned weights before
+        it give, "block", those that the dense weights of its block give, or "dense",
+        those of the dense model (None: as the method prefers); block, a regular
         expression for the blocks of statistics="block"; reconstruct, a `Reconstruct`
         that trains what is left of every window before the next is pruned; center=False
         for fits that are not around the means; on_mismatch, as in `prune`.
