@@ -7,6 +7,7 @@ from typing import Any
 from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import directory, evaluate, flags
 from flexhinm_jax.io.sources import read_sentences
+from flexhinm_jax.methods.reconstruction import LayerFit
 from flexhinm_jax.models import images
 from flexhinm_jax.models.load import Examples, Kind, Reads, is_decoder, load_config
 from flexhinm_jax.sequential.request import Statistics, statistics_of
@@ -53,6 +54,18 @@ def check(args: argparse.Namespace, kind: Kind) -> Choices:
             f"--method {args.method} needs gradients of a loss, which the command line"
             " has not; use it from Python, or choose another method"
         )
+    if only_learned(type(method)):
+        raise ValueError(
+            f"--method {args.method} learns from a loss: 'flexhinm prune' would write"
+            " what it begins with; use 'flexhinm learn', or choose another method"
+        )
+    fits = isinstance(method, LayerFit) or not args.sequential
+    if args.target not in (None, "seq") and not fits:
+        raise ValueError(
+            f"--target {args.target} changes nothing with --method {args.method}, which"
+            " fits no weights to outputs; leave it out, or choose a method that does,"
+            " such as alps"
+        )
     if args.allocate != "uniform" and low == high:
         raise ValueError(
             f"--allocate {args.allocate}: --pattern {args.pattern} has only one"
@@ -71,6 +84,11 @@ def check(args: argparse.Namespace, kind: Kind) -> Choices:
     return Choices(
         method, args.sparsity, rules, exceptions, examples, trained, statistics
     )
+
+
+def only_learned(method: type[methods.Method]) -> bool:
+    """Whether what `solve` finds is no more than where learning begins."""
+    return issubclass(method, methods.LearnedMethod) and not method.solve_learns
 
 
 def reconstruct(args: argparse.Namespace) -> Reconstruct | None:

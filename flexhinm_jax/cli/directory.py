@@ -45,9 +45,20 @@ def check_uses(model: Path, uses: Uses) -> None:
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """Refuses an --out that must not be written, and a model that cannot be copied."""
+    """Refuses an --out that must not be written, and a model that cannot be copied.
+
+    A --resume in one of the directories is refused too: it would be in their way.
+    """
     huggingface.check_copy(args.model, args.out)
     huggingface.check_place(args.out, overwrite=args.force)
+    resume = getattr(args, "resume", None)
+    for place in (args.out, args.model, getattr(args, "other", None)):
+        if resume is not None and place is not None:
+            outer, inner = Path(place).resolve(), Path(resume).resolve()
+            if outer in (inner, *inner.parents):
+                raise ValueError(
+                    f"--resume {resume} lies in {place}; give a folder of its own"
+                )
 
 
 def write(

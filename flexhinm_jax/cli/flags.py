@@ -256,15 +256,15 @@ def check_kind(
 
 
 def rules(texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Every --rule: ({regex: pattern or action}, {regex: sparsity})."""
-    others, numbers = {}, {}
+    """Every --rule, the first wins: ({regex: pattern or action}, {regex: sparsity})."""
+    others: dict[str, Any] = {}
+    numbers: dict[str, float] = {}
     for text in texts:
         regex, _, value = text.rpartition("=")
         if regex and NUMBER.fullmatch(value):
-            numbers[_regex(regex, text)] = float(value)
+            numbers.setdefault(_regex(regex, text), float(value))
         else:
-            regex, action = _rule(text)
-            others[regex] = action
+            others.setdefault(*_rule(text))
     return others, numbers
 
 

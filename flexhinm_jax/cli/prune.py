@@ -227,10 +227,18 @@ def _epilog() -> str:
         options = ",".join(f"{letter}=" for letter in pattern.letters)
         lines += _entry(f"{name}:{options}" if options else name, pattern)
     lines += ["", "methods (a wrapper takes another one: refit(ria); alps:damp=0.02):"]
-    for name, method in methods.METHODS.items():
-        if method.needs != "gradients":
+    known = {k: m for k, m in methods.METHODS.items() if m.needs != "gradients"}
+    learned = {k: m for k, m in known.items() if choices.only_learned(m)}
+    for name, method in known.items():
+        if name not in learned:
             options = ", ".join(f"{field}=" for field in methods.options(method))
             lines += _entry(name, method, f"Options: {options}." if options else "")
+    lines += [
+        "",
+        "methods that learn from a loss, with 'flexhinm learn' or from Python:",
+    ]
+    for name, method in learned.items():
+        lines += _entry(name, method)
     return "\n".join([*lines, "", EXAMPLES])
 
 

@@ -28,6 +28,9 @@ class LearnedMethod(Method):
     #: Whether the weights stay as they are while the rest is learned.
     frozen_weights: ClassVar[bool] = False
 
+    #: Whether `solve` learns by itself, so that its plan is worth applying.
+    solve_learns: ClassVar[bool] = False
+
     @abc.abstractmethod
     def penalty(self, state: State, w: Array, *, key: Array) -> dict[str, Array]:
         """Terms to add to the loss of the model, weighted, f32[] each, by name.

@@ -76,6 +76,7 @@ class PermLLM(LearnedMethod):
     mask_temperature: float = 0.5
 
     needs: ClassVar[Literal["nothing", "norms", "gram"]] = "gram"
+    solve_learns: ClassVar[bool] = True
     one_order: ClassVar[bool] = True
     follows_order: ClassVar[bool] = True
     frozen_weights: ClassVar[bool] = True

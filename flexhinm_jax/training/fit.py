@@ -210,7 +210,7 @@ def learn(
     config = {
         "steps": steps,
         "every": every,
-        "batches": count,
+        "batches": count if places is None else _identity(batches, count),
         "ties": ties,
         "start": None if places is None else fingerprint.digest((params, states)),
         "method": method,
@@ -361,6 +361,14 @@ class _Task:
             return float(figure)
 
         return value
+
+
+def _identity(batches: Any, count: int | None) -> Any:
+    """What tells batches from others; of a sequence that loads them the first."""
+    if count is None:
+        return None
+    held = isinstance(batches, list | tuple)
+    return count, fingerprint.digest(batches if held else batches[0])
 
 
 def _batch_at(batches: Any) -> tuple[Callable[[int], Any], int | None]:

@@ -91,7 +91,9 @@ def tune(
     """Distils the dense model into a pruned one under fixed masks.
 
     Prunable leaves keep their zeros; beside them whatever has one axis or none moves,
-    norms and biases. Tables and weights that rules skip stay.
+    norms and biases. Tables, weights that rules skip, and matrices that are those of
+    the dense model stay. Leaves of less than 32 bits are trained as float32 and rounded
+    in every step as they are stored, so that small steps add up.
 
     Args:
       apply_fn: pure function of (params, *batch), returns f[..., k]: logits for "kl",
@@ -116,8 +118,8 @@ def tune(
       most eight, with both losses. A warning says where that is the start.
 
     Raises:
-      ValueError: trees that differ, no batches, a start that is not finite, a
-        checkpoint of another run.
+      ValueError: trees that differ, no batches, parameters without more zeros than the
+        dense ones, a start that is not finite, a checkpoint of another run.
       NotFinite: a step without a finite loss or gradient.
 
     Example:
@@ -142,16 +144,19 @@ def tune(
     arguments.positive(rate, "tune: rate")
     every = arguments.listed(batches)
     arguments.same_tree(params, dense)
-    leaves, keep = _moving(apply_fn, params, every[0], options.get("rules"))
+    leaves, keep = _moving(apply_fn, params, dense, every[0], options.get("rules"))
     fixed = {path: leaf for path, leaf in leaves.items() if path not in keep}
-    student = {path: on_device(leaves[path]) for path in keep}
+    student = {path: _wide(on_device(leaves[path])) for path in keep}
     distance = objectives.distillation(
         apply_fn, kind=kind, token_mask=options.get("token_mask")
     )
     distance = objectives.beside(apply_fn, distance)
 
+    def stored(student: Any) -> dict[str, Array]:
+        return {k: x.astype(jnp.result_type(leaves[k])) for k, x in student.items()}
+
     def loss_fn(student: Any, fixed: Any, dense: Any, *batch: Any) -> Array:
-        return distance(leaves.tree({**fixed, **student}), dense, *batch)
+        return distance(leaves.tree({**fixed, **stored(student)}), dense, *batch)
 
     chance = np.random.default_rng(fingerprint.key_words(key))
     order = chance.permutation(len(every))
@@ -171,8 +176,8 @@ def tune(
         "steps": steps,
         "rate": rate,
         "kind": kind,
-        "batches": len(every),
         "start": None if places is None else fingerprint.digest((params, dense)),
+        "batches": None if places is None else fingerprint.digest(every),
         "key": fingerprint.key_words(key),
     }
     run = Run(
@@ -196,21 +201,38 @@ def tune(
             f" weights stay as they were: give a lower rate, such as {rate / 4:.1g}"
         )
         logger.warning("tune: %s", note)
-    best: Any = run.best
-    params = leaves.tree({**fixed, **best})
+    params = leaves.tree({**fixed, **stored(run.best)})
     return Tuned(params, values[0], run.lowest, run.rows, note)
 
 
 def _moving(
-    apply_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...], rules: Any
+    apply_fn: Callable[..., Any],
+    params: Any,
+    dense: Any,
+    batch: tuple[Any, ...],
+    rules: Any,
 ) -> tuple[Leaves, dict[str, Array | None]]:
     """The leaves, and path -> where one that moves may be other than zero."""
     uses = discover(apply_fn, params, *batch, rules=rules)
-    leaves = Leaves.of(params).dense(uses)
+    leaves, before = Leaves.of(params).dense(uses), Leaves.of(dense)
+    changed = [p for p in uses.leaves if not np.array_equal(leaves[p], before[p])]
+    zeros = [sum(int((x[p] == 0).sum()) for p in changed) for x in (leaves, before)]
+    if zeros[0] <= zeros[1]:
+        raise ValueError(
+            f"tune: params have {zeros[0]} zeros in the {len(changed)} matrices that"
+            f" are not those of dense, which has {zeros[1]} there, so there is nothing"
+            " to keep: give the pruned parameters, then the dense ones (the product of"
+            " block-diagonal factors has no zeros and cannot be tuned)"
+        )
     keep = jax.tree.leaves(keep_from_zeros(params, uses), is_leaf=lambda x: x is None)
     return leaves, {
         path: where
         for (path, leaf), where in zip(leaves.items(), keep, strict=True)
         if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        and (path in uses.leaves or jnp.ndim(leaf) < 2)
+        and (path in changed or jnp.ndim(leaf) < 2)
     }
+
+
+def _wide(x: Array) -> Array:
+    """A leaf as it is trained: float32, or wider where it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

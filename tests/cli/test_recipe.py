@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from flexhinm_jax.cli import recipe
+from flexhinm_jax import patterns
+from flexhinm_jax.cli import flags, recipe
 from flexhinm_jax.cli.main import main, parser
 from flexhinm_jax.io import huggingface
 
@@ -38,6 +39,10 @@ def test_the_command_line_comes_first(file):
     args = recipe.merged(parser(), argv, file)
     assert (args.method, args.pattern, args.seed) == ("magnitude", "1:4", 9)
     assert args.rule[0] == "x=skip" and len(args.rule) == 3
+    args = recipe.merged(parser(), [*argv, "--rule", "output.dense=1:4"], file)
+    others, _ = flags.rules([*args.rule, "a=0.2", "a=0.3", "a=skip"])
+    assert str(others["output.dense"]) == str(patterns.parse("1:4"))
+    assert flags.rules(["a=0.2", "a=0.3", "a=skip"]) == ({"a": "skip"}, {"a": 0.2})
 
 
 def test_a_run_is_repeated_from_the_recipe_that_it_wrote(

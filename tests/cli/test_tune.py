@@ -125,6 +125,29 @@ def test_options_that_mean_nothing_are_refused(
     assert message in capsys.readouterr().err and not out.exists()
 
 
+def test_what_rules_left_alone_stays(tmp_path, capsys):
+    dense, pruned, out = (tmp_path / name for name in ("dense", "pruned", "tuned"))
+    make_decoder_directory(dense, QWEN3 | SMALL, 0, 1)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    shared = ["--calibration", text, "--length", 16, "--samples", 8]
+    prune = ["prune", dense, "--out", pruned, "--method", "magnitude", *shared]
+    assert run(*prune, "--rule", "mlp=skip") == 0
+    swapped = ["tune", pruned, dense, "--out", out, "--steps", 4, *shared]
+    assert run(*swapped) == 2
+    assert "give the pruned parameters, then the dense" in capsys.readouterr().err
+    inside = ["--resume", pruned / "saves"]
+    assert run("tune", dense, pruned, "--out", out, *shared, *inside) == 2
+    assert f"lies in {pruned}" in capsys.readouterr().err
+    steps = ["--steps", 4, "--rate", 1e-2]
+    assert run("tune", dense, pruned, "--out", out, *shared, *steps) == 0
+    before, after = huggingface.read(pruned).params, huggingface.read(out).params
+    moved = {k for k in before if not np.array_equal(before[k], after[k])}
+    assert any("self_attn.q_proj" in k for k in moved)
+    assert any("norm" in k for k in moved)
+    assert not any("mlp" in k or "embed" in k for k in moved)
+
+
 def test_a_model_pruned_from_another_is_refused_by_name(
     made, model_dir, tmp_path, capsys
 ):

@@ -135,7 +135,7 @@ def interrupted(tmp_path_factory):
     states = fh.solve(method, KEY, params, uses, stats)
     seen = []
 
-    def ask(stop=None, key=KEY, steps=17, params=params, **options):
+    def ask(stop=None, key=KEY, steps=17, params=params, x=x, **options):
         def progress(entry):
             seen.append(entry["step"])
             if entry["step"] == stop:
@@ -166,6 +166,7 @@ def test_a_checkpoint_of_another_fit_is_refused(interrupted):
         ({"key": jax.random.key(9)}, "key: saved"),
         ({"steps": 18}, "steps: saved 17, now 18"),
         ({"config": {"rate": 0.1}}, "run: saved null"),
+        ({"x": jnp.ones((32, 8))}, "batches: saved"),
         ({"params": {"w": params["w"] + 1e-3}}, "start: saved"),
     ):
         with pytest.raises(ValueError, match=message):

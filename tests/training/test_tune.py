@@ -72,6 +72,35 @@ def test_zeros_and_tables_stay_and_vectors_move(pruned):
     assert (tuned["scale"] != pruned["scale"]).all() and (tuned["bias"] != 0).all()
 
 
+def test_what_was_not_pruned_stays(pruned):
+    mixed = pruned | {"in": DENSE["in"]}
+    tuned = tune(mixed).params
+    np.testing.assert_array_equal(tuned["in"], DENSE["in"])
+    assert (tuned["out"] != mixed["out"]).any() and (tuned["bias"] != 0).all()
+
+
+def test_small_steps_add_up_in_sixteen_bits(pruned):
+    half = lambda tree: {k: x.astype(jnp.bfloat16) for k, x in tree.items()}  # noqa: E731
+    dense, start, options = half(DENSE), half(pruned), {"steps": 60, "rate": 1e-3}
+    tuned = fh.tune(apply_fn, start, dense, BATCHES, key=KEY, rules=RULES, **options)
+    wide = tune(pruned, **options)
+    assert all(x.dtype == jnp.bfloat16 for x in tuned.params.values())
+    for name in ("in", "out"):
+        np.testing.assert_array_equal(tuned.params[name] == 0, start[name] == 0)
+    gained, possible = (x.before - x.after for x in (tuned, wide))
+    assert gained > 0.8 * possible > 0
+
+
+def test_parameters_without_zeros_are_refused(pruned):
+    full = {k: x + 0.01 for k, x in DENSE.items()}
+    with pytest.raises(ValueError, match="0 zeros in the 2 matrices"):
+        tune(full)
+    with pytest.raises(ValueError, match="give the pruned parameters, then the dense"):
+        fh.tune(apply_fn, DENSE, pruned, BATCHES, key=KEY, rules=RULES)
+    with pytest.raises(ValueError, match="0 zeros in the 0 matrices"):
+        tune(DENSE)
+
+
 def test_the_start_is_kept_where_the_end_is_worse_and_it_is_said(pruned, caplog):
     tuned = tune(pruned, steps=2, rate=30.0)
     assert tuned.after == tuned.before
@@ -94,6 +123,18 @@ def test_a_run_that_goes_on_gives_the_same_bits(pruned, tmp_path):
 
     with pytest.raises(Killed):
         tune(pruned, steps=12, progress=killed, **saves)
+    with pytest.raises(ValueError, match="batches"):
+        fh.tune(
+            apply_fn,
+            pruned,
+            DENSE,
+            BATCHES[::-1],
+            key=KEY,
+            rules=RULES,
+            rate=0.01,
+            steps=12,
+            **saves,
+        )
     again = tune(pruned, steps=12, **saves)
     assert all((again.params[k] == whole.params[k]).all() for k in pruned)
     assert (again.before, again.after) == (whole.before, whole.after)
