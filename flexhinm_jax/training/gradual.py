@@ -89,7 +89,7 @@ def gradual(
         resume (False): True continues the newest checkpoint, "auto" begins where there
         is none, "older" passes over damaged ones.
         config (None): plain values that explain the run; a resumed run must give the
-        same.
+        same, and the same parameters.
         max_skipped (0): steps without a finite loss that are tolerated.
         tracker (None): called as tracker(step, row) with every row.
         duration (None): a `Duration` for the whole run; the steps of the stages are
@@ -139,7 +139,11 @@ def gradual(
         )
     known = Told.__annotations__ | Saves.__annotations__
     arguments.options(options, known, "gradual")
+    places, start = saves("gradual", options), None
+    if places is not None:
+        start = fingerprint.digest((params, [repr(use) for use in uses]))
     config = {
+        "start": start,
         "method": method,
         "stages": {str(k): stage for k, stage in enumerate(stages)},
         "key": fingerprint.key_words(key),
@@ -161,7 +165,7 @@ def gradual(
         task.phases(make, finish),
         batch_at,
         options.pop("duration", None),
-        saves=saves("gradual", options),
+        saves=places,
         config=config,
         every=options.pop("log_every", 10),
         **options,  # pyright: ignore[reportCallIssue]

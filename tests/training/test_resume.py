@@ -70,6 +70,27 @@ def test_checkpoints_of_another_configuration_are_refused(whole):
         list(program.make(folder, False))
 
 
+def test_checkpoints_of_other_parameters_are_refused(whole, monkeypatch):
+    _, _, folder = whole
+    same = program.params()
+    others = [
+        {**same, "bias": same["bias"] + 1e-6},
+        {**same, "in": same["in"].at[0, 0].set(0)},
+    ]
+    for params in others:
+        monkeypatch.setattr(program, "params", lambda params=params: params)
+        for resume in (True, "auto"):
+            with pytest.raises(ValueError, match="start: saved "):
+                list(program.make(folder, resume))
+    narrow = fh.discover(
+        program.model, same, program.batch_at(0)[0], rules={"out": "skip"}
+    )
+    monkeypatch.setattr(program, "params", lambda: same)
+    monkeypatch.setattr(program, "uses", lambda: narrow)
+    with pytest.raises(ValueError, match="start: saved "):
+        list(program.make(folder, True))
+
+
 def test_missing_and_damaged_checkpoints_are_refused_and_older_ones_serve(
     whole, tmp_path
 ):
