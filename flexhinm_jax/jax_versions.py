@@ -124,6 +124,18 @@ def varying_alike(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: varying(leaf, axes), tree)
 
 
+def varying_over(tree: Any, axis_name: str) -> Any:
+    """`tree`, every array varying over a mapped axis, so that gradients do too.
+
+    Inside a `jax.shard_map` that checks what varies (`check_vma`), the gradient with
+    respect to a value that is equal on all devices is summed over them at once. Other
+    maps, and a `shard_map` that does not check, leave the tree as it is.
+    """
+    if axis_name not in context_manual_axes():
+        return tree
+    return jax.tree.map(lambda leaf: varying(leaf, (axis_name,)), tree)
+
+
 def explicit_mesh(tree: Any) -> Any:
     """The mesh with explicit axes on which some array of `tree` lives, or None."""
     for x in jax.tree.leaves(tree):

@@ -139,13 +139,14 @@ class Checkpoints:
 
         Args:
           step: steps done; a checkpoint of the same step is replaced.
-          tree: what to save, with shapes that `load` can name from the step alone.
+          tree: what to save, with shapes that `load` can name from the step, or from
+            what `leaves` says of it.
           config: what must be equal to continue, see `describe`.
 
         Returns:
           Path of the checkpoint.
         """
-        path = self.folder / f"step-{step:08d}"
+        path = self._path(step)
         save(path, tree, _versioned(config), overwrite=True)
         if jax.process_index() == 0:
             for old in self.paths()[: -self.keep]:
@@ -199,6 +200,18 @@ class Checkpoints:
                 " folder, or give another, and begin again"
             )
         return None
+
+    def leaves(self, step: int) -> dict[str, str]:
+        """Leaf path -> dtype and shape of what was saved at a step, read as text.
+
+        Raises:
+          FileNotFoundError: there is no such checkpoint.
+          Damaged: its `config.json` is damaged.
+        """
+        return _read_record(self._path(step))["leaves"]
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
     def _restored(self, path: Path, like: Callable[[int], Any], config: Any) -> Any:
         now = _versioned(config)

@@ -13,7 +13,9 @@ Results never depend on the grouping: the key of a leaf is derived from its path
 is solved during one pass over a model (`sequential`) is stacked here too.
 
 Two things happen around a method, and `settled` sees to them in its plan: weights of
-extreme size are scaled, matrices that no input reached keep their largest weights.
+extreme size are scaled, matrices that no input reached keep their largest weights. What
+`settled` needs is in the states of the leaves that it concerns. A trace has no values
+to see which these are: there it is in the state of every leaf (`around_as_saved`).
 """
 
 import dataclasses
@@ -23,16 +25,15 @@ import logging
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
-from flexhinm_jax import arguments
+from flexhinm_jax import arguments, checks
 from flexhinm_jax.methods import Magnitude, Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.paths import over_stack
@@ -256,11 +257,16 @@ def prepared(
     one: Any = jax.ShapeDtypeStruct(like.shape[-2:], like.dtype)
     if own.needs == "nothing":
         known = None
+    blind = None
     if known is not None:
         blind = unseen(known)
         known = informed(known, blind, weight)
-        if blind.any():
+        if not checks.is_concrete(blind):
+            pass  # any may be
+        elif blind.any():
             logger.warning("%s: %s", path, unseen_note(blind))
+        else:
+            blind = None
     own.check(one, known, target, path)
     around: dict[str, Any] = {}
     scale = scale_of(weight(), path)
@@ -272,7 +278,7 @@ def prepared(
     before = None if before is None else split(before)[0]
     others = keys_for(key, use), known, target, before
     task = Task(own, like, scaled(weight, scale), others)
-    if known is not None and blind.any():
+    if blind is not None:
         around |= by_magnitude(task, blind)
     return task, around
 
@@ -288,11 +294,12 @@ def _spread(target: Any, use: Use) -> Array:
     return jnp.broadcast_to(target, shape)
 
 
-def scale_of(w: Array, path: str) -> np.ndarray | None:
+def scale_of(w: Array, path: str) -> Any:
     """Powers of two that bring weights of extreme size near 1, exactly.
 
     Squares of weights overflow at 1e19 and vanish at 1e-19, and every method squares
-    them. None, for weights of ordinary size, leaves programs and bits as they are.
+    them. None, for weights of ordinary size, leaves programs and bits as they are; in
+    a trace their scale is 1.
 
     Args:
       w: [*stack, o, i].
@@ -302,21 +309,26 @@ def scale_of(w: Array, path: str) -> np.ndarray | None:
       f32[*stack, 1, 1], or None where no matrix needs it.
 
     Raises:
-      ValueError: weights with NaN or infinity.
+      ValueError: weights with NaN or infinity, outside of a trace.
     """
     top = _largest(w)
-    if isinstance(top, Tracer):
-        return None  # traced for shapes alone, as when a run looks for its checkpoint
+    if not checks.is_concrete(top):
+        return _powers(top.astype(jnp.float32), jnp)[..., None, None]
     largest = np.asarray(meshes.whole(top), np.float64)
     if not np.isfinite(largest).all():
         meshes.check_finite(w, path)
-    exponent = np.frexp(largest)[1]
-    extreme = (np.abs(exponent) > MAX_EXPONENT) & (largest > 0)
-    if not extreme.any():
-        return None
+    scale = _powers(largest, np)
+    return None if (scale == 1).all() else scale[..., None, None].astype(np.float32)
+
+
+def _powers(largest: Any, xp: Any) -> Any:
+    """The scale of matrices by their largest weights; `xp` is numpy or its twin."""
+    exponent = xp.frexp(largest)[1]
+    extreme = (xp.abs(exponent) > MAX_EXPONENT) & (largest > 0)
     # 2^120 and its inverse are both normal numbers of float32.
-    scale = np.ldexp(1.0, np.where(extreme, -np.clip(exponent, -120, 120), 0))
-    return scale[..., None, None].astype(np.float32)
+    return xp.ldexp(
+        xp.ones_like(largest), xp.where(extreme, -xp.clip(exponent, -120, 120), 0)
+    )
 
 
 @jax.jit
@@ -324,7 +336,7 @@ def _largest(w: Array) -> Array:
     return jnp.max(jnp.abs(w), axis=(-2, -1))
 
 
-def scaled(weight: Callable[[], Any], scale: np.ndarray | None) -> Callable[[], Any]:
+def scaled(weight: Callable[[], Any], scale: Any) -> Callable[[], Any]:
     """What gives the weight, times its scale."""
     if scale is None:
         return weight
@@ -336,7 +348,7 @@ def scaled(weight: Callable[[], Any], scale: np.ndarray | None) -> Callable[[], 
     return times
 
 
-def scaled_targets(stats: Stats | None, scale: np.ndarray | None) -> Stats | None:
+def scaled_targets(stats: Stats | None, scale: Any) -> Stats | None:
     """Statistics whose targets are those of the scaled weight."""
     if stats is None or scale is None or stats.cross is None:
         return stats
@@ -344,7 +356,7 @@ def scaled_targets(stats: Stats | None, scale: np.ndarray | None) -> Stats | Non
     return dataclasses.replace(stats, cross=stats.cross * scale, target_mean=mean)
 
 
-def by_magnitude(task: Task, blind: np.ndarray) -> dict[str, Any]:
+def by_magnitude(task: Task, blind: Any) -> dict[str, Any]:
     """The support that the largest weights make, for matrices that no input reached.
 
     Args:
@@ -418,6 +430,21 @@ def split(state: State) -> tuple[State, dict[str, Any]]:
     fixed = dict(state.fixed)
     around = fixed.pop(AROUND)
     return dataclasses.replace(state, fixed=fixed), around
+
+
+def around_as_saved(state: State, saved: Collection[str]) -> State:
+    """A state that was solved in a trace, in the form of one with values.
+
+    Args:
+      state: shapes, or values; with what `settled` may need to know.
+      saved: names of what the other one has of that, the keys that `split` returns.
+
+    Returns:
+      The state without the rest.
+    """
+    own, around = split(state)
+    around = {k: x for k, x in around.items() if k in saved}
+    return with_around(own, around)
 
 
 @functools.partial(jax.jit, static_argnames="method")

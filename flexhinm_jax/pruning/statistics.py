@@ -521,17 +521,20 @@ def unseen_counts(stats: Mapping[str, Stats] | None) -> dict[str, int]:
     return {path: int(unseen(own).sum()) for path, own in (stats or {}).items()}
 
 
-def unseen(stats: Stats) -> np.ndarray:
-    """Which matrices of a stack no input reached, bool[*stack].
+def unseen(stats: Stats) -> Any:
+    """Which matrices of a stack no input reached, bool[*stack]; traced in a trace.
 
     Their count is 0, or the squares of their inputs are 0 or underflow.
     """
-    count, squares = jax.device_get((stats.count, jnp.sum(stats.sq_norm, axis=-1)))
     least = stats.sq_norm.shape[-1] * np.finfo(np.float32).tiny
+    squares = jnp.sum(stats.sq_norm, axis=-1)
+    if not checks.is_concrete(squares):
+        return (stats.count <= 0) | (squares < jnp.float32(least))
+    count, squares = jax.device_get((stats.count, squares))
     return (np.asarray(count) <= 0) | (np.asarray(squares, np.float64) < least)
 
 
-def informed(stats: Stats, blind: np.ndarray, weight: Callable[[], Array]) -> Stats:
+def informed(stats: Stats, blind: Any, weight: Callable[[], Array]) -> Stats:
     """Statistics of unit inputs, all alike, for the matrices that no input reached.
 
     With them every method decides by the weights alone, under the same pattern, and
@@ -542,7 +545,7 @@ def informed(stats: Stats, blind: np.ndarray, weight: Callable[[], Array]) -> St
       blind: from `unseen`.
       weight: gives the matrices of the leaf, [*stack, o, i].
     """
-    if not blind.any():
+    if checks.is_concrete(blind) and not blind.any():
         return stats
 
     def instead(known: Any, value: Callable[[Array], Any]) -> Any:

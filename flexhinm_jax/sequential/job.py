@@ -15,13 +15,14 @@ from jax import Array
 from jax import numpy as jnp
 
 from flexhinm_jax import atomic
-from flexhinm_jax.io import fingerprint
+from flexhinm_jax.io import fingerprint, programs
 from flexhinm_jax.pruning.apply import dense_weight
 from flexhinm_jax.pruning.solve import method_for, target_for
 from flexhinm_jax.pruning.statistics import blank
 from flexhinm_jax.sequential.finished import Finished
 from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.tracing import meshes
+from flexhinm_jax.tracing.discover import Traced
 from flexhinm_jax.tracing.program import is_array
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.tracing.views import leaf as to_leaf
@@ -263,4 +264,13 @@ def record(job: Job) -> dict[str, str]:
         batches=job.batches,
         token_mask=masks,
         leaves=fingerprint.digest([repr(use) for use in job.uses]),
+        program=" ".join(_programs(job)),
     )
+
+
+def _programs(job: Job) -> list[str]:
+    """What the function of a job computes, for every form of its batches."""
+    traced = Traced.of(job.apply_fn)
+    leaves = Leaves.of(job.tree(job.leaves)).dense(job.uses)
+    found = {id(p): p for p in (traced.program(leaves, b) for b in job.batches)}
+    return [programs.digest(program.jaxpr) for program in found.values()]

@@ -16,7 +16,7 @@ import optax
 from jax import Array
 
 from flexhinm_jax import arguments, promotion
-from flexhinm_jax.io import fingerprint
+from flexhinm_jax.io import fingerprint, programs
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.pruning import apply
@@ -119,7 +119,7 @@ def fit(
         resume (False): True continues the newest checkpoint, "auto" begins where there
         is none, "older" passes over damaged ones.
         config (None): plain values that explain the run, such as the rate of `tx`; a
-        resumed run must give the same, and the same weights, states and key.
+        resumed run must give the same, and the same weights, states, loss and key.
 
     Returns:
       The hardened states with the best evaluation, and the history: "step", "loss" (of
@@ -211,6 +211,7 @@ def learn(
         "steps": steps,
         "every": every,
         "batches": count if places is None else _identity(batches, count),
+        "loss": None if places is None else _program(loss_fn, params, batches, count),
         "ties": ties,
         "start": None if places is None else fingerprint.digest((params, states)),
         "method": method,
@@ -369,6 +370,20 @@ def _identity(batches: Any, count: int | None) -> Any:
         return None
     held = isinstance(batches, list | tuple)
     return count, fingerprint.digest(batches if held else batches[0])
+
+
+@promotion.usual()
+def _program(
+    loss_fn: Callable[..., Any], params: Any, batches: Any, count: int | None
+) -> str | None:
+    """What tells a loss from others, on the first batch where they are no function."""
+    if count is None:
+        return None
+
+    def traced(params: Any, *batch: Any) -> Any:
+        return loss_of(loss_fn, params, batch)
+
+    return programs.digest_of(traced, params, *batches[0])
 
 
 def _batch_at(batches: Any) -> tuple[Callable[[int], Any], int | None]:

@@ -6,7 +6,7 @@ and all others (the support is found anew and the optimiser keeps its zeros).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -89,7 +89,7 @@ def gradual(
         resume (False): True continues the newest checkpoint, "auto" begins where there
         is none, "older" passes over damaged ones.
         config (None): plain values that explain the run; a resumed run must give the
-        same.
+        same, and the same parameters.
         max_skipped (0): steps without a finite loss that are tolerated.
         tracker (None): called as tracker(step, row) with every row.
         duration (None): a `Duration` for the whole run; the steps of the stages are
@@ -139,7 +139,11 @@ def gradual(
         )
     known = Told.__annotations__ | Saves.__annotations__
     arguments.options(options, known, "gradual")
+    places, start = saves("gradual", options), None
+    if places is not None:
+        start = fingerprint.digest((params, [repr(use) for use in uses]))
     config = {
+        "start": start,
         "method": method,
         "stages": {str(k): stage for k, stage in enumerate(stages)},
         "key": fingerprint.key_words(key),
@@ -161,7 +165,7 @@ def gradual(
         task.phases(make, finish),
         batch_at,
         options.pop("duration", None),
-        saves=saves("gradual", options),
+        saves=places,
         config=config,
         every=options.pop("log_every", 10),
         **options,  # pyright: ignore[reportCallIssue]
@@ -181,8 +185,8 @@ class Gradual(Run):
             self._task.look()
         return super()._begin()
 
-    def _shape(self) -> Training:
-        return self._task.shape()
+    def _shape(self, saved: Collection[str]) -> Training:
+        return self._task.shape(saved)
 
     @property
     def params(self) -> Any:
@@ -223,11 +227,19 @@ class _Stages:
         """The training before its first step."""
         return self._begun(self._solved())
 
-    def shape(self) -> Training:
-        """Shapes of `first`, and on a mesh where its arrays live; nothing is solved."""
+    def shape(self, saved: Collection[str]) -> Training:
+        """Shapes of a training, and on a mesh where its arrays live; nothing is solved.
+
+        Args:
+          saved: names of the leaves of its checkpoint: which leaves of the model were
+            of extreme size, or saw no input, differs from stage to stage.
+        """
+        states = {
+            path: solve.around_as_saved(state, _around(saved, path))
+            for path, state in jax.eval_shape(self._solved).items()
+        }
         if sharding.mesh_of(self.params) is None:
-            return jax.eval_shape(self.first)
-        states = jax.eval_shape(self._solved)
+            return jax.eval_shape(self._begun, states)
         return self._begun(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), states))
 
     def begin(self, number: int, training: Training) -> Training:
@@ -316,3 +328,18 @@ class _Stages:
 
     def _stats_of(self, params: Any) -> Mapping[str, Stats] | None:
         return None if self._stats_fn is None else self._stats_fn(params)
+
+
+def _around(saved: Collection[str], path: str) -> set[str]:
+    """What a checkpoint holds around the state of a leaf, see `solve.around_as_saved`.
+
+    Args:
+      saved: names of its leaves.
+      path: of the leaf of the model.
+    """
+    start = f"training/states/{path}/fixed/{solve.AROUND}/"
+    return {
+        name.removeprefix(start).partition("/")[0]
+        for name in saved
+        if name.startswith(start)
+    }

@@ -72,7 +72,7 @@ def keep_sparse(
 
     Raises:
       ValueError: at init, when `keep` has another structure or another shape; at
-        update, without `params`.
+        update, without `params`; in both, inside of `optax.masked` and the like.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -88,7 +88,7 @@ def keep_sparse(
 
     def init(params: Any) -> KeepSparseState:
         _check(keep, _fast(params))
-        state = tx.init(_zeroed(_for_all(keep, params), params))
+        state = tx.init(zeroed(keep, params))
         return KeepSparseState(owned(keep), apart(state, params))
 
     def update(
@@ -100,13 +100,23 @@ def keep_sparse(
             )
         _check_like(updates, _fast(params), state.keep)
         every = _for_all(state.keep, params)
-        sparse, zeroed = _zeroed(every, params), _zeroed(state.keep, updates)
+        sparse, inside = zeroed(state.keep, params), zeroed(state.keep, updates)
         extra = {name: x for name, x in extra.items() if known is None or name in known}
-        moved, after = tx.update(zeroed, state.inner, sparse, **extra)
+        moved, after = tx.update(inside, state.inner, sparse, **extra)
         back = jax.tree.map(jnp.negative, params)
         return _where(every, moved, back), KeepSparseState(state.keep, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def zeroed(keep: Any, x: Any) -> Any:
+    """Parameters, or a tree like them, with exact zeros where they are pruned.
+
+    Args:
+      keep: bool leaves or None, see `keep_sparse`.
+      x: the tree; `optax.LookaheadParams` are two.
+    """
+    return _where(_for_all(keep, x), x, jax.tree.map(jnp.zeros_like, x))
 
 
 def keep_from_zeros(params: Any, uses: Uses) -> Any:
@@ -217,11 +227,6 @@ def _zeros_inside(inner: Any, keep: Any) -> Any:
     return jax.tree_util.tree_map_with_path(zero, inner)
 
 
-def _zeroed(keep: Any, x: Any) -> Any:
-    """A tree like the parameters with zeros where they are pruned."""
-    return _where(keep, x, jax.tree.map(jnp.zeros_like, x))
-
-
 def _where(keep: Any, kept: Any, pruned: Any) -> Any:
     """Leaves of `kept` where there is no support, otherwise chosen entry by entry.
 
@@ -236,7 +241,19 @@ def _where(keep: Any, kept: Any, pruned: Any) -> Any:
     return jax.tree.map(choose, keep, kept, pruned, is_leaf=_is_none)
 
 
+def _check_whole(tree: Any) -> None:
+    """Raises ValueError for a tree of which a transformation outside shows a part."""
+    hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    if any(map(hidden, jax.tree.leaves(tree, is_leaf=hidden))):
+        raise ValueError(
+            "keep_sparse got an optax.MaskedNode in place of a leaf: optax.masked or "
+            "optax.multi_transform (optax.partition) is around it; use keep_sparse "
+            "outermost, such as keep_sparse(optax.masked(tx, mask), keep)"
+        )
+
+
 def _check(keep: Any, params: Any) -> None:
+    _check_whole(params)
     masks, structure = jax.tree.flatten(keep, is_leaf=_is_none)
     leaves, wanted = jax.tree.flatten(params, is_leaf=_is_none)
     if structure != wanted:
@@ -261,6 +278,7 @@ def _check(keep: Any, params: Any) -> None:
 
 
 def _check_like(updates: Any, params: Any, keep: Any) -> None:
+    _check_whole((updates, params))
     wanted = jax.tree.structure(params, is_leaf=_is_none)
     for name, tree in (("gradients", updates), ("state", keep)):
         structure = jax.tree.structure(tree, is_leaf=_is_none)

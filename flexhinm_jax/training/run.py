@@ -11,7 +11,7 @@ fast the machine is.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -305,12 +305,19 @@ class Run:
             "figures": np.asarray(seconds, np.float64),
         }
 
-    def _shape(self) -> Training:
-        """The start without its values: shapes, and where its arrays live."""
+    def _shape(self, saved: Collection[str]) -> Training:
+        """The start without its values: shapes, and where its arrays live.
+
+        Args:
+          saved: names of the leaves of the checkpoint; its form may depend on values.
+        """
+        del saved
         return jax.eval_shape(self._start) if self._lazy() else self._start
 
-    def _like(self, _: int) -> Any:
-        training, judge = self._shape(), self._judge
+    def _like(self, step: int) -> Any:
+        saves = self.options.saves
+        assert saves is not None
+        training, judge = self._shape(saves.leaves(step)), self._judge
         if judge is None:
             return self._tree(training, None)
         lazy = self._lazy()

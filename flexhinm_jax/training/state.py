@@ -22,7 +22,7 @@ from flexhinm_jax.methods.learned import LearnedMethod
 from flexhinm_jax.pruning import apply, solve
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.training import model_gates, sharding
-from flexhinm_jax.training.optimizers import apart, keep_sparse, owned
+from flexhinm_jax.training.optimizers import apart, keep_sparse, owned, zeroed
 from flexhinm_jax.types import Regions, State, Stats, Uses, brief
 
 #: Optimiser of gates and logits unless another is given: ten times a usual rate of the
@@ -82,13 +82,14 @@ class Training:
         Args:
           keep: tree like the parameters, bool leaves or None, see `keep_sparse`; all
             None trains a dense model.
-          params: the parameters; copied.
+          params: the parameters; copied, with zeros where `keep` is False.
           tx: optimiser of the weights, not yet wrapped.
           key: PRNG key.
         """
         _check_trainable(params)
         opt = keep_sparse(tx, keep).init(params)
-        return _begun(owned(params), {}, opt, (), key, sharding.mesh_of(params))
+        sparse = _as_params(zeroed(keep, params), params)
+        return _begun(owned(sparse), {}, opt, (), key, sharding.mesh_of(params))
 
     def without_frozen(self) -> "Training":
         """What a checkpoint needs: not the parameters that no step moves."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from flexhinm_jax import arguments, promotion
+from flexhinm_jax import arguments, jax_versions, promotion
 from flexhinm_jax.methods import Method
 from flexhinm_jax.methods.base import check_method
 from flexhinm_jax.methods.learned import LearnedMethod, ScoreFunction
@@ -196,8 +196,10 @@ class _Step:
         objective = self.weights
         if self.learner is not None:
             objective = self.score if scored else self.relaxed
-        grad_fn = jax.value_and_grad(objective, has_aux=True)
-        (total, aux), grads = grad_fn(moving, training, sample_key, batch)
+        grad_fn, seen = jax.value_and_grad(objective, has_aux=True), moving
+        if self.axis_name is not None:
+            seen = jax_versions.varying_over(moving, self.axis_name)
+        (total, aux), grads = grad_fn(seen, training, sample_key, batch)
         if self.axis_name is not None:
             total, aux, grads = lax.pmean((total, aux, grads), self.axis_name)
         loss, terms, extra = aux

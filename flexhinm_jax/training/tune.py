@@ -21,9 +21,9 @@ import numpy as np
 from jax import Array
 
 from flexhinm_jax import arguments, promotion
-from flexhinm_jax.io import fingerprint
+from flexhinm_jax.io import fingerprint, programs
 from flexhinm_jax.jax_versions import on_device
-from flexhinm_jax.tracing.discover import discover
+from flexhinm_jax.tracing.discover import Traced, discover
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.training import objectives
 from flexhinm_jax.training.gradual import Saves, saves
@@ -144,12 +144,11 @@ def tune(
     arguments.positive(rate, "tune: rate")
     every = arguments.listed(batches)
     arguments.same_tree(params, dense)
-    leaves, keep = _moving(apply_fn, params, dense, every[0], options.get("rules"))
+    traced, mask = Traced.of(apply_fn), options.get("token_mask")
+    leaves, keep = _moving(traced, params, dense, every[0], options.get("rules"))
     fixed = {path: leaf for path, leaf in leaves.items() if path not in keep}
     student = {path: _wide(on_device(leaves[path])) for path in keep}
-    distance = objectives.distillation(
-        apply_fn, kind=kind, token_mask=options.get("token_mask")
-    )
+    distance = objectives.distillation(apply_fn, kind=kind, token_mask=mask)
     distance = objectives.beside(apply_fn, distance)
 
     def stored(student: Any) -> dict[str, Array]:
@@ -176,10 +175,10 @@ def tune(
         "steps": steps,
         "rate": rate,
         "kind": kind,
-        "start": None if places is None else fingerprint.digest((params, dense)),
-        "batches": None if places is None else fingerprint.digest(every),
         "key": fingerprint.key_words(key),
     }
+    if places is not None:
+        config |= _given(traced, params, dense, every, mask)
     run = Run(
         Training.under(keep, student, tx, key=key),
         [Phase(make_step(None, loss_fn, tx, None), steps)],
@@ -205,8 +204,25 @@ def tune(
     return Tuned(params, values[0], run.lowest, run.rows, note)
 
 
+def _given(
+    traced: Traced,
+    params: Any,
+    dense: Any,
+    every: list[tuple[Any, ...]],
+    mask: Callable[..., Array] | None,
+) -> dict[str, str | None]:
+    """What tells a run from one of other trees, data or functions."""
+    masks = None if mask is None else [mask(*batch) for batch in every]
+    return {
+        "start": fingerprint.digest((params, dense)),
+        "batches": fingerprint.digest(every),
+        "token_mask": None if masks is None else fingerprint.digest(masks),
+        "program": programs.digest(traced.program(Leaves.of(params), every[0]).jaxpr),
+    }
+
+
 def _moving(
-    apply_fn: Callable[..., Any],
+    apply_fn: Traced,
     params: Any,
     dense: Any,
     batch: tuple[Any, ...],

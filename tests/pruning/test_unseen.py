@@ -123,6 +123,25 @@ def test_states_of_extreme_weights_can_be_solved_on():
     assert not (keep[1] & ~keep[0]).any()
 
 
+@pytest.mark.parametrize(
+    "method", [fh.Magnitude(NM), *METHODS], ids=lambda m: type(m).__name__
+)
+def test_what_is_solved_in_a_trace_is_what_is_solved_outside(method):
+    sizes = jnp.array([1.0, 2.0**90, 1.0])[:, None, None]
+    params = {"up": W * sizes}  # the last sees no token
+    uses = fh.discover(experts, params, X, TO)
+    stats = fh.calibrate(experts, params, uses, [(X, TO)])
+
+    def pruned(params, stats):
+        states = fh.solve(method, KEY, params, uses, stats)
+        return fh.densify(fh.decide(method, states, params, uses), params, uses)
+
+    want, got = pruned(params, stats)["up"], jax.jit(pruned)(params, stats)["up"]
+    np.testing.assert_array_equal(got != 0, want != 0)
+    np.testing.assert_allclose(got / sizes, want / sizes, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(got[2] != 0, two_of_four(W[2]))
+
+
 def test_a_plan_that_is_not_finite_names_leaf_and_method(monkeypatch):
     def broken(self, state, w, *, key=None):
         support = state.fixed["support"]

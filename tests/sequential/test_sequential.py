@@ -475,6 +475,32 @@ def test_a_killed_run_goes_on_to_the_same_plans(tmp_path, stop, statistics):
         )
 
 
+@pytest.mark.parametrize("retrain", [False, True])
+def test_a_folder_of_another_function_is_refused(tmp_path, retrain):
+    def function(activation, shift):
+        return lambda p, x: activation(x @ p["first"] + shift) @ p["second"]
+
+    def run(apply_fn):
+        options: Any = {"key": KEY, "resume": tmp_path / "run"}
+        if not retrain:
+            method = fh.Wanda(NM)
+            return fh.prune_sequential(apply_fn, params, [X], method, **options).params
+        how = fh.Reconstruct(window=".*", steps=2)
+        return fh.reconstruct(apply_fn, zeros, params, [X], how, **options)
+
+    params = {name: CHAIN[name] for name in ("first", "second")}
+    zeros = jax.tree.map(lambda w: w.at[::2].set(0), params)
+    shift = jnp.arange(float(params["first"].shape[1]))
+    want = run(function(jax.nn.relu, shift))
+    jax.tree.map(np.testing.assert_array_equal, run(function(jax.nn.relu, shift)), want)
+    for other in (
+        function(lambda h: jnp.cos(3 * h), shift),
+        function(jax.nn.relu, shift.at[0].set(0.5)),
+    ):
+        with pytest.raises(ValueError, match="resume: .* was begun with program="):
+            run(other)
+
+
 def test_a_run_in_bfloat16_is_kept_and_found_again(tmp_path):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), CHAIN)
     x = X.astype(jnp.bfloat16)

@@ -138,6 +138,48 @@ def pmap():
     compare((losses, jax_utils.unreplicate(many)))
 
 
+def shard_map_whether_it_checks_or_not():
+    """One step on eight devices moves what a step on one does, by the same amount."""
+    batch, mesh = program.batch_at(0), sharding.make_mesh(8)
+    uses = fh.discover(program.model, program.params(), batch[0])
+    stats = fh.calibrate(program.model, program.params(), uses, [batch[:1]])
+    pattern, data = fh.NM(2, 4), P("data")
+    for method in (
+        fh.Wanda(pattern),
+        fh.HardConcrete(pattern),
+        fh.MaskLLM(pattern),
+        fh.MaskPro(pattern),
+    ):
+        states = fh.solve(method, KEY, program.params(), uses, stats)
+        own = None if isinstance(method, fh.Wanda) else method
+        tx = None if isinstance(method, fh.MaskLLM | fh.MaskPro) else optax.sgd(0.1)
+        options = {"mask_tx": optax.sgd(0.1)}
+        make = (own, program.loss_fn, tx, None if own is None else uses)
+
+        def begin(method=method, states=states, tx=tx, options=options):
+            parts = method, program.params(), uses, states, tx
+            return fh.init_training(*parts, key=KEY, **options)
+
+        alone, told = fh.make_step(*make, **options)(begin(), *batch)
+        for checks in (True, False):
+            step = jax.shard_map(
+                fh.make_step(*make, axis_name="data", **options),
+                mesh=mesh,
+                in_specs=(P(), data, data),
+                out_specs=P(),
+                check_vma=checks,
+            )
+            many, found = jax.jit(step)(begin(), *batch)
+            for name in told:
+                np.testing.assert_allclose(found[name], told[name], rtol=1e-4)
+            for a, b in zip(
+                jax.tree.leaves((many.params, many.states)),
+                jax.tree.leaves((alone.params, alone.states)),
+                strict=True,
+            ):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def gradual_resumes_on_its_mesh():
     """An interrupted run goes on where its arrays lived, with the same bits."""
     mesh = sharding.make_mesh(4, 2)
@@ -288,6 +330,7 @@ CHECKS = [
     explicit_data_parallel,
     explicit_tensor_parallel,
     pmap,
+    shard_map_whether_it_checks_or_not,
     gradual_resumes_on_its_mesh,
     masks_live_with_their_weights,
     shards_that_split_the_pattern,

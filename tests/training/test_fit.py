@@ -135,7 +135,9 @@ def interrupted(tmp_path_factory):
     states = fh.solve(method, KEY, params, uses, stats)
     seen = []
 
-    def ask(stop=None, key=KEY, steps=17, params=params, x=x, **options):
+    def ask(
+        stop=None, key=KEY, steps=17, params=params, x=x, loss=linear_loss, **options
+    ):
         def progress(entry):
             seen.append(entry["step"])
             if entry["step"] == stop:
@@ -143,7 +145,7 @@ def interrupted(tmp_path_factory):
 
         seen.clear()
         found = fit(
-            method, states, linear_loss, params, uses, [(x, linear(params, x))],
+            method, states, loss, params, uses, [(x, linear(params, x))],
             key=key, tx=optax.adam(0.3), steps=steps, every=4, progress=progress,
             save_every=6, **options,
         )  # fmt: skip
@@ -167,6 +169,7 @@ def test_a_checkpoint_of_another_fit_is_refused(interrupted):
         ({"steps": 18}, "steps: saved 17, now 18"),
         ({"config": {"rate": 0.1}}, "run: saved null"),
         ({"x": jnp.ones((32, 8))}, "batches: saved"),
+        ({"loss": lambda *args: 2 * linear_loss(*args)}, "loss: saved"),
         ({"params": {"w": params["w"] + 1e-3}}, "start: saved"),
     ):
         with pytest.raises(ValueError, match=message):

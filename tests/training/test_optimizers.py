@@ -236,3 +236,25 @@ def test_misfits_are_refused_with_the_leaf():
     tx = fh.keep_sparse(optax.sgd(0.1), keep)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(result.params, tx.init(result.params))
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda tx, own: optax.masked(tx, own),
+        lambda tx, own: optax.multi_transform({True: tx, False: optax.sgd(0.1)}, own),
+    ],
+    ids=["masked", "multi_transform"],
+)
+def test_a_transformation_around_it_that_hides_leaves_is_refused(around):
+    result, keep = pruned()
+    own = {name: name == "w" for name in result.params}
+    tx = around(fh.keep_sparse(optax.sgd(0.1), keep), own)
+    with pytest.raises(ValueError, match="keep_sparse outermost"):
+        tx.init(result.params)
+    inside = fh.keep_sparse(optax.adam(0.1), keep)
+    with pytest.raises(ValueError, match="keep_sparse outermost"):
+        hidden = {**result.params, "b": optax.MaskedNode()}
+        inside.update(hidden, inside.init(result.params), result.params)
+    outermost = fh.keep_sparse(around(optax.sgd(0.1), own), keep)
+    outermost.update(result.params, outermost.init(result.params), result.params)

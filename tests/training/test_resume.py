@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -68,6 +70,27 @@ def test_checkpoints_of_another_configuration_are_refused(whole):
         list(program.make(folder, False))
 
 
+def test_checkpoints_of_other_parameters_are_refused(whole, monkeypatch):
+    _, _, folder = whole
+    same = program.params()
+    others = [
+        {**same, "bias": same["bias"] + 1e-6},
+        {**same, "in": same["in"].at[0, 0].set(0)},
+    ]
+    for params in others:
+        monkeypatch.setattr(program, "params", lambda params=params: params)
+        for resume in (True, "auto"):
+            with pytest.raises(ValueError, match="start: saved "):
+                list(program.make(folder, resume))
+    narrow = fh.discover(
+        program.model, same, program.batch_at(0)[0], rules={"out": "skip"}
+    )
+    monkeypatch.setattr(program, "params", lambda: same)
+    monkeypatch.setattr(program, "uses", lambda: narrow)
+    with pytest.raises(ValueError, match="start: saved "):
+        list(program.make(folder, True))
+
+
 def test_missing_and_damaged_checkpoints_are_refused_and_older_ones_serve(
     whole, tmp_path
 ):
@@ -88,6 +111,86 @@ def test_missing_and_damaged_checkpoints_are_refused_and_older_ones_serve(
     second = program.make(copy, "older")
     list(second)
     assert_same(run, second)
+
+
+X = jax.random.normal(jax.random.key(1), (24, 8))
+
+
+def experts(params, x, to):
+    own = jnp.einsum("td,te->etd", jnp.tanh(x @ params["in"]), jax.nn.one_hot(to, 3))
+    return jnp.einsum("etd,edh->eth", own, params["up"]).sum(0) @ params["out"]
+
+
+def experts_loss(params, x, to):
+    return jnp.mean(jnp.square(experts(params, x, to) - x[:, :4]))
+
+
+def statistics(params, uses):
+    """Of three experts, of which the last sees no token until there are zeros."""
+    seen = 3 if bool((params["up"] == 0).any()) else 2
+    batch = X, jnp.arange(24) % seen
+    grads = jax.grad(experts_loss)(params, *batch)
+    return {
+        path: fh.accumulate_gradients(known, jnp.swapaxes(grads[path], -1, -2))
+        for path, known in fh.calibrate(experts, params, uses, [batch]).items()
+    }
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        fh.Magnitude(fh.Unstructured()),
+        fh.Wanda(fh.Unstructured()),
+        fh.SparseGPT(fh.Unstructured()),
+        fh.Fisher(fh.Unstructured()),
+        fh.HardConcrete(fh.Unstructured()),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_what_needs_statistics_or_scales_resumes_bit_for_bit(method, tmp_path):
+    """What stands around the states differs from stage to stage, and from values."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "in": jax.random.normal(keys[0], (8, 8)),
+        "up": jax.random.normal(keys[1], (3, 8, 8)) / 3,
+        "out": jax.random.normal(keys[2], (8, 4)) * 1e-14,  # ordinary after a step
+    }
+    to = jnp.arange(24) % 3
+    uses = fh.discover(experts, params, X, to)
+
+    def run(folder=None, resume=False):
+        return fh.gradual(
+            method,
+            experts_loss,
+            params,
+            uses,
+            lambda step: (X, to),
+            [fh.Stage(0.5, 2), fh.Stage(0.75, 2)],
+            program.TX,
+            key=jax.random.key(5),
+            stats_fn=lambda params: statistics(params, uses),
+            checkpoints=folder,
+            save_every=1,
+            log_every=1,
+            resume=resume,
+            make_step=program.make_step,
+        )
+
+    whole = run()
+    list(whole)
+    for rows, step in ((1, 2), (4, 4)):  # in the first stage, in the second
+        folder, name = tmp_path / str(rows), f"step-{step - 1:08d}"
+        first = run(folder)
+        list(itertools.islice(first, rows))
+        assert first.last.name == name
+        names = " ".join(Checkpoints(folder).leaves(step - 1))
+        assert ("out/fixed/around/scale" in names) == (rows == 1)
+        blind = method.needs != "nothing" and rows == 1
+        assert ("up/fixed/around/blind" in names) == blind
+        again = run(folder, True)
+        assert next(iter(again))["step"] == step
+        list(again)
+        assert_same(whole, again)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ NAMES = (
     "explicit_data_parallel",
     "explicit_tensor_parallel",
     "pmap",
+    "shard_map_whether_it_checks_or_not",
     "gradual_resumes_on_its_mesh",
     "masks_live_with_their_weights",
     "shards_that_split_the_pattern",

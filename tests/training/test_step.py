@@ -155,6 +155,24 @@ def test_the_parameters_given_are_not_consumed_and_runs_repeat():
     chex.assert_trees_all_equal(first.params, second.params)
 
 
+def test_the_first_loss_under_fixed_supports_is_that_of_the_sparse_weights():
+    params, uses, batch = setup()
+    method, tx = fh.Magnitude(fh.NM(2, 4)), optax.sgd(0.1)
+    states = fh.solve(method, KEY, params, uses)
+    plans = fh.decide(method, states, params, uses)
+    keep, sparse = fh.keep_tree(plans, params, uses), fh.densify(plans, params, uses)
+    training = fh.Training.under(keep, params, tx, key=KEY)
+    chex.assert_trees_all_equal(training.params, sparse)
+    _, metrics = fh.make_step(None, loss_fn, tx, None)(training, *batch)
+    np.testing.assert_allclose(metrics["loss"], loss_fn(sparse, *batch)[0], rtol=1e-6)
+    grads = jax.grad(lambda p: loss_fn(p, *batch)[0])(sparse)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+    both = optax.LookaheadParams.init_synced(params)
+    slow = fh.Training.under(keep, both, optax.lookahead(tx, 5, 0.5), key=KEY)
+    chex.assert_trees_all_equal(slow.params.slow, sparse)
+    chex.assert_tree_all_finite(params)  # not consumed
+
+
 def test_frozen_weights_stay_and_gates_learn():
     @dataclasses.dataclass(frozen=True)
     class Frozen(fh.HardConcrete):

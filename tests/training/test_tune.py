@@ -1,5 +1,7 @@
 """What is left is trained towards the dense outputs: zeros, bits, refusals."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,18 +125,15 @@ def test_a_run_that_goes_on_gives_the_same_bits(pruned, tmp_path):
 
     with pytest.raises(Killed):
         tune(pruned, steps=12, progress=killed, **saves)
-    with pytest.raises(ValueError, match="batches"):
-        fh.tune(
-            apply_fn,
-            pruned,
-            DENSE,
-            BATCHES[::-1],
-            key=KEY,
-            rules=RULES,
-            rate=0.01,
-            steps=12,
-            **saves,
-        )
+    options: Any = {"key": KEY, "rules": RULES, "rate": 0.01, "steps": 12, **saves}
+    with pytest.raises(ValueError, match="batches: saved"):
+        fh.tune(apply_fn, pruned, DENSE, BATCHES[::-1], **options)
+    twice = lambda p, x: 2 * apply_fn(p, x)  # noqa: E731
+    with pytest.raises(ValueError, match="program: saved"):
+        fh.tune(twice, pruned, DENSE, BATCHES, **options)
+    first = lambda x: jnp.arange(len(x)) < 2  # noqa: E731
+    with pytest.raises(ValueError, match="token_mask: saved null"):
+        fh.tune(apply_fn, pruned, DENSE, BATCHES, token_mask=first, **options)
     again = tune(pruned, steps=12, **saves)
     assert all((again.params[k] == whole.params[k]).all() for k in pruned)
     assert (again.before, again.after) == (whole.before, whole.after)
