@@ -165,7 +165,8 @@ def stream(
 
     Raises:
       FileNotFoundError: a part of the directory is missing.
-      FileExistsError: `out` exists and may not be replaced.
+      FileExistsError: `out` exists and may not be replaced, or `OUT.partial` is no
+        folder of a run.
       ValueError: a directory that is not a supported decoder or is damaged, tokens out
         of range, budgets out of reach, a plan over the limit, NaN (the leaf is named),
         or an `OUT.partial` of another run.
@@ -218,6 +219,7 @@ def opened(
     """
     huggingface.check_place(out, overwrite=output.overwrite)
     huggingface.check_copy(Path(directory), Path(out))
+    Work.check(Path(out))
     blocks = open_blocks(Path(directory), limits.dtype)
     shards.check_space(Path(out), blocks.index.size - Work.taken(Path(out)))
     batches = split(tokens, limits.batch, blocks)

@@ -25,7 +25,7 @@ from flexhinm_jax.io import fingerprint, huggingface, model_card, records, shard
 from flexhinm_jax.pruning.allocate import Mode
 from flexhinm_jax.pruning.report import Row
 from flexhinm_jax.sequential.cuts import Programs
-from flexhinm_jax.sequential.finished import Finished
+from flexhinm_jax.sequential.finished import CONFIG, Finished, check_folder
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.sequential.share import Share
@@ -133,6 +133,14 @@ class Work:
         self.budgets = self.folder / "budgets.json"
 
     @staticmethod
+    def check(out: Path) -> None:
+        """Refuses a folder that was there before and is of no run, see `check_folder`.
+
+        What is adopted is removed with all that it holds when OUT is there.
+        """
+        check_folder(partial(out))
+
+    @staticmethod
     def taken(out: Path) -> int:
         """Bytes that the files of an earlier run take already."""
         return sum(p.stat().st_size for p in partial(out).rglob("*") if p.is_file())
@@ -147,6 +155,7 @@ class Work:
           states: bytes of the hidden states of this process that go to disk.
 
         Raises:
+          FileExistsError: the folder is of no run, see `check`.
           InUse: another run writes OUT.
           ValueError: the folder is of another run.
           OSError: no space.
@@ -166,8 +175,8 @@ class Work:
     def _begin(self, states: int) -> None:
         index = self.setting.blocks.index
         shards.check_space(self.folder, index.size + states - self.taken(self.out))
-        if self.record(0).exists() and not self.model.exists():
-            shutil.rmtree(self.folder)  # killed when OUT was there and this was left
+        if self._is_left():
+            shutil.rmtree(self.folder)
         Finished(self.folder, record(self.setting))
         atomic.sweep(self.folder)
         self.model.mkdir(exist_ok=True)
@@ -176,6 +185,13 @@ class Work:
         except OSError:
             self.leave()
             raise
+
+    def _is_left(self) -> bool:
+        """Whether a run was killed when OUT was there already."""
+        if not self.record(0).exists() or self.model.exists():
+            return False
+        config = self.folder / CONFIG
+        return config.is_file() and fingerprint.FIELD in records.read(config)
 
     def leave(self) -> None:
         """Removes the folder of a run that failed, unless it holds what is of value."""
