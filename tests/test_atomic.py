@@ -142,7 +142,9 @@ def test_a_lock_names_its_process_and_goes_with_it(tmp_path):
 
 def test_a_file_that_is_no_lock_is_not_taken_for_one(tmp_path):
     (tmp_path / ".out.lock").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"\.out\.lock is no lock of this library"):
+    with pytest.raises(
+        FileExistsError, match=r"\.out\.lock is no lock of this library"
+    ):
         with atomic.locked(tmp_path / "out"):
             raise AssertionError("must not be reached")
     assert (tmp_path / ".out.lock").read_text() == "mine"

@@ -65,7 +65,8 @@ class Finished:
 
         Raises:
           FileExistsError: the folder is of no run.
-          ValueError: it is of a run with another configuration.
+          ValueError: it is of a run with another configuration (`Differs`), of another
+            version, or its configuration is damaged.
         """
         self.folder, self.writes = Path(folder), writes
         check_folder(self.folder)
@@ -76,7 +77,10 @@ class Finished:
             try:
                 before = records.read(path)
             except ValueError as error:
-                raise ValueError(f"resume: {path} is damaged: {error}") from error
+                raise ValueError(
+                    f"resume: {path} is damaged: {error}; remove {self.folder} to begin"
+                    " anew"
+                ) from error
             fingerprint.check(before, config, self.folder)
         elif writes:
             records.write(path, config)

@@ -402,7 +402,8 @@ def test_budgets_are_those_of_the_whole_model_and_outlive_a_kill(
     assert (tmp_path / "out.partial" / "budgets.json").is_file()
     told = []
     result = stream(progress=told.append, **options, **asked)
-    told = told[1:]  # after the plan
+    assert told[1] == streaming.GoingOn(tmp_path / "out.partial")  # after the plan
+    told = told[2:]
     assert isinstance(told[0], streaming.Allocated)  # and no block was surveyed again
     assert told[0].sparsity == result.targets
 
