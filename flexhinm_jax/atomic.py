@@ -31,6 +31,7 @@ __all__ = [
     "directory",
     "file",
     "flush",
+    "is_temporary",
     "locked",
     "os_error",
     "swap",
@@ -60,6 +61,7 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
       Nothing.
 
     Raises:
+      FileExistsError: a file of the name of the lock holds something else.
       InUse: another process holds the lock; the message names it.
     """
     target = Path(os.path.realpath(path))
@@ -108,11 +110,20 @@ _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}")
 """Names that `_hidden` gives."""
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a name is one that a writer which was killed leaves."""
+    return _HIDDEN.fullmatch(path.name) is not None
+
+
 def _taken(lock: Path, path: str | os.PathLike) -> tuple[int, bool]:
     """Opens and locks a file that holds the number of this process.
 
     Returns:
       The open file, and whether it is locked: some file systems have no locks.
+
+    Raises:
+      FileExistsError: it holds something else, and is not touched.
+      InUse: another process holds it.
     """
     while True:
         handle, alone = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666), True
@@ -133,10 +144,20 @@ def _taken(lock: Path, path: str | os.PathLike) -> tuple[int, bool]:
             if os.path.samestat(os.fstat(handle), os.stat(lock)):
                 break
         os.close(handle)
+    if not os.pread(handle, 200, 0).startswith(_OWNER) and os.fstat(handle).st_size:
+        os.close(handle)
+        raise FileExistsError(
+            f"{lock} is no lock of this library, which keeps one under this name while"
+            f" it writes {path}; move it away, or choose another name"
+        )
     os.ftruncate(handle, 0)
     with contextlib.suppress(OSError):  # a full disk: locked, without a name
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        os.write(handle, _OWNER + f"{os.getpid()} on {socket.gethostname()}\n".encode())
     return handle, alone
+
+
+_OWNER = b"process "
+"""How the text of a lock begins."""
 
 
 @contextlib.contextmanager

@@ -140,6 +140,16 @@ def test_a_lock_names_its_process_and_goes_with_it(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
 
 
+def test_a_file_that_is_no_lock_is_not_taken_for_one(tmp_path):
+    (tmp_path / ".out.lock").write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"\.out\.lock is no lock of this library"
+    ):
+        with atomic.locked(tmp_path / "out"):
+            raise AssertionError("must not be reached")
+    assert (tmp_path / ".out.lock").read_text() == "mine"
+
+
 def test_what_a_process_that_was_killed_left_is_removed_by_the_next(tmp_path):
     stay = [
         "out2.tmp-0123abcd",

@@ -10,7 +10,8 @@ import jax
 from flexhinm_jax import __version__, methods
 from flexhinm_jax.cli import directory, progress
 from flexhinm_jax.cli.console import Console, report_table
-from flexhinm_jax.cli.prune_decoder import going_on, limits, samples
+from flexhinm_jax.cli.prune_decoder import limits, samples
+from flexhinm_jax.cli.unfinished import Unfinished
 from flexhinm_jax.methods import LearnedMethod
 from flexhinm_jax.streaming import learned, streaming
 from flexhinm_jax.streaming.blocks import open_blocks
@@ -69,9 +70,13 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
     if args.weights_rate is not None:
         weights_tx = warmed_adam(args.weights_rate, args.steps)
 
+    left = Unfinished(args.out, console)
+
     def tell(done: learned.Told) -> None:
         if isinstance(done, Budget):
             console.note(progress.plan_text(done, tokens.shape))
+        elif isinstance(done, streaming.GoingOn):
+            left.going_on(done)
         elif isinstance(done, learned.Judged):
             console.progress(progress.judged_text(done))
         elif isinstance(done, streaming.Block):
@@ -91,7 +96,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
     def texts(result: Any) -> dict[str, str]:
         return directory.texts(args, told(result))
 
-    with going_on(args.out, console):
+    with left.kept():
         result = learned.learn_blocks(
             args.model,
             args.out,

@@ -30,9 +30,10 @@ from flexhinm_jax.cli import (
     reorder,
     rotate,
     tune,
+    unfinished,
 )
 from flexhinm_jax.cli.console import Console
-from flexhinm_jax.io import sources
+from flexhinm_jax.io import fingerprint, sources
 from flexhinm_jax.training.run import NotFinite
 
 COMMANDS = (inspect, prune, learn, evaluate, generate, importer, reorder, rotate, tune)
@@ -156,6 +157,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def _one_line(error: Exception, out: Path | None) -> str:
     if isinstance(error, OSError) and error.errno in FULL and out is not None:
         return f"{out} could not be written: {os.strerror(error.errno)}"
+    if isinstance(error, fingerprint.Differs):
+        return unfinished.differing_text(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,11 +1,8 @@
 """`flexhinm prune` of a decoder: block by block, in bounded memory."""
 
 import argparse
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,13 +12,14 @@ from flexhinm_jax.cli.choices import Choices
 from flexhinm_jax.cli.choices import document as document_of
 from flexhinm_jax.cli.console import Console, report_table
 from flexhinm_jax.cli.evaluate import evaluated
+from flexhinm_jax.cli.unfinished import Unfinished
 from flexhinm_jax.io.sources import read_text
 from flexhinm_jax.models import decoder
 from flexhinm_jax.models.batches import pieces
 from flexhinm_jax.models.load import TOKENIZER, load_tokenizer, token_ids
 from flexhinm_jax.sequential.cuts import Layer
 from flexhinm_jax.sequential.trained import Trained
-from flexhinm_jax.streaming import streaming, work
+from flexhinm_jax.streaming import streaming
 from flexhinm_jax.streaming.blocks import Blocks, open_blocks
 from flexhinm_jax.streaming.memory import Budget
 
@@ -33,10 +31,13 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
         choices = _with_first_last(choices, args.first_last, blocks)
     tokens = samples(args, blocks)
     notes: dict[str, str] = {}
+    left = Unfinished(args.out, console)
 
     def tell(done: streaming.Told) -> None:
         if isinstance(done, Budget):
             console.note(progress.plan_text(done, tokens.shape))
+        elif isinstance(done, streaming.GoingOn):
+            left.going_on(done)
         elif isinstance(done, Layer):
             console.progress(progress.layer_text(done))
             if done.note:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
             **result.report.to_dict(),
         }
 
-    with going_on(args.out, console):
+    with left.kept():
         result = streaming.stream(
             args.model,
             args.out,
@@ -102,20 +103,6 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
         *directory.ending(args.out, result.report),
         *more,
     )
-
-
-@contextlib.contextmanager
-def going_on(out: Path, console: Console) -> Iterator[None]:
-    """Says where the state of a run is that began, or that is not finished."""
-    partial = work.partial(out)
-    if partial.exists():
-        console.note(f"going on with {partial}")
-    try:
-        yield
-    except BaseException:
-        if partial.exists():
-            console.note(f"{partial} is kept: the same command goes on from there")
-        raise
 
 
 def _with_first_last(choices: Choices, what: str, blocks: Blocks) -> Choices:

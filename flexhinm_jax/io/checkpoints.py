@@ -150,7 +150,8 @@ class Checkpoints:
         save(path, tree, _versioned(config), overwrite=True)
         if jax.process_index() == 0:
             for old in self.paths()[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+                if (old / CONFIG).is_file():  # others are none that `save` wrote
+                    shutil.rmtree(old, ignore_errors=True)
         self._saved_at = time.monotonic()
         return path
 

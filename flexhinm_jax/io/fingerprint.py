@@ -16,6 +16,7 @@ import numpy as np
 __all__ = [
     "FIELD",
     "VERSION",
+    "Differs",
     "check",
     "check_version",
     "digest",
@@ -26,6 +27,28 @@ __all__ = [
 VERSION = 3
 FIELD = "fingerprint"
 """Name of the version in a record."""
+
+
+class Differs(ValueError):
+    """A folder was begun by a run that was asked for something else.
+
+    Attributes:
+      where: the folder.
+      parts: name -> (text of the run that began it, text of this one); None in place of
+        a text that a record does not have.
+    """
+
+    def __init__(self, where: Any, parts: Mapping[str, tuple[Any, Any]]):
+        """Names the parts that differ."""
+        self.where, self.parts = where, dict(parts)
+        pairs = [
+            f"{name}={saved}, this run has {now}"
+            for name, (saved, now) in self.parts.items()
+        ]
+        super().__init__(
+            f"resume: {where} was begun with {'; '.join(pairs)}; give the same"
+            " arguments or another folder, or remove this one to begin anew"
+        )
 
 
 def record(**parts: Any) -> dict[str, str]:
@@ -50,15 +73,14 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any], where: Any) -> None:
       where: the folder, for the message.
 
     Raises:
-      ValueError: they differ, or the first is of another version; it names where.
+      Differs: they differ; it names all parts that do.
+      ValueError: the first is of another version.
     """
     check_version(saved, where)
-    for name in sorted({*saved, *now}):
-        if saved.get(name) != now.get(name):
-            raise ValueError(
-                f"resume: {where} was begun with {name}={saved.get(name)}, this run "
-                f"has {now.get(name)}; give the same arguments or another folder"
-            )
+    pairs = {name: (saved.get(name), now.get(name)) for name in sorted({*saved, *now})}
+    parts = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if parts:
+        raise Differs(where, parts)
 
 
 def check_version(saved: Mapping[str, Any], where: Any) -> None:
@@ -75,7 +97,7 @@ def check_version(saved: Mapping[str, Any], where: Any) -> None:
         raise ValueError(
             f"resume: {where} was begun by another version of flexhinm_jax, with "
             f"fingerprints of version {saved.get(FIELD, 1)}; this one has version "
-            f"{VERSION}. Finish it with that version, or give another folder"
+            f"{VERSION}. Finish it with that version, remove it, or give another folder"
         )
 
 

@@ -13,10 +13,37 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexhinm_jax import atomic
+from flexhinm_jax import arguments, atomic
 from flexhinm_jax.io import fingerprint, records
 
 CONFIG = "job.json"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that no run of this library began.
+
+    Args:
+      folder: one that is new, empty or holds a `job.json` is a run's.
+
+    Raises:
+      FileExistsError: it is a file, or holds something else, which is the user's.
+    """
+    if not folder.exists():
+        return
+    remedy = "move it away, or give another name"
+    if not folder.is_dir():
+        raise FileExistsError(
+            f"{folder} is a file, and the state of the run goes to a folder of this"
+            f" name; {remedy}"
+        )
+    if (folder / CONFIG).is_file():
+        return
+    others = [p.name for p in folder.iterdir() if not atomic.is_temporary(p)]
+    if others:
+        raise FileExistsError(
+            f"{folder} holds {arguments.some(sorted(others))} and no {CONFIG}, so no"
+            f" run of this library began it, and it is left as it is; {remedy}"
+        )
 
 
 class Finished:
@@ -32,15 +59,17 @@ class Finished:
         """Opens or begins a folder.
 
         Args:
-          folder: created if missing.
+          folder: see `check_folder`; created if missing.
           config: what decides about the result, from `fingerprint.record`.
           writes: False for a process that only reads what another one writes.
 
         Raises:
-          ValueError: the folder is of a run with another configuration, or holds
-            something else.
+          FileExistsError: the folder is of no run.
+          ValueError: it is of a run with another configuration (`Differs`), of another
+            version, or its configuration is damaged.
         """
         self.folder, self.writes = Path(folder), writes
+        check_folder(self.folder)
         if writes:
             self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / CONFIG
@@ -48,12 +77,11 @@ class Finished:
             try:
                 before = records.read(path)
             except ValueError as error:
-                raise ValueError(f"resume: {path} is damaged: {error}") from error
+                raise ValueError(
+                    f"resume: {path} is damaged: {error}; remove {self.folder} to begin"
+                    " anew"
+                ) from error
             fingerprint.check(before, config, self.folder)
-        elif any(self.folder.glob("*.npz")):
-            raise ValueError(
-                f"resume: {self.folder} holds arrays but no {CONFIG}; give another"
-            )
         elif writes:
             records.write(path, config)
 

@@ -161,8 +161,9 @@ def learn_blocks(
       learning: optimiser, steps and start.
       limits: memory, batch and dtype; None for the defaults.
       output: what to write besides the model; None for nothing.
-      progress: called with the `Budget` before anything is computed, a `Judged` for
-        every look at the masks and a `Block` for every block.
+      progress: called with the `Budget` before anything is computed, a `GoingOn` where
+        an earlier run is continued, a `Judged` for every look at the masks and a
+        `Block` for every block.
 
     Returns:
       The report, the errors of all pruned leaves, and what every block gained.
@@ -202,7 +203,7 @@ def learn_blocks(
     plan.check()
     work = Work(Path(out), setting)
     task = _Task(setting, learning, work, plan, tell)
-    with work.kept(plan.on_disk):
+    with work.kept(plan.on_disk, tell):
         rows, errors = streaming.prune_blocks(setting, work, plan, tell, task.block)
         values = tuple(task.values(n) for n in range(setting.blocks.count))
         report = streaming.total(setting, rows)

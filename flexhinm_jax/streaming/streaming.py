@@ -39,12 +39,13 @@ from flexhinm_jax.streaming.blocks import Blocks, Dtype, open_blocks
 from flexhinm_jax.streaming.memory import Ahead, Budget
 from flexhinm_jax.streaming.states import States
 from flexhinm_jax.streaming.survey import Allocated, Surveyed, first_targets, survey
-from flexhinm_jax.streaming.work import Setting, Spread, Work
+from flexhinm_jax.streaming.work import GoingOn, Setting, Spread, Work
 from flexhinm_jax.types import Plan
 
 __all__ = [
     "Allocated",
     "Block",
+    "GoingOn",
     "Limits",
     "Output",
     "Request",
@@ -115,7 +116,7 @@ class Block:
 Done = tuple[list[Row], dict[str, float]]
 """Rows of the report, and errors by key."""
 
-Told = Budget | Surveyed | Allocated | Layer | Trained | Block
+Told = Budget | GoingOn | Surveyed | Allocated | Layer | Trained | Block
 """What a run tells: its plan of memory, then how far it has come."""
 
 
@@ -155,17 +156,18 @@ def stream(
       spread: how one sparsity is spread; None for the same everywhere.
       limits: memory, batch and dtype; None for the defaults.
       output: what to write besides the model; None for nothing.
-      progress: called with the `Budget` before anything is computed, a `Surveyed` for
-        every block of the pass of the dense model, an `Allocated` after it, a `Layer`
-        for every matrix, a `Trained` for every window that was reconstructed and a
-        `Block` for every block.
+      progress: called with the `Budget` before anything is computed, a `GoingOn` where
+        an earlier run is continued, a `Surveyed` for every block of the pass of the
+        dense model, an `Allocated` after it, a `Layer` for every matrix, a `Trained`
+        for every window that was reconstructed and a `Block` for every block.
 
     Returns:
       The report and the errors of all pruned leaves.
 
     Raises:
       FileNotFoundError: a part of the directory is missing.
-      FileExistsError: `out` exists and may not be replaced.
+      FileExistsError: `out` exists and may not be replaced, or `OUT.partial` is no
+        folder of a run.
       ValueError: a directory that is not a supported decoder or is damaged, tokens out
         of range, budgets out of reach, a plan over the limit, NaN (the leaf is named),
         or an `OUT.partial` of another run.
@@ -185,7 +187,7 @@ def stream(
     tell(plan)
     plan.check()
     work = Work(Path(out), setting)
-    with work.kept(plan.on_disk):
+    with work.kept(plan.on_disk, tell):
         if spread.mode != "uniform":
             targets = survey(setting, work, plan.shelf, tell)
             setting = dataclasses.replace(setting, targets=targets)
@@ -218,6 +220,7 @@ def opened(
     """
     huggingface.check_place(out, overwrite=output.overwrite)
     huggingface.check_copy(Path(directory), Path(out))
+    Work.check(Path(out))
     blocks = open_blocks(Path(directory), limits.dtype)
     shards.check_space(Path(out), blocks.index.size - Work.taken(Path(out)))
     batches = split(tokens, limits.batch, blocks)

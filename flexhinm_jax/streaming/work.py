@@ -25,7 +25,7 @@ from flexhinm_jax.io import fingerprint, huggingface, model_card, records, shard
 from flexhinm_jax.pruning.allocate import Mode
 from flexhinm_jax.pruning.report import Row
 from flexhinm_jax.sequential.cuts import Programs
-from flexhinm_jax.sequential.finished import Finished
+from flexhinm_jax.sequential.finished import CONFIG, Finished, check_folder
 from flexhinm_jax.sequential.job import Job
 from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.sequential.share import Share
@@ -107,6 +107,17 @@ class Setting:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class GoingOn:
+    """A run has found what an equal one left unfinished.
+
+    Attributes:
+      folder: where that is.
+    """
+
+    folder: Path
+
+
 class Work:
     """The folder of a run that is not finished.
 
@@ -133,20 +144,33 @@ class Work:
         self.budgets = self.folder / "budgets.json"
 
     @staticmethod
+    def check(out: Path) -> None:
+        """Refuses a folder that was there before and is of no run, see `check_folder`.
+
+        What is adopted is removed with all that it holds when OUT is there.
+        """
+        check_folder(partial(out))
+
+    @staticmethod
     def taken(out: Path) -> int:
         """Bytes that the files of an earlier run take already."""
         return sum(p.stat().st_size for p in partial(out).rglob("*") if p.is_file())
 
     @contextlib.contextmanager
-    def kept(self, states: int) -> Iterator[None]:
+    def kept(
+        self, states: int, tell: Callable[[GoingOn], None] = lambda told: None
+    ) -> Iterator[None]:
         """Opens the folder, or begins it.
 
         That of a run that fails is kept if it holds anything of value.
 
         Args:
           states: bytes of the hidden states of this process that go to disk.
+          tell: called where the folder is that of an earlier run, by the process that
+            writes.
 
         Raises:
+          FileExistsError: the folder is of no run, see `check`.
           InUse: another run writes OUT.
           ValueError: the folder is of another run.
           OSError: no space.
@@ -154,7 +178,8 @@ class Work:
         writes = self.share.writes
         with atomic.locked(self.out) if writes else contextlib.nullcontext():
             if writes:
-                self._begin(self.share.processes * states)
+                if self._begin(self.share.processes * states):
+                    tell(GoingOn(self.folder))
             try:
                 self.share.agreed(0)
                 Finished(self.folder, record(self.setting), writes=writes)
@@ -163,11 +188,13 @@ class Work:
                 self.leave()
                 raise
 
-    def _begin(self, states: int) -> None:
+    def _begin(self, states: int) -> bool:
+        """Makes the folder, or goes on with it; whether it was there."""
         index = self.setting.blocks.index
         shards.check_space(self.folder, index.size + states - self.taken(self.out))
-        if self.record(0).exists() and not self.model.exists():
-            shutil.rmtree(self.folder)  # killed when OUT was there and this was left
+        if self._is_left():
+            shutil.rmtree(self.folder)
+        again = (self.folder / CONFIG).exists()
         Finished(self.folder, record(self.setting))
         atomic.sweep(self.folder)
         self.model.mkdir(exist_ok=True)
@@ -176,6 +203,14 @@ class Work:
         except OSError:
             self.leave()
             raise
+        return again
+
+    def _is_left(self) -> bool:
+        """Whether a run was killed when OUT was there already."""
+        if not self.record(0).exists() or self.model.exists():
+            return False
+        config = self.folder / CONFIG
+        return config.is_file() and fingerprint.FIELD in records.read(config)
 
     def leave(self) -> None:
         """Removes the folder of a run that failed, unless it holds what is of value."""
@@ -270,7 +305,11 @@ def record(setting: Setting) -> dict[str, str]:
         version=flexhinm_jax.__version__,
         model=fingerprint.digest((json.dumps(blocks.contents, sort_keys=True), starts)),
         tokens=setting.batches,
+        samples=sum(map(len, setting.batches)),
+        length=setting.batches[0].shape[1],
+        batch=len(setting.batches[0]),
         method=request.method,
+        pattern=request.method.pattern,
         sparsity=request.sparsity,
         allocate=setting.spread.mode,
         exceptions=dict(setting.spread.exceptions),

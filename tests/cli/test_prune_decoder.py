@@ -1,6 +1,7 @@
 """`flexhinm prune` and `inspect` of decoder directories."""
 
 import collections
+import dataclasses
 import json
 import os
 import shutil
@@ -12,12 +13,12 @@ import safetensors.numpy
 import yaml
 
 from flexhinm_jax import kernels
-from flexhinm_jax.cli import flags
+from flexhinm_jax.cli import flags, unfinished
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, packed, tensors
 from flexhinm_jax.pruning.owl import OWL
 from flexhinm_jax.sequential.cuts import Programs
-from flexhinm_jax.streaming import streaming
+from flexhinm_jax.streaming import learned, streaming, work
 from flexhinm_jax.streaming.memory import Ahead
 from flexhinm_jax.types import PackedWeight
 from tests.models.directories import QWEN3, make_decoder_directory
@@ -255,6 +256,101 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     last = err.splitlines()[-1]
     assert out == "" and last.startswith("flexhinm: error: ") and match in last
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+@pytest.fixture
+def stopped(prune, monkeypatch):
+    """A run that is stopped in the second block; with more options another one."""
+
+    def run(*more):
+        def stop(layer, *others):
+            if layer == 1:
+                raise KeyboardInterrupt
+            return write(layer, *others)
+
+        with monkeypatch.context() as patch:
+            write = streaming.write_block
+            patch.setattr(streaming, "write_block", stop)
+            return prune("--length", "16", "--samples", "8", *more)
+
+    return run
+
+
+def test_a_stopped_run_says_where_it_goes_on_and_that_it_does(
+    stopped, prune, tmp_path, capsys
+):
+    partial = tmp_path / "out.partial"
+    assert stopped() == 130
+    told = capsys.readouterr().err
+    assert f"{partial} is kept: the same command goes on from there" in told
+    assert "going on with" not in told
+    assert prune("--length", "16", "--samples", "8") == 0
+    told = capsys.readouterr().err
+    assert f"going on with {partial}" in told and "is kept" not in told
+    assert not partial.exists()
+
+
+def test_a_run_that_others_began_is_refused_by_its_options(
+    stopped, prune, tmp_path, capsys
+):
+    assert stopped() == 130
+    capsys.readouterr()
+    partial = tmp_path / "out.partial"
+    (tmp_path / "other.txt").write_text(TEXT.replace("cat", "cow"))
+    other = ["--calibration", tmp_path / "other.txt"]
+    for more, wanted in (
+        (["--samples", 4], "options: --samples or --calibration (8 before, 4 now);"),
+        (["--seed", 3], "options: --seed (0 before, 3 now);"),
+        (["--batch-size", 2], "options: --batch-size (4 before, 2 now);"),
+        (other, "options: --calibration;"),
+        (["--pattern", "1:4"], "options: --pattern;"),
+        (["--method", "magnitude"], "options: --method;"),
+        (["--pack"], "options: --pack or --pack-values;"),
+    ):
+        assert prune("--length", "16", "--samples", "8", *more) == 2
+        err = capsys.readouterr().err
+        assert wanted in err and f"{partial} was begun with other options" in err
+        assert "remove it to begin anew" in err
+        assert "going on" not in err and "is kept" not in err
+    assert main([*map(str, _learning(tmp_path))]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "was begun by another command" in told and "remove it" in told
+    assert (partial / "block-00000.json").exists()
+
+
+def _learning(folder):
+    line = ["learn", folder / "model", "--out", folder / "out", "--steps", 1]
+    line += ["--calibration", folder / "text.txt", "--length", 16, "--samples", 8]
+    return [*line, "--start", "own"]
+
+
+def test_every_part_of_a_fingerprint_has_the_words_of_its_options(tmp_path, prune):
+    job = "method sparsity target center statistics block reconstruct key params"
+    job += " batches token_mask leaves"
+    fields = {f.name for f in dataclasses.fields(learned.Learning)}
+    streamed = fields - {"tx", "weights_tx"} | {"fingerprint", *job.split()}
+    taken = []
+
+    def record(setting):
+        taken.extend(whole(setting))
+        return whole(setting)
+
+    whole = work.record
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "record", record)
+        assert prune("--length", "16", "--samples", "8") == 0
+    assert unfinished.PARTS.keys() == (streamed | set(taken)) - {"fingerprint"}
+
+
+def test_a_folder_of_the_user_is_left_alone(prune, tmp_path, capsys):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious.txt").write_text("mine")
+    assert prune("--length", "16") == 2
+    told = capsys.readouterr().err
+    assert "out.partial holds precious.txt and no job.json" in told
+    assert "move it away" in told and "going on" not in told and "is kept" not in told
+    assert (tmp_path / "out.partial" / "precious.txt").read_text() == "mine"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_known_before(prune, monkeypatch, capsys):

@@ -328,6 +328,14 @@ def test_a_run_says_whether_it_begins_or_goes_on(run, tmp_path):
         checkpoints.Checkpoints(run, every=0)
 
 
+def test_a_folder_that_only_has_the_name_of_a_checkpoint_stays(run):
+    (run / "step-1").mkdir()
+    (run / "step-1" / "notes.txt").write_text("mine")
+    saves = checkpoints.Checkpoints(run, keep=1, resume="auto")
+    saves.save(12, {"w": jnp.zeros(1, jnp.float32)}, CONFIG)
+    assert [p.name for p in saves.paths()] == ["step-1", "step-00000012"]
+
+
 @pytest.mark.parametrize("lost", ["arrays", "config", "text"])
 def test_a_damaged_checkpoint_is_named_and_an_older_one_serves(run, lost):
     newest = run / "step-00000010"

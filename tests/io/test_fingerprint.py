@@ -59,6 +59,10 @@ def test_records_differ_by_name():
         now = fingerprint.record(**{**parts, name: value})
         with pytest.raises(ValueError, match=f"folder was begun with {name}="):
             fingerprint.check(saved, now, "folder")
+    now = fingerprint.record(**{**parts, "target": "asym", "x": 1})
+    with pytest.raises(fingerprint.Differs, match="target=seq.*x=.*remove") as error:
+        fingerprint.check(saved, now, "folder")
+    assert error.value.parts == {"target": ("seq", "asym"), "x": (saved["x"], "1")}
 
 
 def test_a_record_of_another_version_is_refused_by_name():

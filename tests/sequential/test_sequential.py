@@ -529,6 +529,25 @@ def test_a_folder_of_an_older_version_is_refused_by_name(tmp_path):
         finished.Finished(tmp_path, config)
 
 
+def test_only_what_a_run_began_is_taken_for_its_folder(tmp_path):
+    config = fingerprint.record(target="seq")
+    for name in ("empty", "killed", "others"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "killed" / ".job.json.tmp-0123abcd").write_text("{")
+    for name in ("new", "empty", "killed"):
+        for _ in range(2):
+            finished.Finished(tmp_path / name, config)
+    (tmp_path / "others" / "precious.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name, told in (
+        ("others", "others holds precious.txt and no job.json"),
+        ("file", "file is a file"),
+    ):
+        with pytest.raises(FileExistsError, match=f"{told}.*move it away"):
+            finished.Finished(tmp_path / name, config)
+    assert [p.name for p in (tmp_path / "others").iterdir()] == ["precious.txt"]
+
+
 def recurrent(params, x):
     """A weight in a loop over time, one used twice, and one that is cut."""
 

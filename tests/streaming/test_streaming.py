@@ -322,6 +322,22 @@ def test_a_killed_run_goes_on_to_the_same_files(stream, whole, tmp_path, moment)
     assert not partial.exists()
 
 
+def test_a_folder_of_the_user_is_refused_before_anything_is_computed(stream, tmp_path):
+    """One under the name that the state of a run would have."""
+    partial, told = tmp_path / "out.partial", []
+    (partial / "model").mkdir(parents=True)
+    (partial / "block-00000.json").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out\.partial holds block-00000\.json"):
+        stream(progress=told.append)
+    assert (partial / "block-00000.json").read_text() == "mine" and not told
+    (partial / "model").rmdir()
+    (partial / "job.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"out\.partial was begun by another version"):
+        stream()
+    assert (partial / "block-00000.json").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
+
+
 def test_hidden_states_go_to_disk_where_memory_is_short(stream, whole, tmp_path):
     told = []
     stream(memory_limit=whole.plan.least, progress=told.append)
@@ -386,7 +402,8 @@ def test_budgets_are_those_of_the_whole_model_and_outlive_a_kill(
     assert (tmp_path / "out.partial" / "budgets.json").is_file()
     told = []
     result = stream(progress=told.append, **options, **asked)
-    told = told[1:]  # after the plan
+    assert told[1] == streaming.GoingOn(tmp_path / "out.partial")  # after the plan
+    told = told[2:]
     assert isinstance(told[0], streaming.Allocated)  # and no block was surveyed again
     assert told[0].sparsity == result.targets
 
