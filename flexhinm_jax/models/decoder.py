@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flexhinm_jax.models import rope
+from flexhinm_jax.models import attention, rope
 from flexhinm_jax.models.decoder_config import DecoderConfig, Experts
 from flexhinm_jax.models.decoder_parameters import (
     HEAD,
@@ -158,7 +158,7 @@ def parts(
     window = config.layer(layer).window
 
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        mixed = jax.nn.dot_product_attention(
+        mixed = attention.attend(
             query,
             key,
             value,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flexhinm_jax.models import decoder, parameters, rope
+from flexhinm_jax.models import attention, decoder, parameters, rope
 from flexhinm_jax.models.decoder import DecoderConfig
 from flexhinm_jax.models.load import Model
 from flexhinm_jax.tracing.sparsify import sparsify
@@ -271,7 +271,7 @@ def _advance(
                 lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), at, 1)
                 for held, new in ((keys, key), (values, value))
             )
-            mixed = jax.nn.dot_product_attention(
+            mixed = attention.attend(
                 query,
                 new_keys.astype(query.dtype),
                 new_values.astype(query.dtype),

@@ -11,10 +11,11 @@ import pytest
 import safetensors.numpy
 import yaml
 
-from flexhinm_jax import kernels
+from flexhinm_jax import kernels, models
 from flexhinm_jax.cli import flags
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, packed, tensors
+from flexhinm_jax.models import evaluation
 from flexhinm_jax.pruning.owl import OWL
 from flexhinm_jax.sequential.cuts import Programs
 from flexhinm_jax.streaming import streaming
@@ -120,6 +121,27 @@ def test_budgets_of_blocks_with_exceptions(prune, model_dir, tmp_path, capsys):
     for path, target in report["budgets"].items():
         assert abs(zeros[path] - target) <= 1 / 16
     assert abs(report["total"]["zeros"] - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["checkpoint", "float32"])
+def test_a_float16_model_is_pruned_and_measured(
+    prune, model_dir, tmp_path, capsys, dtype
+):
+    shutil.rmtree(model_dir)
+    config = CONFIG | {"num_hidden_layers": 1}
+    make_decoder_directory(model_dir, config, 0, 1, jnp.float16)
+    make_decoder_directory(tmp_path / "wide", config, 0, 1)
+    options = ["--dtype", dtype, "--length", 16, "--samples", 2, "--json", "--eval"]
+    assert prune(*options, tmp_path / "text.txt") == 0
+    after = huggingface.read(tmp_path / "out").params
+    assert {str(x.dtype) for x in after.values()} == {"float16"}
+    assert (after["model.layers.0.mlp.up_proj.weight"] == 0).mean() == 0.5
+    told = json.loads(capsys.readouterr().out)["evaluation"]["models"]
+    dense, pruned = (x["perplexity"] for x in told)
+    assert 1 < dense != pruned > 1
+    text = (tmp_path / "text.txt").read_text()
+    half, wide = models.load(model_dir), models.load(tmp_path / "wide")
+    assert evaluation.divergence(wide, half, text).kl < 1e-3
 
 
 def test_what_is_computed_in_float32_is_packed_and_counted_as_it_is_stored(
