@@ -119,10 +119,20 @@ def going_on(out: Path, console: Console) -> Iterator[None]:
 
 
 def _with_first_last(choices: Choices, what: str, blocks: Blocks) -> Choices:
-    """The choices with a rule for the first and the last block before all others."""
+    """The choices with a rule for the first and the last block before all others.
+
+    A sparsity is one of the pattern of the method, and a pattern has its own, whatever
+    later rules say.
+    """
     first, last = map(decoder.block_prefix, (0, blocks.count - 1))
     regex = f"^({re.escape(first)}|{re.escape(last)})"
+    rules: dict[str, Any]
+    exceptions: dict[str, float | None]
     rules, exceptions = flags.rules([f"{regex}={what}"])
+    if exceptions:
+        rules = {regex: "prune"}
+    elif rules[regex] != "skip" and choices.exceptions:
+        exceptions = {regex: None}
     return dataclasses.replace(
         choices,
         rules=rules | choices.rules,

@@ -144,6 +144,35 @@ def test_a_float16_model_is_pruned_and_measured(
     assert evaluation.divergence(wide, half, text).kl < 1e-3
 
 
+FIRST_LAST = (
+    "--method magnitude --pattern vector:v=4 --length 16 --samples 2 --sparsity"
+)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "asked", "rule", "outer", "inner"),
+    [
+        (0.7, "1:4", "o_proj=0.25", 0.75, 0.25),
+        (0.4, "0.25", "o_proj=1:4", 0.25, 0.75),
+        (0.5, "dense", "o_proj=1:4", None, 0.75),
+    ],
+)
+def test_the_first_and_the_last_block_come_before_all_rules(
+    prune, model_dir, tmp_path, sparsity, asked, rule, outer, inner
+):
+    shutil.rmtree(model_dir)
+    make_decoder_directory(model_dir, CONFIG | {"num_hidden_layers": 3}, 0, 1)
+    options = [*FIRST_LAST.split(), sparsity, "--first-last", asked, "--rule", rule]
+    assert prune(*options) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    # A few weights are zero from the start; shares are multiples of a quarter.
+    zeros = {row["path"]: round(row["zeros"] * 4) / 4 for row in report["weights"]}
+    found = [zeros.get(f"model.layers.{k}.self_attn.o_proj.weight") for k in range(3)]
+    assert found == [outer, inner, outer]
+    others = {x for path, x in zeros.items() if ".1." not in path}
+    assert others == ({outer} if outer else set())
+
+
 def test_what_is_computed_in_float32_is_packed_and_counted_as_it_is_stored(
     prune, model_dir, tmp_path
 ):
