@@ -24,8 +24,6 @@ from flexhinm_jax.tracing.discover import Traced, check_reached, choose, uses_of
 from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Uses
 
-FLOATS = ("F32", "BF16", "F16")
-
 OUTSIDE = "outside the blocks: copied unchanged"
 """Why what is no parameter of a block is skipped."""
 
@@ -274,14 +272,9 @@ def open_blocks(directory: Path, dtype: Dtype = "checkpoint") -> Blocks:
     except ValueError as error:
         raise ValueError(f"{directory / huggingface.CONFIG}: {error}") from error
     index = shards.read_index(directory)
-    try:
-        decoder.check({key: index.shape(key) for key in index.files}, config)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
-    for key in decoder.shapes(config):
-        if index.dtype(key) not in FLOATS:
-            raise ValueError(
-                f"{directory}: {key} has dtype {index.dtype(key)}; supported are"
-                f" {', '.join(FLOATS)}: give the directory with float weights"
-            )
+    stored = {
+        key: (index.shape(key), tensors.DTYPES.get(index.dtype(key), index.dtype(key)))
+        for key in index.files
+    }
+    decoder.check_directory(directory, stored, config)
     return Blocks(config, index, contents, dtype)
