@@ -162,7 +162,8 @@ def samples(args: argparse.Namespace, blocks: Blocks) -> Any:
         blocks.config.vocab_size,
         count=(args.samples or flags.SAMPLES) * length,
     )
-    return pieces(tokens, length, args.samples, flags.SAMPLES)
+    name = f"--calibration {args.calibration}"
+    return pieces(tokens, length, args.samples, flags.SAMPLES, name)
 
 
 def batches(args: argparse.Namespace, size: int) -> list[tuple[Any, ...]]:

@@ -144,6 +144,7 @@ def test_a_float16_model_is_pruned_and_measured(
     assert evaluation.divergence(wide, half, text).kl < 1e-3
 
 
+EMPTY = "text.txt has 1 tokens, 1 samples of 64 need 64"
 FIRST_LAST = (
     "--method magnitude --pattern vector:v=4 --length 16 --samples 2 --sparsity"
 )
@@ -287,12 +288,14 @@ NORM = "model.layers.0.input_layernorm.weight"
         (half_downloaded, "", "-00002-of-00002.safetensors is truncated"),
         (without("tokenizer.json"), "", "tokenizer.json is missing"),
         (None, "--samples 40 --length 16", "need 640; give more text, fewer --samples"),
+        (lambda folder: (folder.parent / "text.txt").write_text(""), "", EMPTY),
+        (None, "--pattern 2:3 --on-mismatch skip", "q_proj.weight: does not fit NM("),
         (None, "--length 999", "--length 999 is more than this model reads"),
         (None, "--resume x", "--resume is for encoders; a decoder goes on by itself"),
         (None, "--length 16 --target asym --memory 1kB", "the limit is 0.00 GiB"),
         (None, "--pattern 2:5", "multiple of m=5"),
         (None, "--allocate owl", "2:4 has only one sparsity"),
-        (None, "--first-last dense", "no weight is left"),
+        (None, "--first-last dense", ".weight: skipped by rule '^("),
         (None, "--first-last 0.9", "need one sparsity"),
     ],
 )
