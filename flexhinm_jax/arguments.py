@@ -43,10 +43,13 @@ WORDS = {
     "restart": 'resume=False, or "auto" to begin where there is none',
     "samples": "fewer samples",
     "share orders": "share_orders",
+    "steps": "fewer steps",
     "skip": 'rules={{"<regex>": "skip"}}',
     "some sparsity": "sparsity=",
     "sparsity": "sparsity={}",
     "target": "target 'seq', or the dtype of the checkpoint",
+    "temperature": "temperature={}",
+    "top k": "top_k={}",
     "window": "window={!r}",
 }
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from flexhinm_jax import __version__, checks, methods, patterns
@@ -24,7 +25,7 @@ class Choices:
       method: with its pattern.
       sparsity: fraction of weights removed, or None.
       rules: regular expression on leaf paths -> pattern or "skip".
-      exceptions: regular expression on leaf paths -> sparsity.
+      exceptions: regular expression on leaf paths -> sparsity; None for that of all.
       examples: calibration sentences of an encoder, or pixels of a classifier; empty
         for a method that needs none.
       reconstruct: how what is left is trained, or None.
@@ -34,7 +35,7 @@ class Choices:
     method: methods.Method
     sparsity: float | None
     rules: dict[str, Any]
-    exceptions: dict[str, float]
+    exceptions: Mapping[str, float | None]
     examples: Examples
     reconstruct: Reconstruct | None = None
     statistics: Statistics | None = None
@@ -147,7 +148,7 @@ def document(args: argparse.Namespace, choices: Choices) -> dict[str, Any]:
         "sparsity": choices.sparsity,
         "rules": {regex: str(value) for regex, value in choices.rules.items()},
         "allocate": str(args.allocate),
-        "exceptions": choices.exceptions,
+        "exceptions": {k: x for k, x in choices.exceptions.items() if x is not None},
         "calibration": str(args.calibration) if read else None,
         "seed": args.seed,
         "target": (args.target or "seq") if args.sequential else None,

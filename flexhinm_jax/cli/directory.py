@@ -16,6 +16,7 @@ from flexhinm_jax.models import decoder
 from flexhinm_jax.models.load import PACKED, Model
 from flexhinm_jax.pruning import prune
 from flexhinm_jax.pruning.report import Report
+from flexhinm_jax.tracing.describe import none_left
 from flexhinm_jax.types import Uses
 
 
@@ -36,12 +37,9 @@ def rules(model: Model, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_uses(model: Path, uses: Uses) -> None:
-    """Refuses a model in which the rules leave nothing to prune."""
+    """Refuses a model in which rules and pattern leave nothing to prune."""
     if not uses.leaves:
-        raise ValueError(
-            f"{model}: no weight is left to prune; 'flexhinm inspect' lists them"
-            " all, and --rule may skip too many"
-        )
+        raise ValueError(f"{model}: {none_left([uses])}")
 
 
 def check_out(args: argparse.Namespace) -> None:

@@ -55,10 +55,13 @@ WORDS = {
     "restart": "another --resume",
     "samples": "fewer --samples",
     "share orders": "--share-orders",
+    "steps": "fewer --tokens",
     "skip": "--rule 'REGEX=skip'",
     "some sparsity": "--sparsity",
     "sparsity": "--sparsity {}",
     "target": "--target seq, or --dtype checkpoint",
+    "temperature": "--temperature {}",
+    "top k": "--top-k {}",
     "window": "--reconstruct {}",
 }
 """The words of `arguments.WORDS` on the command line."""

@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     add("--prompt", required=True, metavar="TEXT", help="text to continue")
     add(
         "--tokens",
-        type=int,
+        type=flags.positive,
         default=32,
         metavar="N",
         help="new tokens at most (default: 32)",
@@ -45,7 +45,12 @@ def add_parser(commands: Any) -> None:
         metavar="T",
         help="draw from softmax(logits / T); 0, the default, draws nothing",
     )
-    add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens only")
+    add(
+        "--top-k",
+        type=flags.positive,
+        metavar="K",
+        help="draw among the K likeliest tokens only",
+    )
     flags.add_packed(
         parser,
         "run on the packed weights, and again with zeros in place; shows bytes and"

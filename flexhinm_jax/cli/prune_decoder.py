@@ -106,10 +106,20 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
 
 
 def _with_first_last(choices: Choices, what: str, blocks: Blocks) -> Choices:
-    """The choices with a rule for the first and the last block before all others."""
+    """The choices with a rule for the first and the last block before all others.
+
+    A sparsity is one of the pattern of the method, and a pattern has its own, whatever
+    later rules say.
+    """
     first, last = map(decoder.block_prefix, (0, blocks.count - 1))
     regex = f"^({re.escape(first)}|{re.escape(last)})"
+    rules: dict[str, Any]
+    exceptions: dict[str, float | None]
     rules, exceptions = flags.rules([f"{regex}={what}"])
+    if exceptions:
+        rules = {regex: "prune"}
+    elif rules[regex] != "skip" and choices.exceptions:
+        exceptions = {regex: None}
     return dataclasses.replace(
         choices,
         rules=rules | choices.rules,
@@ -139,7 +149,8 @@ def samples(args: argparse.Namespace, blocks: Blocks) -> Any:
         blocks.config.vocab_size,
         count=(args.samples or flags.SAMPLES) * length,
     )
-    return pieces(tokens, length, args.samples, flags.SAMPLES)
+    name = f"--calibration {args.calibration}"
+    return pieces(tokens, length, args.samples, flags.SAMPLES, name)
 
 
 def batches(args: argparse.Namespace, size: int) -> list[tuple[Any, ...]]:

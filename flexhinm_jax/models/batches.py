@@ -114,7 +114,13 @@ def pad_tokens(
     return tokens, mask
 
 
-def pieces(tokens: np.ndarray, length: int, count: int | None, most: int) -> np.ndarray:
+def pieces(
+    tokens: np.ndarray,
+    length: int,
+    count: int | None,
+    most: int,
+    name: str = "the calibration text",
+) -> np.ndarray:
     """A text as pieces of equal length; what is left at the end is dropped.
 
     Args:
@@ -122,6 +128,7 @@ def pieces(tokens: np.ndarray, length: int, count: int | None, most: int) -> np.
       length: tokens of a piece.
       count: pieces; None for all, at most `most`.
       most: see `count`.
+      name: of the text, for messages.
 
     Returns:
       i32[pieces, length].
@@ -136,7 +143,7 @@ def pieces(tokens: np.ndarray, length: int, count: int | None, most: int) -> np.
     wanted = count or 1
     if len(tokens) < wanted * length:
         raise ValueError(
-            f"the calibration text has {len(tokens)} tokens, {wanted} samples of"
+            f"{name} has {len(tokens)} tokens, {wanted} samples of"
             f" {length} need {wanted * length}; give more text,"
             f" {arguments.say('samples')} or {arguments.say('length')}"
         )

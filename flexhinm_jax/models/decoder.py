@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flexhinm_jax.models import rope
+from flexhinm_jax.models import attention, rope
 from flexhinm_jax.models.decoder_config import DecoderConfig, Experts
 from flexhinm_jax.models.decoder_parameters import (
     HEAD,
@@ -36,6 +36,7 @@ from flexhinm_jax.models.decoder_parameters import (
     block_prefix,
     block_shapes,
     check,
+    check_directory,
     head_shapes,
     init,
     model_rules,
@@ -54,6 +55,7 @@ __all__ = [
     "block_prefix",
     "block_shapes",
     "check",
+    "check_directory",
     "embed",
     "head",
     "init",
@@ -158,7 +160,7 @@ def parts(
     window = config.layer(layer).window
 
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        mixed = jax.nn.dot_product_attention(
+        mixed = attention.attend(
             query,
             key,
             value,

@@ -1,7 +1,9 @@
 """Keys, shapes and random values of the parameters of a decoder."""
 
+import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ __all__ = [
     "block_prefix",
     "block_shapes",
     "check",
+    "check_directory",
     "head_shapes",
     "init",
     "model_rules",
@@ -113,6 +116,29 @@ def model_rules(config: DecoderConfig) -> dict[str, str]:
     """
     own = {} if config.tie_word_embeddings else {rf"^{re.escape(HEAD)}$": "skip"}
     return rules(config) | own
+
+
+def check_directory(
+    directory: str | os.PathLike[str],
+    stored: Mapping[str, tuple[tuple[int, ...], Any]],
+    config: DecoderConfig,
+) -> None:
+    """`check` of a directory, and that all weights are floats.
+
+    Args:
+      directory: where, for messages.
+      stored: key -> (shape, dtype) of every array of the checkpoint.
+      config: sizes.
+
+    Raises:
+      ValueError: what `check` refuses, or a weight that is no float.
+    """
+    try:
+        check({key: shape for key, (shape, _) in stored.items()}, config)
+        for key in shapes(config):
+            parameters.check_float(key, stored[key][1])
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
 
 
 def check(stored: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> None:

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flexhinm_jax.models import decoder, parameters, rope
+from flexhinm_jax.arguments import say
+from flexhinm_jax.models import attention, decoder, parameters, rope
 from flexhinm_jax.models.decoder import DecoderConfig
 from flexhinm_jax.models.load import Model
 from flexhinm_jax.tracing.sparsify import sparsify
@@ -60,10 +61,13 @@ class Sampling:
         """Validates what needs no model."""
         if not 0 <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature must be a number >= 0, got {self.temperature!r}"
+                f"{say('temperature', self.temperature)}: need a number of at least 0"
             )
         if self.top_k is not None and self.temperature == 0:
-            raise ValueError("top_k has no use at temperature 0, which draws nothing")
+            raise ValueError(
+                f"{say('top k', self.top_k)} has no use at temperature 0, which draws"
+                f" nothing; give {say('temperature', 1.0)} or another"
+            )
 
     def choose(self, key: Array | None, logits: Array, step: Array | int) -> Array:
         """The next token of every row, i32[b], from f32[b, vocab_size]."""
@@ -271,7 +275,7 @@ def _advance(
                 lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), at, 1)
                 for held, new in ((keys, key), (values, value))
             )
-            mixed = jax.nn.dot_product_attention(
+            mixed = attention.attend(
                 query,
                 new_keys.astype(query.dtype),
                 new_values.astype(query.dtype),
@@ -320,18 +324,20 @@ def _check(
     if limit is not None and prompt.shape[1] + steps > limit:
         raise ValueError(
             f"a prompt of {prompt.shape[1]} tokens and {steps} new ones are more than"
-            f" max_position_embeddings={limit}; shorten the prompt or take fewer steps"
+            f" max_position_embeddings={limit}; shorten the prompt or take"
+            f" {say('steps')}"
         )
     scaling = config.rope_scaling
     if isinstance(scaling, rope.Dynamic) and prompt.shape[1] + steps > scaling.trained:
         raise ValueError(
             f"{prompt.shape[1] + steps} tokens are more than trained={scaling.trained}"
             " of dynamic positions, which would turn with every step while the cache"
-            " stays; take fewer steps"
+            f" stays; take {say('steps')}"
         )
     if rule.temperature > 0 and key is None:
         raise ValueError(f"temperature={rule.temperature!r} draws tokens: give a key")
     if rule.top_k is not None and not 1 <= rule.top_k <= config.vocab_size:
         raise ValueError(
-            f"top_k={rule.top_k!r} must be between 1 and vocab_size={config.vocab_size}"
+            f"{say('top k', rule.top_k)} must be between 1 and"
+            f" vocab_size={config.vocab_size}"
         )

@@ -370,11 +370,8 @@ def load(
     read = load_tokenizer(directory / TOKENIZER) if tokenizer else None
     params = _packed(directory) if packed else huggingface.read(directory).params
     if kind.reads is Reads.TEXT:
-        shapes = {name: tuple(_shape(leaf)) for name, leaf in params.items()}
-        try:
-            decoder.check(shapes, config)
-        except ValueError as error:
-            raise ValueError(f"{directory}: {error}") from error
+        stored = {k: (tuple(_shape(leaf)), leaf.dtype) for k, leaf in params.items()}
+        decoder.check_directory(directory, stored, config)
     apply = functools.partial(kind.apply, config=config)
     return Model(
         directory=directory,

@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["check_shape", "init", "select"]
+__all__ = ["check_float", "check_shape", "init", "select"]
+
+FLOATS = ("float32", "bfloat16", "float16")
+"""What models compute in."""
 
 
 def select(
@@ -53,6 +56,23 @@ def check_shape(name: str, shape: Sequence[int], wanted: tuple[int, ...]) -> Non
     if tuple(shape) != wanted:
         raise ValueError(
             f"{name} has shape {tuple(shape)}, the configuration gives {wanted}"
+        )
+
+
+def check_float(name: str, dtype: Any) -> None:
+    """Refuses a parameter that models cannot compute with.
+
+    Args:
+      name: its key.
+      dtype: what it has; anything whose text is its name.
+
+    Raises:
+      ValueError: it is none of `FLOATS`.
+    """
+    if str(dtype) not in FLOATS:
+        raise ValueError(
+            f"{name} has dtype {dtype}, supported are {', '.join(FLOATS)}; give the"
+            " directory with float weights, or convert them to one of these"
         )
 
 

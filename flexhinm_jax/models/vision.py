@@ -12,9 +12,10 @@ arXiv:1603.05027) with group norm (arXiv:1803.08494) in place of batch norm.
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
+
+from flexhinm_jax.models.attention import attend
 
 __all__ = ["MODELS", "ResNet", "ResidualMLP", "ViT", "create"]
 
@@ -90,9 +91,7 @@ class ViT(nn.Module):
             y = nn.Dense(self.width, name=f"{name}_{part}")(x)
             return y.reshape(*y.shape[:2], self.heads, -1)
 
-        mixed = jax.nn.dot_product_attention(
-            heads("query"), heads("key"), heads("value")
-        )
+        mixed = attend(heads("query"), heads("key"), heads("value"))
         return nn.Dense(self.width, name=f"{name}_out")(mixed.reshape(x.shape))
 
 

@@ -38,7 +38,7 @@ def allocate(
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
     normalise: bool = True,
-    exceptions: Mapping[str, float] | None = None,
+    exceptions: Mapping[str, float | None] | None = None,
     outliers: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """The sparsity of every layer, such that all together have the target exactly.
@@ -54,7 +54,7 @@ def allocate(
       normalise: divide the gains by the mean score of their layer; False when the
         scores of different layers are comparable already, such as Fisher scores.
       exceptions: {regex: sparsity} on paths, the first match counts; the other layers
-        make up for them.
+        make up for them. None makes a layer one of the others, whatever follows.
       outliers: path -> share of outliers in its block, for "owl".
 
     Returns:
@@ -118,7 +118,7 @@ def budgets(
     *,
     mode: Mode | Mapping[str, float] = "global",
     bounds: tuple[float, float] = (0.0, 1.0),
-    exceptions: Mapping[str, float] | None = None,
+    exceptions: Mapping[str, float | None] | None = None,
 ) -> dict[str, float]:
     """The sparsity of every prunable leaf, for `solve(..., sparsity=budgets(...))`.
 
@@ -173,7 +173,7 @@ def check_free(method: Method, layers: Mapping[str, Increments]) -> None:
 
 
 def _exceptions(
-    rules: Mapping[str, float], layers: Mapping[str, Increments]
+    rules: Mapping[str, float | None], layers: Mapping[str, Increments]
 ) -> dict[str, float]:
     """Path -> sparsity of the first rule that matches.
 
@@ -185,6 +185,9 @@ def _exceptions(
     for path, layer in layers.items():
         for rule, value in rules.items():
             if re.search(rule, path):
+                used.add(rule)
+                if value is None:
+                    break
                 low, high = layer.span
                 if not low - EXACT <= value <= high + EXACT:
                     raise ValueError(
@@ -193,7 +196,6 @@ def _exceptions(
                         " or skip it to leave it dense"
                     )
                 chosen[path] = float(value)
-                used.add(rule)
                 break
     if unused := [rule for rule in rules if rule not in used]:
         raise ValueError(

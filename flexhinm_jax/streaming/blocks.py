@@ -7,7 +7,6 @@ same name, and is given the same random key, as in the whole model.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +20,12 @@ from flexhinm_jax import checks
 from flexhinm_jax.io import huggingface, shards, tensors
 from flexhinm_jax.models import decoder
 from flexhinm_jax.models.decoder_parameters import TABLE
-from flexhinm_jax.tracing.discover import choose, discover
+from flexhinm_jax.tracing.discover import Traced, check_reached, choose, uses_of
+from flexhinm_jax.tracing.tree import Leaves
 from flexhinm_jax.types import Uses
 
-FLOATS = ("F32", "BF16", "F16")
+OUTSIDE = "outside the blocks: copied unchanged"
+"""Why what is no parameter of a block is skipped."""
 
 Dtype = Literal["checkpoint", "float32"]
 
@@ -128,21 +129,20 @@ class Blocks:
           fit: the uses of a block -> those of the leaves that the pattern fits.
 
         Raises:
-          ValueError: a rule that matches nothing, or asks to prune what lies outside
-            the blocks.
+          ValueError: a rule that matches nothing, or whose arrays can all not be
+            pruned, as those outside the blocks.
         """
         rules = decoder.rules(self.config) | dict(rules or {})
         chosen = choose(rules, list(self.index.files))
-        inside = {key for layer in range(self.count) for key in self.keys(layer)}
-        for key, (rule, action) in chosen.items():
-            if key not in inside and action != "skip":
-                raise ValueError(
-                    f"rule {rule!r} asks to prune {key}, which is not in a block; what"
-                    " is outside the blocks is copied unchanged when streaming"
-                )
-        return BlockUses(
-            self, {key: action for key, (_, action) in chosen.items()}, fit
-        )
+        uses = BlockUses(self, chosen, fit)
+        if any(action != "skip" for action in rules.values()):
+            found = [uses.found(layer) for layer in range(self.count)]
+            pruned = {path for one in found for path in one.leaves}
+            skipped = {key: OUTSIDE for key in self.index.files if key not in pruned}
+            for one in found:
+                skipped |= one.skipped
+            check_reached(rules, chosen, skipped)
+        return uses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,20 +168,26 @@ class BlockUses:
     def __init__(
         self,
         blocks: Blocks,
-        actions: Mapping[str, Any],
+        chosen: Mapping[str, tuple[str, Any]],
         fit: Callable[[Uses], Uses],
     ):
-        """Keeps key -> action of the rules, and what leaves the misfits out."""
-        self.blocks, self.actions, self.fit = blocks, actions, fit
+        """Keeps key -> (rule, action), and what leaves the misfits out."""
+        self.blocks, self.chosen, self.fit = blocks, chosen, fit
+        self.known: dict[Any, Uses] = {}
         self.programs: dict[Any, BlockProgram] = {}
+
+    @property
+    def actions(self) -> dict[str, Any]:
+        """Key -> action, whatever the rules are called."""
+        return {key: action for key, (_, action) in self.chosen.items()}
 
     def kind(self, layer: int) -> tuple:
         """Equal for blocks that do the same and to which the same rules apply."""
         prefix = decoder.block_prefix(layer)
         return self.blocks.config.layer(layer), tuple(
-            (key.removeprefix(prefix), self.actions[key])
+            (key.removeprefix(prefix), self.chosen[key])
             for key in self.blocks.keys(layer)
-            if key in self.actions
+            if key in self.chosen
         )
 
     def kinds(self) -> dict[Any, int]:
@@ -196,17 +202,23 @@ class BlockUses:
         prefix = decoder.block_prefix(layer)
         return renamed(self.program(layer).uses, lambda key: prefix + key)
 
+    def found(self, layer: int) -> Uses:
+        """The uses of a block under the keys of the checkpoint, misfits among them."""
+        kind, prefix = self.kind(layer), decoder.block_prefix(layer)
+        if kind not in self.known:
+            width, dtype = self.blocks.config.hidden_size, self.blocks.computed(TABLE)
+            h = jax.ShapeDtypeStruct((1, 8, width), dtype)
+            leaves = Leaves.of(self.blocks.like(layer))
+            finder = Traced(self.blocks.apply(layer)).find(leaves, (h,))
+            uses = uses_of(finder, leaves, self.chosen)
+            self.known[kind] = renamed(uses, lambda key: key.removeprefix(prefix))
+        return renamed(self.known[kind], lambda key: prefix + key)
+
     def program(self, layer: int) -> BlockProgram:
         """The program of a block, one object for all blocks of its kind."""
         kind, prefix = self.kind(layer), decoder.block_prefix(layer)
         if kind not in self.programs:
-            config = self.blocks.config
-            like, dtype = self.blocks.like(layer), self.blocks.computed(TABLE)
-            h = jax.ShapeDtypeStruct((1, 8, config.hidden_size), dtype)
-            rules = {
-                f"^{re.escape(prefix + name)}$": action for name, action in kind[1]
-            }
-            uses = self.fit(discover(self.blocks.apply(layer), like, h, rules=rules))
+            config, uses = self.blocks.config, self.fit(self.found(layer))
             apply = functools.partial(decoder.block, config=config, layer=layer)
             self.programs[kind] = BlockProgram(
                 apply,
@@ -260,14 +272,9 @@ def open_blocks(directory: Path, dtype: Dtype = "checkpoint") -> Blocks:
     except ValueError as error:
         raise ValueError(f"{directory / huggingface.CONFIG}: {error}") from error
     index = shards.read_index(directory)
-    try:
-        decoder.check({key: index.shape(key) for key in index.files}, config)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
-    for key in decoder.shapes(config):
-        if index.dtype(key) not in FLOATS:
-            raise ValueError(
-                f"{directory}: {key} has dtype {index.dtype(key)}; supported are"
-                f" {', '.join(FLOATS)}: give the directory with float weights"
-            )
+    stored = {
+        key: (index.shape(key), tensors.DTYPES.get(index.dtype(key), index.dtype(key)))
+        for key in index.files
+    }
+    decoder.check_directory(directory, stored, config)
     return Blocks(config, index, contents, dtype)

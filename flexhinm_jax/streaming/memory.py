@@ -31,6 +31,7 @@ from flexhinm_jax.sequential.solver import solve_stack, solved
 from flexhinm_jax.sequential.trained import Training
 from flexhinm_jax.sequential.windows import size
 from flexhinm_jax.streaming.work import Setting
+from flexhinm_jax.tracing.describe import none_left
 from flexhinm_jax.types import Stats
 
 GIB = 1 << 30
@@ -201,16 +202,12 @@ def check_all(setting: Setting) -> None:
     Raises:
       ValueError: a leaf that does not fit, or nothing to prune.
     """
-    total = 0
+    every = []
     for layer in range(setting.blocks.count):
         h = np.zeros((), np.float32)
-        job = setting.job(layer, setting.blocks.like(layer), [h])
-        total += len(job.uses.leaves)
-    if not total:
-        raise ValueError(
-            "no weight is left to prune; the rules skip too many:"
-            f" {arguments.say('describe')} lists them all"
-        )
+        every.append(setting.job(layer, setting.blocks.like(layer), [h]).uses)
+    if not any(uses.leaves for uses in every):
+        raise ValueError(none_left(every))
 
 
 class Ahead:

@@ -35,7 +35,7 @@ from flexhinm_jax.sequential.request import Request
 from flexhinm_jax.sequential.share import Share
 from flexhinm_jax.sequential.trained import Trained
 from flexhinm_jax.streaming import memory
-from flexhinm_jax.streaming.blocks import Blocks, Dtype, open_blocks
+from flexhinm_jax.streaming.blocks import OUTSIDE, Blocks, Dtype, open_blocks
 from flexhinm_jax.streaming.memory import Ahead, Budget
 from flexhinm_jax.streaming.states import States
 from flexhinm_jax.streaming.survey import Allocated, Surveyed, first_targets, survey
@@ -452,7 +452,7 @@ def total(setting: Setting, rows: list[Row]) -> Report:
     for layer in range(blocks.count):
         reasons |= setting.uses.of(layer).skipped
     skipped = {
-        key: reasons.get(key, "outside the blocks: copied unchanged")
+        key: reasons.get(key, OUTSIDE)
         for key in blocks.index.files
         if key not in pruned
     }

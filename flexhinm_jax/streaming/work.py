@@ -46,11 +46,11 @@ class Spread:
       mode: see `pruning.allocate`; "global" and "owl" begin with a pass of the dense
         model.
       exceptions: {regex: sparsity} on keys of the checkpoint, the first match wins; the
-        other matrices make up for them.
+        other matrices make up for them. None is no exception.
     """
 
     mode: Mode = "uniform"
-    exceptions: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    exceptions: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,6 +52,26 @@ def describe(uses: Uses) -> str:
     return "\n".join([table, *coverage_lines(pruned, uses.dense, uses.skipped)])
 
 
+def none_left(every: Iterable[Uses]) -> str:
+    """Says that no weight is left to prune, and what left the matrices out.
+
+    Args:
+      every: from `discover`, without a leaf that can be pruned.
+
+    Returns:
+      One matrix for each of the first reasons: layers are alike.
+    """
+    why: dict[str, str] = {}
+    for uses in every:
+        for path in uses.dense:
+            why.setdefault(uses.skipped[path], path)
+    told = [f"{path}: {reason}" for reason, path in why.items()][:MAX_SKIPPED_LINES]
+    return (
+        f"no weight is left to prune ({'; '.join(told) or 'there is no matrix'});"
+        f" {arguments.say('describe')} lists them all"
+    )
+
+
 def coverage_lines(
     pruned: int, dense: Mapping[str, int], skipped: Mapping[str, str]
 ) -> list[str]:

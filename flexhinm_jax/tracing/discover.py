@@ -100,11 +100,24 @@ def discover_leaves(
     rules: Mapping[str, Pattern | str] | None,
 ) -> Uses:
     """`discover` of arguments that are what they should be."""
-    finder = traced.find(leaves, batch)
     chosen = choose(rules or {}, list(leaves))
+    uses = uses_of(traced.find(leaves, batch), leaves, chosen)
+    check_reached(rules or {}, chosen, uses.skipped)
+    return uses
+
+
+def uses_of(
+    finder: "Finder", leaves: Leaves, chosen: Mapping[str, tuple[str, Any]]
+) -> Uses:
+    """Every leaf, as uses that can be pruned or as skipped with a reason.
+
+    Args:
+      finder: what the walk found.
+      leaves: all leaves.
+      chosen: from `choose`; a rule whose leaves can all not be pruned is no error here.
+    """
     reasons = {path: reason(finder, leaves, path, chosen.get(path)) for path in leaves}
     skipped = {path: text for path, text in reasons.items() if text is not None}
-    check_reached(rules or {}, chosen, skipped)
     uses = []
     for _, use in finder.uses:
         if use.path not in skipped:

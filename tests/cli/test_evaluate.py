@@ -286,10 +286,14 @@ def test_bad_options_are_refused_in_one_line(folders, capsys, tmp_path):
     assert "is not UTF-8" in refused(capsys, "generate", dense, "--prompt", "\udcff")
     told = refused(capsys, "generate", dense, "--prompt", "a" * 14, "--tokens", 2)
     assert "prompt of 15 tokens and 2 new ones are more than max_position" in told
+    assert "take fewer --tokens" in told
     told = refused(
         capsys, "generate", dense, "--prompt", "a", "--tokens", 2, "--top-k", 2
     )
-    assert "top_k has no use at temperature 0" in told
+    assert "--top-k 2 has no use at temperature 0" in told
+    with pytest.raises(SystemExit):
+        main(["generate", str(dense), "--prompt", "a", "--tokens", "0"])
+    assert "argument --tokens: 0 is not at least 1" in capsys.readouterr().err
 
 
 def test_a_decoder_and_an_encoder_are_not_compared(folders, model_dir, capsys):

@@ -12,10 +12,11 @@ import pytest
 import safetensors.numpy
 import yaml
 
-from flexhinm_jax import kernels
+from flexhinm_jax import kernels, models
 from flexhinm_jax.cli import flags, unfinished
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, packed, tensors
+from flexhinm_jax.models import evaluation
 from flexhinm_jax.pruning.owl import OWL
 from flexhinm_jax.sequential.cuts import Programs
 from flexhinm_jax.streaming import learned, streaming, work
@@ -121,6 +122,57 @@ def test_budgets_of_blocks_with_exceptions(prune, model_dir, tmp_path, capsys):
     for path, target in report["budgets"].items():
         assert abs(zeros[path] - target) <= 1 / 16
     assert abs(report["total"]["zeros"] - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["checkpoint", "float32"])
+def test_a_float16_model_is_pruned_and_measured(
+    prune, model_dir, tmp_path, capsys, dtype
+):
+    shutil.rmtree(model_dir)
+    config = CONFIG | {"num_hidden_layers": 1}
+    make_decoder_directory(model_dir, config, 0, 1, jnp.float16)
+    make_decoder_directory(tmp_path / "wide", config, 0, 1)
+    options = ["--dtype", dtype, "--length", 16, "--samples", 2, "--json", "--eval"]
+    assert prune(*options, tmp_path / "text.txt") == 0
+    after = huggingface.read(tmp_path / "out").params
+    assert {str(x.dtype) for x in after.values()} == {"float16"}
+    assert (after["model.layers.0.mlp.up_proj.weight"] == 0).mean() == 0.5
+    told = json.loads(capsys.readouterr().out)["evaluation"]["models"]
+    dense, pruned = (x["perplexity"] for x in told)
+    assert 1 < dense != pruned > 1
+    text = (tmp_path / "text.txt").read_text()
+    half, wide = models.load(model_dir), models.load(tmp_path / "wide")
+    assert evaluation.divergence(wide, half, text).kl < 1e-3
+
+
+EMPTY = "text.txt has 1 tokens, 1 samples of 64 need 64"
+FIRST_LAST = (
+    "--method magnitude --pattern vector:v=4 --length 16 --samples 2 --sparsity"
+)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "asked", "rule", "outer", "inner"),
+    [
+        (0.7, "1:4", "o_proj=0.25", 0.75, 0.25),
+        (0.4, "0.25", "o_proj=1:4", 0.25, 0.75),
+        (0.5, "dense", "o_proj=1:4", None, 0.75),
+    ],
+)
+def test_the_first_and_the_last_block_come_before_all_rules(
+    prune, model_dir, tmp_path, sparsity, asked, rule, outer, inner
+):
+    shutil.rmtree(model_dir)
+    make_decoder_directory(model_dir, CONFIG | {"num_hidden_layers": 3}, 0, 1)
+    options = [*FIRST_LAST.split(), sparsity, "--first-last", asked, "--rule", rule]
+    assert prune(*options) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    # A few weights are zero from the start; shares are multiples of a quarter.
+    zeros = {row["path"]: round(row["zeros"] * 4) / 4 for row in report["weights"]}
+    found = [zeros.get(f"model.layers.{k}.self_attn.o_proj.weight") for k in range(3)]
+    assert found == [outer, inner, outer]
+    others = {x for path, x in zeros.items() if ".1." not in path}
+    assert others == ({outer} if outer else set())
 
 
 def test_what_is_computed_in_float32_is_packed_and_counted_as_it_is_stored(
@@ -237,12 +289,14 @@ NORM = "model.layers.0.input_layernorm.weight"
         (half_downloaded, "", "-00002-of-00002.safetensors is truncated"),
         (without("tokenizer.json"), "", "tokenizer.json is missing"),
         (None, "--samples 40 --length 16", "need 640; give more text, fewer --samples"),
+        (lambda folder: (folder.parent / "text.txt").write_text(""), "", EMPTY),
+        (None, "--pattern 2:3 --on-mismatch skip", "q_proj.weight: does not fit NM("),
         (None, "--length 999", "--length 999 is more than this model reads"),
         (None, "--resume x", "--resume is for encoders; a decoder goes on by itself"),
         (None, "--length 16 --target asym --memory 1kB", "the limit is 0.00 GiB"),
         (None, "--pattern 2:5", "multiple of m=5"),
         (None, "--allocate owl", "2:4 has only one sparsity"),
-        (None, "--first-last dense", "no weight is left"),
+        (None, "--first-last dense", ".weight: skipped by rule '^("),
         (None, "--first-last 0.9", "need one sparsity"),
     ],
 )

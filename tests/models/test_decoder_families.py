@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -62,6 +63,32 @@ def test_generation_continues_as_transformers_does(name):
     prompt, steps = TOKENS[:, : decoder_cases.PROMPT], decoder_cases.steps(CASES[name])
     made = generation.generate(params, prompt, config, steps=steps)
     assert made.tokens[0].tolist() == GOLDEN[name]["tokens"]
+
+
+@pytest.mark.parametrize("name", ["llama 2", "qwen3 with biases"])
+def test_float16_says_compiled_what_float32_says(name):
+    config, params = case(name)
+    half = {key: jnp.asarray(x, jnp.float16) for key, x in params.items()}
+    run = jax.jit(functools.partial(decoder.apply, config=config))
+    found = run(half, TOKENS)[0]
+    assert found.dtype == jnp.float16
+    want = jax.nn.log_softmax(logits(name))
+    other = jax.nn.log_softmax(found.astype(jnp.float32))
+    divergence = jnp.sum(jnp.exp(want) * (want - other), -1)
+    assert 0 < divergence.max() < 1e-3
+
+
+def test_float16_continues_with_the_likeliest_tokens():
+    config, params = case("llama 2")
+    half = {key: jnp.asarray(x, jnp.float16) for key, x in params.items()}
+    prompt = TOKENS[:, : decoder_cases.PROMPT]
+    run = functools.partial(generation.generate, config=config, steps=4)
+    new = jax.jit(run)(half, prompt).tokens
+    whole = jax.jit(functools.partial(decoder.apply, config=config))
+    found = whole(half, jnp.concatenate([prompt, new], 1))[0, prompt.shape[1] - 1 : -1]
+    taken = jnp.take_along_axis(found, new[0][:, None], -1)[:, 0]
+    # Rounding may swap tokens whose logits are within a few steps of float16.
+    assert jnp.max(found.max(-1) - taken) < 0.05
 
 
 @pytest.mark.parametrize("name", ["llama 3", "linear", "dynamic", "yarn"])

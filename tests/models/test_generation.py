@@ -131,9 +131,9 @@ def test_packed_weights_generate_the_tokens_of_the_dense_ones():
     [
         ({"steps": 9}, "prompt of 4 tokens and 9 new ones are more than max_position"),
         ({"steps": 0}, "steps must be an integer > 0, got 0"),
-        ({"temperature": -1.0}, "temperature must be a number >= 0, got -1.0"),
+        ({"temperature": -1.0}, "temperature=-1.0: need a number of at least 0"),
         ({"temperature": 1.0}, "temperature=1.0 draws tokens: give a key"),
-        ({"top_k": 3}, "top_k has no use at temperature 0"),
+        ({"top_k": 3}, "top_k=3 has no use at temperature 0"),
         (
             {"temperature": 1.0, "top_k": 18, "key": jax.random.key(0)},
             "top_k=18 must be between 1 and vocab_size=17",

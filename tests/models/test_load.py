@@ -1,5 +1,6 @@
 """One door for model directories: encoders, decoders, dense and packed."""
 
+import re
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from flexhinm_jax import models  # noqa: E402
 from flexhinm_jax.io import packed, sources  # noqa: E402
 from flexhinm_jax.models import decoder  # noqa: E402
 from flexhinm_jax.models.load import token_ids  # noqa: E402
+from flexhinm_jax.streaming.blocks import open_blocks  # noqa: E402
 from tests.models import decoder_cases, directories  # noqa: E402
 
 TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
@@ -29,6 +31,19 @@ def test_a_decoder_is_a_function_its_parameters_and_its_tokenizer(tmp_path):
     np.testing.assert_array_equal(got, want)
     assert model.tokenizer.encode("ab").ids[0] == directories.BYTES
     assert "Model('m', DecoderConfig, dense" in repr(model)
+
+
+def test_a_decoder_of_integers_is_refused_by_every_door(tmp_path):
+    directories.make_decoder_directory(
+        tmp_path / "m", directories.QWEN3, dtype=jnp.int8
+    )
+    wanted = (
+        f"{tmp_path / 'm'}: model.embed_tokens.weight has dtype int8, supported are"
+        " float32, bfloat16, float16; give the directory with float weights"
+    )
+    for read in (models.load, open_blocks):
+        with pytest.raises(ValueError, match=re.escape(wanted)):
+            read(tmp_path / "m")
 
 
 def test_packed_weights_multiply_as_they_are(tmp_path):

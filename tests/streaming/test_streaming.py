@@ -446,6 +446,22 @@ def test_exceptions_alone_need_no_pass(stream):
     assert zeros["k_proj"] == pytest.approx(0.6, abs=2e-3)
 
 
+def test_a_broad_rule_prunes_what_can_be_pruned(stream):
+    last, none = CONFIG["num_hidden_layers"] - 1, "embed_tokens|layers.1.*o_proj"
+    report = stream(rules={none: "skip", r"layers\.0\.|head": fh.NM(1, 4)}).report
+    zeros = {row.path: row.zeros for row in report.rows}
+    assert len(zeros) == 3 * 7 - 1
+    for path, share in zeros.items():
+        assert share == (0.75 if ".0." in path else 0.5)
+    skipped = report.skipped
+    assert "1-D" in skipped["model.layers.0.input_layernorm.weight"]
+    assert skipped["lm_head.weight"] == "outside the blocks: copied unchanged"
+    # As it was written, not one for every key.
+    skip = f"skipped by rule {none!r}"
+    assert skipped["model.layers.1.self_attn.o_proj.weight"] == skip
+    assert f"model.layers.{last}.self_attn.o_proj.weight" in zeros
+
+
 def spoiled(model, folder, key, change):
     """A copy of the model in which one array is another."""
     params = dict(huggingface.read(model).params)
@@ -469,7 +485,11 @@ def test_a_nan_is_named_with_its_leaf(model, stream, tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"rules": {"lm_head": "prune"}}, "lm_head.weight, which is not in a block"),
+        ({"rules": {"lm_head": "prune"}}, "lm_head.weight: outside the blocks: copied"),
+        (
+            {"rules": {r"0\.input": fh.NM(1, 4)}},
+            r"rule '0\\\\.input' asks to prune what cannot be: model.layers.0",
+        ),
         ({"rules": {"layers": "skip"}}, "no weight is left"),
         ({"rules": {"layer_9": "skip"}}, "matches no leaf"),
         ({"tokens": TOKENS + 260}, "vocab_size=260"),
