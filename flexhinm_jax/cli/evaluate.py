@@ -220,18 +220,20 @@ def _divergence(
     shown = names(paths, args.packed)
     track = functools.partial(_track, console, " and ".join(shown))
     (dense, _), (other, _) = both
-    result = evaluation.divergence(dense, other, text, track=track, **options)
+    result = evaluation.divergence(
+        dense, other, text, timed=args.packed, track=track, **options
+    )
     scores = result.first, result.second
     rows = [
         _row(name, model, size, score)
         for name, (model, size), score in zip(shown, both, scores, strict=True)
     ]
-    likeness = {"kl": result.kl, "same_top": result.same_top}
+    document = _document(args, rows) | {"kl": result.kl, "same_top": result.same_top}
     line = (
         f"KL {result.kl:.4f} nats a token; the same token is most likely in"
         f" {result.same_top:.1%}"
     )
-    return [_document(args, rows) | likeness, _table(rows, False), line, _note(rows)]
+    return [document, _table(rows, args.packed), line, _note(rows)]
 
 
 def _row(

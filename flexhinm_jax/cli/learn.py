@@ -185,6 +185,7 @@ def _run(
         batches = model.steps(text, size, args.max_length)
         told = {"images" if model.reads_images else "sentences": len(text)}
     result, history = _learn(args, choices, batches, model, console)
+    result = directory.compared(result, model)
     first, best = history[0]["value"], min(entry["value"] for entry in history)
     document = learn_decoder.document(args, choices) | {
         **told,
@@ -194,11 +195,12 @@ def _run(
     }
     with console.step(f"writing {args.out}"):
         directory.write(args, result, model, directory.texts(args, document))
+    form = directory.packed_name(args, decoder=model.is_decoder, whole=True)
     console.result(
         document,
-        report_table(result.report, every=args.rows == "all"),
+        report_table(result.report, packed=bool(form), every=args.rows == "all"),
         "",
-        *directory.ending(args.out, result.report, PACKED),
+        *directory.ending(args.out, result.report, form),
         f"loss on held-back data: {first:.4f} of the first masks, {best:.4f} now",
     )
 

@@ -42,6 +42,7 @@ def document(args: argparse.Namespace, choices: Choices) -> dict[str, Any]:
     return {
         "model": str(args.model),
         "out": str(args.out),
+        "commands": [args.written],
         "method": repr(choices.method),
         "start": None if choices.start is None else repr(choices.start),
         "sparsity": args.sparsity,
@@ -122,13 +123,14 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
             output=streaming.Output(args.pack, args.force, texts, args.pack_values),
             progress=tell,
         )
+    form = directory.packed_name(args, decoder=True, whole=False)
     console.result(
         told(result),
         report_table(
             result.report, result.errors, packed=args.pack, every=args.rows == "all"
         ),
         "",
-        *directory.ending(args.out, result.report),
+        *directory.ending(args.out, result.report, form),
         *_gained(result.values),
     )
 

@@ -54,6 +54,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
 
     def document(result: streaming.Streamed) -> dict[str, Any]:
         return document_of(args, choices) | {
+            "commands": [args.written],
             "budgets": dict(result.targets),
             "samples": tokens.shape[0],
             "length": tokens.shape[1],
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
     if not hosts.first():
         return
     shown, more = evaluated(args, document(result), console)
+    form = directory.packed_name(args, decoder=True, whole=False)
     console.result(
         shown,
         report_table(
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
         ),
         "",
         *(f"{path}: {text}" for path, text in notes.items()),
-        *directory.ending(args.out, result.report),
+        *directory.ending(args.out, result.report, form),
         *more,
     )
 

@@ -47,8 +47,10 @@ def run(args: argparse.Namespace, choices: Choices, console: Console) -> None:
     result, notes, errors = _pruned(args, choices, model, console)
     if args.pack_values:
         result = prune.with_values(result, args.pack_values)
+    result = directory.compared(result, model)
     document = document_of(args, choices) | {
         "images" if model.reads_images else "sentences": len(choices.examples),
+        "commands": [args.written],
         "notes": notes,
         "errors": errors,
         **result.report.to_dict(),

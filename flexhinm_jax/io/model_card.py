@@ -46,7 +46,9 @@ ROWS = (
     ("sparsity asked for", "sparsity"),
     ("spread", "allocate"),
     ("target", "target"),
+    ("reconstruction", "reconstruct"),
     ("steps", "steps"),
+    ("rate of the weights", "weights_rate"),
     ("calibration", "calibration"),
     ("seed", "seed"),
     ("flexhinm_jax", "version"),
@@ -54,19 +56,17 @@ ROWS = (
 """(name in the table, key of the document)."""
 
 
-def texts(source: Path, report: Mapping[str, Any], **more: Any) -> dict[str, str]:
+def texts(source: Path, report: Mapping[str, Any]) -> dict[str, str]:
     """What stands beside every pruned model: the report, the card, the card before.
 
     Args:
       source: directory of the model before.
       report: the contents of `report.json`, see `card`.
-      **more: what the card alone says, such as "command".
 
     Returns:
       File name -> text.
     """
-    told = records.text(report) + "\n"
-    return {REPORT: told} | cards(source, {**more, **report})
+    return {REPORT: records.text(report) + "\n"} | cards(source, report)
 
 
 def is_pruned(source: Path) -> bool:
@@ -121,9 +121,10 @@ def card(
     """The text of a card.
 
     Args:
-      told: the report of the run: the keys of `ROWS`, "command", "rules", "exceptions",
-        "weights", "skipped" and "total"; what is missing or None is left out. "base" is
-        the name of the model before; one of the form owner/name is linked.
+      told: the report of the run: the keys of `ROWS`, "commands" in their order,
+        "rules", "exceptions", "weights", "skipped", "moved", "tuned" and "total"; what
+        is missing or None is left out. "base" is the name of the model before; one of
+        the form owner/name is linked.
       old: the card of the model before.
       evaluation: what `flexhinm eval` found; None for not measured.
 
@@ -157,8 +158,9 @@ def card(
     lines.append("")
     if evaluation is not None:
         lines += ["## Figures", "", *_figures(evaluation), ""]
-    if told.get("command"):
-        lines += ["## How it was made", "", "```", str(told["command"]), "```", ""]
+    if told.get("commands"):
+        lines += ["## How it was made", "", "```", *map(str, told["commands"]), "```"]
+        lines.append("")
     if old is not None:
         lines += [f"The card of the model before is `{BASE_CARD}`.", ""]
     return "\n".join(lines)
@@ -187,13 +189,47 @@ def _tags(header: Mapping[str, Any]) -> list[str]:
 
 
 def _summary(told: Mapping[str, Any]) -> str:
-    """One sentence about what is zero, from the report."""
+    """What is zero, where, and what became of the other leaves."""
+    return f"{_zeros(told)}; {_others(told)} (`{REPORT}`)."
+
+
+def _zeros(told: Mapping[str, Any]) -> str:
+    """Which weights are zero, and in which file."""
     total, weights = told.get("total") or {}, told.get("weights") or ()
-    sentence = "Weights are zero where the pattern says so"
-    if "zeros" in total:
-        sentence = f"{total['zeros']:.1%} of {len(weights)} weight matrices are zero"
-    skipped = len(told.get("skipped") or ())
-    return f"{sentence}; {skipped} other leaves are as they were (`report.json`)."
+    if "zeros" not in total:
+        return "Weights are zero where the pattern says so"
+    zeros, dense = total["zeros"], total.get("dense_zeros", total["zeros"])
+    factored = [
+        w
+        for w in weights
+        if isinstance(w, Mapping) and w.get("product_zeros") is not None
+    ]
+    if not factored:
+        return f"{zeros:.1%} of {len(weights)} weight matrices are zero"
+    return (
+        f"{zeros:.1%} of the cores of {len(weights)} weight matrices are zero, in"
+        " packed form; the safetensors files of the model hold"
+        f" {len(factored)} of them multiplied out with their block-diagonal factors,"
+        f" and there {dense:.1%} is zero"
+    )
+
+
+def _others(told: Mapping[str, Any]) -> str:
+    """What became of the leaves that were not pruned."""
+    count, moved = len(told.get("skipped") or ()), told.get("moved")
+    if told.get("tuned"):
+        return (
+            f"{count} other leaves were not pruned, but biases and norms among them"
+            " were trained with the weights that stay"
+        )
+    if moved is None:
+        return f"{count} other leaves were not pruned"
+    if moved:
+        return (
+            f"{len(moved)} of {count} other leaves have new values, such as"
+            f" `{moved[0]}`: biases were refitted, or leaves trained along"
+        )
+    return f"{count} other leaves are as they were"
 
 
 def _cell(value: Any) -> str:

@@ -222,6 +222,16 @@ class Writer:
             f.seek(start)
             f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
+    def read(self, key: str) -> np.ndarray:
+        """An array that was written, read-only and mapped; before `finish`."""
+        path, start = self.places[key]
+        dtype, shape = tensors.DTYPES[self.index.dtype(key)], self.index.shape(key)
+        if 0 in shape:  # there is nothing to map
+            return np.zeros(shape, dtype)
+        size = (self.index.nbytes(key),)
+        raw = np.memmap(path, np.uint8, "r", offset=start, shape=size)
+        return raw.view(dtype).reshape(shape)
+
     def copy(self, key: str) -> None:
         """Copies an array of the index unchanged."""
         file = self.index.files[key]

@@ -150,6 +150,7 @@ def divergence(
     stride: int | None = None,
     limit: int | None = None,
     batch: int = 1,
+    timed: bool = False,
     track: Track = iter,
 ) -> Divergence:
     """How far a decoder is from another one: both perplexities, KL and top tokens.
@@ -164,6 +165,7 @@ def divergence(
       stride: tokens from one window to the next.
       limit: first tokens of the text to use.
       batch: windows in one step.
+      timed: measures the time of the passes of each, behind first ones that compile.
       track: passes the numbers of the steps on.
 
     Returns:
@@ -180,17 +182,28 @@ def divergence(
             " tokens, so their predictions cannot be compared token by token; give two"
             " directories of one model"
         )
-    score = _comparer(first.config, first.packed, second.config, second.packed)
-    sums = np.zeros(4)
-    for start in track(cut.steps(batch)):
-        step = score(first.params, second.params, *cut.part(start, batch))
-        sums += np.asarray(step, np.float64)
+    both = [(m.params, _log_likelihoods(m.config, m.packed)) for m in (first, second)]
+    if timed:
+        for params, logs_of in both:
+            jax.block_until_ready(logs_of(params, cut.part(0, batch)[0]))
+    steps, sums, seconds = cut.steps(batch), np.zeros(4), [0.0, 0.0]
+    for start in track(steps):
+        inputs, targets, scored = cut.part(start, batch)
+        logs = []
+        for k, (params, logs_of) in enumerate(both):
+            began = time.perf_counter()
+            logs.append(jax.block_until_ready(logs_of(params, inputs)))
+            seconds[k] += time.perf_counter() - began
+        sums += np.asarray(_compared(*logs, targets, scored), np.float64)
     for model, nats in zip((first, second), sums[:2], strict=True):
         check_nats(model, nats)
+    computed = len(steps) * batch * cut.length
+    scores = [
+        cut.perplexity(float(nats), seconds=taken if timed else None, computed=computed)
+        for nats, taken in zip(sums[:2], seconds, strict=True)
+    ]
     return Divergence(
-        *map(cut.perplexity, sums[:2].tolist()),
-        kl=float(sums[2]) / cut.scored,
-        same_top=float(sums[3]) / cut.scored,
+        *scores, kl=float(sums[2]) / cut.scored, same_top=float(sums[3]) / cut.scored
     )
 
 
@@ -386,29 +399,24 @@ def _scorer(config: Any, packed: bool) -> Callable[..., Array]:
 
 
 @functools.cache
-def _comparer(
-    first: Any, first_packed: bool, second: Any, second_packed: bool
-) -> Callable[..., Array]:
+def _log_likelihoods(config: Any, packed: bool) -> Callable[..., Array]:
+    """f32[batch, length, vocabulary]; compiled once for models of equal sizes."""
+    logits_of = _logits(config, packed)
+    return jax.jit(lambda params, inputs: jax.nn.log_softmax(logits_of(params, inputs)))
+
+
+@jax.jit
+def _compared(one: Array, two: Array, targets: Array, scored: Array) -> Array:
     """f32[4] of a batch: nats of both, KL(first || second), equal top tokens; sums."""
-    logits_of = _logits(first, first_packed), _logits(second, second_packed)
-
-    @jax.jit
-    def sums(
-        params: Any, other: Any, inputs: Array, targets: Array, scored: Array
-    ) -> Array:
-        pair = zip(logits_of, (params, other), strict=True)
-        one, two = (jax.nn.log_softmax(f(tree, inputs)) for f, tree in pair)
-        at = targets[..., None]
-        figures = (
-            -jnp.take_along_axis(one, at, -1)[..., 0],
-            -jnp.take_along_axis(two, at, -1)[..., 0],
-            jnp.sum(jnp.exp(one) * (one - two), -1),
-            (jnp.argmax(one, -1) == jnp.argmax(two, -1)).astype(jnp.float32),
-        )
-        parts = [jnp.sum(jnp.where(scored, x, jnp.float32(0))) for x in figures]
-        return jnp.stack(parts)
-
-    return sums
+    at = targets[..., None]
+    figures = (
+        -jnp.take_along_axis(one, at, -1)[..., 0],
+        -jnp.take_along_axis(two, at, -1)[..., 0],
+        jnp.sum(jnp.exp(one) * (one - two), -1),
+        (jnp.argmax(one, -1) == jnp.argmax(two, -1)).astype(jnp.float32),
+    )
+    parts = [jnp.sum(jnp.where(scored, x, jnp.float32(0))) for x in figures]
+    return jnp.stack(parts)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ and none of them is speed. The report never implies one from another.
 import dataclasses
 import html
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ class Row:
       unseen: matrices that no calibration input reached, pruned by their weights alone.
       rounding: || packed - pruned || / || pruned || where the packed values are rounded
         to eight bits, else 0.
+      product_zeros: fraction of zeros of a weight with factors where these are
+        multiplied out, as in a dense file; `zeros` are those of the core, which the
+        packed form has. None without factors.
     """
 
     path: str
@@ -67,11 +70,17 @@ class Row:
     note: str
     unseen: int = 0
     rounding: float = 0.0
+    product_zeros: float | None = None
 
     @property
     def weights(self) -> int:
         """Number of weights."""
         return int(np.prod(self.shape))
+
+    @property
+    def dense_zeros(self) -> float:
+        """Fraction of the weights that are zero in the dense form."""
+        return self.zeros if self.product_zeros is None else self.product_zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +94,9 @@ class Report:
       tree_packed_bytes: bytes of all leaves of the packed tree.
       dense: path -> weights of the skipped leaves that are floating and have two or
         more axes.
+      moved: skipped leaves that have new values all the same: biases that were
+        refitted, and what was trained along. None where nobody has compared them, see
+        the function `moved`.
     """
 
     rows: tuple[Row, ...]
@@ -92,6 +104,7 @@ class Report:
     tree_dense_bytes: int
     tree_packed_bytes: int
     dense: dict[str, int] = dataclasses.field(default_factory=dict)
+    moved: tuple[str, ...] | None = None
 
     @property
     def coverage(self) -> float:
@@ -101,21 +114,10 @@ class Report:
 
     @property
     def coverage_lines(self) -> list[str]:
-        """The coverage, the largest skipped leaves, and what packing makes larger."""
+        """The coverage, the largest skipped leaves, and what else has to be said."""
         pruned = sum(r.weights for r in self.rows)
         lines = coverage_lines(pruned, self.dense, self.skipped)
-        larger = [r for r in self.rows if r.packed_bytes > r.dense_bytes]
-        if larger:
-            packed = sum(r.packed_bytes for r in larger)
-            dense = sum(r.dense_bytes for r in larger)
-            lines.append(
-                f"packing makes {len(larger)} of {len(self.rows)} weights"
-                f" {packed / dense:.2f} times as large, such as {larger[0].path}: every"
-                " tile of rows takes the space of the one with most dense columns;"
-                " patterns whose tiles have equal regions, such as FlexHiNM, pack"
-                " smaller"
-            )
-        return lines
+        return [*lines, *_factor_lines(self.rows), *_larger_lines(self.rows)]
 
     @property
     def total(self) -> dict[str, float]:
@@ -130,6 +132,7 @@ class Report:
             "weights": weights,
             "coverage": self.coverage,
             "zeros": mean("zeros"),
+            "dense_zeros": mean("dense_zeros"),
             "groups": sum(r.groups for r in self.rows),
             "legal_groups": sum(r.legal_groups for r in self.rows),
             "natural_24": mean("natural_24"),
@@ -152,6 +155,7 @@ class Report:
             "total": self.total,
             "skipped": self.skipped,
             "dense": self.dense,
+            "moved": None if self.moved is None else list(self.moved),
         }
 
     def to_json(self) -> str:
@@ -304,6 +308,26 @@ def report(
     return Report(rows, dict(skipped), tree + saved, tree, dict(dense))
 
 
+def moved(
+    paths: Iterable[str], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The leaves that are not the same to the bit.
+
+    Args:
+      paths: which leaves to compare, such as the skipped ones of a report.
+      before: path -> array.
+      after: path -> array of the same shape and dtype.
+    """
+
+    def raw(x: Any) -> np.ndarray:
+        return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.uint8)
+
+    def same(x: Any, y: Any) -> bool:
+        return x is y or np.array_equal(raw(x), raw(y))
+
+    return tuple(path for path in paths if not same(before[path], after[path]))
+
+
 def _nbytes(leaf: Any) -> int:
     if isinstance(leaf, PackedWeight):
         return leaf.nbytes
@@ -334,7 +358,54 @@ def _row(path: str, plan: Plan, leaf: Any) -> Row:
         packed_bytes=_nbytes(leaf),
         note="" if packed else "stays dense: no regions to pack",
         rounding=_rounding(plan, leaf),
+        product_zeros=_product_zeros(plan),
     )
+
+
+def _product_zeros(plan: Plan) -> float | None:
+    """See `Row`."""
+    if plan.left is None and plan.right is None:
+        return None
+    return float(1 - (np.asarray(dense_weight(plan), np.float32) != 0).mean())
+
+
+def _factor_lines(rows: Sequence[Row]) -> list[str]:
+    """Where the zeros of weights with factors are."""
+    some = [r for r in rows if r.product_zeros is not None]
+    if not some:
+        return []
+    total = sum(r.weights for r in some)
+    zeros = sum(r.dense_zeros * r.weights for r in some) / total
+    return [
+        f"the zeros of {len(some)} of {len(rows)} weights, such as {some[0].path}, are"
+        " in their packed cores: in dense form the block-diagonal factors around these"
+        f" are multiplied out, and {zeros:.1%} is zero"
+    ]
+
+
+def _larger_lines(rows: Sequence[Row]) -> list[str]:
+    """Which weights packing makes larger, and why."""
+    larger = [r for r in rows if r.packed_bytes > r.dense_bytes]
+    reasons = {
+        True: "factors take {:.2f} weights for each of the matrix; smaller blocks of"
+        " the method (block=) pack smaller",
+        False: "every tile of rows takes the space of the one with most dense columns;"
+        " patterns whose tiles have equal regions, such as FlexHiNM, pack smaller",
+    }
+    lines = []
+    for factored, reason in reasons.items():
+        own = [r for r in larger if (r.product_zeros is not None) == factored]
+        if not own:
+            continue
+        times = sum(r.packed_bytes for r in own) / sum(r.dense_bytes for r in own)
+        overhead = sum(r.overhead * r.weights for r in own) / sum(
+            r.weights for r in own
+        )
+        lines.append(
+            f"packing makes {len(own)} of {len(rows)} weights {times:.2f} times as"
+            f" large, such as {own[0].path}: {reason.format(overhead)}"
+        )
+    return lines
 
 
 def _rounding(plan: Plan, leaf: Any) -> float:

@@ -206,7 +206,7 @@ def learn_blocks(
     with work.kept(plan.on_disk, tell):
         rows, errors = streaming.prune_blocks(setting, work, plan, tell, task.block)
         values = tuple(task.values(n) for n in range(setting.blocks.count))
-        report = streaming.total(setting, rows)
+        report = streaming.total(setting, rows, work)
         result = Learned(report, errors, values=values)
         work.finish(output.extra, result)
     return result

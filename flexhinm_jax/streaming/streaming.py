@@ -195,7 +195,7 @@ def stream(
         if allocated:
             tell(Allocated(allocated))
         rows, errors = prune_blocks(setting, work, plan, tell)
-        result = Streamed(total(setting, rows), errors, allocated)
+        result = Streamed(total(setting, rows, work), errors, allocated)
         work.finish(output.extra, result)
     return result
 
@@ -444,8 +444,14 @@ def described(path: str, plan: Plan, layout: Any, setting: Setting) -> tuple[Row
     return row, leaf
 
 
-def total(setting: Setting, rows: list[Row]) -> Report:
-    """The report of the whole model."""
+def total(setting: Setting, rows: list[Row], work: Work) -> Report:
+    """The report of the whole model.
+
+    Args:
+      setting: what was done.
+      rows: of all blocks.
+      work: the folder, all blocks written.
+    """
     blocks = setting.blocks
     pruned = {row.path for row in rows}
     reasons: dict[str, str] = {}
@@ -463,4 +469,4 @@ def total(setting: Setting, rows: list[Row]) -> Report:
         for key in skipped
         if len(blocks.index.shape(key)) > 1
     }
-    return Report(tuple(rows), skipped, size, size - saved, dense)
+    return Report(tuple(rows), skipped, size, size - saved, dense, work.moved(skipped))

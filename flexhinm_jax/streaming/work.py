@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import flexhinm_jax
 from flexhinm_jax import atomic
 from flexhinm_jax.io import fingerprint, huggingface, model_card, records, shards
 from flexhinm_jax.pruning.allocate import Mode
-from flexhinm_jax.pruning.report import Row
+from flexhinm_jax.pruning.report import Row, moved
 from flexhinm_jax.sequential.cuts import Programs
 from flexhinm_jax.sequential.finished import CONFIG, Finished, check_folder
 from flexhinm_jax.sequential.job import Job
@@ -263,6 +263,26 @@ class Work:
             records.write(self.record(layer), record)
             shutil.rmtree(self.solved(layer))
         self.share.agreed(0)  # only now its states may be forgotten
+
+    def moved(self, paths: Collection[str]) -> tuple[str, ...] | None:
+        """Leaves of all blocks that are written with other values than they had.
+
+        Args:
+          paths: which to compare; outside of the blocks everything is copied.
+
+        Returns:
+          Their keys; None in a process that does not write.
+        """
+        if not self.share.writes:
+            return None
+        blocks = self.setting.blocks
+        inside = {key for layer in range(blocks.count) for key in blocks.keys(layer)}
+        keys = [key for key in paths if key in inside]
+        before, after = (
+            {key: source.read(key) for key in keys}
+            for source in (blocks.index, self.writer)
+        )
+        return moved(keys, before, after)
 
     def finish(
         self, extra: Callable[[Any], Mapping[str, str]] | None, result: Any

@@ -239,6 +239,20 @@ def test_packed_weights_run_beside_dense_ones(folders, packed, capsys):
     assert "dense holds no packed weights" in told and "with --pack" in told
 
 
+def test_packed_weights_are_compared_token_by_token_with_bytes_and_speed(
+    folders, packed, capsys
+):
+    text = ["--text", folders / "text.txt", "--packed", "--kl"]
+    found = run(capsys, "eval", packed, *text)
+    assert abs(found["kl"]) < 1e-4 and found["same_top"] > 0.99
+    dense, sparse = found["models"]
+    assert sparse["packed"] and sparse["stored_bytes"] < dense["stored_bytes"]
+    assert dense["tokens_per_second"] > 0 and sparse["tokens_per_second"] > 0
+    assert main([str(a) for a in ("eval", packed, *text)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split()[-4:] == ["bytes", "tokens", "per", "second"]
+
+
 def test_packed_values_in_eight_bits_run(folders, packed, capsys):
     out = folders / "int8"
     arguments = ["--method", "magnitude", "--length", 8, "--out", out, "-q"]

@@ -136,6 +136,7 @@ def test_a_decoder_is_learned_block_by_block(tmp_path, capsys):
     assert lines[0] == "planned memory for 8 samples of 16 tokens:"
     assert lines[-1].startswith("block 2/2: error 0.") and "left" in lines[-1]
     assert "loss of the blocks on held-back text: " in out
+    assert "with packed/ and report.json" in out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["weights"]) == 2 * 3 and report["steps"] == 2
     assert len(report["validation"]) == 2 and (report["samples"], 16) == (8, 16)
@@ -159,7 +160,8 @@ def test_a_decoder_can_be_learned_whole(tmp_path, capsys):
     line += ["--start", "magnitude", "--rate", 1e-3, "--rule", "self_attn=skip"]
     line += ["--window", "model"]
     assert main([str(x) for x in line]) == 0
-    capsys.readouterr()
+    told = capsys.readouterr().out
+    assert " packed; " in told and "with packed.safetensors and report.json" in told
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     told = report["window"], report["samples"], report["length"]
     assert told == ("model", 8, 16) and "target" not in report
@@ -184,6 +186,15 @@ def test_a_decoder_can_be_learned_whole(tmp_path, capsys):
         sparse.apply(sparse.params, tokens[0]),
         atol=1e-5,
     )
+    line.remove("--pack")
+    line[line.index("--steps") + 1] = 1
+    assert main([str(x) for x in (*line, "--force")]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "whole model" not in told
+        and f"wrote {tmp_path / 'out'} with report.json" in told
+    )
+    assert not (tmp_path / "out" / "packed.safetensors").exists()
     for extra, wanted in (
         (("--memory", "1GiB"), "--memory is for masks that are learned block by block"),
         (("--method", "hyperprune"), "choose another method or leave --window model"),

@@ -99,6 +99,11 @@ def test_blocks_are_reconstructed_and_the_recipe_says_how(prune, tmp_path, capsy
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["reconstruct"].startswith("Reconstruct(window='block', steps=4, rate")
     assert report["total"]["zeros"] == 0.5
+    norms = {p for p in report["skipped"] if "layernorm" in p}
+    assert report["moved"] and norms & {*report["moved"]}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "other leaves have new values, such as" in card
+    assert "| reconstruction | Reconstruct(window='block'" in card
     recipe = (tmp_path / "out" / "recipe.yaml").read_text()
     assert "reconstruct: block" in recipe and "reconstruct_steps: '4'" in recipe
 
@@ -194,6 +199,35 @@ def test_what_is_computed_in_float32_is_packed_and_counted_as_it_is_stored(
     assert report["total"]["dense_bytes"] == sum(stored[k].nbytes for k in pruned)
     size = sum(leaf.nbytes for leaf in (stored | twin).values())
     assert report["total"]["tree_packed_bytes"] == size
+
+
+def test_zeros_that_are_in_packed_form_alone_are_told(prune, tmp_path, capsys):
+    options = "--method armor:block=4,steps=1 --length 16 --samples 8".split()
+    options += ["--rule", "self_attn|up|gate=skip"]
+    warning = "warning: nothing sparse is written"
+    assert prune(*options) == 0
+    out = capsys.readouterr().out
+    assert warning in out and "give --pack" in out and "0.0% is zero" in out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "50.0% of the cores of 2 weight matrices are zero, in packed form" in card
+    after = huggingface.read(tmp_path / "out").params
+    assert (after["model.layers.0.mlp.down_proj.weight"] != 0).all()
+    assert prune(*options, "--pack", "--force") == 0
+    out = capsys.readouterr().out
+    assert warning not in out and "the zeros of 2 of 2 weights" in out
+
+
+def test_packed_files_are_told_where_they_are_written(prune, tmp_path, capsys):
+    options = "--method magnitude --length 16 --samples 8".split()
+    assert prune(*options) == 0
+    out = capsys.readouterr().out
+    assert (
+        "whole model" not in out and f"wrote {tmp_path / 'out'} with report.json" in out
+    )
+    assert prune(*options, "--pack", "--force") == 0
+    out = capsys.readouterr().out
+    assert "whole model: " in out and " packed; " in out
+    assert f"wrote {tmp_path / 'out'} with packed/ and report.json" in out
 
 
 def test_an_empty_directory_is_filled_where_it_stands(prune, tmp_path, monkeypatch):
@@ -455,7 +489,8 @@ def test_the_output_has_a_card_and_keeps_the_one_before(prune, model_dir, tmp_pa
     }
     for part in (
         "# model, pruned",
-        "50.0% of 12 weight matrices are zero",
+        "50.0% of 12 weight matrices are zero; ",
+        " other leaves are as they were (`report.json`)",
         "| method | Wanda(",
         f"| calibration | {text} |",
         "| rule | `o_proj`: skip |",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flexhinm_jax import kernels
-from flexhinm_jax.cli import console, tune
+from flexhinm_jax.cli import console, recipe, tune
 from flexhinm_jax.cli.main import main
 from flexhinm_jax.io import huggingface, packed
 from flexhinm_jax.models.load import load
@@ -62,7 +62,14 @@ def test_a_decoder_predicts_more_like_the_dense_one(tmp_path, capsys, monkeypatc
     )
     report = json.loads((out / "report.json").read_text())
     assert report["tuned"]["after"] < report["tuned"]["before"]
-    assert report["weights"] and "flexhinm tune" in (out / "README.md").read_text()
+    commands, card = report["commands"], (out / "README.md").read_text()
+    assert [c.split()[1] for c in commands] == ["prune", "tune"]
+    assert report["weights"] and "\n".join(["```", *commands, "```"]) in card
+    assert "biases and norms among them were trained" in card
+    text = (out / "recipe.yaml").read_text()
+    assert text.startswith("# Of the model before it was tuned;")
+    assert text.endswith((pruned / "recipe.yaml").read_text())
+    assert recipe.options(out / "recipe.yaml") == recipe.options(pruned / "recipe.yaml")
 
 
 def test_an_encoder_is_tuned_by_the_angle_of_its_outputs(

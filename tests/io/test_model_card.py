@@ -13,7 +13,7 @@ CARD = "README.md"
 def written(source, folder, **told):
     """The header and the body of the card of a model."""
     folder.mkdir()
-    model_card.write(folder, model_card.texts(source, told, command="flexhinm"))
+    model_card.write(folder, model_card.texts(source, told))
     text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     _, header, body = text.split("---\n", 2)
     return yaml.safe_load(header), body
@@ -80,3 +80,27 @@ def test_names_that_are_no_utf_8_are_written_as_they_are(tmp_path):
     written(tmp_path / "source", tmp_path / "out", **named)
     assert b"| calibration | caf\xe9.txt |" in (tmp_path / "out" / CARD).read_bytes()
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == named
+
+
+def test_a_card_says_what_became_of_leaves_that_were_not_pruned():
+    told = {"skipped": {"norm": "a vector", "table": "an embedding"}}
+    for more, wanted in (
+        ({}, "; 2 other leaves were not pruned ("),
+        ({"moved": []}, "; 2 other leaves are as they were ("),
+        ({"moved": ["norm"]}, "; 1 of 2 other leaves have new values, such as `norm`:"),
+        ({"moved": [], "tuned": {"steps": 1}}, "but biases and norms among them were"),
+    ):
+        assert wanted in model_card.card(told | more)
+
+
+def test_a_card_says_where_the_zeros_of_weights_with_factors_are():
+    row = {"product_zeros": 0.0}
+    told = {"total": {"zeros": 0.5, "dense_zeros": 0.0}, "weights": [row] * 3}
+    card = model_card.card(told)
+    assert "50.0% of the cores of 3 weight matrices are zero, in packed form" in card
+    assert "multiplied out" in card and "there 0.0% is zero" in card
+
+
+def test_a_card_gives_all_commands_in_their_order():
+    card = model_card.card({"commands": ["flexhinm prune", "flexhinm tune"]})
+    assert "```\nflexhinm prune\nflexhinm tune\n```" in card

@@ -201,3 +201,30 @@ def test_the_share_of_all_weights_is_told_and_a_small_one_warned_of(caplog):
         assert "pruned 11.11% of the 576 floating weights" in text and want in text
     caplog.clear()
     assert run(fh.NM(2, 4)).report.coverage == 1 and not caplog.records
+
+
+def test_zeros_of_a_weight_with_factors_are_in_its_core():
+    method = fh.ARMOR(fh.NM(2, 4), block=4, steps=1, start=fh.Magnitude(fh.NM(2, 4)))
+    batches = [jax.random.normal(KEY, (8, 32))]
+    result = fh.prune(apply, PARAMS, batches, method, key=KEY)
+    report = result.report
+    assert all(r.zeros == 0.5 and r.product_zeros == 0 for r in report.rows)
+    assert (result.params["a"] != 0).all()
+    assert (report.total["zeros"], report.total["dense_zeros"]) == (0.5, 0)
+    cores, larger = str(report).splitlines()[-2:]
+    assert "the zeros of 2 of 2 weights, such as a, are in their packed" in cores
+    assert cores.endswith("are multiplied out, and 0.0% is zero")
+    # Blocks of 4 have 4 (o + i) weights, around o * i = 8 * 16.
+    assert "packing makes 1 of 2 weights" in larger
+    assert "times as large, such as b: factors take 0.75 weights for each" in larger
+    assert "dense columns" not in larger
+    flat = run(fh.NM(2, 4)).report
+    assert flat.total["dense_zeros"] == 0.5 and flat.rows[0].product_zeros is None
+    assert "packed core" not in str(flat)
+
+
+def test_leaves_that_moved_are_found_to_the_bit():
+    before = {"a": jnp.ones(3), "b": np.float32(0), "c": np.full(2, np.nan)}
+    after = before | {"a": jnp.ones(3), "b": np.float32(-0.0), "c": before["c"] + 1}
+    assert fh.pruning.report.moved(before, before, after) == ("b",)
+    assert fh.pruning.report.moved(["a"], before, after) == ()

@@ -267,6 +267,7 @@ def test_weights_can_be_learned_with_their_masks(model, tmp_path):
             np.testing.assert_array_equal(np.asarray(unpack(leaves[path])), x)
     norm = "model.layers.0.post_attention_layernorm.weight"
     assert (after[norm] != before[norm]).all()
+    assert norm in result.report.moved and only.report.moved == ()
     table = "model.embed_tokens.weight"
     np.testing.assert_array_equal(after[table], before[table])
 
