@@ -331,6 +331,7 @@ class Use:
       bias: path of the parameter that is added to the output of this use, or None.
       pattern: a pattern that a rule asks for instead of the method's own, or None.
       scale: what a leaf of eight bits, or its product, is multiplied with, or None.
+      bias_factor: the constant that the program multiplies the bias with.
     """
 
     path: str
@@ -341,6 +342,7 @@ class Use:
     bias: str | None = None
     pattern: Any = None
     scale: ChannelScale | None = dataclasses.field(default=None, repr=False)
+    bias_factor: float = dataclasses.field(default=1.0, repr=False)
 
     @property
     def key(self) -> tuple[str, int]:
@@ -394,6 +396,25 @@ class Uses:
         for use in self.prunable:
             first.setdefault(use.path, use)
         return first
+
+    @functools.cached_property
+    def biases(self) -> dict[str, tuple[str, float]]:
+        """Leaf path -> its bias and the constant that the program multiplies that with.
+
+        Only where a bias can be refitted: all uses of the leaf have the same, times the
+        same, and no other leaf has it.
+        """
+        found: dict[str, set[tuple[str | None, float]]] = {}
+        owners: dict[str | None, set[str]] = {}
+        for use in self.prunable:
+            found.setdefault(use.path, set()).add((use.bias, use.bias_factor))
+            owners.setdefault(use.bias, set()).add(use.path)
+        return {
+            path: (name, factor)
+            for path, biases in found.items()
+            for name, factor in biases
+            if name is not None and len(biases) == len(owners[name]) == 1
+        }
 
 
 def _kernels() -> Any:

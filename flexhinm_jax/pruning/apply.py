@@ -264,14 +264,16 @@ def _replaced(
         changed[path] = weight(leaves, plan, use)
         if plan.bias is None:
             continue
-        if use.bias is None:
+        if path not in uses.biases:
             raise ValueError(
                 f"{path}: the plan has a refitted bias, but no bias parameter is added "
-                "to this product; solve without bias refit"
+                "to all products of this weight and read by nothing else; solve "
+                "without bias refit"
             )
-        old = leaves[use.bias]
-        shift = plan.bias.reshape(old.shape).astype(jnp.float32)
-        changed[use.bias] = (old.astype(jnp.float32) + shift).astype(old.dtype)
+        name, factor = uses.biases[path]
+        old = leaves[name]
+        shift = plan.bias.reshape(old.shape).astype(jnp.float32) / factor
+        changed[name] = (old.astype(jnp.float32) + shift).astype(old.dtype)
     return leaves.replaced(changed)
 
 

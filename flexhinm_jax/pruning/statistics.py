@@ -1,10 +1,11 @@
 """Statistics of the inputs of every weight, streamed over calibration batches.
 
 The function runs as it is; at every contraction of a leaf the other operand is read as
-tokens `[*stack, tokens, i]` and X^T X is added to a running sum. Activations are never
-kept. Leaves that contract the same inputs share one sum. What a product saw, which of
-its tokens count, and what sums become of them is the same where a model is pruned in
-one pass (`sequential`).
+tokens `[*stack, tokens, i]` and X^T X is added to a running sum. A constant that the
+program multiplies the leaf with goes to the tokens: they are what the leaf itself is
+contracted with. Activations are never kept. Leaves that contract the same inputs share
+one sum. What a product saw, which of its tokens count, and what sums become of them is
+the same where a model is pruned in one pass (`sequential`).
 """
 
 import dataclasses
@@ -339,7 +340,7 @@ class Accumulate(Visitor):
 
             def moments(chunk: Chunk) -> dict:
                 own_tokens = part(chunk, tokens)
-                x = read(chunk, operand, own_tokens)
+                x = read(chunk, operand, own_tokens, fitted.factor)
                 return sums_of(x, own_tokens, "gram" in own)
 
             new = fitted.summed(moments, self.chunk_bytes, routes)
@@ -427,9 +428,23 @@ def warn_missed(masks: Masks | None, paths: Iterable[str]) -> None:
         )
 
 
-def read(chunk: Chunk, operand: Array, tokens: Tokens | None) -> Array:
-    """What a product saw, f32[*stacked, t, i]; a token that does not count is zero."""
-    return picked(chunk.tokens(operand).astype(jnp.float32), tokens)
+def read(
+    chunk: Chunk, operand: Array, tokens: Tokens | None, factor: float | None
+) -> Array:
+    """What the leaf of a product is multiplied with; a token that counts not is zero.
+
+    Args:
+      chunk: which tokens.
+      operand: of the product.
+      tokens: which of them count; None for all.
+      factor: of the product; with one that is not known the tokens stay as they are.
+
+    Returns:
+      f32[*stacked, t, i].
+    """
+    x = chunk.tokens(operand).astype(jnp.float32)
+    x = x if factor in (None, 1.0) else x * factor
+    return picked(x, tokens)
 
 
 def picked(x: Array, tokens: Tokens | None) -> Array:

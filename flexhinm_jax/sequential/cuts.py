@@ -391,6 +391,8 @@ class Walk:
         parts = [self.job.methods[path].note(numbers), unseen_note(unseen)]
         if path in cut.plain:
             parts.insert(0, f"solved on a plain run: {cut.plain[path]}")
+        if self.target == "resid":
+            parts += dict.fromkeys(m.lost for m in cut.members if m.path == path)
         return "; ".join(filter(None, parts))
 
     def members(self, k: int) -> dict[tuple, solver.Solved]:

@@ -72,7 +72,7 @@ class Job:
         self.plans: dict[str, dict[tuple, Plan]] = defaultdict(dict)
         self.supports: dict[str, Array] = {}
         self.finished: Finished | None = None
-        self.bias = own_biases(uses)
+        self.bias = {path: name for path, (name, _) in uses.biases.items()}
         self.methods, self.targets = {}, {}
         for path, use in uses.leaves.items():
             own = method_for(request.method, use)
@@ -128,11 +128,11 @@ class Job:
         if not self.request.beside:
             self.leaves[path] = self.current[path]
         if plan.bias is not None:
-            name = self.bias[path]
+            name, factor = self.uses.biases[path]
             bias = self.current[name]
             old = meshes.released(bias)
             shape = (*layout.stack_shape, layout.matrix_shape[0])
-            shift = plan.bias.astype(old.dtype)
+            shift = (plan.bias / factor).astype(old.dtype)
             new = old.reshape(shape).at[select(at)].add(shift)
             self.current[name] = meshes.placed(new.reshape(old.shape), bias)
 
@@ -201,21 +201,6 @@ def on_device(x: Any) -> Any:
 def select(at: tuple[int | None, ...]) -> tuple:
     """An index into the stack axes."""
     return tuple(slice(None) if i is None else i for i in at)
-
-
-def own_biases(uses: Uses) -> dict[str, str]:
-    """Leaf -> its bias, where all uses have the same and no other leaf has it."""
-    biases_of: dict[str, set[str | None]] = defaultdict(set)
-    owners: dict[str | None, set[str]] = defaultdict(set)
-    for use in uses:
-        biases_of[use.path].add(use.bias)
-        owners[use.bias].add(use.path)
-    return {
-        path: name
-        for path, biases in biases_of.items()
-        for name in biases
-        if name is not None and len(biases) == len(owners[name]) == 1
-    }
 
 
 @contextlib.contextmanager

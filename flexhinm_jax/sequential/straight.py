@@ -53,6 +53,11 @@ from flexhinm_jax.tracing.views import Where
 from flexhinm_jax.tracing.walker import Visitor
 from flexhinm_jax.types import Layout
 
+UNKNOWN_FACTOR = (
+    'target "asym": the weight is multiplied with a number that the program computes, '
+    "so what the stream lacks cannot be put in terms of it"
+)
+
 #: Leaves a position in a traced program; never part of a program that runs.
 mark = Primitive("flexhinm_mark")
 mark.multiple_results = True
@@ -82,12 +87,14 @@ class Member:
       at: position per stack axis of the leaf; None where the whole axis takes part.
       product: the product, in terms of the layout of the leaf.
       stream: what its result is added to, or None.
+      lost: why there is a stream that cannot be taken into account; "" for no such.
     """
 
     path: str
     at: tuple[int | None, ...]
     product: Product
     stream: Stream | None
+    lost: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -457,13 +464,19 @@ def readings(
 def together(line: Line, same: Sequence[Reading]) -> Cut:
     """The cut of products with one input, where the first of them has it."""
     first = min(same, key=lambda reading: reading.where)
-    members = tuple(
-        Member(r.path, r.at, r.product, stream(line, r.result, r.product, first.where))
-        for r in same
-    )
+    members = tuple(member(line, r, first.where) for r in same)
     operand, *routes = first.read
     route = routes[0] if routes else None
     return Cut(first.where, operand, route, first.valid, members, {})
+
+
+def member(line: Line, reading: Reading, before: int) -> Member:
+    """A product at the cut that lies at `before`."""
+    product = reading.product
+    found = stream(line, reading.result, product, before)
+    if found is None or product.factor is not None:
+        return Member(reading.path, reading.at, product, found)
+    return Member(reading.path, reading.at, product, None, UNKNOWN_FACTOR)
 
 
 def numbered(line: Line) -> Numbering:
@@ -495,11 +508,10 @@ def stream(line: Line, result: Any, product: Product, before: int) -> Stream | N
     Follows the result through biases, casts and changes of shape, as long as nothing
     else reads it.
     """
-    atoms = product.of_stack + product.of_out
-    if result is None or not all(a.whole for a in atoms):
+    if result is None or not product.whole:
         return None
     moves: list[Any] = []
-    while len(line.users[result]) == 1:
+    while len(line.users[result]) == 1 and not is_output(line, result):
         eqn = line.users[result][0]
         name = eqn.primitive.name
         if name == "transpose" or name in RESHAPES or name in ALIASES:
@@ -513,6 +525,11 @@ def stream(line: Line, result: Any, product: Product, before: int) -> Stream | N
             return None
         result = eqn.outvars[0]
     return None
+
+
+def is_output(line: Line, var: Any) -> bool:
+    """Whether the program returns this very value."""
+    return any(v is var for v in line.outputs)
 
 
 def reverse(product: Product, moves: Sequence[Any]) -> Callable[[Array], Array]:

@@ -92,10 +92,11 @@ def tokens_of(cut: Cut, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def sums_of(cut: Cut, inputs: Mapping[str, Any], chunk: Chunk) -> dict[str, Any]:
     """What a chunk of the tokens adds."""
     tokens = statistics.part(chunk, inputs["tokens"])
-    x = dense = statistics.read(chunk, inputs["x"], tokens)
+    factor = cut.members[0].product.factor
+    x = dense = statistics.read(chunk, inputs["x"], tokens, factor)
     sums: dict[str, Any] = dict(statistics.sums_of(x, tokens))
     if inputs["dense"] is not None:
-        dense = statistics.read(chunk, inputs["dense"], tokens)
+        dense = statistics.read(chunk, inputs["dense"], tokens, factor)
         if len(inputs["direct"]) < len(cut.members):
             sums |= {"mixed": across(dense, x), "total_dense": dense.sum(axis=-2)}
     sums |= {"cross": {}, "target": {}}

@@ -267,8 +267,22 @@ class Product:
         return views.factors(self.of_stack, merge=False)
 
     @property
+    def whole(self) -> bool:
+        """Whether it takes all outputs of its matrices."""
+        return all(a.whole for a in self.of_stack + self.of_out)
+
+    @property
+    def factor(self) -> float | None:
+        """The constant with which x becomes the inputs of the leaf itself.
+
+        The program multiplies the leaf with it. None where that number is not known; 1
+        where the product has a part of the outputs, which share x with the others.
+        """
+        return self.weight.view.factor if self.whole else 1.0
+
+    @property
     def columns(self) -> tuple:
-        """Hashable: which columns of which x the inputs of the matrix are."""
+        """Hashable: which columns of which x, times what, the inputs are."""
         atoms = self.of_inputs
         order = tuple(atoms.index(a) for a in self.ordered_inputs)
         spans = tuple((a.start, a.size, a.full, a.flipped) for a in atoms)
@@ -278,6 +292,7 @@ class Product:
             order,
             spans,
             tuple(stack.index(a) for a in self.by_stack),
+            self.factor,
         )
 
     def absorbed(self) -> "Product":

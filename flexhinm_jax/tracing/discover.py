@@ -17,8 +17,9 @@ import difflib
 import functools
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -127,6 +128,13 @@ def uses_of(
     logger.info(
         "%d leaves prunable, %d skipped", len(leaves) - len(skipped), len(skipped)
     )
+    for path in dict.fromkeys(use.path for use in uses):
+        if len({c.unknown for c in finder.of(path)}) > 1:
+            logger.warning(
+                "%s: used several times, multiplied with numbers that the program "
+                "computes; all its inputs count as if these were the same",
+                path,
+            )
     dense = {path: leaves[path].size for path in skipped if is_weight(leaves, path)}
     return Uses(tuple(renumbered(uses)), skipped, dense)
 
@@ -270,7 +278,9 @@ class Traced:
             finder = Finder(program, dependence(program.jaxpr, program.parameters))
 
             def walked(*arrays: Any) -> list[Any]:
-                return run(program, leaves, finder, (), arrays)[0]
+                outs = run(program, leaves, finder, (), arrays)[0]
+                finder.read(outs)
+                return outs
 
             jax.eval_shape(walked, *program.arrays)
             self.finders[id(program)] = finder
@@ -287,6 +297,8 @@ class Contraction:
       readings: the ways to see it as a product with a matrix.
       auxiliary: no batch can change what the weight is multiplied with.
       scale: the leaf that scales this one, or its product, or None.
+      unknown: positions of the equations that multiply the leaf with a number, where
+        not all of them are constants.
     """
 
     path: str
@@ -294,6 +306,7 @@ class Contraction:
     readings: list["Reading"]
     auxiliary: bool
     scale: ChannelScale | None = None
+    unknown: tuple[Where, ...] = ()
 
 
 @dataclasses.dataclass
@@ -305,14 +318,42 @@ class Reading:
       at: static position per stack axis.
       source: number of what is contracted.
       window: which part of the outputs it has.
-      bias: path of the leaf added to the result, or None.
+      bias: the leaf added to the result, or None.
     """
 
     layout: Layout
     at: tuple[int | None, ...]
     source: int
     window: tuple
-    bias: str | None = None
+    bias: "Bias | None" = None
+
+
+class Result(NamedTuple):
+    """What a value of the walk is to products.
+
+    Attributes:
+      products: positions of those whose result it is.
+      moves: equations that moved the result around since.
+      passed: numbers of the values on the way, itself included.
+    """
+
+    products: tuple[Where, ...] = ()
+    moves: tuple[Any, ...] = ()
+    passed: tuple[int, ...] = ()
+
+
+class Bias(NamedTuple):
+    """A leaf that is added to the result of a product, output by output.
+
+    Attributes:
+      path: the leaf.
+      factor: the constant that the program multiplies the leaf with.
+      passed: numbers of the values on the way from the product to the sum.
+    """
+
+    path: str
+    factor: float
+    passed: tuple[int, ...]
 
 
 class Finder(Visitor):
@@ -332,7 +373,8 @@ class Finder(Visitor):
         self.added: dict[str, dict[Where, str]] = {}
         self.layouts: dict[str, Layout] = {}
         self.products: dict[Where, Product] = {}
-        self.results: dict[int, tuple[tuple[Where, ...], tuple[Any, ...]]] = {}
+        self.results: dict[int, Result] = {}  # by the identity of a value
+        self.readers: Counter[int] = Counter()  # by the identity of a value
         self.numbering = Numbering()
 
     def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
@@ -350,8 +392,9 @@ class Finder(Visitor):
         readings = [self.reading(p, where) for p in product.readings]
         auxiliary = not any(self.dependence[contractions.equation(where)])
         scale = applied[0] if applied else None
+        unknown = () if product.weight.view.factor is not None else tuple(scaled)
         self.contractions[path, where] = Contraction(
-            path, where, readings, auxiliary, scale
+            path, where, readings, auxiliary, scale, unknown
         )
         self.products[where] = product
         return None, state
@@ -383,29 +426,34 @@ class Finder(Visitor):
 
     def bound(self, where: Where, eqn: Any, operands: list, results: list) -> None:
         """Follows values through casts and finds the biases."""
+        self.read(operands)
         followed = [k for k, v in enumerate(operands) if isinstance(v, Followed)]
         name = eqn.primitive.name
         if products := self.products_at(where):
-            self.remember(results[0], products, ())
+            self.remember(results[0], Result(products))
         elif not followed:
             self.numbering.computed(eqn, operands, results)
             if name == "transpose" or name in ALIASES:
-                products, moves = self.results.get(id(operands[0]), ((), ()))
-                if products:
-                    self.remember(results[0], products, (*moves, eqn))
+                known = self.results.get(id(operands[0]), Result())
+                if known.products:
+                    moved = known._replace(moves=(*known.moves, eqn))
+                    self.remember(results[0], moved)
         elif name in ("add", "mul") and len(followed) == 1:
             (k,) = followed
-            products, moves = self.results.get(id(operands[1 - k]), ((), ()))
+            known = self.results.get(id(operands[1 - k]), Result())
             leaves = operands[k].tracked
-            if len(leaves) != len(products):
+            if len(leaves) != len(known.products):
                 return
-            for leaf, at in zip(leaves, products, strict=True):
-                note = self.add if name == "add" else self.scale
-                note(leaf, where, at, moves)
-            if name == "mul" and all(
-                self.products[at].weight.on_grid for at in products
-            ):
-                self.remember(results[0], products, moves)
+            pairs = zip(leaves, known.products, strict=True)
+            if name == "add":
+                for leaf, at in pairs:
+                    self.add(leaf, where, at, known)
+            elif all([self.scale(leaf, at, known.moves) for leaf, at in pairs]):
+                self.remember(results[0], known)
+
+    def read(self, values: Iterable[Any]) -> None:
+        """Counts the readers of every value."""
+        self.readers.update(id(v) for v in values if id(v) in self.results)
 
     def products_at(self, where: Where) -> tuple[Where, ...]:
         """The products of one equation; of joined leaves only if all parts are one."""
@@ -416,43 +464,61 @@ class Finder(Visitor):
             parts.append((*where, Part(len(parts))))
         return tuple(parts)
 
-    def add(
-        self, leaf: Tracked, where: Where, at: Where, moves: tuple[Any, ...]
-    ) -> None:
-        """Notes that `leaf` is added, at `where`, to the moved result at `at`."""
-        product = self.products[at]
+    def add(self, leaf: Tracked, where: Where, at: Where, result: Result) -> None:
+        """Notes that `leaf` is added, at `where`, to a result of the product at `at`.
+
+        It is the bias of a reading whose statistics say what a change of the weight is
+        to the sum: those of inputs times the factor of the weight.
+        """
+        product, factor = self.products[at], leaf.view.factor
         contraction = self.contractions[product.weight.path, at]
         seen = zip(product.readings, contraction.readings, strict=True)
         for p, reading in seen:
-            if p.is_along_outputs(leaf, moves):
-                reading.bias = leaf.path
+            if p.is_along_outputs(leaf, result.moves):
                 self.added.setdefault(leaf.path, {})[where] = contraction.path
+                known = p.factor is not None and p.factor == p.weight.view.factor
+                if known and factor is not None:
+                    reading.bias = Bias(leaf.path, factor, result.passed)
 
-    def scale(
-        self, leaf: Tracked, where: Where, at: Where, moves: tuple[Any, ...]
-    ) -> None:
-        """Notes that the result at `at` of steps is multiplied with their scale."""
-        del where
+    def scale(self, leaf: Tracked, at: Where, moves: tuple[Any, ...]) -> bool:
+        """Notes that a result of steps is multiplied with their scale.
+
+        Args:
+          leaf: what it is multiplied with.
+          at: position of the product.
+          moves: equations that moved its result around before that.
+
+        Returns:
+          Whether the result is now that of the weights, not of the steps.
+        """
         product = self.products[at]
         contraction = self.contractions[product.weight.path, at]
         fitting = [p for p in product.readings if p.is_along_outputs(leaf, moves)]
-        if product.weight.on_grid and contraction.scale is None and fitting:
-            contraction.scale = scales.of_outputs(leaf.path, fitting[0].layout)
-            reason = Stop(f"the scale of {product.weight.path!r}")
-            self.reasons.setdefault(leaf.path, {})[reason] = None
+        if not product.weight.on_grid or contraction.scale is not None or not fitting:
+            return False
+        contraction.scale = scales.of_outputs(leaf.path, fitting[0].layout)
+        reason = Stop(f"the scale of {product.weight.path!r}")
+        self.reasons.setdefault(leaf.path, {})[reason] = None
+        return leaf.view.factor == 1
 
-    def bias(self, path: str, reading: Reading) -> str | None:
-        """The bias of a reading, unless that leaf is also used for something else."""
-        if reading.bias is None or self.of(reading.bias):
+    def bias(self, path: str, reading: Reading) -> Bias | None:
+        """The bias of a reading: what is added to all that is read of its result.
+
+        None where that leaf, or the result without it, is used for something else.
+        """
+        own = reading.bias
+        if own is None or self.of(own.path):
             return None
-        added = self.added[reading.bias]
-        other = self.stops[reading.bias] - {w for w, to in added.items() if to == path}
-        return None if other else reading.bias
+        added = self.added[own.path]
+        other = self.stops[own.path] - {w for w, to in added.items() if to == path}
+        alone = all(self.readers[number] == 1 for number in own.passed)
+        return own if alone and not other else None
 
-    def remember(self, value: Any, products: tuple, moves: tuple) -> None:
-        """Notes that `value` is the result of products after these equations."""
+    def remember(self, value: Any, result: Result) -> None:
+        """Notes that `value` is a result of products."""
         self.numbering.alive.append(value)
-        self.results[id(value)] = products, moves
+        passed = *result.passed, id(value)
+        self.results[id(value)] = result._replace(passed=passed)
 
     def looked_up(self, path: str) -> bool:
         """Whether rows of a leaf are read as from an embedding."""
@@ -494,14 +560,16 @@ class Finder(Visitor):
             )
             ordinal = count.get(c.path, 0)
             count[c.path] = ordinal + 1
+            bias = self.bias(c.path, best)
             use = Use(
                 c.path,
                 ordinal,
                 best.layout,
                 best.at,
                 best.source,
-                self.bias(c.path, best),
+                None if bias is None else bias.path,
                 scale=c.scale,
+                bias_factor=1.0 if bias is None else bias.factor,
             )
             out.append((c.where, use))
         return out

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
+from jax.core import Tracer
 
 from flexhinm_jax.types import AxisFactor, ChannelScale, Layout
 
@@ -76,6 +77,8 @@ class Change(NamedTuple):
       apply: the change, for an array of any shape.
       reach: how it passes through a product of factors.
       scaled_at: position of the equation that scales by a value of the program.
+      factor: what every element is multiplied with; None for a number that is known
+        only when the program runs, or that has no inverse.
       scale: the leaf that it multiplies a leaf of eight bits with; see `scales`.
     """
 
@@ -83,6 +86,7 @@ class Change(NamedTuple):
     reach: Reach = Reach.EVERY_FACTOR
     scaled_at: Where | None = None
     scale: ChannelScale | None = None
+    factor: float | None = 1.0
 
 
 Dims = tuple[tuple[Atom, ...], ...]
@@ -115,6 +119,12 @@ class View(NamedTuple):
     dims: Dims
     index: tuple[tuple[Atom, Any], ...] = ()
     changes: tuple[Change, ...] = ()
+
+    @property
+    def factor(self) -> float | None:
+        """What all elements are multiplied with; None where a factor is not known."""
+        factors = [step.factor for step in self.changes]
+        return None if None in factors else math.prod(factors)  # type: ignore[arg-type]
 
 
 def whole(shape: Sequence[int]) -> View:
@@ -341,16 +351,34 @@ def change(eqn: Any, where: Where, position: int, operands: list) -> Change | No
     if name == "reduce_precision":
         return Change(lambda x: lax.reduce_precision(x, **params), Reach.PRODUCT_ONLY)
     if name == "neg":
-        return Change(lax.neg, Reach.ONE_FACTOR)
+        return Change(lax.neg, Reach.ONE_FACTOR, factor=-1.0)
     if name == "mul" or (name == "div" and position == 0):
         scalar = operands[1 - position]
         if np.shape(scalar):
             return None
         f = lax.mul if name == "mul" else lax.div
         return Change(
-            lambda x: f(x, jnp.asarray(scalar, x.dtype)), Reach.ONE_FACTOR, where
+            lambda x: f(x, jnp.asarray(scalar, x.dtype)),
+            Reach.ONE_FACTOR,
+            where,
+            factor=constant(scalar, inverse=name == "div"),
         )
     return None
+
+
+def constant(scalar: Any, inverse: bool) -> float | None:
+    """A scalar that is written into a program, or its inverse.
+
+    Returns:
+      The number; None for a scalar that the program computes, and where the number or
+      its inverse is not finite.
+    """
+    if isinstance(scalar, Tracer) or not getattr(scalar, "is_fully_addressable", True):
+        return None
+    number = float(scalar)
+    if not math.isfinite(number) or not number or not math.isfinite(1 / number):
+        return None
+    return 1 / number if inverse else number
 
 
 def positions(view: View, shape: Sequence[int]) -> np.ndarray:

@@ -68,6 +68,13 @@ class Visitor:
         """Learns that an equation without sub-programs has run."""
         del where, eqn, operands, results
 
+    def read(self, values: Sequence[Any]) -> None:
+        """Learns that an equation with programs that are walked reads these values.
+
+        A program that is inlined reads nothing itself; its equations do.
+        """
+        del values
+
     def enter(self, state: Any, axes: tuple[str, ...]) -> Any:
         """The state with which each device of a shard_map over `axes` starts."""
         del axes
@@ -122,6 +129,7 @@ def ran(where: Where, eqn: Any, operands: list, results: list, visitor: Any) -> 
 
 
 INLINED = frozenset("jit pjit closed_call core_call".split())
+REMATERIALISED = frozenset("remat2 remat checkpoint".split())
 KEPT = frozenset(
     "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin".split()
 )
@@ -134,12 +142,17 @@ def visit(
     name, params = eqn.primitive.name, eqn.params
 
     def sub(jaxpr: Any, operands: Sequence[Any], state: Any, *step: Any) -> Any:
-        return walk(jaxpr, operands, visitor, state, where + step)
+        outs, state = walk(jaxpr, operands, visitor, state, where + step)
+        if name not in INLINED:
+            visitor.read(outs)
+        return outs, state
 
     rule = visitor.rules.get(name)
     if name in INLINED:
         return sub(jax_versions.called_jaxpr(params), operands, state)
     if rule is not None and not params.get("branches_platforms"):
+        if name not in REMATERIALISED:
+            visitor.read(operands)
         return rule(eqn, operands, visitor, state, where, sub)
     if name in MATCHERS:
         return multiply(eqn, operands, visitor, state, where)

@@ -647,7 +647,8 @@ def elementwise(make: Builder) -> Step:
         return parts(p[name], x, jnp)
 
     def told(p, x, truth, mask):
-        truth.see(name, flat(x), mask.reshape(-1))  # of its first layout
+        seen = x * np.float32(0.5) if form == "scaled" else x
+        truth.see(name, flat(seen), mask.reshape(-1))  # of its first layout
         return parts(p[name], x, np)
 
     return Step(f"also {form}", run, told)

@@ -292,6 +292,22 @@ def test_progress_counts_leaves():
     assert seen[-1] == (3, 3)
 
 
+@pytest.mark.parametrize("w, b", [(0.25, 1.0), (1.0, -0.125), (-8.0, 4.0)])
+@pytest.mark.parametrize("method", [fh.SparseGPT, fh.ALPS])
+def test_a_centred_fit_minds_the_constants_of_the_program(method, w, b):
+    plain = lambda p, x: x @ p["w"] + p["b"]  # noqa: E731
+    scaled = lambda p, x: x @ (p["w"] * w) + p["b"] * b  # noqa: E731
+    keys = jax.random.split(jax.random.key(7), 3)
+    params = {"w": jax.random.normal(keys[0], (16, 8))}
+    params["b"] = jax.random.normal(keys[1], (8,))
+    x = 2 + jax.random.normal(keys[2], (64, 16))
+    own = {"w": params["w"] / w, "b": params["b"] / b}
+    how = method(fh.NM(2, 4), center=True)
+    want = plain(fh.prune(plain, params, [x], how, key=keys[0]).params, x)
+    got = scaled(fh.prune(scaled, own, [x], how, key=keys[0]).params, x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_a_centred_fit_keeps_the_mean_output_of_a_layer_with_a_bias():
     params = make()
     x = X + 2.0

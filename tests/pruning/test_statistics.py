@@ -42,6 +42,21 @@ def test_batches_add_up_and_a_single_array_is_one_argument():
         jax.tree.map(assert_close, halves[path], whole[path])
 
 
+def test_a_constant_on_a_weight_goes_to_its_inputs():
+    """A leaf on two inputs minds most where the program makes it large."""
+
+    def twice(p, x):
+        return jnp.concatenate([x @ p["w"], x[::-1] ** 2 @ (p["w"] * -100.0)])
+
+    params = {"w": normal(8, 6)}
+    x = jnp.concatenate([normal(6, 8), 2 + normal(6, 8)])
+    stats = calibrate(twice, params, discover(twice, params, x), [x])["w"]
+    seen = np.concatenate([x, -100.0 * x**2])
+    assert stats.count == len(seen)
+    assert_close(stats.gram, seen.T @ seen)
+    assert_close(stats.mean, seen.mean(0))
+
+
 def test_norms_alone_agree_with_the_gram():
     uses = discover(attention, P, X)
     full, norms = (calibrate(attention, P, uses, [X], gram=g) for g in (True, False))

@@ -425,6 +425,85 @@ def test_a_bias_is_refitted_so_that_the_mean_output_stays():
     np.testing.assert_allclose(chain(asym.params, x).mean(0), want, atol=1e-4)
 
 
+def scaled_chain(w, b):
+    """`chain` of leaves with constants of the program, and those leaves of CHAIN."""
+
+    def apply_fn(params, x):
+        h = jnp.tanh(x @ (params["first"] * w))
+        return h @ (params["second"] / w) + b * params["bias"]
+
+    first, second, bias = CHAIN["first"] / w, CHAIN["second"] * w, CHAIN["bias"] / b
+    return apply_fn, {"first": first, "second": second, "bias": bias}
+
+
+@pytest.mark.parametrize("w, b", [(0.25, 1.0), (1.0, 0.125), (8.0, -1.0), (-0.5, 4.0)])
+@pytest.mark.parametrize("target", ["seq", "asym"])
+def test_constants_on_weights_and_biases_change_no_outputs(w, b, target):
+    x = X + 2.0
+    apply_fn, params = scaled_chain(w, b)
+    options = {"key": KEY, "target": target}
+    want = fh.prune_sequential(chain, CHAIN, [x], fh.SparseGPT(NM), **options)
+    got = fh.prune_sequential(apply_fn, params, [x], fh.SparseGPT(NM), **options)
+    assert got.plans["second"].bias is not None
+    np.testing.assert_allclose(
+        apply_fn(got.params, x), chain(want.params, x), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("factor", [0.25, -8.0])
+def test_a_constant_on_a_weight_leaves_the_target_of_its_stream(factor):
+    def scaled(params, x):
+        return stream(params | {"b": params["b"] * factor}, x)
+
+    params = STREAM | {"b": STREAM["b"] / factor}
+    options = {"key": KEY, "target": "resid"}
+    want = fh.prune_sequential(stream, STREAM, [X], fh.SparseGPT(NM), **options)
+    got = fh.prune_sequential(scaled, params, [X], fh.SparseGPT(NM), **options)
+    np.testing.assert_allclose(
+        scaled(got.params, X), stream(want.params, X), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_computed_factor_gives_up_the_stream_and_the_bias_and_says_so():
+    def scaled(params, x):
+        return stream(params | {"d": params["d"] * params["s"]}, x)
+
+    params = STREAM | {"d": STREAM["d"] / 16, "s": jnp.float32(16.0)}
+    layers: list[Any] = []
+    got, want = (
+        fh.prune_sequential(
+            scaled,
+            params,
+            [X],
+            fh.SparseGPT(NM),
+            key=KEY,
+            target=target,
+            progress=layers.append,
+        )
+        for target in ("resid", "asym")
+    )
+    notes = {layer.path: layer.note for layer in layers[:4]}
+    assert notes.pop("d").startswith('target "asym": the weight is multiplied with a')
+    assert not any([*notes.values(), *(layer.note for layer in layers[4:])])
+    assert got.plans["d"].bias is None
+    for name in params:
+        np.testing.assert_array_equal(got.params[name], want.params[name])
+
+
+def test_a_result_that_is_returned_too_is_no_part_of_a_stream():
+    def both(params, x):
+        x = x + jnp.tanh(x @ params["a"]) @ params["b"]
+        y = jnp.tanh(x @ params["c"]) @ params["d"].reshape(16, 8)
+        return x + y, y
+
+    params = {name: STREAM[name] for name in "abcd"}
+    got, want = (
+        fh.prune_sequential(both, params, [X], fh.SparseGPT(NM), key=KEY, target=t)
+        for t in ("resid", "asym")
+    )
+    np.testing.assert_array_equal(got.params["d"], want.params["d"])
+
+
 @pytest.mark.parametrize("device", [None, *jax.devices()[:1]])
 def test_a_pruned_leaf_is_bound_to_a_device_where_the_dense_one_was(device):
     """A program is compiled anew for every mixture of arrays that are and are not."""

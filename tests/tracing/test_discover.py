@@ -241,3 +241,71 @@ def test_a_bias_in_another_order_is_not_taken_for_one():
     assert use.bias is None
     (use,) = discover(lambda p, x: p["c"] + f(p, x), p, X)
     assert use.bias == "c"
+
+
+def looped(p, x, y):
+    h = lax.fori_loop(0, 2, lambda k, h: jnp.tanh(h @ p["v"] + y), y)
+    return h + (y + p["b"])
+
+
+def branched(p, x, y):
+    up, down = (lambda y: (y + p["b"]) @ p["v"]), (lambda y: y @ p["v"])
+    return lax.cond(jnp.sum(x) > 0, up, down, y)
+
+
+OWNED = {
+    "alone": (lambda p, x, y: y + p["b"], True),
+    "cast": (lambda p, x, y: y.astype(jnp.float16) + p["b"], True),
+    "in a call": (lambda p, x, y: jax.jit(lambda y: y + p["b"])(y), True),
+    "in a remat": (lambda p, x, y: jax.checkpoint(lambda y: y + p["b"])(y), True),
+    "twice": (lambda p, x, y: (y + p["b"]) * (x[::-1] @ p["w"] + p["b"]), True),
+    "gated": (lambda p, x, y: y * nn.silu(y + p["b"]), False),
+    "to choose": (lambda p, x, y: (y, lax.top_k(y + p["b"], 2)[1]), False),
+    "cast, gated": (lambda p, x, y: y.astype(jnp.float16) * (y + p["b"]), False),
+    "read by a loop": (looped, False),
+    "in one branch": (branched, False),
+    "computed factor": (lambda p, x, y: y + p["b"] * p["s"], False),
+    "once of two": (lambda p, x, y: (y + p["b"]) * (x[::-1] @ p["w"]), False),
+    "two factors": (
+        lambda p, x, y: (y + p["b"]) * (x[::-1] @ p["w"] + 2 * p["b"]),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_a_bias_belongs_to_a_weight_all_of_whose_results_it_meets(name):
+    after, owned = OWNED[name]
+    p = {"w": normal(8, 8), "v": normal(8, 8), "b": normal(8), "s": jnp.float32(2.0)}
+    uses = discover(lambda p, x: after(p, x, x @ p["w"]), p, X)
+    assert uses.biases == ({"w": ("b", 1.0)} if owned else {})
+
+
+def test_constants_on_a_weight_and_on_its_bias_are_known():
+    p = {"w": normal(8, 8), "b": normal(8), "s": jnp.float32(2.0)}
+    f = lambda p, x: x @ (0.5 * p["w"]) - -p["b"] / 4  # noqa: E731
+    assert discover(f, p, X).biases == {}  # no sum
+    f = lambda p, x: x @ (0.5 * p["w"]) + -p["b"] / 4  # noqa: E731
+    assert discover(f, p, X).biases == {"w": ("b", -0.25)}
+    f = lambda p, x: x @ (p["w"] / p["s"]) + p["b"]  # noqa: E731
+    assert discover(f, p, X).biases == {}
+
+
+def test_one_input_times_two_constants_is_two_inputs_and_times_one_is_one():
+    p = {"q": normal(8, 6), "k": normal(8, 6), "v": normal(8, 6)}
+    f = lambda p, x: (x @ (0.5 * p["q"])) * (x @ (p["k"] * 0.5)) * (x @ p["v"])  # noqa: E731
+    assert [use.source for use in discover(f, p, X)] == [0, 0, 1]
+    parts = {"qkv": normal(8, 12)}  # outputs of one product share their input
+    g = lambda p, x: (x @ (0.5 * p["qkv"][:, :6])) * (x @ p["qkv"][:, 6:])  # noqa: E731
+    assert [use.source for use in discover(g, parts, X)] == [0, 0]
+
+
+def test_a_weight_with_computed_factors_that_differ_is_named(caplog):
+    p = {"w": normal(8, 8), "s": jnp.float32(2.0)}
+    with caplog.at_level("WARNING", logger="flexhinm_jax"):
+        discover(lambda p, x: (x @ p["w"]) * (x[::-1] @ (p["w"] * 100.0)), p, X)
+        discover(lambda p, x: jnp.tanh(x @ (p["w"] * p["s"])), p, X)
+    assert not caplog.records
+    with caplog.at_level("WARNING", logger="flexhinm_jax"):
+        discover(lambda p, x: (x @ p["w"]) * (x[::-1] @ (p["w"] * p["s"])), p, X)
+    assert "w: used several times, multiplied with numbers" in caplog.text

@@ -246,7 +246,8 @@ def test_leaves_stacked_for_a_ragged_dot_each_see_their_own_group():
         "d": (4, 8),
     }
     stats = calibrate(apply_fn, params, uses, [x])
-    runs = [x[:3], x[3:3], x[3:8], x[8:]]
+    seen = 0.5 * x  # what the leaves themselves are multiplied with
+    runs = [seen[:3], seen[3:3], seen[3:8], seen[8:]]
     for name, own in (("a", runs[0]), ("d", runs[3])):
         assert stats[name].count == len(own)
         assert_close(stats[name].gram, own.T @ own)
