@@ -94,7 +94,7 @@ def differing_text(error: fingerprint.Differs) -> str:
     names = _telling(error.parts)
     shown = dict.fromkeys(_part_text(name, *error.parts[name]) for name in names)
     return (
-        f"{where} was begun with other options: {', '.join(shown)}; give those again"
+        f"{where} was begun with other options: {'; '.join(shown)}. Give those again"
         f" to go on with it, {remedy}"
     )
 

@@ -206,7 +206,7 @@ def test_weights_that_read_the_same_input_can_share_an_order(prune, tmp_path, ca
     assert "not for --sequential" in error_line(capsys)
 
 
-def test_sequential_prunes_in_order_and_resumes(prune, tmp_path):
+def test_sequential_prunes_in_order_and_resumes(prune, tmp_path, capsys):
     options = ("-q", "--method", "sparsegpt", "--sequential", "--target", "resid")
 
     def weights():
@@ -218,9 +218,15 @@ def test_sequential_prunes_in_order_and_resumes(prune, tmp_path):
     assert len(list((tmp_path / "half-way").glob("*.npz"))) == 12
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["target"] == "resid"
+    # Biases were refitted.
+    assert {p.rpartition(".")[2] for p in report["moved"]} == {"bias"}
     assert prune(*options, "--resume", tmp_path / "half-way", "--force") == 0
     for before, after in zip(first, weights(), strict=True):
         np.testing.assert_array_equal(before, after)
+    other = ("--resume", tmp_path / "half-way", "--force", "--seed", "4")
+    assert prune(*options, *other) == 2
+    told = "half-way was begun with other options: --seed (0 before, 4 now). Give"
+    assert told in error_line(capsys)
 
 
 @pytest.mark.parametrize(

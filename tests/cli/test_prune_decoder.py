@@ -387,13 +387,13 @@ def test_a_run_that_others_began_is_refused_by_its_options(
     (tmp_path / "other.txt").write_text(TEXT.replace("cat", "cow"))
     other = ["--calibration", tmp_path / "other.txt"]
     for more, wanted in (
-        (["--samples", 4], "options: --samples or --calibration (8 before, 4 now);"),
-        (["--seed", 3], "options: --seed (0 before, 3 now);"),
-        (["--batch-size", 2], "options: --batch-size (4 before, 2 now);"),
-        (other, "options: --calibration;"),
-        (["--pattern", "1:4"], "options: --pattern;"),
-        (["--method", "magnitude"], "options: --method;"),
-        (["--pack"], "options: --pack or --pack-values;"),
+        (["--samples", 4], "options: --samples or --calibration (8 before, 4 now)."),
+        (["--seed", 3], "options: --seed (0 before, 3 now)."),
+        (["--batch-size", 2], "options: --batch-size (4 before, 2 now)."),
+        (other, "options: --calibration."),
+        (["--pattern", "1:4"], "options: --pattern."),
+        (["--method", "magnitude"], "options: --method."),
+        (["--pack"], "options: --pack or --pack-values."),
     ):
         assert prune("--length", "16", "--samples", "8", *more) == 2
         err = capsys.readouterr().err
