@@ -62,8 +62,10 @@ def calibrate(
 
     Sums are float32 with the highest matmul precision. All uses of a leaf that read it
     in the layout of its first use are summed; several that contract the same input
-    (windows of a fused projection) count it once. A branch of a cond that is not taken
-    adds no tokens; a loop adds those of every step.
+    (windows of a fused projection) count it once. What a window of the inputs of a leaf
+    sees are tokens with zeros elsewhere. A constant that the program multiplies a
+    leaf with is part of the inputs. A branch of a cond that is not taken adds no
+    tokens; a loop adds those of every step, under `jax.vmap` until the element ends.
 
     Args:
       apply_fn: pure function, called as apply_fn(params, *batch).
@@ -307,6 +309,7 @@ class Accumulate(Visitor):
     finder: Finder
     chunk_bytes: int
     masks: Masks | None = None
+    counts = True
 
     def product(self, where: Where, product: Product, state: Sums) -> tuple[Any, Sums]:
         """Adds one product; it runs dense."""

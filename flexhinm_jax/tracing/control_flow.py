@@ -6,8 +6,9 @@ operands, the visitor, its state, the position, and `sub(jaxpr, operands, state,
 *step)`, which walks a body; it returns (outputs, state).
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -117,8 +118,14 @@ class Carry:
 def visit_while(
     eqn: Any, operands: list, visitor: Any, state: Any, where: tuple, sub: Callable
 ) -> Result:
-    """The state is part of the carry, and so is the condition if it has products."""
+    """The state is part of the carry, and so is the condition if it has products.
+
+    Under `jax.vmap` every element may have a condition of its own. The loop then runs
+    until the last one ends, as in jax: those that ended keep their values, and their
+    tokens do not count.
+    """
     p = eqn.params
+    batched = bool(jax_versions.opened(p["cond_jaxpr"])[0].outvars[0].aval.shape)
     first, last = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
     carry = Carry(p["body_jaxpr"], operands[last:], p["body_nconsts"])
     for v in carry.changed:
@@ -131,33 +138,50 @@ def visit_while(
 
     like: list[Any] | None = None
 
-    def turn(moving: list, state: Any, keeps: list) -> Any:
-        values = carry.join(moving)
-        attach(visitor, values, keeps)
-        values = [*operands[first:last], *values]
+    def turn(moving: list, state: Any, keeps: list, on: Any = None) -> Any:
+        before = carry.join(moving)
+        attach(visitor, before, keeps if on is None else elements(on, before, keeps))
+        values = [*operands[first:last], *before]
         outs, state = sub(p["body_jaxpr"], values, state, Body("turn"))
-        keeps = keeps_of(visitor, outs)
+        after = keeps_of(visitor, outs)
+        if on is not None:
+            outs, after = kept_ends(on, before, outs, keeps, after)
         if like is not None:
-            keeps = [masks.shaped(k, form) for k, form in zip(keeps, like, strict=True)]
-        return carry.moving(outs), state, keeps
+            after = [masks.shaped(k, form) for k, form in zip(after, like, strict=True)]
+        return carry.moving(outs), state, after
 
     def tested_turn(loop: Any) -> Any:
         moving, state, keeps = turn(*loop[1:])
         on, state = test(moving, state)
         return on, moving, state, keeps
 
+    def turn_of_elements(loop: Any) -> Any:
+        on, moving, state, keeps = loop
+        with counting(visitor, on):
+            moving, state, after = turn(moving, state, keeps, on)
+            values = carry.join(moving)
+            attach(visitor, values, elements(on, values, after))
+            more, state = test(moving, state)
+        return on & more, moving, state, keeps if like is None else after
+
     moving, fixed = carry.moving(operands[last:]), carry.join(operands[last:])
     keeps = keeps_of(visitor, operands[last:])
+    tested = batched or any(
+        isinstance(v, Followed) for v in [*operands[:first], *fixed]
+    )
+    on, state = test(moving, state) if tested else (None, state)
     if visitor.masks is not None:
+        ends = on if batched else None
 
         def after(keeps: list) -> list:
-            return jax.eval_shape(turn, moving, state, keeps)[2]
+            return jax.eval_shape(turn, moving, state, keeps, ends)[2]
 
         like, keeps = settled(after, keeps)
-    if any(isinstance(v, Followed) for v in [*operands[:first], *fixed]):
-        on, state = test(moving, state)
+    if tested:
         start = on, moving, state, keeps
-        end = lax.while_loop(lambda loop: loop[0], tested_turn, start)[1:]
+        body = turn_of_elements if batched else tested_turn
+        going = (lambda loop: loop[0].any()) if batched else (lambda loop: loop[0])
+        end = lax.while_loop(going, body, start)[1:]
     else:
         start = moving, state, keeps
         end = lax.while_loop(
@@ -167,6 +191,61 @@ def visit_while(
     outs = carry.join(moving)
     attach(visitor, outs, keeps)
     return outs, state
+
+
+@contextlib.contextmanager
+def counting(visitor: Any, on: Any) -> Iterator[None]:
+    """A visitor that counts tokens counts those of the elements that are `on`."""
+    before = visitor.masks
+    if before is None and visitor.counts:
+        visitor.masks = masks.Masks(on, ())
+    try:
+        yield
+    finally:
+        visitor.masks = before
+
+
+def of_elements(on: Any, value: Any) -> Any:
+    """Booleans of elements along the first axes, for the values of all."""
+    return on.reshape(on.shape + (1,) * (value.ndim - on.ndim))
+
+
+def elements(on: Any, values: Sequence[Any], keeps: list) -> list:
+    """Token masks of a carry that leave out the elements that are not `on`."""
+    return [
+        keep
+        if isinstance(v, Followed) or isinstance(keep, masks.Lost)
+        else masks.both(keep, of_elements(on, v))
+        for v, keep in zip(values, keeps, strict=True)
+    ]
+
+
+def kept_ends(
+    on: Any, before: list, after: list, keeps: list, later: list
+) -> tuple[list, list]:
+    """A carry after a turn, in which elements that are not `on` stay as they were.
+
+    Args:
+      on: booleans of the elements.
+      before: the carry before the turn.
+      after: the same behind it.
+      keeps: token masks before the turn.
+      later: the same behind it.
+
+    Returns:
+      (the carry, its masks).
+    """
+    outs, chosen = list(after), list(later)
+    for k, (old, new) in enumerate(zip(before, plain(after), strict=True)):
+        if isinstance(old, Followed) and isinstance(after[k], Followed):
+            continue
+        here = of_elements(on, new)
+        outs[k] = jnp.where(here, new, plain([old])[0])
+        pair = [later[k], keeps[k]]
+        if isinstance(masks.join(*pair), jax.ShapeDtypeStruct):
+            whole = [jnp.ones((), bool) if keep is None else keep for keep in pair]
+            chosen[k] = jnp.where(here, *whole)
+    return outs, chosen
 
 
 def settled(after: Callable[[list], list], keeps: list) -> tuple[list, list]:

@@ -46,10 +46,12 @@ class Visitor:
     Attributes:
       rules: how the walk goes through control flow; see `control_flow`.
       masks: the token masks of the values, which the walk then follows, or None.
+      counts: whether it counts tokens, so that those of a loop that ended must go.
     """
 
     rules: Mapping[str, Callable] = control_flow.RULES
     masks: Masks | None = None
+    counts: bool = False
 
     def product(self, where: Where, product: Product, state: Any) -> tuple[Any, Any]:
         """Handles a contraction of a weight with an input.

@@ -308,6 +308,27 @@ def test_a_centred_fit_minds_the_constants_of_the_program(method, w, b):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_windows_of_the_inputs_with_one_bias_keep_the_mean_of_all_results():
+    """Each window is a token with zeros elsewhere: so means and counts belong."""
+
+    def apply_fn(p, x, y):
+        parts = x @ p["w"][:8] + p["b"], y @ p["w"][8:] + p["b"]
+        return jnp.concatenate(parts)
+
+    keys = jax.random.split(jax.random.key(8), 4)
+    params = {"w": jax.random.normal(keys[0], (16, 8))}
+    params["b"] = jax.random.normal(keys[1], (8,))
+    batch = (
+        (2 + jax.random.normal(keys[2], (64, 8))),
+        jax.random.normal(keys[3], (9, 8)),
+    )
+    how = fh.SparseGPT(fh.NM(2, 4), center=True)
+    pruned = fh.prune(apply_fn, params, [batch], how, key=keys[0]).params
+    lost = apply_fn(pruned, *batch) - apply_fn(params, *batch)
+    assert jnp.abs(lost).max() > 0.1
+    np.testing.assert_allclose(lost.mean(0), 0, atol=1e-5)
+
+
 def test_a_centred_fit_keeps_the_mean_output_of_a_layer_with_a_bias():
     params = make()
     x = X + 2.0

@@ -3,11 +3,13 @@
 What every weight multiplied is counted here in NumPy, token by token.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
+import flexhinm_jax as fh
 from flexhinm_jax.pruning.statistics import calibrate
 from flexhinm_jax.tracing.discover import discover
 from tests.tracing.cases import assert_close, normal
@@ -132,3 +134,60 @@ def test_a_weight_in_the_condition_of_a_loop_sees_every_test(also):
             h = h + h @ W["one"]
         seen.append(h)
     check(gathered(apply_fn, {"one": W["one"]}, X), {"one": seen})
+
+
+TURNS = np.array([2, 0, 3, 1, 0, 3, 1, 1, 2, 0, 1, 4], np.int32)
+
+
+def turning(also):
+    """Every row of x through "one" as often as it says, "two" behind the loop."""
+
+    def row(p, h, n):
+        def going(c):
+            return (c[0] < n) & ((c[1] @ p["one"]).sum() > -1e9 if also else True)
+
+        return lax.while_loop(going, lambda c: (c[0] + 1, jnp.sin(c[1] @ p["one"])), h)
+
+    def apply_fn(p, x, turns):
+        return jax.vmap(lambda h, n: row(p, (0, h), n)[1])(x, turns) @ p["two"]
+
+    return apply_fn
+
+
+def turned(also, kept=None):
+    """What the weights of `turning` multiply, of the rows that are kept."""
+    seen = {"one": [], "two": []}
+    for h, n, counts in zip(
+        X, TURNS, np.ones(12) if kept is None else kept, strict=True
+    ):
+        for _ in range(n):
+            seen["one"] += [h] * (1 + also) * bool(counts)
+            h = np.sin(h @ W["one"])
+        seen["one"] += [h] * also * bool(counts)
+        seen["two"] += [h] * bool(counts)
+    return seen
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_rows_that_end_a_loop_one_by_one_are_seen_as_often_as_they_turn(also):
+    apply_fn, params = turning(also), {name: W[name] for name in ("one", "two")}
+    check(gathered(apply_fn, params, X, TURNS), turned(also))
+    uses = discover(apply_fn, params, X, TURNS)
+    kept = np.arange(12) % 3 != 0
+    mask = lambda x, turns: kept  # noqa: E731
+    stats = calibrate(apply_fn, params, uses, [(X, TURNS)], token_mask=mask)
+    check(stats, turned(also, kept))
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_rows_that_end_a_loop_one_by_one_meet_packed_weights(also):
+    apply_fn, params = turning(also), {name: W[name] for name in ("one", "two")}
+    method = fh.Wanda(fh.NM(2, 4))
+    done = fh.prune(apply_fn, params, [(X, TURNS)], method, key=jax.random.key(0))
+    want = jax.jit(apply_fn)(done.params, X, TURNS)
+    assert_close(jax.jit(fh.sparsify(apply_fn))(done.packed, X, TURNS), want)
+    folded = X.reshape(3, 4, 8), TURNS.reshape(3, 4)  # a loop under two vmaps
+    twice = lambda p, x, n: jax.vmap(apply_fn, (None, 0, 0))(p, x, n)  # noqa: E731
+    got = fh.sparsify(twice)(done.packed, *folded)
+    assert_close(got.reshape(12, 8), want)
+    check(gathered(twice, params, *folded), turned(also))
