@@ -8,7 +8,6 @@ from typing import Any
 from flexhinm_jax import __version__, checks, methods, patterns
 from flexhinm_jax.cli import directory, evaluate, flags
 from flexhinm_jax.io.sources import read_sentences
-from flexhinm_jax.methods.reconstruction import LayerFit
 from flexhinm_jax.models import images
 from flexhinm_jax.models.load import Examples, Kind, Reads, is_decoder, load_config
 from flexhinm_jax.sequential.request import Statistics, statistics_of
@@ -59,13 +58,6 @@ def check(args: argparse.Namespace, kind: Kind) -> Choices:
         raise ValueError(
             f"--method {args.method} learns from a loss: 'flexhinm prune' would write"
             " what it begins with; use 'flexhinm learn', or choose another method"
-        )
-    fits = isinstance(method, LayerFit) or not args.sequential
-    if args.target not in (None, "seq") and not fits:
-        raise ValueError(
-            f"--target {args.target} changes nothing with --method {args.method}, which"
-            " fits no weights to outputs; leave it out, or choose a method that does,"
-            " such as alps"
         )
     if args.allocate != "uniform" and low == high:
         raise ValueError(

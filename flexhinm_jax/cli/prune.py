@@ -128,14 +128,15 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
         "--sequential",
         action="store_true",
         help="prune in order of execution, every weight on what the pruned ones before"
-        " it give; for sparsegpt, alps and wrappers",
+        " it give; decoders always are, for encoders it needs a method that moves"
+        " weights to pay (sparsegpt, alps, wrappers)",
     )
     add(
         "--target",
         choices=TARGETS,
         help="with --sequential: fit to the weight's own output (seq, the default), to"
         " that of the dense model (asym), or also repair the residual stream (resid,"
-        " best from about 500 sentences on)",
+        " best from about 500 sentences on); nothing to methods that move no weights",
     )
     add(
         "--statistics",

@@ -262,11 +262,6 @@ BAD = {
     "unknown method": ({}, ["--method", "oracle"], "oracle.*magnitude, wanda"),
     "method with a loss": ({}, ["--method", "fisher"], "gradients of a loss"),
     "method that learns": ({}, ["--method", "maskllm"], "use 'flexhinm learn'"),
-    "target of no method": (
-        {},
-        ["--method", "ria", "--sequential", "--target", "resid"],
-        "--target resid changes nothing with --method ria",
-    ),
     "percent as sparsity": (
         dict(pattern="hinm:v=8", sparsity="75"),
         [],
