@@ -115,9 +115,8 @@ def _with_first_last(choices: Choices, what: str, blocks: Blocks) -> Choices:
     """
     first, last = map(decoder.block_prefix, (0, blocks.count - 1))
     regex = f"^({re.escape(first)}|{re.escape(last)})"
-    rules: dict[str, Any]
-    exceptions: dict[str, float | None]
-    rules, exceptions = flags.rules([f"{regex}={what}"])
+    rules, numbers = flags.rules([f"{regex}={what}"])
+    exceptions: dict[str, float | None] = {**numbers}
     if exceptions:
         rules = {regex: "prune"}
     elif rules[regex] != "skip" and choices.exceptions:
@@ -125,7 +124,7 @@ def _with_first_last(choices: Choices, what: str, blocks: Blocks) -> Choices:
     return dataclasses.replace(
         choices,
         rules=rules | choices.rules,
-        exceptions=exceptions | choices.exceptions,
+        exceptions={**exceptions, **choices.exceptions},
     )
 
 
