@@ -83,15 +83,15 @@ test-all: $(STAMP) ## Run every test
 	$(TEST) $(ARGS)
 
 # What depends on the versions of Python and jax: jaxprs (tracing, sequential), lowering,
-# export and GPU kernels (kernels, gpu), stacks and sums under jit (pruning), orbax and
-# arrays of files (io), a learned step. The mathematics of single matrices, methods,
+# export and GPU kernels (kernels, gpu), stacks and sums under jit (pruning), orbax, arrays
+# of files and checksums of jaxprs (io), a learned step. The mathematics of single matrices, methods,
 # models, programs, messages and formats run on the older Python, and so do tests in
 # these files that are marked `once`.
 NEXT := $(addprefix tests/,tracing sequential training/test_step.py \
   $(addprefix kernels/test_,dispatch.py shipping.py) \
   $(addprefix gpu/test_,kernels.py programs.py) \
   $(addprefix pruning/test_,solve.py statistics.py) \
-  $(addprefix io/test_,checkpoints.py packed.py))
+  $(addprefix io/test_,checkpoints.py packed.py programs.py))
 NEXT_ENV = PYTHON="$$python" VENV=.venv-next EXTRAS=test,hf,plot,equinox,export
 
 install-next: ## Make .venv-next, of a newer Python with the newest jax
