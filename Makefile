@@ -84,9 +84,9 @@ test-all: $(STAMP) ## Run every test
 
 # What depends on the versions of Python and jax: jaxprs (tracing, sequential), lowering,
 # export and GPU kernels (kernels, gpu), stacks and sums under jit (pruning), orbax, arrays
-# of files and checksums of jaxprs (io), a learned step. The mathematics of single matrices, methods,
-# models, programs, messages and formats run on the older Python, and so do tests in
-# these files that are marked `once`.
+# of files and checksums of jaxprs (io), a learned step. The mathematics of single matrices,
+# methods, models, programs, messages and formats run on the older Python, and so do tests
+# in these files that are marked `once`.
 NEXT := $(addprefix tests/,tracing sequential training/test_step.py \
   $(addprefix kernels/test_,dispatch.py shipping.py) \
   $(addprefix gpu/test_,kernels.py programs.py) \

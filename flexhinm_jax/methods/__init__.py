@@ -138,7 +138,9 @@ def parse(name: str, pattern: Pattern) -> Method:
     try:
         return method(first, **told)
     except ValueError as error:
-        raise ValueError(f"method {name!r}: {error}" if told else str(error)) from error
+        if not told:
+            raise
+        raise ValueError(f"method {name!r}: {error}") from error
 
 
 def options(method: type[Method]) -> list[str]:
